@@ -213,7 +213,7 @@ def test_class_names_that_are_numbers_are_warned_of(
         (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
         (["FOLDER", "--out", "NAMES"], "name another"),
         (["FOLDER", "--out", "NAMES/set"], "name another"),
-        (["FOLDER", "--out", "s3://bucket/set", "--engine", "ray"], "takes --work FOLDER"),
+        (["FOLDER", "--out", "s3://bucket/set", "--engine", "ray"], "needs --work FOLDER"),
         (["--out", "OUT"], "at least one source"),
         (["FOLDER"], "--out"),
     ],

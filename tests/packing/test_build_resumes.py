@@ -175,11 +175,7 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
     ],
 )
 def test_a_killed_build_resumes_as_if_nothing_had_happened(
-    sources: list[Path],
-    unbroken: dict[str, bytes],
-    checked: list[str],
-    tmp_path: Path,
-    place: str,
+    sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path, place: str
 ) -> None:
     prepare, num_finished = PLACES[place]
     with pytest.MonkeyPatch.context() as patch:

@@ -94,7 +94,7 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert text.num_images == 15
     words = {word for word, _ in inspection.frequent_concepts}
     assert words == {"photo", "dog", "fox", "red", "bird", "tree"} | {  # not a, of, on
-        *("script", "parent", "broken", "true"),  # three times in each of three hostile captions
+        *("script", "parent", "broken", "true")  # three times in each of three hostile captions
     }
     assert text.num_concepts == len(words)
     assert "words" in text.kind
@@ -243,7 +243,7 @@ def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for
     assert (
         "Nobody looked for them (--no-near, or no ImageHash)." in (tmp_path / "a.html").read_text()
     )
-    assert "near copies: not looked for, which takes the package ImageHash: pip install" in text
+    assert "near copies: not looked for, which needs the package ImageHash: pip install" in text
     for asking in (("--near-distance", 8), ("--duplicates-list", tmp_path / "list.csv")):
         code, text = run(packed, *asking, capsys=capsys)
         assert code == 2

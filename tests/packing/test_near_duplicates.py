@@ -14,11 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from property_tests import examples
 
-from unicl_fast.packing.near_duplicates import (
-    count_bits,
-    find_leaders,
-    near_pairs,
-)
+from unicl_fast.packing.near_duplicates import count_bits, find_leaders, near_pairs
 
 
 def all_pairs(hashes: list[int], distance: int) -> list[list[int]]:

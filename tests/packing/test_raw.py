@@ -91,7 +91,7 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
         save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
     code, text = run(tmp_path / "in", "--out", tmp_path / "out", capsys=capsys)
     assert code == 2
-    assert "--format raw takes images of one size" in text
+    assert "--format raw needs images of one size" in text
     assert text.count("cat/") == 2
     assert "--resize square:" in text
     assert os.listdir(tmp_path) == ["in"]

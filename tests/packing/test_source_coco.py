@@ -170,7 +170,7 @@ def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> N
     }
     assert [read(item) for item in list(source.items)[:2]] == [jpeg(1), jpeg(2)]
     assert list(outcomes(source).values())[2:] == [
-        *("no text", "missing", "outside", "missing", "bad row"),
+        *("no text", "missing", "outside", "missing", "bad row")
     ]
     elsewhere = ListOptions(image_root=str(tmp_path / "00001.zip"))
     assert outcomes(read_source(str(tmp_path / "train_map.txt"), elsewhere)) == outcomes(source)

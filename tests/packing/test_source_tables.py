@@ -69,10 +69,7 @@ def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) 
     assert [read(item) for item in source.items] == [jpeg(number) for number in range(6)]
     tags = ListOptions(label_column="tags", where=["label=1"])
     source = read_source(str(tmp_path / "a.parquet"), tags, spool)
-    assert texts(source) == {
-        "a.parquet:1": ([], ["small", "big"]),
-        "a.parquet:5": ([], ["small"]),
-    }
+    assert texts(source) == {"a.parquet:1": ([], ["small", "big"]), "a.parquet:5": ([], ["small"])}
     assert outcomes(source)["a.parquet:3"] == "no text"
     assert source.passed_over == {"rows that --where left out": 3}
     source = read_source(str(tmp_path / "a.parquet"), ListOptions(min_score=["label=1"]), spool)
@@ -91,7 +88,7 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
     source = read_source(str(tmp_path / "list.parquet"), spool=spool)
     assert texts(source) == {"1.jpg": (["one", "eins"], [3]), "2.jpg": (["two"], [])}
     assert list(outcomes(source).values()) == [
-        *("read", "read", "outside", "missing", "missing", "missing"),
+        *("read", "read", "outside", "missing", "missing", "missing")
     ]
     assert not source.labels_are_names
 
@@ -148,7 +145,7 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
     assert texts(source) == {"a.parquet:0": (["one"], [])}
     assert source.passed_over == {"failed downloads of img2dataset": 1}
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="They are addresses: fetch them with img2dataset"):
+    with pytest.raises(ValueError, match="They are addresses: download them with img2dataset"):
         read_source(str(tmp_path / "a.parquet"), spool=spool)
     odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
     pq.write_table(odd, tmp_path / "a.parquet")
@@ -226,7 +223,7 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     assert found.pop("a.parquet rows 3 to 5") == "damaged"
     assert found.pop("b.parquet from row 0") == "damaged"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(9)} - {
-        *(f"a.parquet:{row}" for row in (3, 4, 5)),
+        *(f"a.parquet:{row}" for row in (3, 4, 5))
     }
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
@@ -351,7 +348,7 @@ def test_a_full_disk_is_told_by_what_it_is_needed_for(
 ) -> None:
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
-    with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
+    with pytest.raises(OSError, match="no room left for .*unpacked images need their full size"):
         read_source(str(tmp_path / "a.parquet"), spool=spool)
 
 

@@ -163,7 +163,7 @@ def test_other_files_called_metadata_leave_class_folders_alone(tmp_path: Path) -
     assert source.passed_over == {".csv files": 1, ".jsonl files": 1}
     for name in ("metadata.csv", "metadata.jsonl"):  # of two that are, neither is chosen
         (tmp_path / name).write_text('file_name,"text"\n')
-    with pytest.raises(ValueError, match="name the one to be read"):
+    with pytest.raises(ValueError, match="name one of them"):
         read_source(str(tmp_path))
 
 
@@ -373,8 +373,8 @@ def test_paths_of_windows_are_read_and_counted(tmp_path: Path, kind: str) -> Non
         ("ROOT/far/{n}.jpg", "It is in /: add --image-root /"),
         ("C:\\me\\photos\\{n}.jpg", "photos/0.jpg' is there: take 'C:/me' away from"),
         ("../photos/{n}.jpg", "Write the paths without .."),
-        ("https://host/{n}.jpg", "They are addresses: fetch them with img2dataset"),
-        ("elsewhere/x{n}.jpg", "Say by --image-root in which folder or zip the paths begin"),
+        ("https://host/{n}.jpg", "They are addresses: download them with img2dataset"),
+        ("elsewhere/x{n}.jpg", "Give the folder or zip in which the paths start: --image-root"),
     ],
 )
 def test_a_list_of_missing_images_ends_after_a_thousand_with_advice(

@@ -142,10 +142,10 @@ def test_packed_sets_are_divided_by_their_checksums(shop: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split", "1.5"], "--split takes the fraction for training, such as 0.9, not 1.5"),
+        (["--split", "1.5"], "--split is the fraction for training, such as 0.9, not 1.5"),
         (["--group-column", "product"], "says what --split keeps together: give that too"),
         (["--split", "0.9999"], "--split 0.9999 holds none of 121 images out"),
-        (["--split", "0.9", "--out", "s3://bucket/set"], "--split takes a folder as --out"),
+        (["--split", "0.9", "--out", "s3://bucket/set"], "--split needs a folder as --out"),
         (["--split", "0.9", "--out", "."], "holds 0.jpg: name another --out for --split"),
     ],
 )

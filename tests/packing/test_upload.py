@@ -95,14 +95,14 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
         found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
     (packed,) = work.glob("*/set")
-    assert "stopped; what was uploaded stays" in text
+    assert "stopped; uploaded files stay" in text
     assert f"resume by: unicl-pack upload {packed} --out {url}" in text
 
     with monkeypatch.context() as patch:
         patch.setattr(upload, "_send", raising(error))
         found, text = run_pack("upload", packed, "--out", url, capsys=capsys)
     assert found == code
-    assert f"stopped; what was uploaded stays under {url}" in text
+    assert f"stopped; uploaded files stay under {url}" in text
     assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
 
 
@@ -141,7 +141,7 @@ def test_a_build_to_a_url_that_cannot_be_leaves_nothing(
         build(tmp_path / "bad", url)
     assert not os.listdir(work)
     monkeypatch.setattr(build_module, "_build", raising(AssertionError("packed")))
-    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
+    with pytest.raises(ValueError, match="https://host/set: http has no uploads; give the URL"):
         build(tmp_path / "bad", "https://host/set")
 
 

@@ -37,7 +37,7 @@ BAD: dict[str, tuple[Entry, str, str]] = {
     "dog/hungry.jpg": (
         Hungry(16),
         "too large",
-        "takes more memory than its number of pixels should",
+        "uses more memory than its number of pixels should",
     ),
     "dog/odd.jpg": (Faulty(), "failed", "KeyError: 'surprise'"),
 }

@@ -1,7 +1,6 @@
 """`unicl-pack`: images with labels, captions or both -> a packed, verified, shuffled data set.
 
-Each sub-command is a dataclass of its arguments whose `run` returns the closing report and the exit
-code.
+Each sub-command is a dataclass of its arguments; `run` returns its report and the exit code.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ from unicl_fast.system.wording import count_of, count_of_kind, print_text
 from .inspect import Inspect, contents_of
 from .verify import Verify
 
-_COMPLETE = "complete already: an earlier run of this command has written all of it"
 _WORDNET_ID = re.compile(r"n\d{8}")
 _HELD_OUT = {"val", "valid", "validation", "dev", "test", "testing", "held", "heldout", "holdout"}
-"""Words by which people call what a model is not trained on."""
+"""Words in names of data for evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +40,11 @@ class _SourcesAndOut:
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
     ]
-    """Class folders, lists, archives, data sets of others; URLs of them are copied first,
-    into OUT.partial."""
+    """Class folders, lists, archives, packed data sets. Data under URLs are first copied into
+    OUT.partial."""
     out: str
-    """Folder to make, or URL (s3://bucket/folder). It must not exist yet, or be empty; it appears
-    when it is whole."""
+    """Folder to make, or URL (s3://bucket/folder). It must be new or empty, and appears when it is
+    complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +54,21 @@ class Build(BuildOptions, _SourcesAndOut):
     Each SOURCE is a folder of class folders (the class is the name of the folder that directly
     holds the image), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
     one image a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
-    captions and labels; metadata.jsonl in a folder is one, and in a flat folder x.txt is the
-    caption of x.jpg. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
-    {000..123}.tar), img2dataset's folders, folders of Parquet files as on Hugging
-    Face's hub, COCO's captions and instances (.json, both together), and a map of a zip
-    (train_map.txt next to train.zip). docs/sources.md says how each is read. Several sources become
-    one data set; equal class names become one class.
+    captions and labels. In a folder, metadata.jsonl is such a list; in a flat folder, x.txt is the
+    caption of x.jpg. Other formats: WebDataset tars (FILE.tar, a folder of them, {000..123}.tar),
+    img2dataset's folders, folders of Parquet files as on Hugging Face's hub, COCO's captions and
+    instances (.json, both together), and a map of a zip (train_map.txt next to train.zip).
+    docs/sources.md says how each is read. Several sources become one data set; equal class names
+    become one class.
 
-    A packed data set is a source too: images keep their bytes and texts, and its class names,
-    templates, hierarchy, license and list of what was left out are taken over. What is damaged in
-    it is left out by name.
+    A packed data set is a source too: images keep their bytes and texts; its class names,
+    templates, hierarchy, license and quarantine.csv are kept. Damaged samples are left out.
 
-    Every image is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
-    reason, and the others are packed. Plain JPEGs and PNGs keep their bytes.
+    Every image is decoded once and strictly. OUT/quarantine.csv lists damaged images with the
+    reason; the others are packed. Plain JPEGs and PNGs keep their bytes.
 
-    A build that was stopped or killed keeps its finished shards in OUT.partial: the same command
-    resumes after them, and the data set becomes what it would have been without the break.
+    An interrupted build keeps its finished shards in OUT.partial: the same command resumes after
+    them, and the data set is the same as without the break.
 
     Examples:
       unicl-pack build photos/ --out packed/photos
@@ -107,8 +104,8 @@ class Build(BuildOptions, _SourcesAndOut):
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""
-    """Folder for what is packed for a URL, until it is there; by default one in
-    ~/.cache/unicl_fast. With --engine ray it must be given."""
+    """Folder for data packed for a URL, until they are uploaded; by default one in
+    ~/.cache/unicl_fast. --engine ray requires it."""
 
     def run(self) -> tuple[str, int]:
         options = dict(vars(self))
@@ -126,10 +123,10 @@ class Build(BuildOptions, _SourcesAndOut):
 class Upload:
     """Copy a packed data set to a URL, such as s3://bucket/packed/photos.
 
-    Each file is read back and compared with its checksum; the manifest is written last, so that the
-    data set appears when it is whole. Given again, an upload that was cut off resumes.
+    Each file is read back and compared with its checksum; the manifest is written last, so the data
+    set appears when it is complete. The same command resumes an interrupted upload.
 
-    Exit code: 0 done, 2 not done; what was uploaded stays.
+    Exit code: 0 done, 2 not done; uploaded files stay.
 
     Example:
       unicl-pack upload packed/photos --out s3://bucket/packed/photos
@@ -138,7 +135,7 @@ class Upload:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The data set."""
     out: str
-    """URL to make. Nothing else may lie there."""
+    """URL to make; it must hold nothing else."""
 
     def run(self) -> tuple[str, int]:
         return upload_dataset(self.folder, self.out), 0
@@ -175,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) -> str:
-    """The closing summary, and what to do next; `encoding` is that of re-encoded images."""
+    """The report, with the next command; `encoding` describes re-encoded images."""
     sides = [summary] if summary.held_out is None else [summary, summary.held_out]
     num_samples = sum(one.num_samples for one in sides)
     if summary.in_place is not None:
@@ -196,14 +193,13 @@ def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) ->
     rate = (num_samples - num_taken_over) / summary.seconds
     lines = [f"{one.out}: {contents_of(one, num_classes=len(one.class_names))}" for one in sides]
     if all(one.was_complete for one in sides):
-        lines.append(_COMPLETE)
+        lines.append("complete already: an earlier run of this command has written all of it")
     else:
         megabytes = sum(one.num_bytes for one in sides) / 1e6
         seconds = f"{summary.seconds:,.1f} s"
         lines.append(f"{megabytes:,.1f} MB in {seconds}, {rate:,.0f} images/s; {treatment}")
         if num_taken_over:
-            taken_over = count_of(num_taken_over, "image")
-            lines.append(f"{taken_over} had been packed before this run")
+            lines.append(f"{count_of(num_taken_over, 'image')} had been packed before this run")
     if summary.passed_over:
         parts = (count_of_kind(count, kind) for kind, count in summary.passed_over.items())
         lines.append(f"passed over: {', '.join(parts)}")
@@ -239,7 +235,7 @@ def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) ->
         more = ", ..." if len(summary.class_names) > 3 else ""
         lines.append(
             f"WARNING: the class names are numbers ({', '.join(summary.class_names[:3])}{more}), "
-            "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose "
+            "which would become prompts; --class-names FILE, with lines KEY<TAB>NAME whose "
             "keys are the folders' names, gives them words"
         )
     train, evaluate = "TRAIN" if is_held_out else shlex.quote(str(summary.out)), ""

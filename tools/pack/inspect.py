@@ -39,12 +39,12 @@ _IMAGES_OF_A_GROUP = 6
 class Inspect:
     """Describe a packed data set: counts, classes, captions, sizes, copies, concepts.
 
-    The table of concepts is the paper's Table 1: images, concepts, images for each concept.
-    Concepts are categories where there are labels; of captions they are the noun phrases that
-    spaCy finds more than 5 times, or words where it or its English model is not installed.
+    The table of concepts is the paper's Table 1: images, concepts, images for each concept. The
+    concepts of labels are categories; of captions, noun phrases that spaCy finds more than 5 times,
+    or words if it or its English model is not installed.
 
-    Near copies are found by perceptual hashes (the extra `inspect`); without that
-    package they are passed over with a note, unless an option asks for them.
+    Near copies are found by perceptual hashes (the extra `inspect`). Without that package they are
+    skipped with a note, or refused if an option needs them.
 
     Examples:
       unicl-pack inspect packed/photos --html photos.html
@@ -54,27 +54,26 @@ class Inspect:
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The data set; of one under a URL a copy is made, looked at and removed."""
+    """The data set; one under a URL is copied, inspected and removed."""
     html: Path | None = None
-    """Write one page with plots and a contact sheet into this file; it needs no other."""
+    """Write one self-contained page with plots and a contact sheet into this file."""
     json: Path | None = None
     """Write all numbers, and the groups of copies, into this file."""
     duplicates_list: Path | None = None
-    """Write all but the first image of each group of copies into this CSV file, which --leave-out
-    of build takes. Look at it before: what looks alike need not be a copy."""
+    """Write all but the first image of each group of copies into this CSV file, for build's
+    --leave-out. Check it first: images that look alike need not be copies."""
     near: bool = True
-    """Look for images that look alike; takes decoding all, and the package ImageHash. Without it
-    --duplicates-list and --near-distance are refused unless --no-near is given."""
+    """Look for images that look alike: decodes all, with the package ImageHash. Without it
+    --duplicates-list and --near-distance need --no-near."""
     near_distance: int = DEFAULT_DISTANCE
-    """In how many of its 64 bits a perceptual hash may differ: 4 finds copies in another size,
-    quality, aspect or in grey, 8 also those cut by a twentieth; beyond 10 photographs that have
-    nothing to do with each other come in."""
+    """How many of 64 bits of a perceptual hash can differ: 4 finds copies in another size, quality,
+    aspect or in grey, 8 also copies cut by a twentieth; beyond 10 unrelated photographs match."""
     concepts: HowToCount = "auto"
     """Count noun-phrases in captions, words, or auto, the first if spaCy can do it."""
     sheet: int = 48
     """Images on the contact sheet."""
     workers: int = 0
-    """Processes that hash images; 0 takes one for each core."""
+    """Processes that hash images; 0 starts one for each core."""
 
     def run(self) -> tuple[str, int]:
         if not 0 <= self.near_distance <= MAX_DISTANCE:
@@ -82,12 +81,12 @@ class Inspect:
                 f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
             )
         if min(self.sheet, self.workers) < 0:
-            raise ValueError("--sheet and --workers take numbers from 0 on")
+            raise ValueError("--sheet and --workers must be 0 or more")
         with local_copy(self.folder) as folder:
             return self._inspect(folder), 0
 
     def _inspect(self, folder: Path) -> str:
-        """Writes the files that are asked for; returns the report."""
+        """Writes the requested files; returns the report."""
         asks_for_near = self.duplicates_list is not None or self.near_distance != DEFAULT_DISTANCE
         near = self.near and (asks_for_near or has_imagehash())
         inspection = inspect_dataset(
@@ -107,16 +106,16 @@ class Inspect:
         lines = [_in_words(inspection)]
         if self.near and not near:
             lines.append(
-                "near copies: not looked for, which takes the package ImageHash: "
+                "near copies: not looked for, which needs the package ImageHash: "
                 f"{install_command('inspect')}"
             )
         if self.duplicates_list is not None and (
             num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
         ):
             lines.append(
-                f"note: --leave-out will refuse {self.duplicates_list}: names in it that images "
-                f"which stay have too: {num_unclear:,}, since several sources are called alike. "
-                "Pack these under names of their own (links to them will do) and inspect that"
+                f"note: --leave-out will refuse {self.duplicates_list}: names in it that images to "
+                f"keep have too: {num_unclear:,}, since several sources have one name. Pack these "
+                "under different names (links to them will do) and inspect that"
             )
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
@@ -125,7 +124,7 @@ class Inspect:
 
 
 def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
-    with PackedDataset(folder, verify=False) as dataset:  # it was verified just now
+    with PackedDataset(folder, verify=False) as dataset:  # just verified
 
         def shown(copies: Copies | None) -> list[ShownGroup]:
             return [

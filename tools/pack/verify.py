@@ -1,4 +1,4 @@
-"""`unicl-pack verify` as a sub-command: its arguments, and its outcome in words, JSON and CSV."""
+"""`unicl-pack verify` as a sub-command: its arguments, its report, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from unicl_fast.system.wording import count_of
 
 _MOST_IN_JSON = 10_000
 """Faults that are kept in memory; --list has them all."""
-# what to do about faults of a data set at {0}
+# advice for faults of a data set at {0}
 _IN_A_FOLDER = (
     "copy the named files again; damaged images can be left out by: unicl-pack build {0} --out DIR"
 )
 _AT_A_URL = (
-    "if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {0} sends again what "
-    "differs; if not, damaged images can be left out: copy it into a folder DIR with the store's "
-    "own program, then unicl-pack build DIR --out MENDED, and unicl-pack upload MENDED to another "
-    "URL"
+    "if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {0} sends files that "
+    "differ again; if not, damaged images can be left out: copy it into a folder DIR with the "
+    "store's program, then unicl-pack build DIR --out MENDED, and unicl-pack upload MENDED to "
+    "another URL"
 )
 
 
@@ -39,11 +39,11 @@ _AT_A_URL = (
 class Verify:
     """Check that a packed data set is what was packed, down to the last byte.
 
-    Compared are: all files with checksums.txt and the manifest; references and counts in the
-    arrays; each sample's piece of its shard with samples.npy, byte by byte; captions, tokenised
-    again, with the stored tokens; labels; the index for DALI. Every image is decoded strictly,
-    in worker processes with limits, and its size compared; one that is kept as pixels (raw) is
-    compared with its checksum. All faults are listed, not the first.
+    Compares all files with checksums.txt and the manifest; references and counts in the arrays;
+    each sample's part of its shard with samples.npy, byte by byte; captions, tokenised again, with
+    the stored tokens; labels; the index for DALI. Decodes every image strictly, in worker processes
+    with limits, and compares its size; images kept as pixels (raw) are compared with their
+    checksums. Lists all faults, not only the first.
 
     Exit code: 0 sound, 1 faults found, 2 no data set there or wrong usage.
 
@@ -56,10 +56,10 @@ class Verify:
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The data set; of one under a URL a copy is made, checked and removed."""
+    """The data set; one under a URL is copied, checked and removed."""
     decode: bool = True
-    """Decode all images; everything else takes a fraction of the time. Images of a raw data set
-    are decoded already."""
+    """Decode all images, which costs most of the time. A raw data set's images are decoded
+    already."""
     show: int = 20
     """Faults to print; the others are counted."""
     list: Path | None = None
@@ -67,18 +67,17 @@ class Verify:
     json: Path | None = None
     """Write the outcome into this file, with the first 10,000 faults."""
     max_pixels: int = MAX_PIXELS
-    """As it was for the build: an image with more pixels is a fault."""
+    """The build's value: an image with more pixels is a fault."""
     image_seconds: float = DEFAULT_IMAGE_SECONDS
-    """An image that takes longer is a fault; 0 waits without limit."""
+    """An image that needs longer is a fault; 0 sets no limit."""
     workers: int = 0
-    """Processes that decode; 0 takes one for each core."""
+    """Processes that decode; 0 starts one for each core."""
 
     def run(self) -> tuple[str, int]:
         if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
             raise ValueError(
-                "--show, --workers and --image-seconds take numbers from 0 on, --max-pixels "
-                f"from 1; not {self.show}, {self.workers}, {self.image_seconds:g}, "
-                f"{self.max_pixels}"
+                "--show, --workers and --image-seconds must be 0 or more, --max-pixels 1 or more; "
+                f"not {self.show}, {self.workers}, {self.image_seconds:g}, {self.max_pixels}"
             )
         first: list[Fault] = []
         with contextlib.ExitStack() as stack:
@@ -124,7 +123,7 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         rest = f"and {summary.num_faults - len(first):,} more"
         lines.append(f"{rest}, listed in {listed}" if listed else f"{rest}; --list FILE has all")
     decoded = "kept as pixels" if summary.is_raw else f"{summary.num_decoded:,} decoded"
-    looked_at = (
+    checked = (
         f"{count_of(summary.num_samples, 'image')} ({decoded}), "
         f"{count_of(summary.num_captions, 'caption')}, {count_of(summary.num_labels, 'label')}, "
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
@@ -132,12 +131,12 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
     if summary.num_faults:
         kinds = sorted(summary.faults.items(), key=lambda item: -item[1])
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
-        lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; looked at {looked_at}")
+        lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; checked {checked}")
         if not summary.num_samples:
-            lines.append("the samples were not looked at, which takes a manifest and all arrays")
+            lines.append("the samples were not checked, which needs a manifest and all arrays")
         lines.append((_AT_A_URL if is_url(summary.folder) else _IN_A_FOLDER).format(summary.folder))
     else:
-        lines.append(f"{summary.folder}: sound; {looked_at}")
+        lines.append(f"{summary.folder}: sound; {checked}")
         if not summary.num_decoded and not summary.is_raw:
-            lines.append("images were compared with their checksums, and not decoded")
+            lines.append("images were compared with their checksums, but not decoded")
     return "\n".join(lines)

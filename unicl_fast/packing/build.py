@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from unicl_fast.dataset.manifest import InPlaceInfo, Manifest
@@ -28,12 +26,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.in_place import (
-    KnownImages,
-    Places,
-    require_in_place,
-    shuffled_files,
-)
+from unicl_fast.packing.in_place import KnownImages, Places, require_in_place, shuffled_files
 from unicl_fast.packing.label_space import (
     LabelSpace,
     collect_label_space,
@@ -61,12 +54,7 @@ from unicl_fast.packing.sources.urls import require_lasting
 from unicl_fast.packing.split import KEPT_TOGETHER, SIDES, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
-from unicl_fast.packing.work_folder import (
-    WorkFolder,
-    describe_options,
-    shown_place,
-    work_folder,
-)
+from unicl_fast.packing.work_folder import WorkFolder, describe_options, work_folder
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.program import require_utf8_names
@@ -89,7 +77,7 @@ class BuildSummary:
     num_captions: int
     num_labels: int
     num_quarantined: int
-    """Rows of its quarantine.csv, including the rows of packed sources."""
+    """Rows of quarantine.csv, including rows taken over from packed sources."""
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     hierarchy: str
@@ -103,23 +91,23 @@ class BuildSummary:
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
     left_out_by_kind: dict[str, int]
-    """How many images quarantine.csv lists of each kind: damage, duplicates and filters."""
+    """Images in quarantine.csv by kind: damage, duplicates and filters."""
     passed_over: dict[str, int]
-    """Files and rows that were not tried, and captions that were dropped, by reason."""
+    """Skipped files and rows, and dropped captions, by reason."""
     notes: dict[str, int]
-    """More to say of rows and images that were read, and of how many."""
+    """Remarks on rows and images that were read, with their counts."""
     num_copies: int
-    """Images that an earlier sample has too, byte for byte."""
+    """Images whose bytes equal an earlier sample's."""
     image_size: tuple[int, int] | None = None
     """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
-    """Samples that an earlier run of the same build had packed, before it was stopped."""
+    """Samples that an earlier, interrupted run of this build had packed."""
     was_complete: bool = False
-    """Whether an earlier run had packed them all, and this one had nothing to do."""
+    """Whether an earlier run had packed everything."""
     held_out: BuildSummary | None = None
     """The other data set of --split; this one is OUT/train."""
     num_shared: int = 0
-    """Images of the other data set that this one has too: bytes that were equal once encoded."""
+    """Held-out images that OUT/train has too: their bytes became equal when they were encoded."""
 
 
 def build_dataset(
@@ -133,34 +121,31 @@ def build_dataset(
 ) -> BuildSummary:
     """Packs sources into one data set.
 
-    A build that was stopped or killed resumes after its last finished shard when it is called with
-    the same arguments, and the result is the same as if nothing had happened. One that is complete
-    stays as it is.
+    Called again with the same arguments, an interrupted build resumes after its last finished
+    shard, with the same result; a complete one stays as it is.
 
     Args:
-        sources: class folders, lists, archives, ... (docs/sources.md), or URLs of them.
+        sources: class folders, lists, archives, ... (docs/sources.md), or their URLs.
         out: folder to make, or URL.
-        work: folder for data that are packed for a URL until they are uploaded; empty for one in
-            the user's cache.
-        takes_loose: put images that lie in no class folder into a class of their folder's name,
+        work: folder for data to upload; empty for one in the user's cache.
+        takes_loose: put images outside class folders into a class named after their folder,
             instead of leaving them out.
         progress: show progress bars.
         **options: fields of `BuildOptions`.
 
     Raises:
-        ValueError: a source, list, label or argument is not what it should be, nothing at all
-            could be packed, or the build of this folder, unfinished or complete, is another one.
-        FileNotFoundError: a source or file of names is not there, or a source vanishes while it is
-            packed.
+        ValueError: a source, list, label or argument is invalid, nothing could be packed, or the
+            folder holds another build, unfinished or complete.
+        FileNotFoundError: a source or file of names is missing, or a source vanishes meanwhile.
         StorageError: a store cannot be reached.
-        RuntimeError: it is packed and not uploaded; the message says how to resume.
+        RuntimeError: packed, but not uploaded; the message says how to resume.
     """
     chosen = BuildOptions(**options)
     if is_url(out) and chosen.engine == "ray" and not work:
         raise ValueError(
-            "--engine ray with a URL as --out takes --work FOLDER, on a file system that all "
-            "machines of the cluster see under the same path: what is copied, or unpacked, on its "
-            f"way lies there, and by default in {default_work_folder()} of this machine"
+            "--engine ray with a URL as --out needs --work FOLDER, on a file system that all "
+            "machines of the cluster see under the same path: copied and unpacked files lie there, "
+            f"and by default in {default_work_folder()} of this machine"
         )
     images = chosen.check()
     paths = [os.fspath(source) for source in sources]
@@ -170,29 +155,24 @@ def build_dataset(
     if not is_url(out):
         return _build(paths, Path(out), chosen, images, takes_loose=takes_loose, progress=progress)
     if chosen.split is not None:
-        raise ValueError("--split takes a folder as --out; unicl-pack upload copies both sides")
-    url = str(out)
-    folder = _folder_for(url, Path(work) if work else default_work_folder())
+        raise ValueError("--split needs a folder as --out; unicl-pack upload copies both sides")
+    url, shown = str(out), without_secrets(str(out)).rstrip("/")
+    holder = Path(work or default_work_folder()) / xxhash.xxh3_64_hexdigest(shown.encode())
+    folder = holder / shown.rpartition("/")[2]
     require_free_url(url, folder)
     try:
         summary = _build(paths, folder, chosen, images, takes_loose=takes_loose, progress=progress)
     except BaseException:
         with contextlib.suppress(OSError):  # it holds finished shards, or is not there
-            folder.parent.rmdir()
+            holder.rmdir()
         raise
     try:
         upload_dataset(folder, url, progress=progress)
     except (RuntimeError, OSError) as error:
         resume = upload_command(folder, without_secrets(url))
         raise RuntimeError(f"packed, but not uploaded: {error}. Resume by: {resume}") from error
-    shutil.rmtree(folder.parent)
+    shutil.rmtree(holder)
     return replace(summary, out=without_secrets(url))
-
-
-def _folder_for(url: str, work: Path) -> Path:
-    """The folder below `work` in which a data set for a URL is packed; nothing else is in it."""
-    url = without_secrets(url).rstrip("/")
-    return work / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
 
 
 def _build(
@@ -235,7 +215,7 @@ def _build(
 
 @contextlib.contextmanager
 def _frozen_garbage() -> Iterator[None]:
-    """Limits garbage collection to new objects: scanning the others costs a tenth of the time."""
+    """Excludes existing objects from garbage collection, which saves a tenth of the time."""
     was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
     try:
@@ -254,10 +234,10 @@ def _pack_all(
     takes_loose: bool,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Reads the sources once and packs each side; returns facts that are not in the data sets."""
+    """Reads the sources once and packs each side; returns what the data sets do not record."""
     if options.in_place:
         require_lasting(sources)
-    # copies and unpacked files stay with the finished shards of the side that is packed
+    # copies and unpacked files stay with the finished shards of the side being packed
     place = next((work for work in works if not work.is_complete), works[0])
     staged = StagedSources(sources, options.image_root, place.copies)
     paths = sources if options.in_place else staged.paths
@@ -271,11 +251,10 @@ def _pack_all(
         if not options.in_place:
             staged.fetch()
             options = replace(options, image_root=staged.image_root)
-        names = list(map(shown_place, sources))
         with Spool(place.spool, takes_loose=takes_loose) as spool:
             contents = _read(paths, options, spool, works, progress=progress)
             return [
-                _pack(contents, side, work, options, images, source_names=names, progress=progress)
+                _pack(contents, side, work, options, images, progress=progress)
                 for side, work in enumerate(works)
             ]
     return [dict(work.record["summary"]) for work in works]
@@ -307,18 +286,17 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
-    """The contents of one data set that is to be packed, or of both sides of a split."""
+    """The contents of the data set to pack, or of both sides of a split."""
 
     sides: Sequence[Samples]
     """In the order of the sources."""
     space: LabelSpace
     numbers: dict[Label, int]
-    """The class of each label as a source spells it."""
+    """The class of each label, as its source spells it."""
     templates: tuple[str, ...]
     hierarchy: Hierarchy | None
     license: str
     packed: Sequence[PackedSource]
-    """The sources that are packed data sets."""
     passed_over: Counter[str]
     notes: Counter[str]
 
@@ -330,10 +308,9 @@ def _pack(
     options: BuildOptions,
     images: ImageOptions,
     *,
-    source_names: Sequence[str],
     progress: bool,
 ) -> dict[str, Any]:
-    """Writes a data set, or the rest of it; returns facts that are not in it."""
+    """Writes a data set, or the rest of one; returns what it does not record."""
     if work.is_complete:
         return dict(work.record["summary"])
     places = Places(work.out) if options.in_place else None
@@ -341,32 +318,24 @@ def _pack(
     # samples that were left out before cannot be packed now; the first side lists them
     packed = contents.packed if side == 0 else ()
     with DatasetWriter(
-        work.out,
-        shard_bytes=options.shard_bytes,
-        images=options.kept_as,
-        work=work.path,
+        work.out, shard_bytes=options.shard_bytes, images=options.kept_as, work=work.path
     ) as writer:
         one_size = OneSize(images.square_side, writer.notes) if options.kept_as == "raw" else None
-        num_taken_over = writer.num_samples
-        num_done = writer.num_places
+        num_taken_over, num_done = writer.num_samples, writer.num_places
         if num_taken_over:
             num_done -= sum(one.manifest.num_quarantined for one in packed)
         else:
             for row in left_out_before(packed):
                 writer.quarantine(**asdict(row))
-        samples = contents.sides[side]
-        order = _order_of(samples, options)
+        samples, seed = contents.sides[side], options.seed
+        order = (
+            shuffled_files(samples, seed=seed)
+            if options.in_place
+            else shuffled_order(len(samples), seed=seed)
+        )
+        left = samples.at(order[num_done:])
         # closed here: an error keeps it, and the exit of the program would meet its closed pipes
-        with contextlib.closing(
-            _check(
-                samples.at(order[num_done:]),
-                images=images,
-                one_size=one_size,
-                context_length=CONTEXT_LENGTH,
-                options=options,
-                known=known,
-            )
-        ) as checked:
+        with contextlib.closing(_check(left, images, one_size, options, known)) as checked:
             bar = Bar(
                 checked,
                 total=len(order),
@@ -389,7 +358,7 @@ def _pack(
                 class_names=contents.space.names,
                 templates=contents.templates,
                 hierarchy=contents.hierarchy,
-                source=source_names,
+                source=work.record["options"]["sources"],
                 seed=options.seed,
                 tool_version=__version__,
                 license=contents.license,
@@ -402,12 +371,6 @@ def _pack(
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
 
 
-def _order_of(samples: Samples, options: BuildOptions) -> npt.NDArray[np.int64]:
-    if options.in_place:
-        return shuffled_files(samples, seed=options.seed)
-    return shuffled_order(len(samples), seed=options.seed)
-
-
 def _read(
     paths: list[str],
     options: BuildOptions,
@@ -416,7 +379,7 @@ def _read(
     *,
     progress: bool,
 ) -> _Contents:
-    """Reads all sources, numbers their labels, chooses samples and divides them."""
+    """Reads all sources, numbers their labels, chooses the samples and splits them."""
     unwanted = LeaveOut(options.leave_out)
     read = read_sources(paths, options, spool)
     if options.in_place:
@@ -445,7 +408,7 @@ def _read(
         hierarchy=hierarchy,
         license=options.license or join_licenses(read),
         packed=packed,
-        passed_over=+passed_over,  # without those that nothing was passed over for
+        passed_over=+passed_over,  # `+` drops the zeros
         notes=+notes,
     )
 
@@ -453,7 +416,7 @@ def _read(
 def _choose_templates(
     options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
 ) -> tuple[str, ...]:
-    """Those of --templates, else of packed sources, which must agree, else `templates_for`."""
+    """Prompt templates: by --templates, else by packed sources, which must agree, else by names."""
     if not space.names:
         return ()
     if options.templates:
@@ -464,7 +427,7 @@ def _choose_templates(
 def _choose_hierarchy(
     options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
 ) -> Hierarchy | None:
-    """The places of the classes, if --hierarchy or a packed source gives them."""
+    """The hierarchy that --hierarchy or the packed sources give."""
     if options.hierarchy:
         path, names = Path(options.hierarchy), options.hierarchy_names
         parents = read_parents(path, columns=options.hierarchy_columns)
@@ -478,7 +441,7 @@ def _choose_hierarchy(
 def _number_labels(
     read: Sequence[Source], class_names: str, spool: Spool, works: Sequence[WorkFolder]
 ) -> tuple[LabelSpace, dict[Label, int]]:
-    """One label space for all sources, and the class number of each label found in them."""
+    """One label space for all sources, and the class number of each of their labels."""
     labels: dict[Label, None] = {}
     checksums = {"what else was read": spool.checksum_origins()}
     for number, source in enumerate(read, start=1):
@@ -496,18 +459,16 @@ def _number_labels(
 
 def _check(
     samples: Samples,
-    *,
     images: ImageOptions,
     one_size: OneSize | None,
-    context_length: int,
     options: BuildOptions,
     known: KnownImages | None,
 ) -> Generator[tuple[str, Item, Checked | Problem], None, None]:
     """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order
-    # Kept while they are under way, since making them costs as much as writing them.
+    # Samples under way are kept, since making them again costs as much as writing them.
     ahead, behind = itertools.tee(samples)
-    # Tasks are made when they are handed out: by then the size of the first image may be known.
+    # Tasks are made as they are handed out: the size of the first image can be known by then.
     results = check(
         (
             Task(
@@ -521,7 +482,7 @@ def _check(
             if item.problem is None and item.entry is not None
         ),
         options=images,
-        context_length=context_length,
+        context_length=CONTEXT_LENGTH,
         workers=options.workers,
     )
     with contextlib.closing(results):
@@ -539,7 +500,7 @@ def _write(
     one_size: OneSize | None,
     places: Places | None,
 ) -> None:
-    """Writes sound samples, and lists the others."""
+    """Writes sound samples, and lists the others in quarantine.csv."""
     num_reencoded: int = writer.notes.get("num_reencoded", 0)
     for source, item, result in checked:
         if isinstance(result, Problem):

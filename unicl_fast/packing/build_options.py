@@ -1,4 +1,4 @@
-"""The options of `unicl-pack build`, their help, and what is refused of them."""
+"""The options of `unicl-pack build`, their help, and their checks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.workers import ImageOptions
 
 DEFAULT_IMAGE_SECONDS = 30.0
-"""A hundred times what the largest ordinary photograph takes."""
+"""A hundred times as long as the largest ordinary photograph needs."""
 
 _FREE_TO_CHANGE = {"restart", "workers", "engine", "known"}
-"""Options that a build need not repeat to resume: they leave no trace in the data set."""
+"""Options that can change when a build resumes: they leave no trace in the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,69 +33,67 @@ class BuildOptions(ListOptions):
     seed: int = 0
     """Decides the order of the samples, shuffled over all sources, and what --split holds out."""
     split: float | None = None
-    """Make two data sets, OUT/train with this fraction of the images and OUT/held-out with the
-    others: 0.9, say. Each class is divided so; equal images stay together, and those of one
-    --group-column."""
+    """Make two data sets: OUT/train with this fraction of each class, such as 0.9, and OUT/held-out
+    with the rest. Equal images, and images with the same --group-column, stay together."""
     class_names: str = ""
     """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
-    (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
-    n01440764). By default the labels found are the names, sorted, blanks for underscores."""
+    (KEY is a folder name, say), or the built-in imagenet (keys are WordNet ids such as n01440764).
+    By default the labels found become the names, sorted, with blanks for underscores."""
     hierarchy: str = ""
-    """A file that says which class is above which, by their names or keys: .json with
+    """A file that says which class is above which, by names or keys: .json with
     {"child": "parent", ...}, .csv or .tsv with names from the top down to a class in each row, or
     lines PARENT CHILD as in WordNet's wordnet.is_a.txt. See docs/objectives.md."""
     hierarchy_columns: Sequence[str] = ()
-    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
-    itself may be given if it has such columns."""
+    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The file can be the
+    list of images itself."""
     hierarchy_names: str = ""
-    """Names for keys in --hierarchy that are not those of labels: a file with lines KEY<TAB>NAME,
-    as WordNet's words.txt."""
+    """Names for keys in --hierarchy that are no labels: a file with lines KEY<TAB>NAME, such as
+    WordNet's words.txt."""
     templates: str = ""
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet if half of the classes are ImageNet's, else
     simple."""
     leave_out: str = ""
-    """A CSV file with the columns source and name: images to leave out, such as inspect's
-    --duplicates-list writes."""
+    """A CSV file of images to leave out, with the columns source and name, such as inspect's
+    --duplicates-list."""
     resize: str = ""
     """short:PIXELS scales images down until their shorter side has this many pixels, and encodes
-    them again. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS
+    them again; smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS
     scales down or up until the shorter side has this many, and cuts the longer one at both ends."""
     quality: int | None = None
-    """1 to 100, by default 90: of images that become JPEG or WebP with --format, or were scaled
-    with --resize. Refused where nothing would be encoded with it."""
+    """Quality of encoded JPEG and WebP images, 1 to 100, by default 90. Refused if neither --format
+    nor --resize encodes any."""
     format: ImageFormat = "keep"
-    """keep: images stay files, byte for byte where they are plain JPEGs and PNGs. jpeg, webp,
-    png: all become files of that format; plain ones that are already, and need no scaling, stay
-    byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
-    makes training's input several times as fast; all must be of one size, and take 3 bytes a
-    pixel. ppm: decoded too, in files of any sizes. docs/data.md compares them."""
+    """keep: images stay files, and plain JPEGs and PNGs keep their bytes. jpeg, webp, png: all
+    become files of that format; plain ones that already are, and need no scaling, keep their
+    bytes. raw: decoded for good, 3 bytes a pixel, which makes training's input several times as
+    fast for small images (32 pixels a side, say); all must have one size. ppm: decoded too, in
+    files of any size. docs/data.md compares them."""
     in_place: bool = False
     """Leave images in the tars and files of SOURCE, in folders or under URLs: they are checked and
-    indexed, and not copied. Only those that no decoder should meet are converted, and kept in
-    --out. Sources must stay as they are: see docs/data.md."""
+    indexed, but not copied. Only files unsafe for training's decoders are converted and kept in
+    --out. Sources must not change: see docs/data.md."""
     known: str = ""
-    """A data set of --in-place: images that it knows, in files that have not changed, are not
-    looked at again."""
+    """A data set of --in-place: images that it lists, in files that have not changed, are not
+    checked again."""
     license: str = ""
-    """The license of the data, such as CC-BY-4.0. It is kept in the manifest, for the cards
-    of models that are trained on it."""
+    """The license of the data, such as CC-BY-4.0: kept in the manifest, for cards of models trained
+    on it."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS
-    """An image with more pixels is left out by what its header says, before it is decoded. A
-    worker's memory is limited to what an image of this size may need: 5 GB by default."""
+    """Images whose headers declare more pixels are left out undecoded. Also limits a worker's
+    memory to the need of such an image: 5 GB by default."""
     image_seconds: float = DEFAULT_IMAGE_SECONDS
-    """An image that takes longer to read and check is left out, as is one that crashes a decoder;
-    both are tried twice. 0 waits for ever."""
+    """Images that need longer to read and check are left out after two tries, like images that
+    crash a decoder. 0 sets no limit."""
     workers: int = 0
-    """Processes that read and check images; 0 takes one for each core, here or of the cluster."""
+    """Processes that read and check images; 0 starts one for each core, here or of the cluster."""
     engine: Engine = "local"
-    """Read and check images in processes of this machine, or on a Ray cluster (the extra
-    `ray`), whose machines must see sources, --out and --work under the same paths. The
-    data set is the same."""
+    """Check images in processes of this machine, or on a Ray cluster (the extra `ray`), whose
+    machines must see sources, --out and --work under the same paths. The data set is the same."""
     restart: bool = False
-    """Start over, and throw away what an unfinished build has left in OUT.partial."""
+    """Discard an unfinished build in OUT.partial and start over."""
 
     def repeated(self) -> dict[str, Any]:
         """The options that a build must repeat to resume, by name."""
@@ -103,7 +101,7 @@ class BuildOptions(ListOptions):
 
     @property
     def kept_as(self) -> Literal["encoded", "raw", "in place"]:
-        """The form that the data set has images in, as `DatasetWriter` takes it."""
+        """The form in which the data set keeps images, for `DatasetWriter`."""
         if self.in_place:
             return "in place"
         return "raw" if self.format == "raw" else "encoded"
@@ -119,20 +117,20 @@ class BuildOptions(ListOptions):
         return names.get(self.format, "pixels")
 
     def check(self) -> ImageOptions:
-        """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""
+        """Raises ValueError for options that cannot work; returns the workers' options."""
         _require_in("--seed", self.seed, 0, 2**63 - 1)
         _require_in("--workers", self.workers, 0, 1024)
         _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
         _require_in("--image-seconds", self.image_seconds, 0, 86_400)
         if self.split is not None and not 0 < self.split < 1:
             raise ValueError(
-                f"--split takes the fraction for training, such as 0.9, not {self.split:g}"
+                f"--split is the fraction for training, such as 0.9, not {self.split:g}"
             )
         if self.known and not self.in_place:
-            raise ValueError("--known takes --in-place")
+            raise ValueError("--known needs --in-place")
         if self.in_place and (self.resize or self.format != "keep" or is_url(self.image_root)):
             raise ValueError(
-                "--in-place leaves images as they are, and takes lists of files in folders only: "
+                "--in-place leaves images as they are, and reads lists of files in folders only: "
                 "leave out --resize, --format and an --image-root under a URL; or --in-place"
             )
         if self.group_column and self.split is None:
@@ -172,12 +170,12 @@ class BuildOptions(ListOptions):
         if pixels > MAX_SIDE or pixels**2 > self.max_pixels:
             raise ValueError(
                 f"--resize {self.resize} would make images of {pixels**2:,} pixels; at most "
-                f"{self.max_pixels:,} (--max-pixels) and {MAX_SIDE:,} a side are taken"
+                f"{self.max_pixels:,} (--max-pixels) and {MAX_SIDE:,} a side are allowed"
             )
         return 0, pixels
 
     def _used_quality(self) -> int:
-        """The quality of what is encoded; one that nothing would be encoded with is refused."""
+        """The quality of encoded images; raises ValueError for one that would not be used."""
         known = get_args(ImageFormat)
         if self.format not in known:
             raise ValueError(
@@ -188,13 +186,13 @@ class BuildOptions(ListOptions):
         _require_in("--quality", self.quality, 1, 100)
         if self.format in ("png", "ppm", "raw"):
             raise ValueError(
-                f"--quality has no meaning with --format {self.format}, which keeps every pixel as "
-                "it is: leave it out, or take --format jpeg or webp"
+                f"--quality has no meaning with --format {self.format}, which keeps every pixel: "
+                "leave it out, or choose --format jpeg or webp"
             )
         if self.format == "keep" and not self.resize:
             raise ValueError(
-                "--quality would change nothing: without --resize, --format keep encodes only what "
-                "no decoder should meet, at 95; leave it out, or add --resize or --format jpeg or "
+                "--quality would change nothing: without --resize, --format keep only encodes "
+                "files unsafe to decode, at 95; leave it out, or add --resize or --format jpeg or "
                 "webp"
             )
         return self.quality

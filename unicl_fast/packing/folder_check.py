@@ -1,6 +1,6 @@
-"""Checks the files of a packed data set: all there, no others, sizes, checksums, references.
+"""Checks the files of a packed data set: present, no others, sizes, checksums, references.
 
-`verify` does this before it looks into a shard.
+`verify` does this before it opens a shard.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.other_tokens import TOKENS_PREFIX
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
-from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
@@ -58,18 +58,18 @@ class Fault:
     captions, labels, tokens, quarantine, source, unreadable."""
     message: str
     sample: int | None = None
-    """The number of the sample, if it is a sample's fault."""
+    """The number of the faulty sample, if the fault is one sample's."""
 
 
 class FaultLog:
-    """Hands on faults as they are found, and counts them by kind."""
+    """Passes faults on as they are found, and counts them by kind."""
 
     def __init__(self, note: Callable[[Fault], None]) -> None:
         self._note = note
         self.counts: Counter[str] = Counter()
 
     def add(self, file: str, kind: str, message: str, *, sample: int | None = None) -> None:
-        """Counts a fault, and hands it on."""
+        """Counts a fault, and passes it on."""
         self.counts[kind] += 1
         self._note(Fault(file=file, kind=kind, message=message, sample=sample))
 
@@ -77,7 +77,7 @@ class FaultLog:
     def catch(
         self, file: str, kind: str, *, known: type[OSError] | tuple[()] = ()
     ) -> Iterator[None]:
-        """Makes a fault of a ValueError or OSError, but of those that were noted already."""
+        """Turns a ValueError or OSError into a fault; ignores `known` ones, noted elsewhere."""
         try:
             yield
         except known:
@@ -90,8 +90,8 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     """Checks all but the contents of samples; raises FileNotFoundError if there is no data set.
 
     Returns:
-        The data set, if its samples can be looked at; rows of its arrays can still refer to missing
-        data, which was noted.
+        The data set, if its samples can be read; rows of its arrays can still refer to missing
+        data, which is noted.
     """
     if not (folder / MANIFEST_NAME).is_file() and not (folder / CHECKSUMS_NAME).is_file():
         Manifest.load(folder)  # raises, and says how to make a data set
@@ -107,27 +107,21 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     if not manifest.num_samples:
         faults.add(MANIFEST_NAME, "manifest", "no samples")
     if manifest.num_labels and not manifest.class_names:
-        faults.add(
-            MANIFEST_NAME,
-            "manifest",
-            f"{count_of(manifest.num_labels, 'label')}, but no class names",
-        )
+        message = f"{count_of(manifest.num_labels, 'label')}, but no class names"
+        faults.add(MANIFEST_NAME, "manifest", message)
     if manifest.class_names:
         with faults.catch(MANIFEST_NAME, "manifest"):
             check_templates(manifest.templates, origin="templates")
     _check_shards(folder, manifest, faults=faults)
     with faults.catch(QUARANTINE_NAME, "quarantine", known=OSError):
-        for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
-            pass
+        count_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined)
     pixels_agree = _check_pixels(folder, manifest, faults=faults)
     dataset: PackedDataset | None = None
     if _check_arrays(folder, manifest, damaged, faults=faults) and pixels_agree:
         with faults.catch(MANIFEST_NAME, "manifest"):
             dataset = PackedDataset(folder, max_bad_fraction=None, verify=False)
-    if dataset is not None and not damaged & {
-        MANIFEST_NAME,
-        *(f"{name}.npy" for name in ARRAY_DTYPES),
-    }:
+    needed = {MANIFEST_NAME, *(f"{name}.npy" for name in ARRAY_DTYPES)}
+    if dataset is not None and not damaged & needed:
         _check_ranges(dataset, faults=faults)
     if dataset is not None and dataset.sources is not None:
         info = manifest.in_place
@@ -144,7 +138,7 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
 
 
 def expected_files(manifest: Manifest) -> set[str]:
-    """Names of all files of a data set but its list of checksums."""
+    """Names of all files of a data set, except its list of checksums."""
     shards = {shard.name for shard in manifest.shards}
     indexes = {Path(name).with_suffix(".idx").name for name in shards}
     arrays = {f"{name}.npy" for name in dtypes_of(manifest)}
@@ -155,14 +149,14 @@ def expected_files(manifest: Manifest) -> set[str]:
 def _check_checksums(
     folder: Path, manifest: Manifest | None, *, faults: FaultLog, progress: bool
 ) -> set[str]:
-    """Compares all files with the list; returns the missing and the changed ones."""
+    """Compares all files with the list of checksums; returns missing and changed ones."""
     listed: dict[str, str] = {}
     path = folder / CHECKSUMS_NAME
     with faults.catch(CHECKSUMS_NAME, "checksum"):
         listed = read_checksums(folder) or {}
         if not path.is_file():
             message = (
-                "there is no list of checksums: changes in the arrays may go unnoticed. "
+                "there is no list of checksums: changes in the arrays can go unnoticed. "
                 "unicl-pack build of it writes a copy that has one"
             )
             faults.add(CHECKSUMS_NAME, "missing", message)
@@ -175,7 +169,7 @@ def _check_checksums(
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
     others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}
-    # of other tokenizers; checked when they are used
+    # another tokenizer's tokens are checked when they are used
     others |= {name for name in entries if name.startswith(TOKENS_PREFIX)}
     for name in sorted(set(entries) - expected - others):
         faults.add(name, "extra", "it is no file of this data set")
@@ -197,7 +191,7 @@ def _check_checksums(
 def _is_as_listed(
     path: Path, listed: dict[str, str], large: dict[str, str], *, faults: FaultLog
 ) -> bool:
-    """Compares one file with the list and, a large one, with the manifest."""
+    """Compares one file with the list and, if it is large, with the manifest."""
     found = ""
     with faults.catch(path.name, "unreadable"):
         if not stat.S_ISREG(path.stat().st_mode):
@@ -205,7 +199,7 @@ def _is_as_listed(
         found = file_checksum(path)
     if not found:
         return False
-    # without a list everything passes that the manifest has no checksum of
+    # without a list, files pass that have no checksum in the manifest
     by_list = listed.get(path.name, "nothing of it") if listed else found
     by_manifest = large.get(path.name, found)
     for where, expected in ((CHECKSUMS_NAME, by_list), (MANIFEST_NAME, by_manifest)):
@@ -216,7 +210,7 @@ def _is_as_listed(
 
 
 def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
-    """Sizes, and the two empty blocks at the end of a tar."""
+    """Checks sizes, and the two empty blocks that end a tar."""
     for shard in manifest.shards:
         with (
             faults.catch(shard.name, "shard", known=OSError),
@@ -231,21 +225,20 @@ def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None
 
 
 def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool:
-    """Size and header of decoded images; whether the manifest agrees with itself about them."""
-    agrees = manifest.pixels is None
-    if manifest.pixels is not None:
-        with faults.catch(MANIFEST_NAME, "manifest"):
-            layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
-            found = find_pixel_fault(LocalFiles(folder), layout)
-            agrees = True
-            # if it is missing, that was noted
-            if found is not None and isinstance(found[0], ValueError):
-                faults.add(PIXELS_NAME, "array", str(found[0]))
-    return agrees
+    """Checks size and header of decoded images; returns whether the manifest is consistent."""
+    if manifest.pixels is None:
+        return True
+    with faults.catch(MANIFEST_NAME, "manifest"):
+        layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
+        found = find_pixel_fault(LocalFiles(folder), layout)
+        if found is not None and isinstance(found[0], ValueError):  # a missing file is noted
+            faults.add(PIXELS_NAME, "array", str(found[0]))
+        return True
+    return False
 
 
 def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:
-    """Types, lengths and references of the arrays; whether all can be opened."""
+    """Checks types, lengths and references of the arrays; returns whether all can be opened."""
     can_be_opened = True
     for name, dtype in dtypes_of(manifest).items():
         file, is_open = f"{name}.npy", False
@@ -253,13 +246,14 @@ def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults
             open_array(folder / file, dtype, length_of(manifest, name))
             is_open = True
             if not damaged & {file, MANIFEST_NAME}:
-                verify_arrays(folder, manifest, {name: dtype}, checksums=None)  # were compared
+                # checksums were compared already
+                verify_arrays(folder, manifest, {name: dtype}, checksums=None)
         can_be_opened &= is_open
     return can_be_opened
 
 
 def _check_ranges(dataset: PackedDataset, *, faults: FaultLog) -> None:
-    """Captions, tokens and labels are numbered through: each belongs to one row, none is left."""
+    """Checks that each caption, token and label belongs to exactly one row, in order."""
     tables: list[tuple[str, npt.NDArray[Any], str, str, int]] = [
         ("samples.npy", dataset.samples, "captions", "count", len(dataset.captions)),
         ("samples.npy", dataset.samples, "labels", "count", len(dataset.labels)),
@@ -275,9 +269,8 @@ def _check_ranges(dataset: PackedDataset, *, faults: FaultLog) -> None:
             if wrong.any():
                 row = int(wrong.argmax())
                 before = f"where the rows before it have {expected[row]}"
-                faults.add(
-                    file, "array", f"row {first + row}: {start} is {block[start][row]} {before}"
-                )
+                message = f"row {first + row}: {start} is {block[start][row]} {before}"
+                faults.add(file, "array", message)
                 break
             first += len(block)
             total += int(counts.sum())

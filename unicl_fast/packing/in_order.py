@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def in_order(submit: Callable[[T], Future[R]], tasks: Iterable[T], *, ahead: int) -> Iterator[R]:
-    """Yields results in the order of the tasks, with at most `ahead` of these under way."""
+    """Yields results in the order of the tasks, with at most `ahead` tasks under way."""
     under_way: deque[Future[R]] = deque()
     for task in tasks:
         under_way.append(submit(task))

@@ -1,7 +1,7 @@
-"""Building in place (`unicl-pack build --in-place`): images stay in their source files.
+"""`unicl-pack build --in-place`: images stay in their source files.
 
-Samples of a source file stay together, in its order, so that training reads from a store what it
-needs once; the files are shuffled. An index that is known saves looking at its images again.
+A file's samples stay together, in its order, so that training reads each stored block once; the
+files are shuffled. With a known index, unchanged images are not checked again.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ UInt64Array = npt.NDArray[np.uint64]
 
 
 def require_in_place(sources: Sequence[Source], spool: Spool) -> None:
-    """Refuses sources whose images are not bytes of a file as they are."""
+    """Refuses sources whose images are not consecutive bytes of a file."""
     for source in sources:
         if not source.items.kinds <= _READ_IN_PLACE or spool.has_files:
             raise ValueError(
-                f"{source.name}: --in-place takes tars, and folders or lists of files; images in a "
-                "zip, in Parquet or kept as pixels are packed without it"
+                f"{source.name}: --in-place works with tars, and folders or lists of files; images "
+                "in a zip, in Parquet or kept as pixels are packed without it"
             )
 
 
 def shuffled_files(samples: Samples, *, seed: int) -> npt.NDArray[np.int64]:
-    """The numbers of all samples, files in the same order for the same seed, anywhere."""
+    """All samples' numbers, int64 [n], file by file; a seed gives the same order everywhere."""
     files, last, count = np.empty(len(samples), np.int64), None, 0
     for number, (_, item) in enumerate(samples):
         path = getattr(item.entry, "path", last)
@@ -51,7 +51,7 @@ def shuffled_files(samples: Samples, *, seed: int) -> npt.NDArray[np.int64]:
 
 
 class Places:
-    """Makes the places of images in their source files, for a data set that is to lie in `out`."""
+    """Locates images in their source files, for a data set in `out`."""
 
     def __init__(self, out: Path) -> None:
         self._out = os.path.join(os.path.realpath(out.parent), out.name)
@@ -59,7 +59,7 @@ class Places:
         self._file = functools.lru_cache(maxsize=1 << 10)(self._describe)
 
     def of(self, entry: Entry) -> SourcePlace:
-        """The place of an image; raises ValueError if it is under a URL and others are not."""
+        """The place of an image; raises ValueError if only some images are under URLs."""
         assert isinstance(entry, (FileEntry, Span, PackedFile))
         if self._are_urls is None:
             self._are_urls = is_url(entry.path)
@@ -80,30 +80,27 @@ class Places:
         return name, status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=1 << 10)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
+_real_folder = functools.lru_cache(maxsize=1 << 10)(os.path.realpath)
 
 
 def whole_path(path: str) -> str:
     """A path without links above the file, or a URL."""
     folder, name = os.path.split(path)
-    return path if is_url(path) else os.path.join(_real(folder), name)
+    return path if is_url(path) else os.path.join(_real_folder(folder), name)
 
 
 class KnownImages:
     """The images of an index, found by their places; 16 bytes of memory for each."""
 
     def __init__(self, folder: str, out: Path) -> None:
-        """Raises ValueError if `folder` is no data set in place, or what it refers to changed."""
+        """Raises ValueError if `folder` is no data set in place, or its source files changed."""
         self._dataset = PackedDataset(folder, max_bad_fraction=None)
         self._places = Places(out)
         self.notes: Counter[str] = Counter()
         """How many images were found, in words."""
         sources = self._dataset.sources
         if sources is None:
-            raise ValueError(f"--known takes a data set of build --in-place, which {folder} is not")
-        self._sources = sources
+            raise ValueError(f"--known needs a data set of build --in-place, which {folder} is not")
         rows = sources.rows
         keys = [
             _file_key(whole_path(sources[n]), int(rows[n]["num_bytes"]), int(rows[n]["version"]))
@@ -117,7 +114,7 @@ class KnownImages:
         self._keys, self._numbers = sample_keys[order], found[order]
 
     def replace(self, entry: Entry) -> Entry:
-        """The entry, or one that is not looked at again, since its file is as it was."""
+        """The entry, or a `PackedFile` that is not checked again if its file is unchanged."""
         if isinstance(entry, PackedFile) or not isinstance(entry, (FileEntry, Span)):
             return entry
         try:
@@ -140,6 +137,6 @@ def _file_key(path: str, num_bytes: int, version: int) -> int:
 
 
 def _mix(files: UInt64Array, offsets: UInt64Array, sizes: UInt64Array) -> UInt64Array:
-    """Keys of images, from those of their files."""
+    """Keys of images, from the keys of their files."""
     mixed: UInt64Array = files + offsets * np.uint64(0x9E3779B97F4A7C15)
     return mixed ^ (sizes * np.uint64(0xC2B2AE3D27D4EB4F))

@@ -24,14 +24,14 @@ import numpy.typing as npt
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
 from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
-from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.installation import install_command
 from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_DISTANCE = 4
-"""In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
-of unrelated photographs none (docs/data.md)."""
+"""In bits of 64: includes copies in another size, quality, aspect or in grey, and none of 200,000
+pairs of unrelated photographs (docs/data.md)."""
 _MODEL = "en_core_web_sm"
 """spaCy's English model."""
 MORE_THAN = 5
@@ -49,7 +49,7 @@ _STOP_WORDS = frozenset(
     to together too toward towards under until up upon us very was we were what when where which
     while who whose why will with within without would you your""".split()  # noqa: SIM905 - as a list it would take 160 lines
 )
-"""Words that name nothing to be seen, in English, as noun phrases have none."""
+"""English words that name nothing visible, which noun phrases do not have either."""
 _BINS = 30
 _FAR = 3
 """Histograms end at the 99th percentile if the largest value lies this many times as far."""
@@ -61,14 +61,14 @@ class Concepts:
 
     num_concepts: int
     kind: str
-    """The things that were counted, in words."""
+    """How they were counted, in words."""
     most_frequent: tuple[tuple[str, int], ...]
     """The first 30, with the number of their occurrences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """A quantity over many things: five numbers and a histogram."""
+    """The distribution of a quantity: five numbers and a histogram."""
 
     smallest: float
     median: float
@@ -82,10 +82,10 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Images that are copies of one another, or look alike."""
+    """Images that are copies, or look alike."""
 
     samples: tuple[int, ...]
-    """The first stays; the others are its copies."""
+    """The original, then its copies."""
     distances: tuple[int, ...]
     """Bits in which each hash differs from the first's; empty for exact copies."""
     labels_differ: bool
@@ -113,7 +113,7 @@ class ConceptRow:
     images_per_concept: float
     """0 without concepts."""
     kind: str
-    """The meaning of a concept here, in words."""
+    """What counts as a concept, in words."""
 
 
 _OF_MANIFEST = (
@@ -127,7 +127,7 @@ class Inspection:
     """The full description of a data set."""
 
     folder: Path | str
-    """The folder, or the URL that it is a copy of."""
+    """The folder, or the URL of which it is a copy."""
     num_samples: int
     num_captions: int
     num_tokens: int
@@ -154,11 +154,11 @@ class Inspection:
     caption_tokens: Spread | None
     """Lengths without start and end token."""
     num_cut_captions: int
-    """As long as the context allows, so that most of them were cut."""
+    """Captions as long as the context allows, most of which were cut."""
     num_distinct_captions: int
-    """Distinct in their tokens."""
+    """Captions with distinct tokens."""
     repeated_captions: tuple[tuple[str, int], ...]
-    """The most frequent ones that occur more than once."""
+    """The most frequent captions that occur more than once."""
     frequent_concepts: tuple[tuple[str, int], ...]
     heights: Spread
     widths: Spread
@@ -168,7 +168,7 @@ class Inspection:
     exact_copies: Copies
     near_distance: int
     near_copies: Copies | None
-    """Near copies that are not exact ones; None if they were not searched."""
+    """Near copies that are not exact ones; None without a search."""
     concepts: tuple[ConceptRow, ...]
     seconds: float
 
@@ -184,11 +184,11 @@ def inspect_dataset(
 ) -> Inspection:
     """Describes a data set; `tools.pack.inspect.Inspect` explains the arguments.
 
-    With `near` worker processes are spawned, as `build_dataset` says.
+    With `near` it spawns worker processes.
 
     Raises:
         FileNotFoundError: not a data set.
-        ValueError: it is damaged, or ImageHash or spaCy is asked for and not installed.
+        ValueError: it is damaged, or a requested package, ImageHash or spaCy, is not installed.
     """
     started = time.perf_counter()
     if near and not has_imagehash():
@@ -198,12 +198,9 @@ def inspect_dataset(
         )
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
-        # refused now, rather than after a look at all images
-        left_out = Counter(
-            row.kind
-            for row in read_left_out(
-                dataset.folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined
-            )
+        # a bad list is refused now, before all images are read
+        quarantined = count_left_out(
+            dataset.folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined
         )
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
         found = per_image = lengths = None
@@ -214,7 +211,8 @@ def inspect_dataset(
             lengths = _spread(dataset.captions["tokens_length"].astype(int) - 2)
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
         class_counts = tuple(zip(manifest.class_names, counts, strict=True))
-        exact = np.arange(len(dataset))  # of each, the first image with the same bytes
+        labels_per_image = Counter(rows["labels_count"][has_labels].tolist())
+        exact = np.arange(len(dataset))  # for each image, the first one with the same bytes
         for group in equal_images(dataset):
             exact[group] = group[0]
         near_copies = None
@@ -226,14 +224,12 @@ def inspect_dataset(
             **{name: getattr(manifest, name) for name in _OF_MANIFEST},
             num_shards=len(manifest.shards),
             is_raw=manifest.pixels is not None,
-            quarantined=dict(left_out.most_common()),
+            quarantined=quarantined,
             num_with_labels=int(has_labels.sum()),
             num_with_captions=int(has_captions.sum()),
             num_with_both=int((has_labels & has_captions).sum()),
             class_counts=class_counts,
-            labels_per_image=dict(
-                sorted(Counter(rows["labels_count"][has_labels].tolist()).items())
-            ),
+            labels_per_image=dict(sorted(labels_per_image.items())),
             captions_per_image=per_image,
             caption_tokens=lengths,
             frequent_concepts=() if found is None else found.most_frequent,
@@ -261,16 +257,13 @@ def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
 def count_concepts(texts: Iterable[str], *, how: HowToCount = "auto") -> Concepts:
     """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
 
-    The paper takes the noun phrases that spaCy finds. With `auto`, where spaCy or its English model
-    is not installed, words are counted in the same way, and the result says so.
-
-    Raises:
-        ValueError: noun phrases are asked for, and spaCy or the model is not installed.
+    The paper counts spaCy's noun phrases. If spaCy or its English model is missing, `auto` counts
+    words instead, and the result says so; `noun-phrases` raises ValueError.
     """
     missing = "" if how == "words" else _missing_for_phrases()
     if missing and how == "noun-phrases":
         raise ValueError(
-            f"noun phrases take spaCy with an English model, and {missing} is not installed: "
+            f"noun phrases need spaCy with an English model, and {missing} is not installed: "
             f"pip install spacy && python -m spacy download {_MODEL}; or count words by "
             "--concepts words"
         )
@@ -316,27 +309,24 @@ def _table_1(
     num_labelled: int,
     num_captioned: int,
 ) -> tuple[ConceptRow, ...]:
-    """The paper's row for labelled images, and for captioned ones."""
-    rows: list[ConceptRow] = []
-
-    def add(data: str, num_images: int, num_concepts: int, kind: str) -> None:
-        each = num_images / num_concepts if num_concepts else 0.0
-        rows.append(ConceptRow(data, num_images, num_concepts, each, kind))
-
+    """The paper's rows for labelled images and for captioned ones."""
+    rows: list[tuple[str, int, int, str]] = []
     if num_labelled:
         used = sum(count > 0 for _, count in class_counts)
         named = f", of {len(class_counts):,} named" if used < len(class_counts) else ""
-        add("image-label", num_labelled, used, f"categories with images{named}")
+        rows.append(("image-label", num_labelled, used, f"categories with images{named}"))
     if found is not None:
-        add("image-text", num_captioned, found.num_concepts, found.kind)
-    return tuple(rows)
+        rows.append(("image-text", num_captioned, found.num_concepts, found.kind))
+    return tuple(
+        ConceptRow(data, images, concepts, images / concepts if concepts else 0.0, kind)
+        for data, images, concepts, kind in rows
+    )
 
 
 def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
-    """Five numbers, and a histogram of some 30 bins at round numbers, at least `unit` wide.
+    """Five numbers, and a histogram with at most about 30 round bins, at least `unit` wide.
 
-    A few very large values, in whose scale all others would fall into one bin, share a wider last
-    bin.
+    A few very large values, which would squeeze all others into one bin, share a wider last bin.
     """
     low, high = float(values.min()), float(values.max())
     reach, most = high, float(np.percentile(values, 99))
@@ -394,7 +384,7 @@ def _near_copies(
     exact: npt.NDArray[np.int64],
     max_distance: int,
 ) -> Copies:
-    """Groups of images that look alike, once all exact copies but the first are gone."""
+    """Groups of images that look alike, without exact copies."""
     kept = np.flatnonzero(exact == np.arange(len(exact)))
     leaders = np.arange(len(hashes))
     leaders[kept] = kept[find_leaders(hashes[kept], max_distance)]
@@ -402,7 +392,7 @@ def _near_copies(
 
 
 def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:
-    """Captions by their tokens: how many are cut, distinct, and repeated."""
+    """How many captions are cut, distinct, and repeated, by their tokens."""
     manifest, captions = dataset.manifest, dataset.captions
     places = zip(captions["tokens_start"].tolist(), captions["tokens_length"].tolist(), strict=True)
     occurrences = Counter(dataset.tokens[start : start + size].tobytes() for start, size in places)

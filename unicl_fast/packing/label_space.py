@@ -1,6 +1,6 @@
 """The labels of all sources as one label space: class names in label order, and their hierarchy.
 
-A label, as sources spell it, may be a key (a folder name, a WordNet id), a class name, or a number.
+Sources spell a label as a key (a folder name, a WordNet id), a class name, or a number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class LabelSpace:
     """Class names in label order, and the number of each label."""
 
     def __init__(self, names: tuple[str, ...], keys: Sequence[str] = ()) -> None:
-        """`keys` are other names by which sources may call each class; in the same order."""
+        """`keys` are other names that sources use for the classes, in the same order."""
         self.names, self.keys = names, keys
         numbers = {display_name(name): number for number, name in enumerate(names)}
         numbers |= {name: number for number, name in enumerate(names)}
@@ -30,7 +30,7 @@ class LabelSpace:
         self._numbers = numbers | {key: number for number, key in enumerate(keys)}
 
     def find(self, label: str) -> int | None:
-        """The class that has a text as its key or name, also with blanks for underscores."""
+        """The number of the class with this key or name, also with blanks for underscores."""
         name = label.partition("\0")[0]
         for spelled in (label, name, display_name(name)):
             if (number := self._numbers.get(spelled)) is not None:
@@ -38,11 +38,7 @@ class LabelSpace:
         return None
 
     def number_of(self, label: Label) -> int:
-        """The class of a label: a key, a name (also with blanks for underscores), or a number.
-
-        Raises:
-            ValueError: no class fits; the message names the label.
-        """
+        """The number of a label's class; raises ValueError, which names the label, if none fits."""
         if isinstance(label, str) and (number := self.find(label)) is not None:
             return number
         if isinstance(label, int) or label.isdecimal():
@@ -55,19 +51,19 @@ class LabelSpace:
         raise ValueError(
             f"label {label!r} is not among the {len(self.names)} class names or their keys "
             f"({', '.join((self.keys or self.names)[:3])}, ...); add it to the class names, or "
-            "leave --class-names out to take the labels as names"
+            "leave --class-names out to use the labels as names"
         )
 
 
 def display_name(label: str) -> str:
-    """A label as text: blanks for underscores."""
+    """A label with blanks for underscores."""
     return " ".join(label.replace("_", " ").split()) or label
 
 
 def read_label_space(source: str) -> LabelSpace:
-    """Reads a file with one name, or KEY<TAB>NAME, a line in label order; or takes `imagenet`.
+    """Reads a file with one name, or KEY<TAB>NAME, a line in label order.
 
-    That has the names that CLIP uses, and WordNet ids as keys.
+    The built-in `imagenet` has CLIP's names, and WordNet ids as keys.
     """
     lines = read_class_names(source)
     if source == "imagenet":
@@ -91,17 +87,17 @@ def collect_label_space(
 ) -> LabelSpace:
     """The label space of a build without class names.
 
-    `packed` are the class names of packed data sets, which come first and keep their order; classes
-    of equal names are one. The other labels follow as text, sorted.
+    `packed` are the class names of packed data sets: they come first, in their order, and equal
+    names become one class. The other labels follow as text, sorted.
     """
     spelled = dict.fromkeys(label for names in packed for label in spell_classes(names))
     names = [label.partition("\0")[0] for label in spelled]
-    # a source that knows no more than the name means the first class of this name
+    # a source that only knows the name means the first class with this name
     known = LabelSpace(tuple(names), [label.removesuffix("\0" + "0") for label in spelled])
     others = (str(label) for label in labels)
     new = sorted({display_name(label) for label in others if known.find(label) is None})
     for name in new:
-        if not name.isprintable():  # also true of bytes that are no UTF-8
+        if not name.isprintable():  # nor are bytes that are not UTF-8
             raise ValueError(f"the class name {name!r} cannot be printed; rename it")
     return LabelSpace((*known.names, *new), (*known.keys, *new))
 
@@ -109,18 +105,18 @@ def collect_label_space(
 def place_classes(
     space: LabelSpace, parents: Mapping[str, str], names: Mapping[str, str], *, origin: str
 ) -> Hierarchy:
-    """The classes' places among those above them; a class that `parents` does not name has none.
+    """The classes' hierarchy; a class that `parents` does not name has no place in it.
 
-    Keys of `parents` and `names` are keys or names of classes; `origin` is where `parents` is from.
+    Keys of `parents` and `names` are keys or names of classes; `origin` names `parents` in errors.
 
     Raises:
-        ValueError: none of the classes is there, one is above itself, or several keys have the name
-            of a class that has none.
+        ValueError: no class has a place, one is above itself, or several keys have the name of a
+            class without a key.
     """
     keys = dict.fromkeys([*parents, *parents.values()])
     numbers = {key: number for key in keys if (number := space.find(key)) is not None}
     with_key, by_name = set(numbers.values()), dict[int, str]()
-    for key in keys:  # a name may be that of several: beaver is an animal and a hat
+    for key in keys:  # several keys can have one name: beaver is an animal and a hat
         number = space.find(names[key]) if key not in numbers and key in names else None
         if number is None or number in with_key:
             continue
@@ -164,7 +160,6 @@ def refuse_numbers(labels: Iterable[Label], source: str) -> None:
     for label in labels:
         if isinstance(label, int) or label.isdecimal():
             raise ValueError(
-                f"{source}: labels are numbers, such as {label}. Say what they stand for by "
-                "--class-names FILE, one name a line in label order, or choose a column with names "
-                "by --label-column"
+                f"{source}: labels are numbers, such as {label}. Name them by --class-names FILE, "
+                "one name a line in label order, or choose a column with names by --label-column"
             )

@@ -1,9 +1,9 @@
-"""Finds images that look alike, by 64-bit perceptual hashes (ImageHash's pHash) that differ little.
+"""Finds images that look alike: their 64-bit perceptual hashes (ImageHash's pHash) differ little.
 
 Copies in another size, quality or format differ in a few bits, unrelated photographs in about 32.
-Instead of comparing all with all, the bits are cut into blocks: hashes that differ in at most r
-bits agree in at least m of r + m blocks, so for each choice of m blocks the hashes are sorted by
-them, and only neighbours with equal blocks are compared.
+Not all pairs are compared. The bits are divided into r + m blocks: hashes that differ in at most r
+bits agree in at least m blocks, so for each choice of m blocks the hashes are sorted by them, and
+only neighbours with equal blocks are compared.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
 
 MAX_DISTANCE = 12
-"""Beyond this unrelated images come near each other, and the search becomes slow."""
+"""Beyond this, unrelated images are near each other, and the search is slow."""
 MAX_PAIRS = 20_000_000
 _BITS = 64
 _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
 _CHUNK = 64
 _CHUNKS_AHEAD = 64
 _DRAFT = 128
-"""A JPEG is decoded at the smallest eighth of its size that still has this many pixels a side: four
-times what the hash looks at."""
+"""JPEGs are decoded at the smallest eighth of their size with this many pixels a side, four times
+as many as the hash uses."""
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
 
 
 def has_imagehash() -> bool:
-    """Whether ImageHash is installed."""
     return importlib.util.find_spec("imagehash") is not None
 
 
@@ -68,15 +67,13 @@ def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Ha
                 bar.update(len(part))
         except BrokenProcessPool as error:
             raise ValueError(
-                "a process that decodes images ended before its time, for want of memory or by a "
-                f"crash of the decoder: unicl-pack verify {folder} finds such an image, --no-near "
-                "does without decoding"
+                "a process that decodes images died, possibly out of memory or in a crash of the "
+                f"decoder: unicl-pack verify {folder} finds such an image, --no-near decodes none"
             ) from error
     return np.concatenate(parts)
 
 
-_dataset: PackedDataset | None = None
-"""The data set that a worker process reads."""
+_dataset: PackedDataset | None = None  # of a worker process
 
 
 def _open(folder: Path) -> None:
@@ -93,18 +90,18 @@ def _hash(start: int, end: int) -> Hashes:
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"{_dataset.describe(index)} has more pixels than are decoded to find near copies: "
-                "--no-near does without decoding"
+                "--no-near decodes none"
             ) from error
         except (DamagedSampleError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(
-                f"{_dataset.describe(index)} cannot be read ({error}); see what else is damaged by "
-                f"unicl-pack verify {_dataset.folder}"
+                f"{_dataset.describe(index)} cannot be read ({error}); unicl-pack verify "
+                f"{_dataset.folder} lists all damage"
             ) from error
     return hashes
 
 
 def perceptual_hash(data: bytes | memoryview) -> int:
-    """The 64-bit pHash of a packed image, which has neither transparency nor 16 bits."""
+    """The 64-bit pHash of a packed image, which is 8-bit and opaque."""
     import imagehash  # an optional package
 
     with Image.open(io.BytesIO(data)) as image:
@@ -113,10 +110,10 @@ def perceptual_hash(data: bytes | memoryview) -> int:
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
-    """Finds the earlier image that each one looks like, int64 [n] for uint64 [n].
+    """Finds the earlier image that each image looks like, int64 [n] for uint64 [n].
 
     An image follows the first earlier one within `max_distance` bits (0 to 12) that follows no
-    other itself, so it is near the image that stays; one that follows none has its own number.
+    other, so every copy is near its original; an image without such a leader has its own number.
     Raises ValueError if more than 20 million pairs are near each other.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
@@ -138,7 +135,7 @@ def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
 def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
     """All pairs of distinct hashes, uint64 [n], within `max_distance` bits, as int64 [pairs, 2].
 
-    The smaller number is first; sorted by the larger, then by the smaller.
+    Each pair has the smaller number first; pairs are sorted by the larger, then the smaller one.
     """
     num_exact = _choose_blocks(len(hashes), max_distance)
     num_blocks = max_distance + num_exact
@@ -158,7 +155,7 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
 
 
 def _choose_blocks(count: int, max_distance: int) -> int:
-    """How many blocks must agree, for the least work: sorting and comparing."""
+    """How many blocks must agree for the least sorting and comparing."""
 
     def cost(num_exact: int) -> float:
         num_blocks = max_distance + num_exact
@@ -190,7 +187,7 @@ def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
 
 
 def count_bits(values: Hashes) -> npt.NDArray[np.uint8]:
-    """How many bits are set in each; NumPy's own counter came with 2.0."""
+    """How many bits are set in each value; NumPy has `bitwise_count` since 2.0."""
     octets = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8)
     counts: npt.NDArray[np.uint8] = _BITS_OF_OCTET[octets].sum(axis=-1, dtype=np.uint8)
     return counts

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page: page.html, filled with numbers in words, plots and images."""
+"""An inspection as one HTML page: fills page.html with numbers, plots and images."""
 
 from __future__ import annotations
 
@@ -22,34 +22,33 @@ _SIDE = 200
 _QUALITY = 80
 _MOST_CLASSES = 40
 _ENDS_OF_CLASSES = 15
-"""Largest and smallest classes that are shown where there are more than `_MOST_CLASSES`."""
-
+"""Largest and smallest classes shown if there are more than `_MOST_CLASSES`."""
 
 ShownImage = dict[str, Any]
-"""A sample to look at; `page.html` names the fields. Its texts come from anywhere."""
+"""A sample to show; `page.html` names the fields. Its texts are untrusted."""
 
 
 class ShownGroup(NamedTuple):
-    """A group of copies, and images of the first few."""
+    """A group of copies, and the first few of its images."""
 
     group: Group
     images: Sequence[ShownImage]
 
 
 def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
-    """Reads samples for a page; a damaged one is a ValueError."""
+    """Reads samples for a page; raises ValueError for a damaged one."""
     shown = []
     with contextlib.closing(SampleReader(dataset)) as reader:
         for index in indices:
             row, text = dataset.samples[index], reader.read_description(index)
             height, width = int(row["height"]), int(row["width"])
             names = dataset.manifest.class_names
-            image = {
+            image: ShownImage = {
                 "key": sample_key(index),
                 "uri": _thumbnail(dataset.image_bytes(index, verify=True).data),
                 "height": height,
                 "width": width,
-                "is_tiny": max(height, width) <= 100,  # its pixels are to be seen as such
+                "is_tiny": max(height, width) <= 100,  # shown with sharp pixels
                 "class_names": [names[label] for label in dataset.labels_of(index)],
                 "captions": text.captions,
                 "source": text.source,
@@ -60,7 +59,7 @@ def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownIm
 
 
 def _thumbnail(data: memoryview) -> str:
-    """The image scaled down; small ones keep their pixels, and stay free of JPEG's traces."""
+    """The image scaled down, as a data URI; small ones stay lossless."""
     with Image.open(io.BytesIO(data)) as image:
         small = max(image.size) <= _SIDE // 2
         image.draft(None, (_SIDE, _SIDE))
@@ -77,7 +76,7 @@ def make_page(
     exact: Sequence[ShownGroup],
     near: Sequence[ShownGroup],
 ) -> str:
-    """The page as text: `sheet` is the contact sheet, `exact` and `near` are copies to show."""
+    """The page as text, with a contact sheet and groups of exact and near copies."""
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [
@@ -97,7 +96,7 @@ def make_page(
     return fill_page(
         Path(__file__).with_name("page.html"),
         data=inspection,
-        name=Path(inspection.folder).resolve().name,  # of a URL, its last part as well
+        name=Path(inspection.folder).resolve().name,  # works for a URL too
         tiles=tiles,
         concept_rows=[
             (
@@ -124,14 +123,14 @@ def make_page(
 
 
 def _number(value: float) -> str:
-    """Whole numbers whole, others with two digits after the point at most, small ones with two."""
+    """A number in words: at most two decimals, two digits below 0.1."""
     if 0 < value < 0.1:
         return f"{value:.2g}"
     return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:,.2f}"
 
 
 def _classes(inspection: Inspection) -> dict[str, Any]:
-    """The sizes of classes as bars: of all, or of many those of the largest and the smallest."""
+    """The sizes of all classes for bars, or of the largest and smallest of many."""
     ordered = sorted(inspection.class_counts, key=lambda entry: (-entry[1], entry[0]))
     present = [entry for entry in ordered if entry[1]]
     largest, smallest = ordered[0][1], ordered[-1][1]
@@ -152,7 +151,7 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
 
 
 def _histogram(title: str, spread: Spread, unit: str = "", *, of: str = "image") -> dict[str, Any]:
-    """Columns of how many `of` have values in each bin; `unit` is that of the values."""
+    """A histogram's columns: how many `of` (images, say) lie in each bin; `unit` of the values."""
     words_of = f" {unit}" if unit else ""
     if spread.smallest == spread.largest:
         words = f"all {_number(spread.smallest)}{words_of}"

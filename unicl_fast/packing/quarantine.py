@@ -1,6 +1,6 @@
-"""Lists of samples by source and name: what a build left out, or `--leave-out` is to leave out.
+"""Lists of samples by source and name: quarantine.csv, and the list for `--leave-out`.
 
-A source is known only by its last name, so samples of `a/train` and `b/train` may have the same
+A source is known only by its last name, so samples of `a/train` and `b/train` can have the same
 name; a list that cannot distinguish them is refused.
 """
 
@@ -23,7 +23,7 @@ _REASONS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row: one sample, or a stretch of a file, that was left out."""
+    """A row: one sample, or part of a file, that was left out."""
 
     source: str
     name: str
@@ -32,10 +32,9 @@ class LeftOut:
 
 
 def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOut]:
-    """Reads all rows of a quarantine.csv, in order; `num_rows` is what the manifest says.
+    """Reads all rows of a quarantine.csv, in order; `num_rows` is the manifest's count.
 
-    Raises ValueError if it is no such list or has another number of rows, FileNotFoundError if it
-    is missing.
+    Raises ValueError for another kind of file or number of rows, FileNotFoundError without a file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy the data set again")
@@ -63,9 +62,9 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
         )
 
 
-def count_left_out(path: Path) -> dict[str, int]:
-    """How many samples a quarantine.csv lists by kind, most first."""
-    return dict(Counter(row.kind for row in read_left_out(path)).most_common())
+def count_left_out(path: Path, *, num_rows: int | None = None) -> dict[str, int]:
+    """How many samples a quarantine.csv lists by kind, most first; raises like `read_left_out`."""
+    return dict(Counter(row.kind for row in read_left_out(path, num_rows=num_rows)).most_common())
 
 
 def describe_left_out(path: Path) -> str:
@@ -76,22 +75,19 @@ def describe_left_out(path: Path) -> str:
     return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts), *reasons])
 
 
-def as_listed(name: str) -> str:
-    """A name as a list has it, which is UTF-8."""
+def _as_listed(name: str) -> str:
+    """A name as a list, which is UTF-8, spells it."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class LeaveOut:
-    """The samples that `--leave-out FILE` names; `take` is asked once for each sample.
-
-    Where the list names fewer than there are, nobody can say which ones it means: that is refused.
-    """
+    """The samples that `--leave-out FILE` names; `take` is called once for each sample."""
 
     def __init__(self, path: str) -> None:
         """Reads the list, which has the columns `source` and `name`; "" names nothing."""
         self._path = path
         self._listed = _read_names(path) if path else Counter()
-        """(source, name) of the samples, and in how many rows."""
+        """Number of rows by (source, name)."""
         self._taken: Counter[tuple[str, str]] = Counter()
 
     def __bool__(self) -> bool:
@@ -99,26 +95,29 @@ class LeaveOut:
         return bool(self._listed)
 
     def take(self, source: str, name: str) -> bool:
-        """Whether the list names this sample; more samples than the list names are refused."""
-        key = as_listed(source), as_listed(name)
+        """Whether the list names this sample.
+
+        Raises ValueError if more samples have this name than the list has rows: nobody can know
+        which ones it means.
+        """
+        key = _as_listed(source), _as_listed(name)
         if key not in self._listed:
             return False
         self._taken[key] += 1
         if self._taken[key] > (rows := self._listed[key]):
             raise ValueError(
                 f"--leave-out: {self._path} names {key[1]} of {key[0]} in "
-                f"{count_of(rows, 'row')}, and more samples are called so: "
-                f"several sources are called {key[0]}, so which is meant cannot be known, and "
-                "leaving all out would drop the one that is to stay. Pack sources under names of "
-                "their own (links to them will do) and list copies anew. If all are to go, give "
-                "the row as many times as there are samples"
+                f"{count_of(rows, 'row')}, and more samples are called so: several sources are "
+                f"called {key[0]}, so it is unclear which one to leave out. Pack sources under "
+                "different names (links to them will do) and list copies again. To leave all of "
+                "them out, repeat the row as many times as there are samples"
             )
         return True
 
 
 def _read_names(path: str) -> Counter[tuple[str, str]]:
     if is_url(path):
-        raise ValueError(f"--leave-out takes a file on this machine, not {path}: copy it here")
+        raise ValueError(f"--leave-out needs a file on this machine, not {path}: copy it here")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--leave-out: there is no file {path}")
     try:

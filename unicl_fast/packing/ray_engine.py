@@ -1,8 +1,8 @@
-"""`--engine ray`: images are checked on the machines of a Ray cluster, results come in order.
+"""`--engine ray`: checks images on the machines of a Ray cluster; results come in order.
 
-A Ray task checks each chunk by the same worker process under the same limits (`workers`). Which
-machine gets a chunk is chance, so an image must not be left out because one machine does not see
-it: what could not be read there is read here too, and a difference stops the build.
+A Ray task checks a chunk in the same worker process, under the same limits, as `workers`. Chance
+decides which machine checks an image, so an image that a machine cannot read is read here too, and
+a difference stops the build.
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ from unicl_fast.packing.workers import (
 from unicl_fast.system.installation import install_command
 
 Engine = Literal["local", "ray"]
-"""The processes that check images: this machine's, or a cluster's."""
+"""The machines that check images: this one, or a cluster's."""
 
 _NOT_READ = ("unreadable", "missing")
-"""Problems of an image that may be those of the machine it was read on."""
+"""Problems that can be the machine's rather than the image's."""
 
 
 def require_engine(engine: Engine) -> None:
-    """Refuses an engine that is none, or not installed, in a ValueError that says what to do."""
+    """Raises ValueError for an engine that does not exist or is not installed."""
     if engine not in get_args(Engine):
-        raise ValueError(f"--engine takes {' or '.join(get_args(Engine))}, not {engine!r}")
+        raise ValueError(f"--engine is {' or '.join(get_args(Engine))}, not {engine!r}")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError(
-            f"--engine ray takes Ray, which is not installed: {install_command('ray')}"
+            f"--engine ray needs Ray, which is not installed: {install_command('ray')}"
         )
 
 
 def check_on_ray(
     tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
 ) -> Generator[Checked | Problem, None, None]:
-    """Checks tasks on a Ray cluster, like `check_in_order` here.
+    """Checks tasks on a Ray cluster, as `check_in_order` does on this machine.
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one here.
-    `workers` chunks are checked at a time; 0 takes one for each core. Raises RuntimeError if the
-    cluster cannot run the tasks, or a machine of it does not see an image that this one sees.
+    `workers` is the number of chunks under way; 0 stands for several for each core. Raises
+    RuntimeError if the cluster cannot run the tasks, or one of its machines cannot read an image
+    that this machine can.
     """
     import ray
 
@@ -62,7 +63,7 @@ def check_on_ray(
     if is_ours:
         _join(ray, workers)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    # images have processes of their own, so it is not they that kill Ray's process
+    # images are checked in separate processes, so no image can kill Ray's process
     remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
     sent, answered = itertools.tee(make_chunks(map(_with_whole_paths, tasks), options))
     answers = in_order(
@@ -95,7 +96,7 @@ def _join(ray: Any, workers: int) -> None:
 
 
 def _with_whole_paths(task: Task) -> Task:
-    """Sources may have relative paths, and Ray's processes lie in folders of their own."""
+    """The task with absolute paths: Ray's processes run in other folders."""
     entry: Any = task.entry
     paths = {
         name: os.path.abspath(path)
@@ -108,7 +109,7 @@ def _with_whole_paths(task: Task) -> Task:
 def _require_unreadable_here(
     task: Task, problem: Problem, machine: str, options: ImageOptions
 ) -> None:
-    """Stops the build unless this machine has the same problem with the image."""
+    """Raises RuntimeError if this machine can read the image."""
     try:
         task.entry.read(max_bytes=options.max_file_bytes)
     except EntryError:

@@ -1,6 +1,6 @@
-"""The samples of all sources as one sequence: chosen, and in another order.
+"""The samples of all sources as one sequence, filtered and reordered.
 
-A build keeps their numbers, 8 bytes a sample, and a sample is made when it is read.
+A build keeps 8 bytes a sample, its number; the sample is made when it is read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Sample = tuple[str, Item]
 
 
 class Samples:
-    """Samples of some sources, in the order of their numbers."""
+    """Samples of some sources, in the order of `numbers`."""
 
     def __init__(
         self, sources: Sequence[Source], numbers: npt.NDArray[np.int64] | None = None
     ) -> None:
-        """`numbers` count the samples of all sources in their order; None stands for all."""
+        """`numbers` count through all sources, in their order; None selects all samples."""
         self._sources = sources
         self._starts = [0, *accumulate(len(source.items) for source in sources)]
         self._numbers = np.arange(self._starts[-1]) if numbers is None else numbers
@@ -38,31 +38,26 @@ class Samples:
             yield from self._make(self._numbers[first : first + READ_ITEMS].tolist())
 
     def choose(self, wanted: Callable[[Sample], bool]) -> Samples:
-        """The samples that are wanted, in their order."""
+        """The samples for which `wanted` is true, in their order."""
         return self.at(np.flatnonzero(np.fromiter(map(wanted, self), np.bool_, len(self))))
 
     def at(self, positions: npt.NDArray[np.int64]) -> Samples:
-        """The samples at some positions, in any order."""
+        """The samples at these positions, in this order."""
         return Samples(self._sources, self._numbers[positions])
 
     def _make(self, numbers: list[int]) -> list[Sample]:
-        """Makes some samples; all of one source are read at once."""
+        """Makes some samples, with one read for each source."""
         which = [bisect_right(self._starts, number) - 1 for number in numbers]
         wanted: dict[int, list[int]] = {each: [] for each in which}
         for each, number in zip(which, numbers, strict=True):
             wanted[each].append(number - self._starts[each])
-        items = {}
-        for each, some in wanted.items():
-            items[each] = iter(self._sources[each].items.at(some))
+        items = {each: iter(self._sources[each].items.at(some)) for each, some in wanted.items()}
         found = [(self._sources[each].name, next(items[each])) for each in which]
         return [(item.source or name, item) for name, item in found]
 
 
 def shuffled_order(count: int, *, seed: int) -> npt.NDArray[np.int64]:
-    """The numbers 0 to `count` - 1, in the same order for the same seed, anywhere.
-
-    NumPy keeps the raw stream of a bit generator for good (NEP 19) but not what `permutation` makes
-    of it, so the numbers are sorted by raw 64-bit numbers.
-    """
+    """The numbers 0 to `count` - 1, int64 [count]; a seed gives the same order everywhere."""
+    # NumPy keeps the raw stream of a bit generator stable (NEP 19), `permutation` not
     keys = np.random.PCG64(seed).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)

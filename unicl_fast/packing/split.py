@@ -1,7 +1,7 @@
-"""`--split`: which samples are for training and which are held out.
+"""`--split`: divides samples into those for training and those held out.
 
-Samples of one image, byte for byte, and of one `--group-column` are on one side: an evaluation
-would find what was learnt by heart. Of each class the same fraction is held out.
+Equal images and samples with one value of `--group-column` stay on one side: otherwise an
+evaluation would reward memory. The same fraction of each class is held out.
 """
 
 from __future__ import annotations
@@ -40,15 +40,14 @@ def split_samples(
 ) -> tuple[Samples, Samples, int]:
     """Divides samples; `numbers` are the classes of their labels.
 
-    A sample counts for the class of its first label; those without labels are one class more. A
-    class of a single group is for training. Samples that cannot be packed are listed with those
-    for training.
+    A sample's class is its first label's; samples without labels form one more class. A class with
+    a single group is for training, and so are samples that cannot be packed.
 
     Returns:
-        Samples for training and held out, and how many belong to a group of several.
+        Samples for training, samples held out, and how many samples share a group.
 
     Raises:
-        ValueError: one side would be empty.
+        ValueError: nothing would be held out.
     """
     strata = np.full(len(samples), -1)
     sizes = np.zeros(len(samples), np.int64)
@@ -67,7 +66,7 @@ def split_samples(
     if not held_out.any():
         raise ValueError(
             f"--split {train_fraction:g} holds none of {len(samples):,} images out: give a smaller "
-            "number, or choose lists of your own by --where"
+            "number, or make two builds that select rows by --where"
         )
     num_together = int((np.bincount(leaders)[leaders] > 1).sum())
     train = samples.at(np.flatnonzero(~held_out))
@@ -75,7 +74,7 @@ def split_samples(
 
 
 class _Groups:
-    """Numbers that belong together: a forest in which each points to a smaller one of its group."""
+    """Groups of numbers: a forest in which each points to a smaller one of its group."""
 
     def __init__(self, count: int) -> None:
         self._parents = array("q", range(count))
@@ -92,14 +91,14 @@ class _Groups:
         return number
 
     def leaders(self) -> Indices:
-        """The smallest number of the group of each."""
+        """The smallest number of each number's group."""
         return np.fromiter(map(self._leader, range(len(self._parents))), np.int64)
 
 
 def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) -> Mask:
-    """Masks the samples to hold out: of each stratum a fraction, whole groups, in random order.
+    """Masks the samples to hold out: a fraction of each stratum, whole groups in random order.
 
-    The next stratum makes up for the error of rounding.
+    The next stratum makes up for rounding errors.
     """
     count = len(strata)
     sizes = np.bincount(leaders, minlength=count)
@@ -123,7 +122,7 @@ def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) ->
 def _equal_images(
     samples: Samples, sizes: Indices, is_sound: Mask, *, progress: bool
 ) -> Iterator[tuple[int, int]]:
-    """Yields each sample whose image an earlier one has, and that; reads those of equal sizes."""
+    """Yields each sample that repeats an earlier image, and the earlier one; compares bytes."""
     _, which, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     asked = np.flatnonzero((counts[which.reshape(-1)] > 1) & is_sound)
 
@@ -153,7 +152,7 @@ def _equal_images(
 
 
 def _digest(entry: Entry | None) -> int | None:
-    """XXH3-64 of an image's file, or a packed image's; None if it cannot be read."""
+    """XXH3-64 of an image's file or of a packed image; None if it cannot be read."""
     if isinstance(entry, (PackedFile, PackedPixels)):
         return entry.xxh3
     try:

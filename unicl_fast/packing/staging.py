@@ -1,8 +1,8 @@
 """Local copies of objects under URLs, for as long as a program needs them.
 
-Packing reads images in shuffled order and archives from both ends, so a source is copied as a
-whole. The time of a copy is made of its object's version: one of the right size and time need not
-be made again, and a build that resumes finds that its sources are the same.
+Packing reads images in shuffled order and archives from both ends, so sources are copied whole.
+A copy's modification time encodes its object's version: a copy with the right size and time is
+reused, and a resumed build sees that its sources are unchanged.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class _Copy:
 
     store: ObjectStore
     name: str
-    """With the query that its URL has, which is not to be shown."""
+    """With its URL's query, which must not be shown."""
     found: StoredObject
     path: Path
 
     def make(self) -> int:
-        """Makes the copy, unless it is there already; returns its size."""
+        """Makes the copy if it is missing or outdated; returns its size."""
         size, version = self.found.size, self.found.version
         seconds = xxhash.xxh3_64_intdigest(version.encode()) % 2**31
         with contextlib.suppress(FileNotFoundError):
@@ -54,28 +54,27 @@ class _Copy:
         self.store.fetch_file(self.name, self.path, size=size)
         if version:
             with self.path.open("rb") as file:
-                os.fsync(file.fileno())  # before its time says that it is whole
+                os.fsync(file.fileno())  # before the time marks it as whole
             os.utime(self.path, (seconds, seconds))
         return size
 
 
 class StagedSources:
-    """Sources, and copies of those under URLs."""
+    """Local paths of sources; sources under URLs are copied."""
 
     def __init__(self, sources: Sequence[str], image_root: str, folder: Path) -> None:
-        """Looks up the objects to copy into `folder`, and copies nothing yet.
+        """Looks up the objects to copy into `folder`; copies nothing yet.
 
-        Raises FileNotFoundError if nothing is there, ValueError if it cannot be listed or a name in
-        it leaves its folder.
+        Raises FileNotFoundError if nothing is there, ValueError for a folder that cannot be listed
+        or a name that leaves it.
         """
         self._folder = folder
         self._copies: list[_Copy] = []
         self.versions: dict[str, str] = {}
-        """For each URL a text that changes with its objects; none for stores without versions of
-        objects."""
+        """A text for each URL that changes with its objects, if the store has versions."""
         places = {place: place for place in (*sources, image_root)}
         for number, url in enumerate(filter(is_url, places)):
-            # without a root, a list brings the folder that it lies in
+            # without a root, the folder of a list is copied too
             places[url], found = _find(url, folder / str(number), with_folder=not image_root)
             self._copies += found
             known = [
@@ -88,16 +87,16 @@ class StagedSources:
         self.paths = [places[source] for source in sources]
         self.image_root = places[image_root]
         self.are_known = len(self.versions) == sum(map(bool, places))
-        """Whether `versions` decides all contents of the sources."""
+        """Whether `versions` covers all sources."""
 
     def fetch(self) -> None:
-        """Makes missing copies, and removes others; OSError if the disk has too little room."""
+        """Makes missing copies and removes unknown ones; OSError without room for them."""
         wanted = {one.path: one.found.size for one in self._copies}
         for path in sorted(self._folder.rglob("*"), reverse=True):  # folders are packed as they are
             if path.is_file() and path not in wanted:
                 path.unlink()
             elif path.is_dir():
-                with contextlib.suppress(OSError):  # not empty; an object may bear its name now
+                with contextlib.suppress(OSError):  # not empty; an object can have its name now
                     path.rmdir()
         if not wanted:
             return
@@ -106,9 +105,9 @@ class StagedSources:
         missing = needed - sum(path.stat().st_size for path in wanted if path.exists())
         if missing > (free := shutil.disk_usage(self._folder).free):
             raise OSError(
-                f"what lies under the URLs takes {missing:,} bytes more, and {free:,} are free in "
-                f"{self._folder}, where it is copied to: make room, or pack fewer sources at a "
-                "time and join the packed data sets by another build"
+                f"copies of the URLs need {missing:,} bytes more, and {free:,} are free in "
+                f"{self._folder}: make room, or pack fewer sources at a time and join the packed "
+                "data sets by another build"
             )
         bar = Bar(total=needed, desc="copying", unit="B", unit_scale=True)
         with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:
@@ -118,7 +117,7 @@ class StagedSources:
 
 @contextlib.contextmanager
 def local_copy(folder: str) -> Iterator[Path]:
-    """A packed data set as a folder: itself, or a temporary copy of the one under a URL."""
+    """A packed data set as a folder: itself, or a temporary copy of a URL."""
     if not is_url(folder):
         yield Path(folder)
         return
@@ -131,14 +130,14 @@ def local_copy(folder: str) -> Iterator[Path]:
 
 
 def default_work_folder() -> Path:
-    """The folder of copies, and of data sets packed for a URL, in the user's cache."""
+    """The folder in the user's cache for copies, and for data sets packed for a URL."""
     return CacheOptions().place / "work"
 
 
 def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy]]:
-    """The path that stands for a URL (of a file, part of a zip, tars or folder), and its copies.
+    """The local path for a URL (of a file, part of a zip, tars or a folder), and its copies.
 
-    `with_folder` says whether a list may name images in its own folder, which is then copied too.
+    With `with_folder`, the folder of a list is copied too, since the list can name images in it.
     """
     place, mark, query = url.partition("?")
     secret = mark + query  # a signature: only for requests, not for paths and names
@@ -171,15 +170,14 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
         listed = _packed_objects(store)
     if listed is None:
         raise ValueError(
-            f"{store.url} is no file, and http cannot list folders: name its archives or lists one "
-            "by one"
+            f"{store.url} is no file, and http cannot list folders: name each archive or list"
         )
     if not listed:
         raise FileNotFoundError(f"{store.url}: there is no such object, and no folder of this name")
     target = folder / store.name
     copies = []
     for name in sorted(listed):
-        if not name or name.endswith("/"):  # some tools make such objects in place of folders
+        if not name or name.endswith("/"):  # some tools make such objects to stand for folders
             continue
         path = target / name
         if ".." in PurePosixPath(name).parts or not path.is_relative_to(target):
@@ -189,7 +187,7 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
 
 
 def _packed_objects(store: ObjectStore) -> dict[str, StoredObject] | None:
-    """Files of a packed data set by the list that it has of them; None if there is no list."""
+    """The files of a packed data set, by its list of checksums; None without a list."""
     data = store.read_whole(CHECKSUMS_NAME)
     if data is None:
         return None

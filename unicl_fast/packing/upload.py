@@ -1,6 +1,6 @@
-"""Uploads a packed data set file by file, each read back, the manifest last.
+"""Uploads a packed data set file by file, reads each back, and sends the manifest last.
 
-An upload that was cut off can be resumed: files that are there are compared, and not sent again.
+An interrupted upload resumes: files that are there already are compared, not sent again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from unicl_fast.system.wording import count_of
 
 
 def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
-    """Uploads a data set; returns what was done, in words.
+    """Uploads a data set; returns a report.
 
     Raises:
         ValueError: its files do not fit its manifest, or something else lies at the URL.
-        StorageError: the store cannot be reached, or stored other bytes than were sent.
+        StorageError: the store cannot be reached, or stored other bytes.
     """
     manifest, checksums = Manifest.load(folder), _checksums_of(folder)
     if manifest.in_place is not None:
@@ -36,9 +36,8 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     names = sorted(checksums, key=lambda name: (name == MANIFEST_NAME, name[-4:] != ".tar", name))
     sizes = {name: (folder / name).stat().st_size for name in names}
     total, num_sent = sum(sizes.values()), 0
-    bar = Bar(total=total, desc="uploading", unit="B", unit_scale=True, shown=progress)
     try:
-        with bar:
+        with Bar(total=total, desc="uploading", unit="B", unit_scale=True, shown=progress) as bar:
             for name in names:
                 is_there = there.get(name) == sizes[name] and name != MANIFEST_NAME
                 if not is_there or store.checksum_of(name, size=sizes[name]) != checksums[name]:
@@ -47,7 +46,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
                 bar.update(sizes[name])
     except (KeyboardInterrupt, SystemExit) as stop:
         stop.add_note(
-            f"what was uploaded stays under {store.url}, and is no data set until all is there; "
+            f"uploaded files stay under {store.url}, which is no data set until all are there; "
             f"resume by: {upload_command(folder, store.url)}"
         )
         raise
@@ -59,21 +58,21 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
 
 
 def upload_command(folder: Path, url: str) -> str:
-    """The command that uploads a data set, or resumes an upload."""
+    """The command that uploads a data set or resumes an upload."""
     return f"unicl-pack upload {folder} --out {url}"
 
 
 def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int]]:
-    """Refuses a URL where anything lies but what an upload of `folder` has left.
+    """Raises ValueError if a URL holds anything but files of an earlier upload of `folder`.
 
-    Returns the store, and the sizes of the objects that are there.
+    Returns the store, and the sizes of its objects.
     """
     if not is_url(url):
-        raise ValueError(f"--out takes a URL such as s3://bucket/folder, not {url}")
+        raise ValueError(f"--out must be a URL such as s3://bucket/folder, not {url}")
     store = ObjectStore(url)
     listed = store.list_objects()
     if listed is None:
-        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+        raise ValueError(f"{store.url}: http has no uploads; give the URL of an object store")
     there = {name: found.size for name, found in listed.items()}
     manifest = folder / MANIFEST_NAME
     own = set(_checksums_of(folder)) if there and manifest.is_file() else set()
@@ -92,11 +91,11 @@ def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int
 
 
 def _checksums_of(folder: Path) -> dict[str, str]:
-    """Name and checksum of each file, that of the list among them."""
+    """The checksums of all files by name, including the list of checksums."""
     manifest, listed = Manifest.load(folder), read_checksums(folder)
     if listed is None:
         raise ValueError(
-            f"{folder} has no {CHECKSUMS_NAME}, by which an upload could be checked; "
+            f"{folder} has no {CHECKSUMS_NAME} to check an upload by; "
             f"unicl-pack build {folder} --out DIR writes a copy that has one"
         )
     if missing := sorted(expected_files(manifest) - set(listed)):
@@ -107,12 +106,12 @@ def _checksums_of(folder: Path) -> dict[str, str]:
 
 
 def _send(store: ObjectStore, path: Path, expected: str) -> None:
-    """Writes a file, and compares the stored bytes with the checksum from packing."""
+    """Writes a file, and compares the stored bytes with its checksum from packing."""
     store.write_file(path, path.name)
     found = store.checksum_of(path.name, size=path.stat().st_size)
     if found != expected:
         raise StorageError(
             f"{store.url_of(path.name)} has the checksum {found}, and {CHECKSUMS_NAME} says "
-            f"{expected}: see by unicl-pack verify {path.parent} whether the file here is damaged; "
-            "if it is not, look after the store, then upload again"
+            f"{expected}: unicl-pack verify {path.parent} says whether the file here is damaged; "
+            "if it is not, check the store, then upload again"
         )

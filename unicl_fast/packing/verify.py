@@ -1,8 +1,8 @@
-"""Finds all that is wrong with a packed data set: `unicl-pack verify` as a function.
+"""Finds all faults of a packed data set: `unicl-pack verify` as a function.
 
-Everything is compared with everything else: files (`folder_check`), and here each sample's piece of
-its shard with samples.npy, captions with their tokens, labels, the index for DALI. Images are
-decoded as strictly as when they were packed. Checking continues after a fault.
+`folder_check` compares the files; this file compares each sample's part of its shard with
+samples.npy, captions with their tokens, labels, and the index for DALI. Images are decoded as
+strictly as when they were packed. Checking continues after a fault.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _TOKENISE_TOGETHER = 1024
-"""Captions that the tokenizer's threads divide among them."""
+"""Captions that the tokenizer's threads share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifySummary:
-    """The outcome of a verification: how much was checked, and how many faults were found."""
+    """The outcome of a verification."""
 
     folder: Path | str
     num_samples: int
@@ -52,9 +52,8 @@ class VerifySummary:
     num_bytes: int
     """Bytes of all files."""
     is_raw: bool
-    """Whether images are kept as pixels, so that there is nothing to decode."""
+    """Whether images are kept as pixels, so that nothing is decoded."""
     num_decoded: int
-    """Images that were decoded."""
     faults: dict[str, int]
     """How many faults of each kind."""
     seconds: float
@@ -74,10 +73,10 @@ def verify_dataset(
     image_seconds: float = DEFAULT_IMAGE_SECONDS,
     progress: bool = True,
 ) -> VerifySummary:
-    """Looks at every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
+    """Checks every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
 
-    `note` is called with each fault as soon as it is found. With `decode` worker processes are
-    spawned, as `build_dataset` says. Raises FileNotFoundError if the folder is no data set.
+    Calls `note` with each fault as soon as it is found. With `decode` it spawns worker processes.
+    Raises FileNotFoundError if the folder is no data set.
     """
     started = time.perf_counter()
     folder = Path(folder)
@@ -132,16 +131,10 @@ def _check_samples(
     workers: int,
     progress: bool,
 ) -> int:
-    """Walks through all shards; returns how many images were decoded."""
+    """Checks all samples; returns how many images were decoded, 0 without `options`."""
     tokenizer = _tokenizer_of(dataset, faults=faults)
     checks = _SampleChecks(dataset, faults=faults, has_tokenizer=tokenizer is not None)
-    sound = Bar(
-        checks.walk(),
-        total=len(dataset),
-        desc="verifying",
-        unit=" images",
-        shown=progress,
-    )
+    sound = Bar(checks.walk(), total=len(dataset), desc="verifying", unit=" images", shown=progress)
     if options is None:
         _tokenise_again(sound, tokenizer, checks)
         return 0
@@ -149,7 +142,7 @@ def _check_samples(
 
     def tasks() -> Iterator[Task]:
         for sample in sound:
-            assert sample.image is not None  # there is no decoding of raw data sets
+            assert sample.image is not None  # raw data sets are not decoded
             waiting.append(sample)
             yield Task(name=sample_key(sample.index), entry=sample.image, captions=sample.captions)
 
@@ -171,7 +164,7 @@ def _check_samples(
 
 
 def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | None:
-    """The tokenizer that made the tokens; None, and a fault, if it is not ours."""
+    """The tokenizer that made the tokens; notes a fault and returns None if it is another one."""
     length = dataset.manifest.context_length
     if not 2 <= length <= 255:
         message = f"context_length is {length}; expected is 2 to 255"
@@ -196,20 +189,20 @@ _make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a seco
 
 @dataclass(frozen=True, slots=True)
 class _Sound:
-    """A sample whose bytes are those that were packed."""
+    """A sample whose bytes are as packed."""
 
     index: int
     image: Span | None
-    """Its bytes in the shard or a source file; None of a raw data set."""
+    """Its bytes in the shard or a source file; None in a raw data set."""
     captions: tuple[str, ...]
     extension: str
-    """The ending of the image's member; empty of an image that is not in the shard."""
+    """The extension of the image's member; empty if the image is not in the shard."""
 
 
 def _tokenise_again(
     samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
 ) -> None:
-    """Compares captions with tokens if no worker does, in groups for the tokenizer's threads."""
+    """Compares captions with tokens without workers, in groups for the tokenizer's threads."""
     left = iter(samples)
     while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
         if tokenizer is not None:
@@ -228,12 +221,12 @@ class _SampleChecks:
         self._has_tokenizer = has_tokenizer
 
     def fault(self, index: int, kind: str, message: str) -> None:
-        """Notes a fault of a sample."""
+        """Notes a sample's fault."""
         shard = self._dataset.shard_of(index, "members")
         self._faults.add(shard, kind, message, sample=index)
 
     def walk(self) -> Iterator[_Sound]:
-        """All sound samples in order; faults of the others are noted."""
+        """Yields sound samples in order, and notes the faults of the others."""
         first = 0
         with contextlib.closing(SampleReader(self._dataset)) as reader:
             for number, shard in enumerate(self._dataset.manifest.shards):
@@ -259,12 +252,10 @@ class _SampleChecks:
                     file = path.with_suffix(".idx")
                     with self._faults.catch(file.name, "index", known=OSError):
                         if read_file(file, most_bytes=1 << 30) != expected.encode("ascii"):
-                            raise ValueError(
-                                f"it does not say where the members of {path.name} lie"
-                            )
+                            raise ValueError(f"it does not locate the members of {path.name}")
 
     def _image(self, index: int, sample: StoredSample, path: Path) -> Span | None:
-        """The bytes of an image in its shard, at `path`, or in a source file; None if raw."""
+        """The location of an image in its shard, `path`, or in a source file; None if raw."""
         if sample.image is not None:
             return Span(str(path), sample.image.offset, len(sample.image.data))
         if (place := self._dataset.source_place(index)) is None:
@@ -274,7 +265,7 @@ class _SampleChecks:
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool
     ) -> StoredSample | None:
-        """A sample, if nothing is wrong with it."""
+        """A sample; notes its faults and returns None if it has any."""
         try:
             found, start, _ = reader.span(index)
             if found != shard or (is_first and start):
@@ -295,31 +286,29 @@ class _SampleChecks:
                 self._dataset.image_bytes(index, verify=True)
             except DamagedSampleError as error:
                 faults["source"] = _without_name(error)
-        # the image of a raw data set was compared already
+        # a raw data set's image was compared already
         if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
             faults["checksum"] = "the image's bytes are not those that were packed"
         if text.labels != labels:
-            faults["labels"] = (
-                f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
-            )
+            other = f"{labels[:9]} in labels.npy"
+            faults["labels"] = f"labels are {text.labels[:9]} in its JSON, {other}"
         if len(text.captions) != count:
-            faults["captions"] = (
-                f"{count_of(len(text.captions), 'caption')} in its JSON, {count} in samples.npy"
-            )
+            found_captions = count_of(len(text.captions), "caption")
+            faults["captions"] = f"{found_captions} in its JSON, {count} in samples.npy"
         for kind, message in faults.items():
             self.fault(index, kind, message)
         return None if faults else sample
 
     def compare_tokens(self, index: int, tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
-        """Compares captions tokenised again with the stored tokens."""
+        """Compares tokens made anew with the stored ones."""
         for which, ids in enumerate(tokens):
             try:
                 stored = self._dataset.caption_tokens(index, which)
-            except (IndexError, OverflowError):  # of a damaged array
+            except (IndexError, OverflowError):  # a damaged array
                 stored = ids[:0]
             if not np.array_equal(ids, stored):
                 message = (
-                    f"caption {which} gives other tokens than those in tokens.npy: one of them was "
+                    f"caption {which} gives other tokens than tokens.npy has: one of them was "
                     "changed, or they were made with another version of ftfy or regex"
                 )
                 self.fault(index, "tokens", message)
@@ -329,11 +318,11 @@ class _SampleChecks:
         row, image = self._dataset.samples[index], checked
         if image.reencoded:
             message = (
-                "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
-                "way up; a build would have encoded it anew"
+                "it can be read, but is no plain, upright 8-bit JPEG, WebP or PNG in grey or RGB; "
+                "a build would have encoded it again"
             )
             self.fault(index, "image", message)
-        elif image.extension != extension and extension:  # source files may bear any names
+        elif image.extension != extension and extension:  # source files can have any names
             message = f"its bytes are those of a .{image.extension}, not of a .{extension}"
             self.fault(index, "image", message)
         found, stored = f"{image.height} x {image.width}", f"{row['height']} x {row['width']}"
@@ -343,5 +332,5 @@ class _SampleChecks:
 
 
 def _without_name(error: DamagedSampleError) -> str:
-    """The message without the sample's name, which is shown before it."""
+    """The message without the sample's name, which the report shows anyway."""
     return str(error).partition("): ")[2] or str(error)

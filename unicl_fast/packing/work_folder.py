@@ -1,7 +1,7 @@
-"""OUT.partial: the work of an unfinished build, with which the same command resumes.
+"""OUT.partial: the work of an unfinished build, from which the same command resumes.
 
 Next to the unfinished data set and its journal (`unicl_fast.dataset.writer`) it holds a record of
-the options and a checksum of each source: a command with others is refused with the difference.
+the options and a checksum of each source; a command with other ones is refused.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _RECORD_NAME = "build.json"
 _COPIES_NAME = "copies"
 _SHOWN = 5
 _FILES = ("class_names", "templates", "leave_out", "hierarchy", "hierarchy_names")
-"""Options that may name a file, whose contents then matter and not its name."""
+"""Options that can name a file, whose contents matter too."""
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
-"""Packages whose versions may show in the bytes that are written."""
+"""Packages whose versions can change the bytes that are written."""
 
 
 @contextlib.contextmanager
 def work_folder(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
-    """Locks and opens the work folder of `out`, which stays if it holds finished shards.
+    """Locks and opens the work folder of `out`; it stays if it holds finished shards.
 
     An exception that ends the build gets a note about them. Raises ValueError if another process
-    holds the folder, it is none of ours, or its record is damaged.
+    holds the folder, it is not ours, or its record is damaged.
     """
     path = out.with_name(f"{out.name}.partial")
-    if path.is_symlink():  # a folder can be removed, and a link to it cannot
+    if path.is_symlink():  # `rmtree` removes a folder, but no link to one
         path = path.resolve()
         if path.is_dir() and path.stat().st_dev != out.parent.stat().st_dev:
             raise ValueError(
@@ -56,7 +56,7 @@ def work_folder(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
     names = set(os.listdir(path)) if path.is_dir() else set()
     if names and not names & {LOCK_NAME, _RECORD_NAME}:
         raise ValueError(
-            f"{path} is where an unfinished build would lie, and it holds something else; "
+            f"{path} is the folder for an unfinished build, and it holds something else; "
             "move it away or name another --out"
         )
     make_folder(out.parent)
@@ -78,17 +78,17 @@ def work_folder(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
 
 
 class WorkFolder:
-    """The folder, once it is locked."""
+    """The locked folder."""
 
     def __init__(self, out: Path, path: Path, *, restart: bool) -> None:
         """Reads the record of an earlier build; `restart` throws its work away."""
         self.path = path
         self.out = out
         self.record: dict[str, Any] = {}
-        """The options and sources of the build; of a complete one also its summary."""
+        """The options and sources of the build, and a complete build's summary."""
         self.is_complete = False
-        """Whether an earlier build has finished the data set; nothing is left to do if
-        `require_same` finds that it is the same build."""
+        """Whether an earlier build has finished the data set; `require_same` says if it was this
+        one."""
         made_of = None if (path / SET_NAME).exists() else read_made_of(out)
         if made_of is not None:
             self.record, self.is_complete = made_of, True
@@ -102,13 +102,13 @@ class WorkFolder:
             self.record = parse_checksummed_json(read_file(path / _RECORD_NAME))
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{path} holds an unfinished build, but what it was to become cannot be read "
+                f"{path} holds an unfinished build whose record cannot be read "
                 f"({error}); add --restart to begin anew, or name another --out"
             ) from error
 
     @property
     def spool(self) -> Path:
-        """The folder of unpacked sources, which stay with the finished shards."""
+        """The folder of unpacked sources, kept with the finished shards."""
         return self.path / "spool"
 
     @property
@@ -119,39 +119,38 @@ class WorkFolder:
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
         """Records the inputs of the build; once a shard is finished, they must not change.
 
-        `what` names the group of values, `options` or `sources`. Values are JSON, under names that
-        a user knows. Raises ValueError, with the difference, if something differs.
+        `what` names the group of values, such as `options`. Values are JSON, by the names that a
+        user knows. Raises ValueError, with the differences, if any value has changed.
         """
         if not self.is_complete and not self._finished:
             self.record[what] = dict(values)
             text = dump_checksummed_json(self.record)
             write_text_atomically(self.path / _RECORD_NAME, text)
-        elif differences := _differences(self.record.get(what, {}), values):
+        elif found := list(config_diff(self.record.get(what, {}), values)):
+            more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+            differences = "".join(f"\n  {line}" for line in found[:_SHOWN] + more)
             if self.is_complete:
+                known = ""
+                if self.record["options"].get("--in-place"):
+                    known = f" and --known {self.out}, which skips images checked before"
                 raise ValueError(
                     f"{self.out} already holds a packed data set, made with other {what}:"
-                    f"{differences}\nName another folder{self._known_advice()}, or remove it"
+                    f"{differences}\nName another folder{known}, or remove it"
                 )
             raise ValueError(
                 f"{self.path} holds {_describe_finished(self._finished)} of a build with other "
-                f"{what}:{differences}\n"
-                "Give these as they were to resume it; or add --restart to throw it away and "
-                "begin anew, or name another --out"
+                f"{what}:{differences}\nGive these as they were to resume it; or add --restart to "
+                "throw it away and begin anew, or name another --out"
             )
 
-    def _known_advice(self) -> str:
-        if not self.record["options"].get("--in-place"):
-            return ""
-        return f" and --known {self.out}, with which only what is new is looked at"
-
     def remove(self) -> None:
-        """Removes the folder: the build is done, or there is nothing worth keeping."""
+        """Removes the folder: the build is done, or has nothing to keep."""
         self._clear()
         shutil.rmtree(self.path)
 
     def _clear(self) -> None:
-        """Empties the folder but for copies, and the lock by which it is known as ours."""
-        # first of all: without it, a program that is killed on the way leaves nothing to resume
+        """Empties the folder, except for copies and the lock, which marks it as ours."""
+        # the journal first: a program killed here then leaves nothing to resume
         (self.path / JOURNAL_NAME).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path.name in (_COPIES_NAME, LOCK_NAME):
@@ -162,32 +161,25 @@ class WorkFolder:
                 path.unlink()
 
 
-def _differences(before: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """The first few values that differ, a line for each; empty if none does."""
-    found = list(config_diff(before, values))
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return "".join(f"\n  {line}" for line in found[:_SHOWN] + more)
-
-
 def _describe_finished(finished: list[FinishedShard]) -> str:
     samples = count_of(finished[-1].num_samples, "sample")
     return f"{count_of(len(finished), 'finished shard')} ({samples})"
 
 
-def shown_place(place: str) -> str:
-    """A path as it is, a URL without passwords, which are as good as others for the same data."""
+def _shown(place: str) -> str:
+    """A path, or a URL without its password, which can change."""
     return without_secrets(place) if is_url(place) else place
 
 
 def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists all that a data set depends on besides the contents of its sources, as JSON values."""
-    described: dict[str, Any] = {"sources": list(map(shown_place, sources))}
+    """Everything that a data set depends on, except the contents of its sources, as JSON values."""
+    described: dict[str, Any] = {"sources": list(map(_shown, sources))}
     for name, value in options.items():
         plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
         described[f"--{name.replace('_', '-')}"] = plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
-    described["--image-root"] = shown_place(image_root := options["image_root"])
+    described["--image-root"] = _shown(image_root := options["image_root"])
     places = [place for place in (*sources, image_root) if place and not is_url(place)]
     described["where the sources lie"] = list(map(os.path.realpath, places))
     described["version of unicl_fast"] = __version__

@@ -1,18 +1,17 @@
 """Checks and tokenises samples in worker processes; one bad image costs nothing but itself.
 
-A decoder written in C can crash, loop or ask for all memory there is. So images are checked in
-processes of their own, with a timer and a ceiling on memory that the kernel holds. A process counts
-the images that it has finished in shared memory, so the image that it died of is known; that is
-tried once more in a fresh process, and left out if it ends that one too.
+A decoder written in C can crash, hang or use all memory. So images are checked in separate
+processes, under a timer and a memory limit that the kernel enforces. A process counts its finished
+images in shared memory, so it is known which image killed it; that image is tried once more in a
+fresh process, and left out if it kills that one too.
 """
 
-# Threads and processes are the standard library's; only what must survive a crash is our own.
 # concurrent.futures.ProcessPoolExecutor was tried instead. The rates are equal within the spread (2
 # cores, 5 rounds in turns: 8,400 images/s against 7,400 for small PNGs, 2,700 against 2,800 for
-# photographs). But one crash breaks the whole pool: it takes all chunks under way with it, does not
-# say which image it was, and a new pool gives its first result after 0.9 s. With a pool for each
-# worker the exit code, which distinguishes a crash, the timer and the ceiling, is in private
-# attributes only, and before Python 3.14 there is no way to end a process that hangs.
+# photographs). But one crash breaks the whole pool: all chunks under way are lost, it does not say
+# which image it was, and a new pool gives its first result after 0.9 s. With a pool for each worker
+# the exit code, which distinguishes a crash, the timer and the limit, is in private attributes
+# only, and before Python 3.14 a hanging process cannot be ended.
 
 from __future__ import annotations
 
@@ -54,9 +53,8 @@ from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
 BYTES_PER_PIXEL = 40
-"""Bytes that decoding and encoding may hold at once for each pixel. Measured: 25 for transparent
-WebP and JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another
-6."""
+"""Most bytes in use for each pixel while decoding and encoding. Measured: 25 for transparent WebP
+and JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another 6."""
 CHUNKS_AHEAD = 3
 """Chunks under way for each worker: one in hand, one waiting, one on its way back."""
 _SMALL_FILE_BYTES = 16_000_000
@@ -65,14 +63,14 @@ _BYTES_BESIDE_IMAGES = 400_000_000
 _CHUNK_ITEMS = 128
 _CHUNK_BYTES = 4_000_000
 _ANSWER_BYTES = 1_000_000
-"""Answers wait for others in the worker until their images are this large together."""
+"""A worker sends its answers once their images are this large together."""
 _EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"P6": "ppm"}
-"""The extensions of the files that a data set holds, by their first two bytes."""
+"""The extensions of a data set's files, by their first two bytes."""
 _GROWTH = {"png": 8, "ppm": 16}
-"""A photograph of such a format takes up to this many times the bytes of its JPEG."""
+"""A photograph in such a format has up to this many times the bytes of its JPEG."""
 
 
-@dataclass(slots=True)  # not frozen, which takes three times as long to make
+@dataclass(slots=True)  # frozen would be three times as slow to make
 class Task:
     """One sample to check; `name` is for messages."""
 
@@ -80,16 +78,16 @@ class Task:
     entry: Entry
     captions: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
-    """Height and width that a decoded image must have; others leave their pixels in the worker."""
+    """Required height and width; the pixels of other images are not sent back."""
     answer_bytes: int = 0
-    """Most bytes of the checked image, if that can be more than its file."""
+    """Most bytes of the checked image, if they can exceed its file's."""
 
 
 class Checked(NamedTuple):
     """A sound image, as `CheckedImage` has it, and the tokens of its captions."""
 
     data: bytes
-    """Empty if it is not wanted."""
+    """Empty if nobody needs it."""
     extension: str
     height: int
     width: int
@@ -100,7 +98,7 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageOptions:
-    """How sound images are changed, and how much one may cost."""
+    """How images are changed, and the limits for each."""
 
     short_side: int = 0
     """Scale the shorter side down to this; 0 keeps sizes."""
@@ -111,20 +109,20 @@ class ImageOptions:
     square_side: int = 0
     """Make images squares with this many pixels a side; 0 keeps sizes."""
     format: ImageFormat | Literal["packed"] = "keep"
-    """The format of sound images; packed only looks at them (`images.check_image`)."""
+    """The format of sound images; packed only checks them (`images.check_image`)."""
     in_place: bool = False
-    """Sound images stay in their files: results only bring converted ones."""
+    """Sound images stay in their files: results contain only converted ones."""
     return_images: bool = True
-    """Results bring the images' bytes; a verification needs only their properties."""
+    """Whether results contain the images' bytes; a verification needs only their properties."""
 
     @property
     def max_file_bytes(self) -> int:
-        """Largest file read: twice what 16-bit RGBA pixels without compression take."""
+        """Largest file read: twice the size of uncompressed 16-bit RGBA pixels."""
         return min(MAX_FILE_BYTES, _SMALL_FILE_BYTES + 16 * self.max_pixels)
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of a worker beyond its start: the file, packed and unpacked, and pixels."""
+        """Memory of a worker beyond its start: the file, packed and unpacked, and the pixels."""
         images = 2 * self.max_file_bytes + BYTES_PER_PIXEL * self.max_pixels
         return images + _BYTES_BESIDE_IMAGES
 
@@ -133,9 +131,9 @@ class OneSize:
     """The size that all images of a raw data set must have, once it is known."""
 
     def __init__(self, square_side: int, notes: dict[str, Any]) -> None:
-        """Takes the side that images are scaled to; if 0, the first image decides."""
+        """`square_side` is the side that images are scaled to; if 0, the first image decides."""
         self._square = (square_side, square_side) if square_side else None
-        self._notes = notes  # the writer's, which know the first image when a build resumes
+        self._notes = notes  # the writer's, which keep the first image's size for a resumed build
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -146,13 +144,13 @@ class OneSize:
         return height, width
 
     def require(self, image: Checked, name: str) -> None:
-        """Refuses an image of another size than the first one."""
+        """Raises ValueError for an image with another size than the first one's."""
         if self.size is None:
             self._notes["first_image"] = (image.height, image.width), name
         elif (image.height, image.width) != self.size:
             (height, width), first = self.size, self._notes["first_image"][1]
             raise ValueError(
-                f"--format raw takes images of one size, but {first} has {width} x {height} pixels "
+                f"--format raw needs images of one size, but {first} has {width} x {height} pixels "
                 f"and {name} has {image.width} x {image.height}: add --resize square:PIXELS, such "
                 f"as square:{min(self.size)}, which scales and cuts all"
             )
@@ -167,13 +165,13 @@ def check_in_order(
 ) -> Generator[Checked | Problem, None, None]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
-    `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under way
-    at a time. A single worker is a process too: an image that crashes a decoder must not take this
-    program's files with it.
+    `workers` is the number of processes; 0 starts one for each core. Even a single worker is a
+    process: an image that crashes a decoder must not end this program. Only a few chunks are under
+    way at a time.
     """
     workers = workers or usable_cores()
     started = [ImageWorker(options, context_length=context_length) for _ in range(workers)]
-    idle: queue.LifoQueue[ImageWorker] = queue.LifoQueue()  # those that have a process come first
+    idle: queue.LifoQueue[ImageWorker] = queue.LifoQueue()  # started processes come first
     for worker in started:
         idle.put(worker)
 
@@ -201,7 +199,7 @@ def check_in_order(
 
 
 def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:
-    """Groups tasks: enough that handing them out costs little, but few bytes."""
+    """Groups tasks: enough to make handing them out cheap, but few bytes."""
     growth = _GROWTH.get(options.format, 1)
     chunk: list[Task] = []
     num_bytes = 0
@@ -216,7 +214,7 @@ def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[T
 
 
 class ImageWorker:
-    """A process that checks images, started when it is needed and again after a death."""
+    """A process that checks images, started on demand and again after it dies."""
 
     def __init__(self, options: ImageOptions, *, context_length: int) -> None:
         self._options = options
@@ -235,29 +233,29 @@ class ImageWorker:
             answers, death = self._ask(left)
             results += answers
             if death is not None:
-                bad = self._num_finished[0]  # the task that the process died of
-                # It may have died of something else: a neighbour's leak, a signal from outside, or
-                # a clock that ran on while the whole job was stopped (Ctrl-Z).
+                bad = self._num_finished[0]  # the task that was under way
+                # Something else can have killed it: a neighbour's leak, a signal from outside, or a
+                # clock that ran while the whole job was stopped (Ctrl-Z).
                 second, death = self._ask(left[bad : bad + 1])
-                # Answers of the tasks between died with the process; nothing is wrong with them.
+                # Answers to the tasks before it died with the process; they are sound.
                 results += self.check(left[len(answers) : bad])
                 results += second if death is None else [death]
         return results
 
     def kill(self) -> None:
-        """Ends the process for good; a thread that waits for it gives up its chunk."""
+        """Ends the process for good; a thread that waits for it raises RuntimeError."""
         self._closed = True
         if self._process is not None:
             self._process.kill()
 
     def reap(self) -> None:
-        """Collects what is left of the process, after `kill` and when no thread asks any more."""
+        """Reaps the process, after `kill` and once no thread uses it."""
         if self._process is not None:
             self._process.reap()
         self._counter.close()
 
     def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
-        """Returns the results that came, and how the process ended if it did."""
+        """Returns the results received, and a problem if the process died."""
         results: list[Checked | Problem] = []
         self._num_finished[0] = 0
         process = self._running()
@@ -270,13 +268,13 @@ class ImageWorker:
             self._process = None
             code = process.reap()
         if self._closed:
-            raise RuntimeError("the build is over")  # nobody waits for this chunk any more
+            raise RuntimeError("the build is over")  # nobody waits for this chunk
         if code == -signal.SIGALRM:
             message = f"not done after {self._options.seconds:g} seconds"
             return results, Problem("too slow", message)
         death = describe_death(code)
         if death.kind == "memory":
-            message = "takes more memory than its number of pixels should"
+            message = "uses more memory than its number of pixels should"
             return results, Problem("too large", message)
         return results, problem_of(death)
 
@@ -292,21 +290,21 @@ class ImageWorker:
 
 
 def _shared_count(descriptor: int) -> memoryview:
-    """A number in the memory of a file, which several processes see; its only item."""
+    """One int64 in a file's memory, which several processes share."""
     return memoryview(mmap.mmap(descriptor, 8)).cast("q")
 
 
-# Tasks and results travel as plain values: pickling the classes takes as long as decoding.
+# Tasks and results travel as plain values: pickling the classes would cost as much as decoding.
 
 
 def _spell(task: Task) -> tuple[Any, ...]:
-    """A task as plain values, only those that a worker needs."""
+    """The values of a task that a worker needs."""
     kind = type(task.entry)
     return kind, fields_getter(kind)(task.entry), task.captions, task.size
 
 
 def _pack(result: Checked | Problem) -> tuple[Any, ...]:
-    """A result as plain values."""
+    """The values of a result."""
     if isinstance(result, Problem):
         return result.kind, result.message
     if result.tokens:
@@ -315,7 +313,7 @@ def _pack(result: Checked | Problem) -> tuple[Any, ...]:
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
-    """Restores a result from the values of `_pack`."""
+    """Restores a result from its values."""
     if len(answer) == 2:
         return Problem(*answer)
     result = Checked._make(answer)
@@ -367,8 +365,8 @@ class ImageChecker:
         self._tokenizer: Tokenizer | None = None
 
     def load_tokenizer(self) -> None:
-        """Loads the tokenizer ahead of a sample with captions, whose time must not include this."""
-        if self._tokenizer is None:  # data sets of labels need none
+        """Loads the tokenizer before the timer of a sample with captions starts."""
+        if self._tokenizer is None:  # labels need none
             self._tokenizer = Tokenizer(self._context_length)
 
     def check(
@@ -382,8 +380,8 @@ class ImageChecker:
                 os._exit(OUT_OF_MEMORY)
             return Problem(error.kind, str(error))
         except MemoryError:
-            os._exit(OUT_OF_MEMORY)  # to be tried again with a heap that nobody has used
-        except Exception as error:  # a fault of ours or of a library must cost one sample only
+            os._exit(OUT_OF_MEMORY)  # it is tried again with a fresh heap
+        except Exception as error:  # a bug of ours or of a library must cost one sample only
             return Problem("failed", f"{type(error).__name__}: {error}")
 
     def _check(
@@ -411,7 +409,7 @@ class ImageChecker:
     def _check_image(self, entry: Entry) -> CheckedImage:
         options = self._options
         if options.in_place and isinstance(entry, PackedFile):
-            # it was checked when it was packed, and its checksum is known
+            # packing has checked it, and its checksum is known
             if (pixels := entry.height * entry.width) > options.max_pixels:
                 raise EntryError("too large", f"{pixels:,} pixels (--max-pixels)")
             size = {"height": entry.height, "width": entry.width}
@@ -424,7 +422,7 @@ class ImageChecker:
             height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")
             keeps_size = not (options.short_side or options.square_side)
             if keeps_size and extension and height * width <= options.max_pixels:
-                # its checksum has just shown that it was checked when it was packed
+                # its checksum has just shown that it is the file that packing checked
                 return CheckedImage(
                     data=data, extension=extension, height=height, width=width, reencoded=False
                 )

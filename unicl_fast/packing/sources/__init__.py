@@ -1,4 +1,4 @@
-"""Readers of existing data: from a folder, an archive or a list to items to pack.
+"""Readers of existing data: they turn folders, archives and lists into items to pack.
 
 `read_sources` lists the kinds of sources, each a file with a `KIND`. Items wait in the `spool`
 until they are packed; `entries` locate their images.

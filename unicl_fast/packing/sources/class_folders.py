@@ -1,7 +1,6 @@
-"""Class folders in a folder, in a zip or under a URL; the last kind, which refuses all else.
+"""Class folders in a folder, in a zip or under a URL: the last kind, which refuses all else.
 
-The name of a split, such as train, is no class: several splits, or images directly in one, are
-refused.
+A split's name, such as train, is no class: several splits, or images directly in one, are refused.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    """Reads class folders; tars and Parquet files beside them are counted, and not read."""
+    """Reads class folders; counts tars and Parquet files beside them, without reading them."""
     path = Path(place.name) if place.is_url else place.path
     if place.matches:
         raise ValueError(
             f"{place.given} matches {len(place.matches):,} files or folders, such as "
-            f"{place.matches[0]}; patterns are read for tars and Parquet files alone, since an "
-            "image by itself has neither class nor caption. Name the folder that holds the class "
+            f"{place.matches[0]}; patterns only stand for tars and Parquet files, since an image "
+            "by itself has neither class nor caption. Name the folder that holds the class "
             "folders, or a list (.csv, .jsonl, ...)"
         )
     if not spool.takes_loose:
-        _require_one_split(path, place.folders)  # before a look at all files
+        _require_one_split(path, place.folders)  # before all files are listed
     beside = _files_beside(place)
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
@@ -42,7 +41,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     for name, entry in (place.tree if place.is_url else open_tree(path)).entries():
         parts = name.split("/")
         *folders, file_name = parts
-        _, dot, extension = file_name.rpartition(".")  # `splitext` takes a tenth of the whole loop
+        _, dot, extension = file_name.rpartition(".")  # `splitext` would be a tenth of the loop
         suffix = f".{extension.lower()}" if dot else ""
         if isinstance(entry, RefusedEntry):
             items.append(refused(name, entry.kind, entry.message))
@@ -68,11 +67,10 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             message = "the image lies in no class folder; expected for example cat/1.jpg"
             items.append(refused(name, "no class", message))
     if not items:
-        message = f"{path} holds no images; expected class folders with images in them, such as "
-        message += f"{path}/cat/1.jpg"
+        message = f"{path} holds no images; expected class folders, such as {path}/cat/1.jpg"
         if beside:
-            message += f". Files such as {beside[0]} lie there too, and are not read where there "
-            message += "are folders beside them: name the files, or move the folders away"
+            message += f". Files such as {beside[0]} beside folders are not read: name the files, "
+            message += "or move the folders away"
         raise ValueError(message)
     if not spool.takes_loose:
         _require_one_split(path, tops)
@@ -90,20 +88,20 @@ def _files_beside(place: Place) -> Sequence[str]:
 
 
 def _require_one_split(path: Path, folders: Iterable[str]) -> None:
-    """Refuses several splits with a ValueError: joined, they leak into each other."""
+    """Raises ValueError for several splits: joined, they would leak into each other."""
     splits = sorted(folder for folder in folders if folder.lower() in _SPLITS)
     if len(splits) > 1:
         chosen = next((split for split in splits if split.lower().startswith("train")), splits[0])
         every = " ".join(f"{path}/{split}" for split in splits)
         raise ValueError(
-            f"{path} holds the splits {', '.join(splits)}, which would become one data set. Take "
-            f"one: unicl-pack build {path}/{chosen} --out ...; or, to have them joined, name each: "
+            f"{path} holds the splits {', '.join(splits)}, which would become one data set. Choose "
+            f"one: unicl-pack build {path}/{chosen} --out ...; or, to join them, name each: "
             f"unicl-pack build {every} --out ..."
         )
 
 
 def _require_classes(path: Path, classes: Iterable[str]) -> None:
-    """Refuses images that lie directly in the folders of splits, whose names are no classes."""
+    """Raises ValueError if all images lie directly in the folders of splits."""
     names = sorted(classes)
     if names and all(name.lower() in _SPLITS for name in names):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""COCO's JSON files: captions, instances, or both about the same images, which are one sample."""
+"""COCO's JSON files: captions, instances, or both; one image's annotations are one sample."""
 
 from __future__ import annotations
 
@@ -10,29 +10,16 @@ from typing import Any, TypeGuard
 
 from unicl_fast.packing.sources.entries import Entry
 from unicl_fast.packing.sources.items import Item, Problem, refused
-from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.json_pieces import iter_elements, object_head
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
-from unicl_fast.system.untrusted_files import open_file
 
 _COLUMNS = Columns("", ("caption",), ("category",))
 
 Id = int | str
-
-
-def _recognises(place: Place) -> bool:
-    """Whether a .json is one object; one that is an array is a list like any other."""
-    if place.path.suffix.lower() != ".json" or not place.is_file:
-        return False
-    with open_file(place.path, "r", encoding="utf-8-sig", errors="replace") as file:
-        return bool(file.read(4096).lstrip()[:1] != "[")
-
-
-def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    return _read_together([place], options, spool)
 
 
 def _read_together(places: Sequence[Place], options: ListOptions, spool: Spool) -> Source:
@@ -44,18 +31,15 @@ def _read_together(places: Sequence[Place], options: ListOptions, spool: Spool) 
         raise ValueError(f"{names}: COCO's files have no columns: leave --where out")
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
-    source = Source(
-        name="+".join(place.name for place in places),
-        items=spool.new_items(),
-        labels_are_names=True,
-    )
+    name = "+".join(place.name for place in places)
+    source = Source(name=name, items=spool.new_items(), labels_are_names=True)
     open_once = functools.cache(open_tree)  # a zip may have a long directory
     for path in (place.path for place in places):
         found = _read_file(path)
         tree = open_once(Path(options.image_root) if options.image_root else _image_folder(path))
         named = NamedImages(path, tree)
-        for number, name in found.images:
-            _add_image(number, name, found, named, items, broken)
+        for number, file_name in found.images:
+            _add_image(number, file_name, found, named, items, broken)
         named.finish(source)
         if unlisted := sum(texts.count for texts in found.texts.values() if not texts.listed):
             source.passed_over["annotations of images that are not listed"] += unlisted
@@ -73,12 +57,12 @@ class _Texts:
     categories: dict[Id, None] = field(default_factory=dict)
     count: int = 0
     listed: bool = False
-    """Whether the file has listed the image; it may do so once."""
+    """Whether the file has listed the image, which it must do only once."""
 
 
 @dataclass(slots=True)
 class _File:
-    """The parts of one JSON file that are used."""
+    """The parts used of one JSON file."""
 
     images: list[tuple[Any, Any]] = field(default_factory=list)
     """(id, file_name), unchecked."""
@@ -136,7 +120,7 @@ def _add_image(
     items: dict[Entry | str, Item],
     broken: list[Item],
 ) -> None:
-    """Makes the item of an image, or adds to the one that another file has made."""
+    """Makes an image's item, or adds to the item that another file has made."""
     if not _is_id(number) or not isinstance(name, str) or not name:
         message = "an entry of `images` without a usable `id` and `file_name`"
         broken.append(refused(f"image {number!s:.40}", "bad row", message))
@@ -159,7 +143,7 @@ def _add_image(
 
 
 def _image_folder(path: Path) -> Path:
-    """Returns val2017 for annotations/captions_val2017.json, or images, here or above; or here."""
+    """For annotations/captions_val2017.json: val2017, else images, here or above; else here."""
     part = path.stem.rpartition("_")[2]
     for name in dict.fromkeys((part, "images")):
         for folder in (path.parent, path.parent.parent):
@@ -170,4 +154,8 @@ def _image_folder(path: Path) -> Path:
     return path.parent
 
 
-KIND = SourceKind(recognises=_recognises, read=_read, read_together=_read_together)
+KIND = SourceKind(
+    recognises=lambda place: place.is_file and bool(object_head(place.path)),
+    read=lambda place, options, spool: _read_together([place], options, spool),
+    read_together=_read_together,
+)

@@ -1,7 +1,7 @@
 """Entries locate the bytes of an image: in a file, an archive, a table or a packed data set.
 
-A worker process reads an entry with one seek, without the directory of its archive. Those of zips
-are in `trees`.
+A worker process reads an entry with one seek, without its archive's directory. `trees` has the
+entries of zips.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READ_BYTES = 1 << 20
 
 
 class EntryError(ValueError):
-    """Says why a file cannot be read: a short `kind` to count by, and a sentence."""
+    """The reason why a file cannot be read: a short `kind` to count by, and a sentence."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -35,27 +35,27 @@ class EntryError(ValueError):
 
 
 class Entry(Protocol):
-    """One file that can be read anywhere, any time."""
+    """One file that any process can read at any time."""
 
     @property
     def num_bytes(self) -> int:
         """The size as listed; a hint for dividing work."""
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        """Returns the bytes, or raises `EntryError`, also for more than `max_bytes`."""
+        """Returns the bytes; raises `EntryError`, also for more than `max_bytes`."""
 
 
 @functools.cache
 def field_names(kind: type[Entry]) -> tuple[str, ...]:
-    """Returns the fields of an entry, in order: entries are stored and compared by them."""
+    """The names of an entry's fields, in order: entries are stored and compared by them."""
     return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
 
 
 @functools.cache
 def fields_getter(kind: type[Entry]) -> Callable[[Any], tuple[Any, ...]]:
-    """Returns a function from an entry of this class to its fields, the class's arguments."""
+    """A function from an entry of this class to its fields, the arguments of the class."""
     names = field_names(kind)
-    if len(names) > 1:  # with one name, or none, it is no tuple
+    if len(names) > 1:  # with one name it would return no tuple
         return operator.attrgetter(*names)
     return lambda entry: tuple(getattr(entry, name) for name in names)
 
@@ -69,7 +69,7 @@ def check_file_size(num_bytes: int, max_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RefusedEntry:
-    """A file that is listed but never read, for a reason that its listing shows."""
+    """A file that is listed but never read, for a reason known from its listing."""
 
     kind: str
     message: str
@@ -81,12 +81,12 @@ class RefusedEntry:
 
 @dataclass(slots=True, unsafe_hash=True)
 class FileEntry:
-    """A file in a folder. Not frozen, which would make it three times as slow to construct."""
+    """A file in a folder. Not frozen: that would make it three times as slow to construct."""
 
     path: str
     num_bytes: int
     mtime_ns: int = 0
-    """When it was written; a build that resumes sees by it that the file was changed."""
+    """When it was written; shows a resumed build that the file has changed."""
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         try:
@@ -97,7 +97,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive bytes of a file that are an image's file: a member of a tar, for example."""
+    """An image's file inside another file, as one run of bytes: a member of a tar, for example."""
 
     path: str
     """Or a URL."""
@@ -128,7 +128,7 @@ class PackedFile:
 
 @dataclass(frozen=True, slots=True)
 class PackedPixels:
-    """An image of a raw data set; read as a PNG of exactly these pixels."""
+    """An image of a raw data set, read as a PNG with exactly its pixels."""
 
     path: str
     offset: int
@@ -148,9 +148,8 @@ class PackedPixels:
 def _read_packed(path: str, offset: int, num_bytes: int, xxh3: int) -> bytes:
     data = read_span(path, offset, num_bytes)
     if xxhash.xxh3_64_intdigest(data) != xxh3:
-        where = f"{path}, offset {offset}"
-        message = f"{where}: the image's bytes are not those that were packed (checksum)"
-        raise EntryError("damaged", message)
+        message = f"{path}, offset {offset}: the image's bytes are not those that were packed"
+        raise EntryError("damaged", f"{message} (checksum)")
     return data
 
 
@@ -158,7 +157,7 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
     """Returns exactly these bytes of a regular file or object, or raises `EntryError`."""
     try:
         if is_url(path):
-            # here: it brings the manifest and the cache, which workers need for nothing else
+            # here, since workers need its manifest and cache for nothing else
             from unicl_fast.packing.sources.urls import read_range
 
             data = read_range(path, offset, num_bytes)
@@ -174,19 +173,16 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def read_regular(path: str, *, max_bytes: int) -> bytes:
-    """Returns the bytes of a regular file; raises OSError, or `EntryError` for too many.
-
-    With a Python file object 900 bytes take 12 us instead of 7, since it asks the kernel for more.
-    """
+    """Returns the bytes of a regular file; raises OSError, or `EntryError` for too many."""
+    # 7 us for 900 bytes; a Python file object needs 12, with more system calls
     descriptor, size = open_regular(path)
     try:
         check_file_size(size, max_bytes)
-        # `read` takes memory for all that it is asked for, which for `max_bytes` takes longer than
-        # reading a small file
+        # not `max_bytes`: allocating those would cost more than reading a small file
         data = os.read(descriptor, size + 1)
         if len(data) == size:
             return data
-        parts, num_bytes = [data], len(data)  # cut short; or some files, as of /proc, have no size
+        parts, num_bytes = [data], len(data)  # cut short, or a file without a size, as in /proc
         while data and num_bytes <= max_bytes:
             data = os.read(descriptor, _READ_BYTES)
             parts.append(data)

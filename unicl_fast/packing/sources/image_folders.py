@@ -1,6 +1,6 @@
 """Hugging Face's ImageFolder: images beside a list of them, metadata.jsonl or metadata.csv.
 
-Read as class folders, `train/1.jpg` with `train/metadata.jsonl` would become an image of the class
+As class folders, `train/1.jpg` with `train/metadata.jsonl` would become an image of the class
 "train" without its caption, so class folders refuse such a list.
 """
 
@@ -27,7 +27,7 @@ NOT_IMAGES = frozenset(
     )
     for extension in group.split()
 )
-"""Extensions passed over in class folders; a file with any other, or none, is tried."""
+"""Extensions skipped in class folders; a file with another extension, or none, is tried."""
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _NAMES_FILES = re.compile(rb"\bfile_name\b")
@@ -35,11 +35,11 @@ _HEAD_BYTES = 65_536
 
 
 def is_metadata(name: str, entry: Entry) -> bool:
-    """Whether a file is ImageFolder's metadata: called so, with a column `file_name`."""
+    """Whether a file is ImageFolder's metadata, by its name and a column `file_name`."""
     if os.path.basename(name) not in METADATA_NAMES:
         return False
     try:
-        if isinstance(entry, FileEntry):  # which may be larger than any image
+        if isinstance(entry, FileEntry):  # it can be larger than any image
             with open_file(entry.path) as file:
                 head = file.read(_HEAD_BYTES)
         else:
@@ -55,11 +55,11 @@ def _find_metadata(place: Place) -> list[Path]:
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    """Reads the list of a folder's images, and counts the images that it does not name."""
+    """Reads the list of a folder's images, and counts images that it does not name."""
     path, *others = _find_metadata(place)
     if others:
         names = " and ".join(one.name for one in (path, *others))
-        raise ValueError(f"{place.path} holds {names}: name the one to be read")
+        raise ValueError(f"{place.path} holds {names}: name one of them")
     source = read_list(path, options, spool)
     find = source.items.find
     missing = sum(

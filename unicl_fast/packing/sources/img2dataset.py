@@ -1,4 +1,4 @@
-"""img2dataset's folders of files: 00000/000000000.jpg, .txt and .json; for its tars see `tars`."""
+"""img2dataset's folders of files: 00000/000000000.jpg, .txt and .json; `tars` reads its tars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unicl_fast.packing.sources.trees import open_tree
 
 
 def _recognises(place: Place) -> bool:
-    """Whether a shard's folder has its statistics or its list beside it."""
+    """Whether a shard's folder has statistics or a list beside it."""
     endings = ("_stats.json", ".parquet")
     shards = (folder for folder in place.folders if folder.isdecimal())
     return any(f"{shard}{ending}" in place.files for shard in shards for ending in endings)

@@ -1,4 +1,4 @@
-"""Samples to be packed, as every reader gives them: images with texts and labels, or a problem."""
+"""Samples to pack, as every reader makes them: images with texts and labels, or a problem."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unicl_fast.packing.sources.entries import Entry
 from unicl_fast.system.child import Death
 
 MAX_TEXTS = 65_535
-"""Captions, and labels, that the packed format counts for one sample."""
+"""Most captions, and most labels, that the packed format can count for one sample."""
 TOO_MANY = "too many texts"
 
 Label = str | int
@@ -20,14 +20,14 @@ Label = str | int
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The reason why an item cannot be packed: a short `kind` to count by, and a sentence."""
+    """Why an item cannot be packed: a short `kind` to count by, and a sentence."""
 
     kind: str
     message: str
 
 
 def problem_of(death: Death) -> Problem:
-    """The problem of an item whose reader died in its child."""
+    """The problem of an item whose reading process died."""
     if death.kind == "memory":
         return Problem("too large", f"reading it {death.how}")
     return Problem("too slow" if death.kind == "time" else "crash", f"a decoder {death.how}")
@@ -35,7 +35,7 @@ def problem_of(death: Death) -> Problem:
 
 @dataclass(slots=True)
 class Item:
-    """A sample to be packed: an image, and its texts and labels as the source spells them."""
+    """A sample to pack: an image, and its texts and labels as the source spells them."""
 
     name: str
     """The image's name inside its source."""
@@ -46,20 +46,20 @@ class Item:
     groups: list[str] = field(default_factory=list)
     """Values of --group-column: `--split` keeps samples with one value together."""
     source: str = ""
-    """The name of its source if it differs from the SOURCE that it was read from: a packed data set
-    knows the origin of its samples."""
+    """The name of its source, if not the SOURCE that was read: a packed data set knows its samples'
+    origin."""
 
 
 def refused(name: str, kind: str, message: str) -> Item:
-    """Returns an item that cannot be packed."""
+    """An item that cannot be packed."""
     return Item(name, problem=Problem(kind, message))
 
 
 def spell_classes(names: Sequence[str]) -> list[str]:
-    """Labels that distinguish the classes of one list, though some may have equal names.
+    """Labels that distinguish a list's classes, even classes with equal names.
 
-    The built-in names of ImageNet have 'missile' and 'sunglasses' twice. A label is the name, a
-    zero byte, and how many classes before it have the same name.
+    A label is the name, a zero byte, and how many classes before it have the same name: ImageNet's
+    built-in names have 'missile' and 'sunglasses' twice.
     """
     seen: Counter[str] = Counter()
     labels = []
@@ -72,7 +72,7 @@ def spell_classes(names: Sequence[str]) -> list[str]:
 def join_rows(
     item: Item, captions: list[str], labels: list[Label], groups: Sequence[str] = ()
 ) -> None:
-    """Adds texts and groups that an item does not have yet; too many texts are its problem."""
+    """Adds new texts and groups to an item; too many texts become its problem."""
     item.captions = _merge(item.captions, captions)
     item.labels = _merge(item.labels, labels)
     item.groups = _merge(item.groups, groups) if groups else item.groups
@@ -81,13 +81,13 @@ def join_rows(
 
 
 def _merge(known: list[Any], new: Sequence[Any]) -> list[Any]:
-    """Returns both, each value once, in order. A row with one value, the usual case, is cheap."""
+    """Both lists, each value once, in order; fast for one new value, the usual case."""
     if len(new) == 1:
         return known if new[0] in known else [*known, *new]
     return list(dict.fromkeys([*known, *new]))
 
 
 def require_text(item: Item) -> None:
-    """Gives an item without captions and labels its problem, once all rows have been read."""
+    """Gives an item without captions and labels a problem, once all rows are read."""
     if item.problem is None and not item.captions and not item.labels:
         item.problem = Problem("no text", "neither a caption nor a label")

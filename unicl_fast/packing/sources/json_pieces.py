@@ -13,13 +13,23 @@ import msgspec
 from unicl_fast.system.untrusted_files import open_file
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HEAD = 1 << 16
 _Elements = list[msgspec.Raw]
+
+
+def object_head(path: Path) -> str:
+    """The first 65,536 characters of a .json that is one object; "" for an array or other file."""
+    if path.suffix.lower() != ".json":
+        return ""
+    with open_file(path, "r", encoding="utf-8-sig", errors="replace") as file:
+        head = str(file.read(_HEAD))
+    return "" if head.lstrip()[:1] == "[" else head
 
 
 def iter_elements(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields the elements of an array as ("", element), the fields of an object as (name, value).
 
-    If a field's value is an array: (name, element) for each element. The file is mapped, not
+    A field whose value is an array yields (name, element) for each element. The file is mapped, not
     read into memory. Raises ValueError if it is not JSON, or is cut short.
     """
     try:

@@ -7,35 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.packing.sources.items import Item, refused, require_text
-from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.json_pieces import iter_elements, object_head
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import LEFT_OUT, Columns, ListOptions, add_texts, meets
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
-from unicl_fast.system.untrusted_files import open_file
 
 _COLUMNS = Columns("", ("raw",), ())
-_SNIFFED = 1 << 16
 
 
 def _recognises(place: Place) -> bool:
-    """Whether a .json is such a file: its images have `sentences`."""
-    if place.path.suffix.lower() != ".json" or not place.is_file:
-        return False
-    with open_file(place.path, "r", encoding="utf-8-sig", errors="replace") as file:
-        start = file.read(_SNIFFED)
-    return start.lstrip()[:1] == "{" and '"sentences"' in start and '"split"' in start
+    head = object_head(place.path) if place.is_file else ""
+    return '"sentences"' in head and '"split"' in head
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    """Reads the images of a split (docs/sources.md) with their captions as they were written.
+    """Reads the images of a split (docs/sources.md) with their raw captions.
 
-    Raises ValueError if it is no such file, or no image meets the conditions.
+    Raises ValueError if it is another kind of file, or no image meets the conditions.
     """
     path = place.path
     if options.scores():
-        raise ValueError(f"{path} has no scores, which --min-score asks for: leave it out")
+        raise ValueError(f"{path} has no scores: leave --min-score out")
     conditions = options.conditions()
     named = NamedImages(path, open_tree(Path(options.image_root or path.parent)))
     source = Source(name=path.name, items=spool.new_items(), labels_are_names=True)

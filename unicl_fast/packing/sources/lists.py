@@ -31,13 +31,13 @@ from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file
 
 Row = dict[str, Any] | Problem
-"""The fields by column, or why the row cannot be read."""
+"""The fields by column, or the problem of a row that cannot be read."""
 
 
 def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads a .csv, .tsv, .jsonl or .json with a row for each image, or several."""
+    """Reads a .csv, .tsv, .jsonl or .json with one or several rows for each image."""
     read_rows = _ROW_READERS[path.suffix.lower()]
-    # JSON rows need not have the same fields, and may say `caption` here and `captions` there
+    # JSON rows can have different fields, such as `caption` in one and `captions` in another
     named = (row for _, row in read_rows(path) if not isinstance(row, Problem))
     header = list(dict.fromkeys(name for row in named for name in row))
     if not header:
@@ -57,7 +57,7 @@ def collect_rows(
     find: Callable[[str], Item],
     spool: Spool,
 ) -> Source:
-    """Makes samples of numbered rows; `find` makes the item of an image at its first row."""
+    """Makes samples of numbered rows; `find` makes an image's item at its first row."""
     conditions, scores = options.conditions(), options.scores()
     items, broken, low_rows = spool.new_items(), spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
@@ -78,7 +78,7 @@ def collect_rows(
         if items.find(name) is None:
             broken.append(Item(name, problem=low))
         elif low is not None:
-            # another row keeps the image, whose name is not to be found among those left out
+            # another row keeps the image, so its name must not be listed as left out
             broken.append(refused(item.name, low.kind, f"{name}: {low.message}"))
     if not items and not broken:
         left = ", ".join(options.where)
@@ -95,7 +95,7 @@ def add_named(
     where: str,
     find: Callable[[str], Item],
 ) -> None:
-    """Adds a row (`where`, in words) to the item of its image, which `find` makes if it is new."""
+    """Adds a row, called `where`, to the item of its image, which `find` makes if it is new."""
     number = items.find(name)
     item = find(name) if number is None else Item(name)
     add_texts(item, row, columns, where)
@@ -115,7 +115,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             if not header:
                 raise ValueError(f"{path} is empty; its first line must name the columns")
             for name in header:
-                if name and header.count(name) > 1:  # blank ones are a spreadsheet's margin
+                if name and header.count(name) > 1:  # blank names are a spreadsheet's margin
                     raise ValueError(
                         f"{path} has the column {name!r} several times; give each its own name, or "
                         "one row for each text: rows with the same image are one sample"
@@ -144,7 +144,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields the objects of one JSON array; "lines" are its elements, counted from 1."""
+    """Yields the objects of one JSON array, numbered from 1."""
     for number, (_, row) in enumerate(iter_elements(path), start=1):
         yield number, _object_in(row)
 

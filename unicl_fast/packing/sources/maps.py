@@ -1,4 +1,4 @@
-"""Maps of zips: `train_map.txt` lists the images in `train.zip`, as Swin and UniCL have them."""
+"""Maps of zips, as Swin and UniCL use them: `train_map.txt` lists the images in `train.zip`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ENDING = "map.txt"
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     """Reads `train_map.txt`: lines PATH<TAB>NUMBER, paths in the zip next to it, or ZIP@PATH.
 
-    The zip of `train_map.txt` is `train.zip`; `--image-root` names another, or a folder.
+    The zip is `train.zip`, unless `--image-root` names another, or a folder.
     """
     path = place.path
     stem = path.name.lower().removesuffix(_ENDING).rstrip("_-.")
     beside = path.with_name(path.name[: len(stem)] + ".zip") if stem else path.parent
     root = Path(options.image_root) if options.image_root else beside
-    open_once = functools.cache(open_tree)  # a zip may have a long directory
+    open_once = functools.cache(open_tree)  # a zip can have a long directory
 
     def find(name: str) -> Item:
         archive, at, inside = name.rpartition("@")
@@ -47,7 +47,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
 
 
 def _map_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields lines PATH<TAB>NUMBER; the path may hold blanks."""
+    """Yields lines PATH<TAB>NUMBER; a path can hold blanks."""
     with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

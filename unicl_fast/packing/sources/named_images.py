@@ -1,4 +1,4 @@
-"""Images that lists name by paths: finds them, and advises if none of them is there."""
+"""Finds the images that lists name by paths, and advises if none exists."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from unicl_fast.packing.sources.trees import Tree, find_image
 from unicl_fast.system.wording import count_of
 
 _ENOUGH = 1000
-"""Names of which at least one must exist, so that a wrong folder is reported early."""
+"""After so many missing images in a row from the start, a wrong folder is reported."""
 _FOLDERS_TRIED = 100
 _ADDRESS = re.compile(r"https?://")
 
 
 class NamedImages:
-    """Finds the images that one list names in a tree; `listed` is the list, for messages."""
+    """Finds images of one list in a tree; `listed` is the list, for messages."""
 
     def __init__(self, listed: object, tree: Tree) -> None:
         self._listed, self._tree = listed, tree
@@ -29,10 +29,9 @@ class NamedImages:
         self._first_missing = ""
 
     def find(self, *names: str) -> Item:
-        """Returns the item of the first of some names for one image that is there.
+        """Returns the item of an image, by the first of its possible names that exists.
 
-        Raises:
-            ValueError: it is the last of a thousand images, and none of them was there.
+        Raises ValueError if it is the thousandth missing image, and none was found.
         """
         found = [self._find(name) for name in names]
         item = next((one for one in found if one.problem is None), found[0])
@@ -57,7 +56,7 @@ class NamedImages:
             source.notes["paths with \\ read as if it were /"] += self._num_windows
 
     def _require_some(self) -> None:
-        """Raises ValueError, with advice, if all images that were looked for are missing."""
+        """Raises ValueError, with advice, if all images so far are missing."""
         if self._num_missing and not self._num_found:
             raise ValueError(
                 f"{self._listed}: not one of {count_of(self._num_missing, 'image')} is there, such "
@@ -73,13 +72,13 @@ class NamedImages:
         name = self._first_missing.replace("\\", "/")
         if _ADDRESS.match(name):
             return (
-                "They are addresses: fetch them with img2dataset (img2dataset --url_list FILE "
+                "They are addresses: download them with img2dataset (img2dataset --url_list FILE "
                 "--input_format parquet --output_format webdataset ...) and build from the folder "
                 "that it makes; or name a column with paths by --image-column"
             )
         parts = name.split("/")
         if ".." in parts:
-            return "Write the paths without .., and give the folder where they begin: --image-root"
+            return "Write the paths without .., and give the folder they start in: --image-root"
         for folder in self._folders():
             with contextlib.suppress(OSError, ValueError):  # zero bytes in names, or too long ones
                 if (folder / name).is_file():
@@ -89,11 +88,11 @@ class NamedImages:
             rest = "/".join(parts[number:])
             if self._find(rest).problem is None:
                 before = "/".join(parts[:number])
-                return f"{rest!r} is there: take {before!r} away from the beginning of all paths"
-        return "Say by --image-root in which folder or zip the paths begin"
+                return f"{rest!r} is there: remove {before!r} from the beginning of all paths"
+        return "Give the folder or zip in which the paths start: --image-root"
 
     def _folders(self) -> Iterator[Path]:
-        """Yields folders where the paths may begin: here, above the root, in it and beside it."""
+        """Yields folders in which the paths could start: here, above the root, in and beside it."""
         root = self._tree.root.absolute()
         yield from (Path.cwd(), *root.parents)
         for above in (root, root.parent):

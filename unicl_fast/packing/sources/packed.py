@@ -1,8 +1,8 @@
-"""Packed data sets as sources of a build, also together with others.
+"""Packed data sets as sources of a build.
 
-Captions have no checksum of their own. They are tokenized and compared with the stored tokens;
-if these differ, the shard's checksum says whether it was damaged or packed with another version
-of the tokenizer's packages.
+Captions have no checksum, so they are tokenized and compared with the stored tokens. If these
+differ, the shard's checksum says whether it was damaged, or packed with another version of the
+tokenizer's packages.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader, shared_images
-from unicl_fast.packing.quarantine import LeftOut, read_left_out
+from unicl_fast.packing.quarantine import LeftOut, count_left_out, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels
-from unicl_fast.packing.sources.items import Item, Problem, spell_classes
+from unicl_fast.packing.sources.items import Item, Problem, refused, spell_classes
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -33,7 +33,7 @@ from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _READ_TOGETHER = 1024
-"""Samples whose captions the tokenizer's threads divide among them."""
+"""Samples whose captions the tokenizer's threads share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,18 +52,12 @@ def _is_packed(folder: Path) -> bool:
 
 def _recognises(place: Place) -> bool:
     """Also recognises a folder that only holds packed data sets, in order to refuse it."""
-    return place.is_folder and (_is_packed(place.path) or _holds_packed(place))
-
-
-def _holds_packed(place: Place) -> bool:
-    return bool(place.folders) and all(_is_packed(place.path / one) for one in place.folders)
+    folders = [place.path / folder for folder in place.folders]
+    return _is_packed(place.path) or (bool(folders) and all(map(_is_packed, folders)))
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
-    """Reads the samples of a packed data set.
-
-    Raises ValueError if an array or the quarantine list is damaged, or an option asks for columns.
-    """
+    """Reads a packed data set; ValueError if an array or its quarantine list is damaged."""
     path = place.path
     if not _is_packed(path):
         every = " ".join(f"{path}/{folder}" for folder in sorted(place.folders))
@@ -76,8 +70,8 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
     items = spool.new_items()
     with PackedDataset(path) as dataset, contextlib.closing(SampleReader(dataset)) as reader:
         spool.origins += [str(path / name) for name in (MANIFEST_NAME, QUARANTINE_NAME)]
-        for _ in read_left_out(path / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined):
-            pass  # refused now, rather than after a look at all samples
+        # a bad list is refused now, before all samples are read
+        count_left_out(path / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined)
         samples = _Samples(dataset, reader)
         for first in range(0, len(dataset), _READ_TOGETHER):
             items.extend(samples.read(range(first, min(first + _READ_TOGETHER, len(dataset)))))
@@ -91,7 +85,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
 
 
 class _Samples:
-    """Makes items of the samples of one data set."""
+    """Makes items from one data set's samples."""
 
     def __init__(self, dataset: PackedDataset, reader: SampleReader) -> None:
         manifest = dataset.manifest
@@ -100,9 +94,9 @@ class _Samples:
         tokenizer = Tokenizer(manifest.context_length)
         is_same = manifest.vocabulary_hash == tokenizer.vocabulary_hash
         self._tokenizer = tokenizer if is_same else None
-        """None if another tokenizer made the tokens, which then say nothing here."""
+        """None if another tokenizer made the tokens: they cannot be compared."""
         self._damaged: dict[str, bool] = {}
-        """By the names of shards that were looked at."""
+        """By name of shard, for those that were checked."""
 
     def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yields the item of each sample."""
@@ -111,8 +105,7 @@ class _Samples:
         tokens = iter(encode_all(self._tokenizer, texts) if self._tokenizer else ())
         for index, text in zip(indices, found, strict=True):
             if isinstance(text, str):
-                problem = Problem("damaged", text)
-                yield Item(sample_key(index), problem=problem)
+                yield refused(sample_key(index), "damaged", text)
                 continue
             own = [next(tokens) for _ in text.captions] if self._tokenizer else None
             fault = self._fault_of(index, text, own)
@@ -147,7 +140,7 @@ class _Samples:
     def _fault_of(
         self, index: int, text: Description, tokens: Sequence[npt.NDArray[np.uint16]] | None
     ) -> str:
-        """Why the texts are not those that were packed; empty if they are."""
+        """How the texts differ from the packed ones; empty if they do not."""
         count = int(self._dataset.samples[index]["captions_count"])
         fault = ""
         if text.labels != tuple(self._dataset.labels_of(index).tolist()):
@@ -161,7 +154,7 @@ class _Samples:
         return f"{self._dataset.describe(index, 'members')}: {fault}" if fault else ""
 
     def _is_damaged(self, index: int) -> bool:
-        """Whether the shard that holds a sample has another checksum than the manifest says."""
+        """Whether a sample's shard has another checksum than the manifest says."""
         shard = self._dataset.manifest.shards[int(self._dataset.samples[index]["shard"])]
         if shard.name not in self._damaged:
             found = file_checksum(self._dataset.folder / shard.name)
@@ -170,7 +163,7 @@ class _Samples:
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-    """Tokenizes texts by all threads; invalid text, such as a lone surrogate, has no tokens."""
+    """Tokenizes texts in all threads; invalid text, such as a lone surrogate, has no tokens."""
     try:
         return tokenizer.encode(texts)
     except (UnicodeError, TypeError):
@@ -180,7 +173,7 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[n
 
 
 def join_templates(sources: Sequence[PackedSource]) -> tuple[str, ...]:
-    """The prompt templates of all that have classes, which must agree; none if none has."""
+    """The prompt templates of all sources with classes, which must agree; () without classes."""
     found = [source for source in sources if source.manifest.class_names]
     for source in found:
         if source.manifest.templates != found[0].manifest.templates:
@@ -190,7 +183,7 @@ def join_templates(sources: Sequence[PackedSource]) -> tuple[str, ...]:
                 for one in (found[0], source)
             )
             raise ValueError(
-                f"{first} and {other}: say by --templates which to take: a file, imagenet or simple"
+                f"{first} and {other}: say by --templates which to use: a file, imagenet or simple"
             )
     return found[0].manifest.templates if found else ()
 
@@ -199,8 +192,7 @@ def join_parents(sources: Sequence[PackedSource]) -> dict[str, str]:
     """The parent of each class in the hierarchies of packed data sets, which must agree."""
     parents: dict[str, str] = {}
     for source in sources:
-        hierarchy = source.manifest.hierarchy
-        if hierarchy is None:
+        if (hierarchy := source.manifest.hierarchy) is None:
             continue
         own = (*spell_classes(source.manifest.class_names), *hierarchy.names)
         for label, number in zip(own, hierarchy.parents, strict=True):
@@ -216,25 +208,22 @@ def join_parents(sources: Sequence[PackedSource]) -> dict[str, str]:
 
 
 def count_in_both(folder: Path, other: Path) -> int:
-    """How many images of `other` are in the data set `folder` too."""
+    """How many images of `other` are also in the data set `folder`."""
     with PackedDataset(folder, verify=False) as one, PackedDataset(other, verify=False) as two:
         return shared_images(one, two)
 
 
 def count_shared(sources: Sequence[PackedSource]) -> Counter[str]:
-    """How many images of each packed data set are in another before it too, in words."""
-    return Counter(
-        {
-            f"images of {two.folder} that are in {one.folder} too": count_in_both(
-                one.folder, two.folder
-            )
-            for one, two in itertools.combinations(sources, 2)
-        }
-    )
+    """How many images each packed data set shares with each one before it, in words."""
+    shared = Counter[str]()
+    for one, two in itertools.combinations(sources, 2):
+        words = f"images of {two.folder} that are in {one.folder} too"
+        shared[words] = count_in_both(one.folder, two.folder)
+    return shared
 
 
 def join_licenses(sources: Sequence[Source]) -> str:
-    """All licenses, each once; a source without one is named too, unless none has any."""
+    """All licenses, each once; "not stated for a part" if only some sources have one."""
     licenses = [one.manifest.license if isinstance(one, PackedSource) else "" for one in sources]
     if not any(licenses):
         return ""

@@ -1,7 +1,7 @@
-"""Reads Parquet files with pyarrow: texts go to a file of JSON lines, images to one of images.
+"""Reads Parquet files with pyarrow into a file of JSON lines and a file of images.
 
-`convert` runs in a separate process (`system.child`), since a file may lie about sizes and
-offsets and pyarrow is C++.
+`convert` runs in a separate process (`system.child`): a file can lie about sizes and offsets, and
+pyarrow is C++.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _MAX_BATCH_ROWS = 1024
 
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _BROKEN = (pa.ArrowException, OSError, ValueError)
-"""The errors that pyarrow raises at files that are broken."""
+"""The errors that pyarrow raises for broken files."""
 
 
 def convert(task: TableTask) -> TableResult:
-    """Reads one file; a ValueError names the columns that it lacks."""
+    """Reads one file; raises ValueError if it lacks columns."""
     with open_file(task.path) as file:
         if not file.read(1):
             return TableResult(damaged=[(0, -1, "the file is empty")])
     try:
         table = _ParquetTable(task.path)
-        header = list(table.schema.names)  # which need not be UTF-8
+        header = list(table.schema.names)  # raises for names that are not UTF-8
     except _BROKEN as error:
         return TableResult(damaged=[(0, -1, _reason(error))])
     if len(set(header)) < len(header):
@@ -72,29 +72,29 @@ def convert(task: TableTask) -> TableResult:
             except ValueError as error:
                 raise ValueError(f"{task.path}: {error}") from error
             images.flush()
-            rows.flush()  # so that complete lines can be taken if this process is to die
+            rows.flush()  # so that complete lines survive this process
     result.passed_over = dict(writer.passed_over)
     return result
 
 
 def _reason(error: Exception) -> str:
-    """Returns the error as a sentence; out of memory is raised, and ends this process."""
+    """The error as a sentence; raises MemoryError again, which ends this process."""
     if isinstance(error, MemoryError):
         raise error
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _class_names(schema: pa.Schema, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the class names of columns of labels, by Hugging Face's description of them."""
+    """The class names of label columns, from Hugging Face's metadata."""
     try:
         found = dict(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        return {}  # absent, or of a kind that says nothing of names
+        return {}  # absent, or without names
     return {label: names for label in labels if (names := _names_of(found.get(label)))}
 
 
 def _names_of(feature: Any) -> tuple[str, ...]:
-    """Returns the names of a ClassLabel, or of a list of them."""
+    """The names of a ClassLabel, or of a list of ClassLabels."""
     for _ in range(3):
         if isinstance(feature, list) and feature:
             feature = feature[0]
@@ -108,7 +108,7 @@ def _names_of(feature: Any) -> tuple[str, ...]:
 
 
 class _ParquetTable:
-    """A Parquet file, read page by page and not by row groups, which may be the whole file."""
+    """A Parquet file, read page by page: a row group can be the whole file."""
 
     def __init__(self, path: str) -> None:
         self._file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
@@ -152,7 +152,7 @@ class _RowWriter:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def write(self, first: int, batch: pa.RecordBatch) -> None:
-        """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
+        """Writes the rows of a batch, or raises before any if one cannot be read."""
         if batch.num_rows == 0:
             return
         lines: list[str] = []
@@ -171,14 +171,14 @@ class _RowWriter:
                 continue
             low = too_low(row, self.scores)
             found = self._texts_of(row) if low is None else {"problem": [low.kind, low.message]}
-            if "problem" not in found:  # the image of a bad row would be copied for nothing
+            if "problem" not in found:  # a bad row needs no image
                 found |= self._image(images, number)
             lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
         self.rows.writelines(lines)
         self.passed_over += passed_over
 
     def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the row's texts, with names for numbers; or its problem."""
+        """The row's texts, with names for numbers; or its problem."""
         labels: list[Any] = []
         for column in self.columns.labels:
             names = self.names.get(column, ())
@@ -193,7 +193,7 @@ class _RowWriter:
         return {"captions": captions, "labels": labels} | group
 
     def _image(self, images: _Images, number: int) -> dict[str, Any]:
-        """Copies the image and returns its place; or returns its path, or its problem."""
+        """Copies the image and returns its location; or returns its path, or its problem."""
         buffer = images.bytes_at(number)
         if buffer is None:
             path = images.path_at(number)
@@ -214,7 +214,7 @@ class _Images:
             column = column.dictionary_decode()
         if pa.types.is_struct(column.type):
             names = [column.type.field(number).name for number in range(column.type.num_fields)]
-            # `flatten` leaves no bytes in rows that are null
+            # `flatten` nulls the bytes of null rows
             parts = dict(zip(names, column.flatten(), strict=True))
             self._paths, values = parts.get("path"), parts.get("bytes")
             is_image = "bytes" in parts or "path" in parts
@@ -247,5 +247,5 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _other_type(value: Any) -> dict[str, str]:
-    """Encodes dates, bytes and the like, none of which can be a caption or label."""
+    """Encodes dates, bytes and the like, which cannot be captions or labels."""
     return {type(value).__name__: repr(value)[:100]}

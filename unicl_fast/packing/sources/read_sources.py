@@ -1,7 +1,7 @@
 """Reads the SOURCE arguments of a build; a new kind of source is a file here and a line in SOURCES.
 
-Nothing is dropped in silence: files that are passed over are counted by name, and images that
-cannot be packed stay in the list with their problem and end in quarantine.csv.
+Nothing is dropped silently: skipped files are counted by kind, and images that cannot be packed
+become items with a problem and end up in quarantine.csv.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ SOURCES = (
     "packed",  # before tars: its shards are tars
     "img2dataset",  # before class_folders: its folders 00000, 00001, ... are no classes
     "tars",  # before tables: img2dataset writes a Parquet file beside each tar
-    "tables",  # before the folders of images, which a folder of Parquet files may hold too
-    "image_folders",  # before text_files: metadata name the images that are meant
+    "tables",  # before the folders of images: a folder of Parquet files can hold images too
+    "image_folders",  # before text_files: metadata name the images to use
     "text_files",
     "karpathy",  # before coco: both are one JSON object with `images`
     "coco",  # before lists: a .json that is an object; an array is a list
@@ -26,13 +26,13 @@ SOURCES = (
     "maps",
     "class_folders",  # last: any other folder or zip; refuses all else
 )
-"""The file of each kind, in the order in which they are asked whether a path is theirs."""
+"""The file of each kind; the first kind that recognises a path reads it."""
 
 _NO_OPTIONS = ListOptions()
 
 
 def kind_of(place: Place) -> SourceKind:
-    """The first kind that recognises a place; the last one recognises every place."""
+    """The first kind that recognises a place; the last kind recognises every place."""
     kinds: list[SourceKind] = [import_module(f"{__package__}.{name}").KIND for name in SOURCES]
     return next(kind for kind in kinds if kind.recognises(place))
 
@@ -40,14 +40,14 @@ def kind_of(place: Place) -> SourceKind:
 def read_sources(
     paths: Sequence[str], options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> list[Source]:
-    """Reads all sources of a build, in order; those that are read together come with the first.
+    """Reads all sources of a build, in order; sources read together come with the first.
 
     Sources that cannot be read in place are unpacked into the spool, which must outlive the items;
     without a spool they are refused.
 
     Raises:
-        FileNotFoundError: a source is not there.
-        ValueError: a source of no kind (docs/sources.md), or one that holds nothing.
+        FileNotFoundError: a source is missing.
+        ValueError: a source is of no known kind (docs/sources.md), or holds nothing.
     """
     spool = spool or Spool(None)
     places = {place: kind_of(place) for place in map(Place, paths)}

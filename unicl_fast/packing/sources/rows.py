@@ -1,6 +1,6 @@
-"""Rows of lists, tables and descriptions: which columns are read, which rows count, their texts.
+"""Rows of lists, tables and descriptions: their columns, conditions and texts.
 
-Readers of all formats give a row as a dict. Its fields are one value or a list.
+Readers of all formats make a row a dict, whose fields are one value or a list.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, joi
 from unicl_fast.system.wording import shorten
 
 MAX_CAPTION_BYTES = 100_000
-"""Size of the longest caption that is read, in UTF-8. Encoders see its first words, and tokenizing
-takes 140 bytes of memory for each byte."""
+"""Size of the longest caption that is read, in UTF-8. Encoders only see its first words, and
+tokenizing needs 140 bytes of memory for each byte."""
 
 IMAGE_COLUMNS = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),
@@ -28,18 +28,18 @@ _USUAL: dict[str, Sequence[Sequence[str]]] = {
     "caption": [CAPTION_COLUMNS, ("text", "texts"), ("sentence", "sentences")],
     "label": [LABEL_COLUMNS, ("fine_label",), ("class", "cls")],
 }
-"""The usual names of columns, in any case as LAION's TEXT: all of the first group that is there."""
+"""The usual names of columns, in upper or lower case: all of the first group that is there."""
 
 LOW_SCORE = "low score"
-"""The kind of rows that `--min-score` leaves out."""
+"""The kind of problem of rows that `--min-score` leaves out."""
 LEFT_OUT = "rows that --where left out"
 FAILED_DOWNLOADS = "failed downloads of img2dataset"
-"""Both are counted in `Source.passed_over` by several readers."""
+"""Several readers count both in `Source.passed_over`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns of a list, or fields of a description, that are read."""
+    """The columns of a list, or fields of a description, to read."""
 
     image: str
     captions: tuple[str, ...]
@@ -55,32 +55,31 @@ class ListOptions:
     """Column with image paths, or images, if it is not called image, file, path or
     file_name."""
     caption_column: Sequence[str] = ()
-    """Column with captions, or several, if it is not called caption, captions or text; in tars,
-    field of KEY.json."""
+    """One or several columns with captions, if not called caption, captions or text; in tars,
+    fields of KEY.json."""
     label_column: Sequence[str] = ()
-    """Column with labels, or several (an image then has the labels of all), if it is not called
-    label or labels. Labels are names, keys, or numbers into --class-names."""
+    """One or several columns with labels, if not called label or labels; an image has the labels of
+    all. Labels are names, keys, or numbers into --class-names."""
     group_column: str = ""
-    """Column of a key, such as the number of a product: --split puts the images of one key on one
-    side."""
+    """Column with a key, such as a product's number: --split keeps images with one key together."""
     image_root: str = ""
     """Folder or zip that image paths in lists are relative to; by default the list's folder, and
-    for COCO's files the one that is called as they are (val2017) or images."""
+    for COCO's files the folder called images, or as they are (val2017)."""
     where: Sequence[str] = ()
-    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
-    then all must hold."""
+    """COLUMN=VALUE: only read rows of lists with this value. Repeat it to add conditions."""
     min_score: Sequence[str] = ()
-    """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
-    several times."""
+    """COLUMN=NUMBER: leave out rows of lists with a smaller value or none. Repeat it to add
+    conditions."""
 
     def conditions(self) -> list[tuple[str, str]]:
         """`where` as columns and values; ValueError for anything but COLUMN=VALUE."""
+        found = []
         for condition in self.where:
-            if condition.find("=") < 1:
-                raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")
-        return [
-            (column, value) for column, _, value in (each.partition("=") for each in self.where)
-        ]
+            column, _, value = condition.partition("=")
+            if not column or column == condition:
+                raise ValueError(f"--where must be COLUMN=VALUE, not {condition!r}")
+            found.append((column, value))
+        return found
 
     def scores(self) -> list[tuple[str, float]]:
         """`min_score` as columns and numbers; ValueError for anything but COLUMN=NUMBER."""
@@ -92,15 +91,15 @@ class ListOptions:
             except ValueError:
                 column = ""
             if not column or math.isnan(found[-1][1]):
-                raise ValueError(f"--min-score takes COLUMN=NUMBER, not {condition!r}")
+                raise ValueError(f"--min-score must be COLUMN=NUMBER, not {condition!r}")
         return found
 
 
 def choose_columns(path: object, header: Sequence[str], options: ListOptions) -> Columns:
-    """Chooses the columns of a list: those that the options name, else columns of usual names.
+    """Chooses the columns of a list: by the options, else by usual names.
 
     Raises:
-        ValueError: a column that an option names, of images, or of any text is not there.
+        ValueError: there is no column of an option's name, with images, or with texts.
     """
     named = {
         what: names_of(getattr(options, f"{what}_column"))
@@ -120,25 +119,25 @@ def choose_columns(path: object, header: Sequence[str], options: ListOptions) ->
     images, captions, labels = (named[what] or find(what) for what in ("image", "caption", "label"))
     if not images:
         raise ValueError(
-            f"{path} has no column with images or their paths of a usual name (image, file, path, "
-            f"...); name it by --image-column. It has {shorten(header, limit=1000)}"
+            f"{path} has no column of a usual name with images or paths (image, file, path, ...); "
+            f"name it by --image-column. It has {shorten(header, limit=1000)}"
         )
     if not captions and not labels:
         raise ValueError(
-            f"{path} has neither captions nor labels in columns of the usual names; name one or "
-            "several by --caption-column or --label-column, such as --caption-column title "
-            f"--label-column category. It has {shorten(header, limit=1000)}"
+            f"{path} has no columns of usual names with captions or labels; name them by "
+            "--caption-column or --label-column, such as --caption-column title --label-column "
+            f"category. It has {shorten(header, limit=1000)}"
         )
     return Columns(images[0], captions, labels, options.group_column)
 
 
 def names_of(option: Sequence[str]) -> tuple[str, ...]:
-    """The columns that an option names: one as a text, or several."""
+    """The columns that an option names."""
     return ((option,) if option else ()) if isinstance(option, str) else tuple(option)
 
 
 def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
-    """Whether a row has all the values that `--where` asks for; of a list one is enough."""
+    """Whether a row meets all conditions of `--where`; in a list, one equal value is enough."""
     return all(
         any(str(value) == wanted for value in _flat(row.get(column)))
         for column, wanted in conditions
@@ -146,7 +145,7 @@ def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """The values in lists of any depth, without recursion, which rows from anywhere could end."""
+    """The values in lists of any depth; not recursive, since untrusted rows could nest deeply."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -157,7 +156,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem | None:
-    """The problem of a row whose scores are below those that `--min-score` asks for."""
+    """The problem of a row with a score below `--min-score`."""
     for column, lowest in scores:
         value = row.get(column)
         try:
@@ -172,7 +171,7 @@ def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem
 def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> None:
     """Adds a row's captions and labels, each once; a value of a wrong type is the item's problem.
 
-    A field of the row is one value or a list. `where` is the row in words, for messages.
+    `where` names the row in messages.
     """
     if item.problem is not None and item.problem.kind == TOO_MANY:
         return
@@ -191,19 +190,17 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
         for label in _values(row.get(column)):
             if not isinstance(label, (str, int)) or isinstance(label, bool):
                 item.problem = _bad_value(where, column, label)
-            elif label not in (-1, "-1"):  # the usual sign for none
+            elif label not in (-1, "-1"):  # usually means none
                 labels.append(label)
     keys = _flat(row.get(columns.group)) if columns.group else ()
     join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
 
 
 def _values(value: Any) -> list[Any]:
-    """Returns a field as a list, without blanks."""
+    """A field as a list, without None and blank texts."""
     values = value if isinstance(value, list) else [value]
     return [
-        entry
-        for entry in values
-        if entry is not None and not (isinstance(entry, str) and not entry.strip())
+        one for one in values if one is not None and not (isinstance(one, str) and not one.strip())
     ]
 
 
@@ -218,17 +215,17 @@ class TableTask:
     path: str
     options: ListOptions
     rows_file: str
-    """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset` and
-    `size`, or with `path`."""
+    """Receives a JSON object for each row: `row`, and `problem`, or `captions` and `labels` with
+    `offset` and `size`, or with `path`."""
     images_file: str
 
 
 @dataclass(kw_only=True, slots=True)
 class TableResult:
-    """The facts about a file that are not in its rows."""
+    """Facts about a file that are not in its rows."""
 
     labels_are_names: bool = True
-    """Whether the file has names for all numbers that are labels."""
+    """Whether the file names all labels that are numbers."""
     passed_over: dict[str, int] = field(default_factory=dict)
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
-    """Rows that cannot be read: the first, the one after the last or -1, and why."""
+    """Rows that cannot be read: the first, the end or -1, and why."""

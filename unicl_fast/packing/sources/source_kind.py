@@ -1,6 +1,6 @@
-"""A kind of source: how it recognises the path that a SOURCE argument names, and how it is read.
+"""A kind of source: how to recognise a SOURCE argument, and how to read it.
 
-Each kind is one file in this folder, whose `KIND` stands in `read_sources.SOURCES`.
+Each kind is one file in this folder, listed in `read_sources.SOURCES`, with a `KIND`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unicl_fast.packing.sources.trees import UrlTree
 
 
 class Place:
-    """A SOURCE argument, and what is there; looked up once, when a kind first asks."""
+    """A SOURCE argument, and the files there, looked up once when first needed."""
 
     def __init__(self, given: str) -> None:
         self.given = given
@@ -61,7 +61,7 @@ class Place:
         return {folder for folder in self.folders if folder.startswith("_")}
 
     def count_aside(self) -> Counter[str]:
-        """The folders left aside, as `Source.passed_over` counts them."""
+        """Counts those folders for `Source.passed_over`."""
         return Counter(f"folder {folder}" for folder in sorted(self.aside))
 
     @cached_property
@@ -72,7 +72,7 @@ class Place:
 
     @cached_property
     def tree(self) -> UrlTree:
-        """The files below a URL; raises ValueError or FileNotFoundError as `UrlTree` does."""
+        """The files below a URL; raises like `UrlTree`."""
         return UrlTree(self.given)
 
 
@@ -81,8 +81,8 @@ class SourceKind:
     """One kind of source."""
 
     recognises: Callable[[Place], bool]
-    """Whether a place is of this kind, if it is of none that stands before it in the registry."""
+    """Whether a place is of this kind, if no kind before it in the registry recognises it."""
     read: Callable[[Place, ListOptions, Spool], Source]
-    """Reads it; ValueError for a source that is not as it should be or holds nothing."""
+    """Reads it; ValueError for a source that is invalid or empty."""
     read_together: Callable[[Sequence[Place], ListOptions, Spool], Source] | None = None
-    """Reads all sources of this kind in a build as one, in the place of the first."""
+    """Reads all of a build's sources of this kind as one."""

@@ -1,8 +1,8 @@
-"""A folder next to the output for data that exceed memory or cannot be read in any order.
+"""A folder next to the output for data that exceed memory or cannot be read in random order.
 
-The order of a data set is drawn over all its samples, so all must have been read before the first
-is packed: the items of all sources wait in an SQLite database. An image in a Parquet file cannot be
-reached without unpacking all before it, so such files are unpacked once, in order.
+All samples are shuffled together, so all must be read before the first is packed: the items of all
+sources wait in an SQLite database. An image in a Parquet file cannot be reached without unpacking
+all before it, so such files are unpacked once, in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, joi
 from unicl_fast.system.wording import count_of
 
 _CACHE_KILOBYTES = 16_000
-"""Memory of the database for any number of samples; 64 MB were not faster."""
+"""Memory of the database for any number of samples; 64 MB are not faster."""
 READ_ITEMS = 256
 """Items read at once; SQLite below 3.32 allows 999 values in a statement."""
 _WRITE_ROWS = 64
@@ -36,23 +36,22 @@ _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().dec
 
 
 class Spool:
-    """The folder, made when it is first needed; it stays for a build that resumes."""
+    """The folder, made when first needed; it stays for a build that resumes."""
 
     def __init__(self, folder: Path | None, *, takes_loose: bool = False) -> None:
         """Makes nothing yet.
 
-        None allows no file; items then wait in the system's folder for temporary files.
-        `takes_loose` puts images that lie in no class folder into a class of their folder's name,
-        and treats all folders as classes.
+        Without a folder there are no files, and items wait in the system's folder for temporary
+        files. `takes_loose` puts images outside class folders into a class named after their
+        folder, and treats all folders as classes.
         """
         self._folder = folder
         self.takes_loose = takes_loose
         self._prefix = f"{folder}/"
-        self._num_files = 0
+        self._num_files = self._num_stores = 0
         self._database: sqlite3.Connection | None = None
-        self._num_stores = 0
         self.origins: list[str] = []
-        """Files that sources were made of, other than those that hold the images."""
+        """Files from which sources were read, besides the files of images."""
 
     def __enter__(self) -> Spool:
         return self
@@ -68,15 +67,15 @@ class Spool:
     def new_file(self) -> Path:
         """Returns the path for one more file, which the caller makes."""
         if self._folder is None:
-            message = "this source must be unpacked to be read, and there is no place for it"
-            raise ValueError(message)
+            raise ValueError(
+                "this source must be unpacked to be read, and there is no place for it"
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
 
     @property
     def has_files(self) -> bool:
-        """Whether anything was unpacked."""
         return self._num_files > 0
 
     def checksum_origins(self) -> str:
@@ -94,7 +93,7 @@ class Spool:
 
 
 def stamp(path: str) -> tuple[str, int, int]:
-    """Returns a file's path, its size and when it was written; zeros for one that is missing."""
+    """A file's path, size and time of writing; zeros if it is missing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -103,10 +102,10 @@ def stamp(path: str) -> tuple[str, int, int]:
 
 
 def _encode(record: tuple[Any, ...]) -> bytes:
-    """A record as MessagePack, a fifth of the time of JSON; equal ones give equal bytes."""
+    """A record as MessagePack, five times as fast as JSON; equal records give equal bytes."""
     try:
         return _pack(record)
-    except (UnicodeEncodeError, OverflowError):  # a name that is no UTF-8, an integer of 65 bits
+    except (UnicodeEncodeError, OverflowError):  # a name that is not UTF-8, an integer of 65 bits
         return _pack(json.dumps(record))
 
 
@@ -117,9 +116,9 @@ def _decode(data: bytes) -> list[Any]:
 
 
 def _open_database(folder: Path | None) -> sqlite3.Connection:
-    """Opens an empty database in a file without a name, which the kernel removes with the process.
+    """Opens an empty database in an unlinked file, so that nothing outlives the process.
 
-    It holds one transaction that is never committed: nothing of it is to outlive the process.
+    It runs one transaction that is never committed.
     """
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,38 +136,37 @@ def _open_database(folder: Path | None) -> sqlite3.Connection:
 
 
 class ItemStore:
-    """Items in the order in which they were appended; each is made anew when it is asked for.
+    """Items in the order of appending; each read makes a new one.
 
-    Lists name an image in several rows, not always one after another. A later row is a record of
-    its own. Records are written and read many at a time: a statement for each takes as long as
-    reading a small image.
+    Lists can name an image in several rows, not always consecutive; each row is one record. Records
+    are written and read many at a time: one statement costs as much as reading a small image.
     """
 
     def __init__(
         self, database: sqlite3.Connection, number: int, locate: Callable[[str], str | None]
     ) -> None:
-        """Makes the tables number `number` of a database; `locate` is the spool's."""
+        """Makes the store's two tables in a database; `locate` is the spool's."""
         self._database = database
         self._locate = locate
         self._count = 0
         self._num_rows = self._num_captioned = self._num_labelled = 0
         self._last = ("", -1)
-        """Name and number of the item found last: rows of an image mostly follow each other."""
+        """Name and number of the last item found: an image's rows are mostly consecutive."""
         self._kinds: list[type[Entry]] = []
         """Classes of entries; a record has the index of its entry's class."""
         rows, names = f"rows_{number}", f"names_{number}"
         self._rows = rows
         self._pending: list[tuple[int, bytes]] = []
-        """Rows that are not in the table yet."""
+        """Rows not yet in the table."""
         self._pending_bytes = 0
         self._insert_row = f"INSERT INTO {rows} VALUES (?, ?)"
         self._insert_name = f"INSERT INTO {names} VALUES (?, ?)"
         self._find_name = f"SELECT item FROM {names} WHERE name = ?"
-        # the id of a row is (number of the item << 32) + number of the row
+        # a row's id is (number of its item << 32) + number of the row
         self._execute(f"CREATE TABLE {rows} (id INTEGER PRIMARY KEY, record BLOB)")
         self._digest = xxhash.xxh3_128()
         self._holders: dict[str, None] = {}
-        """Files that hold images of entries which do not know its size and time."""
+        """Files with images whose entries do not know the file's size and time."""
         self._labels: dict[Label, None] = {}
         self._execute(f"CREATE TABLE {names} (name BLOB PRIMARY KEY, item INTEGER) WITHOUT ROWID")
 
@@ -185,12 +183,12 @@ class ItemStore:
             yield from self.at(range(first, min(first + READ_ITEMS, self._count)))
 
     def at(self, numbers: Sequence[int]) -> list[Item]:
-        """Returns the items of these numbers, in this order; each is one of the store."""
+        """Returns the items with these numbers, in this order."""
         found: dict[int, Item] = {}
         for start in range(0, len(numbers), READ_ITEMS):
             some = numbers[start : start + READ_ITEMS]
             values = ", ".join(["(?)"] * len(some))
-            # CROSS JOIN: SQLite looks up each item's rows, and never walks through the table
+            # CROSS JOIN makes SQLite look up each item's rows instead of scanning the table
             statement = (
                 f"WITH wanted (item) AS (VALUES {values}) SELECT id >> 32, record FROM wanted "
                 f"CROSS JOIN {self._rows} ON id >= item << 32 AND id < (item + 1) << 32 ORDER BY id"
@@ -210,7 +208,7 @@ class ItemStore:
                 self._kinds.append(type(entry))
             kind = self._kinds.index(type(entry))
             fields = spelled = fields_getter(type(entry))(entry)
-            if not isinstance(entry, FileEntry):  # which knows its own time
+            if not isinstance(entry, FileEntry):  # a FileEntry knows its time
                 spelled = self._spell(entry, fields)
         head = (item.name, item.source, kind)
         self._write(number, item, head, fields, spelled)
@@ -222,14 +220,14 @@ class ItemStore:
             self.append(item)
 
     def append_named(self, item: Item) -> int:
-        """Adds an item that `find` is to find by its name, which is not known yet."""
+        """Adds an item with a new name, by which `find` will find it."""
         number = self.append(item)
         self._execute(self._insert_name, _as_key(item.name), number)
         self._last = (item.name, number)
         return number
 
     def find(self, name: str) -> int | None:
-        """Returns the number of the item that was appended under this name; None without one."""
+        """Returns the number of the item with this name; None without one."""
         if self._last[0] == name and self._last[1] >= 0:
             return self._last[1]
         for (number,) in self._execute(self._find_name, _as_key(name)):
@@ -238,7 +236,7 @@ class ItemStore:
         return None
 
     def add_row(self, number: int, row: Item) -> None:
-        """Adds one more row to an item: captions, labels, a problem."""
+        """Adds another row to an item: captions, labels, a problem."""
         self._write(number, row, ())
 
     def labels(self) -> dict[Label, None]:
@@ -249,7 +247,7 @@ class ItemStore:
         return dict.fromkeys(label for item in self for label in item.labels)
 
     def notes(self) -> Counter[str]:
-        """Counts rows that a user should hear of, in words."""
+        """Counts rows that users should know about, in words."""
         notes = Counter({"rows of an image that an earlier row names": self._num_rows - len(self)})
         for what, count in (("caption", self._num_captioned), ("label", self._num_labelled)):
             if count:
@@ -257,10 +255,10 @@ class ItemStore:
         return +notes
 
     def checksum(self) -> str:
-        """The number of items, and XXH3-128 of them and of size and time of the images' files.
+        """The number of items, and XXH3-128 of them and of their files' sizes and times.
 
-        Two builds with the same checksums pack the same, unless somebody changes files and puts
-        their times back.
+        Builds with the same checksums pack the same, unless somebody changes files and resets their
+        times.
         """
         digest = self._digest.copy()
         stamps = [stamp(path) for path in self._holders]
@@ -268,7 +266,7 @@ class ItemStore:
         return f"{count_of(self._count, 'sample')}, checksum {digest.hexdigest()}"
 
     def _spell(self, entry: Entry, fields: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The fields as they are in every build; notes the file that holds the image."""
+        """The fields, equal in every build; notes the file that holds the image."""
         spelled = list(fields)
         for place, name in enumerate(field_names(type(entry))):
             if name in ("path", "archive"):
@@ -287,7 +285,7 @@ class ItemStore:
         fields: tuple[Any, ...] = (),
         spelled: tuple[Any, ...] = (),
     ) -> None:
-        """Writes a row: texts and problem of an item, and its other fields in its first row."""
+        """Writes a row: an item's texts and problem, and in its first row its other fields."""
         problem = item.problem and (item.problem.kind, item.problem.message)
         record = (number, item.captions, item.labels, problem, item.groups, *head)
         data = _encode((*record, *fields))
@@ -307,7 +305,7 @@ class ItemStore:
         self._run(self._database.executemany, self._insert_row, rows)
 
     def _made_of(self, rows: list[tuple[int, bytes]]) -> dict[int, Item]:
-        """Makes items of their rows, which lie in order; by number."""
+        """Makes items of their rows, which are sorted; by number."""
         items: dict[int, Item] = {}
         for number, data in rows:
             _, captions, labels, problem, groups, *others = _decode(data)
@@ -338,27 +336,27 @@ class ItemStore:
             if error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
                 raise OSError(
                     errno.ENOSPC,
-                    "no room left for the list of samples, which takes some 200 bytes of each on "
-                    f"the disk of --out, or without one in {tempfile.gettempdir()}",
+                    "no room left for the list of samples, about 200 bytes for each, on the disk "
+                    f"of --out, or without --out in {tempfile.gettempdir()}",
                 ) from error
             raise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Everything that one SOURCE argument stands for."""
+    """The contents of one SOURCE argument."""
 
     name: str
     items: ItemStore
     labels_are_names: bool
-    """Whether labels are names though they may look like numbers: folders, or classes that the
-    source itself names. Numbers in a list may mean something only together with class names."""
+    """Whether labels are names even if they look like numbers: folders, or classes that the source
+    names itself. Numbers in a list have a meaning only with class names."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """How many files or rows were passed over, by reason."""
+    """How many files or rows were skipped, by reason."""
     notes: Counter[str] = field(default_factory=Counter)
-    """More to say of rows that were read, and of how many."""
+    """Remarks on rows that were read, with their counts."""
 
 
 def _as_key(name: str) -> bytes:
-    """A name as bytes, since it can hold lone surrogates, which SQLite refuses in a text."""
+    """A name as bytes: it can hold lone surrogates, which SQLite refuses in texts."""
     return name.encode("utf-8", "surrogatepass")

@@ -29,7 +29,7 @@ from unicl_fast.system.untrusted_files import read_file
 
 _PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
-"""A ceiling: for a page, packed and unpacked, which may have 2 GB each; 16 MB is a usual use."""
+"""A limit, for a page of up to 2 GB, packed and unpacked; usually 16 MB are in use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 _COLUMNS = Columns("", ("captions",), ("labels",), "group")
 
@@ -37,7 +37,7 @@ _COLUMNS = Columns("", ("captions",), ("labels",), "group")
 def _recognises(place: Place) -> bool:
     if place.is_file:
         return place.path.suffix.lower() in _PARQUET
-    if place.is_folder:  # without folders, but for the hub's data/
+    if place.is_folder:  # without folders, except the hub's data/
         return bool(find_parquet(place.path)) and place.folders - place.aside <= {"data"}
     if place.matches:
         return all(name.lower().endswith(_PARQUET) for name in place.matches)
@@ -45,7 +45,7 @@ def _recognises(place: Place) -> bool:
 
 
 def _files_of_split(place: Place) -> list[Path]:
-    """The Parquet files of the folder F if the place is F/train, say, and does not exist."""
+    """The Parquet files of folder F if the place is F/train, say, and does not exist."""
     is_split = not (place.is_url or place.path.suffix)
     return find_parquet(place.path.parent) if is_split else []
 
@@ -69,7 +69,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
     """Reads Parquet files as one source."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
-            f"{name}: reading Parquet files takes pyarrow, which is not installed: "
+            f"{name}: reading Parquet files needs pyarrow, which is not installed: "
             f"{install_command('sources')}"
         )
     tasks = []
@@ -105,7 +105,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
 
 
 def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult | Problem]]:
-    """Unpacks files, but for those that an earlier run of the build has left whole."""
+    """Unpacks files, except those that an earlier run of the build has completed."""
     from unicl_fast.packing.sources.parquet_rows import convert
 
     known = [_recall(task) for task in tasks]
@@ -117,23 +117,20 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
             try:
                 found = next(results)
                 result = problem_of(found) if isinstance(found, Death) else found
-                # a file that cannot even be opened has left nothing
+                # nothing is written for a file that cannot be opened
                 if isinstance(result, TableResult) and os.path.exists(task.rows_file):
                     _remember(task, result)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                message = (
-                    f"no room left for {task.images_file}, where images are "
-                    "unpacked; it takes as much room as they do, on the disk of --out"
-                )
-                raise OSError(errno.ENOSPC, message) from error
+                message = f"no room left for {task.images_file}: unpacked images need their full "
+                raise OSError(errno.ENOSPC, f"{message}size on the disk of --out") from error
         yield task, result
     assert next(results, None) is None, "which also ends their process"
 
 
 def _remember(task: TableTask, result: TableResult) -> None:
-    """Records that a file is unpacked, and its size and time, for a build that resumes."""
+    """Records for a resumed build that a file is unpacked, with its size and time."""
     files = Path(task.rows_file), Path(task.images_file)
     for file in files:
         flush_to_disk(file)
@@ -142,7 +139,7 @@ def _remember(task: TableTask, result: TableResult) -> None:
 
 
 def _recall(task: TableTask) -> TableResult | None:
-    """The result that was noted, if all is as it was then."""
+    """The recorded result, if nothing has changed since."""
     try:
         note = parse_checksummed_json(read_file(_note_of(task)))
         result = note.pop("result", None)
@@ -162,15 +159,15 @@ def _note_of(task: TableTask) -> Path:
 
 
 def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> int:
-    """Adds the rows that have been written out; returns the number after the last."""
+    """Adds the rows that were written; returns the number after the last."""
     file_name, number = Path(task.path).name, -1
 
     def find(name: str) -> Item:
         if named is None:  # the same path in two folders would be one sample
             raise ValueError(
                 f"{task.path}, row {number}, names the image {name!r}, and the files of this "
-                "source lie in several folders: name the files one by one, or give the folder "
-                "that all paths begin in by --image-root"
+                "source lie in several folders: make each file a source, or give the folder in "
+                "which all paths start by --image-root"
             )
         return named.find(name)
 
@@ -197,7 +194,7 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
 
 
 def find_parquet(folder: Path) -> list[Path]:
-    """Returns the Parquet files of a folder as on Hugging Face's hub: in it or in its data/."""
+    """The Parquet files in a folder or, as on Hugging Face's hub, in its data/."""
     for each in (folder, folder / "data"):
         if each.is_dir():
             found = [path for path in sorted(each.iterdir()) if path.suffix.lower() in _PARQUET]
@@ -207,13 +204,13 @@ def find_parquet(folder: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file named as train-00000-of-00002.parquet is of; "" for others."""
+    """The split of a file named like train-00000-of-00002.parquet; "" for others."""
     match = _SPLIT.fullmatch(path.name)
     return match.group(1) if match else ""
 
 
 def _choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
-    """Returns the files of one split."""
+    """The files of one split; ValueError if there are several to choose from, or none."""
     known = sorted(set(map(_split_of, paths)))
     if not split and len(known) == 1:
         return paths

@@ -1,8 +1,8 @@
-"""WebDataset tars, as img2dataset writes them too.
+"""WebDataset tars, including img2dataset's.
 
-Headers are parsed by `tarfile`. Its iteration over an archive is not used: it keeps an object for
-each member, reads extended headers of any size, and takes an archive with a broken header for one
-that ends there. Nothing is ever written under a name found in a tar.
+`tarfile` parses headers. Its iteration over an archive is not used: it keeps an object for each
+member, reads extended headers of any size, and treats a broken header as the archive's end. Nothing
+is ever written under a name found in a tar.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IMAGES = frozenset(
 _TEXTS = ("txt", "cls", "json")
 _NOT_REGULAR = "not a regular file but a link or a device"
 MAX_TEXT_BYTES = 1 << 20
-"""The most bytes of a .txt, .cls or .json."""
+"""Largest size of a .txt, .cls or .json."""
 _GZIPPED = (".tar.gz", ".tgz")
 TARS = (".tar", *_GZIPPED)
 
@@ -52,7 +52,7 @@ NO_SAMPLE = "files that belong to no sample"
 _MAX_HEADER_BYTES = 1 << 20
 """Limit for all headers of a member; a path has 4,096."""
 _PADDING = 1 << 20
-"""How far after the end mark more members are looked for; GNU tar pads to 10,240 bytes."""
+"""Bytes after the end mark in which another archive can start; GNU tar pads to 10,240 bytes."""
 
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_EXPANDED = 1_000_000
@@ -60,10 +60,10 @@ _MANY_DIGITS = re.compile(rb"\d{1000}")
 
 
 def expand_braces(name: str) -> list[str]:
-    """Expands `shard-{000..002}.tar` to three names; a name without braces is itself."""
+    """Expands `shard-{000..002}.tar` to three names; a name without braces to itself."""
     names = [name]
     while match := _BRACES.search(names[0]):
-        low, high = match.group(1), match.group(2)
+        low, high = match.groups()
         numbers = range(int(low), int(high) + 1)
         if not 0 < len(numbers) * len(names) <= _MAX_EXPANDED:
             raise ValueError(f"{name}: {match.group()} is no range of 1 to {_MAX_EXPANDED:,} names")
@@ -77,7 +77,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def _tars_of(place: Place) -> list[str]:
-    """The tars that a place stands for: the file itself, or all of a folder, URL or pattern."""
+    """The tars of a place: the file itself, or all of a folder, URL or pattern."""
     is_tar = place.name.lower().endswith(TARS)
     if place.is_url and is_tar:
         return expand_braces(place.given)
@@ -96,7 +96,7 @@ def _tars_of(place: Place) -> list[str]:
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    """Reads tars as one source; a compressed one, which cannot be read in place, is refused."""
+    """Reads tars as one source; refuses compressed ones, which cannot be read in place."""
     paths = _tars_of(place)
     missing = [path for path in paths if not is_url(path) and not os.path.isfile(path)]
     if missing:
@@ -104,8 +104,8 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     for path in paths:
         if path.lower().endswith(_GZIPPED):
             raise ValueError(
-                f"{path} is compressed, and images are read out of a tar in place; unpack it to a "
-                f".tar first: gunzip {path}"
+                f"{path} is compressed, and images are read in place; unpack it to a .tar first: "
+                f"gunzip {path}"
             )
     maker = SampleMaker(options, spool)
     for path in paths:
@@ -118,7 +118,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Returns the key of a file's sample, and its extension in small letters, if it has both."""
+    """A file's key, by which files form a sample, and its extension in lower case, if any."""
     folder, slash, file_name = name.rpartition("/")
     stem, dot, extension = file_name.partition(".")
     return folder + slash + stem, extension.lower() if stem and dot else None
@@ -129,9 +129,9 @@ class Group:
     """The files of one sample."""
 
     images: list[tuple[str, Entry]] = field(default_factory=list)
-    """With their extensions."""
+    """(extension, entry)."""
     row: dict[str, Any] = field(default_factory=dict)
-    """Its texts, as the fields of a row."""
+    """Its texts, as fields of a row."""
     seen: set[str] = field(default_factory=set)
     problem: Problem | None = None
 
@@ -140,7 +140,7 @@ class SampleMaker:
     """Turns groups of files into items."""
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
-        # .txt and .cls are ignored if a field of .json is asked for by name
+        # .txt and .cls are ignored if an option names a field of .json
         captions, labels = names_of(options.caption_column), names_of(options.label_column)
         self._columns = Columns(
             "",
@@ -149,10 +149,9 @@ class SampleMaker:
             options.group_column,
         )
         self._conditions, self._scores = options.conditions(), options.scores()
-        asked = {column for column, _ in [*self._conditions, *self._scores]}
-        wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
-        wanted.add(options.group_column)
-        self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
+        asked = {column for column, _ in [*self._conditions, *self._scores]} | {"status"}
+        wanted = {*self._columns.captions, *self._columns.labels, options.group_column} | asked
+        self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls are files
         self._items = spool.new_items()
         self._has_image = False
         self._first_problem = ""
@@ -169,7 +168,7 @@ class SampleMaker:
     def add_file(
         self, group: Group, extension: str, entry: Entry, read: Callable[[], bytes]
     ) -> None:
-        """Keeps an image, and the wanted fields of a .txt, .cls or .json; counts other files."""
+        """Keeps an image, or the used fields of a .txt, .cls or .json; counts other files."""
         if extension not in IMAGES and extension not in _TEXTS:
             self.passed_over[f".{extension} files"] += 1
             return
@@ -201,7 +200,7 @@ class SampleMaker:
         if not group.images:
             status = group.row.get("status")
             if isinstance(status, str) and status != "success":
-                return  # img2dataset's files format describes failures too; they are counted once
+                return  # a failure in img2dataset's files format, which `count_failures` counts
             missing = group.problem or Problem("missing", "a sample without an image")
             self.append(Item(key, problem=missing))
             return
@@ -230,7 +229,7 @@ class SampleMaker:
 
 
 def _read_tar(path: str, maker: SampleMaker) -> None:
-    """Adds the samples of one tar; from a cut one, those that must be complete."""
+    """Adds the samples of one tar; from a cut tar, the samples that must be complete."""
     name = os.path.basename(path)
     try:
         groups, damage = _group_members(path, maker)
@@ -247,7 +246,7 @@ def _read_tar(path: str, maker: SampleMaker) -> None:
 def _group_members(
     path: str, maker: SampleMaker
 ) -> tuple[dict[str, Group], DamagedTarError | None]:
-    """Returns the samples of a tar in order, and why its end could not be read, if so."""
+    """The samples of a tar in order, and the error if its end could not be read."""
     groups: dict[str, Group] = {}
     group = None
     with open_source(path) as file:
@@ -281,31 +280,30 @@ def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def count_failures(stem: Path, maker: SampleMaker) -> None:
-    """Counts img2dataset's failures, by the statistics that it leaves next to each shard."""
+    """Counts img2dataset's failures, from its statistics next to each shard."""
     stats = stem.with_name(f"{stem.name}_stats.json")
     try:
         with open_file(str(stats)) as file:
             fields = json.loads(file.read(MAX_TEXT_BYTES))
         failed = sum(int(fields.get(f"failed_to_{what}", 0)) for what in ("download", "resize"))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return  # statistics are for people; a shard is whole without
+        return  # a shard is whole without statistics
     if failed > 0:
         maker.passed_over[FAILED_DOWNLOADS] += failed
 
 
 class DamagedTarError(ValueError):
-    """The archive cannot be read further; members yielded before are complete."""
+    """The archive cannot be read beyond the byte `offset`; members before it are complete."""
 
     def __init__(self, message: str, *, offset: int) -> None:
         super().__init__(message)
         self.offset = offset
-        """First byte that is not understood."""
 
 
 def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yields the files of a tar in order, also of archives joined end to end (`cat a.tar b.tar`).
+    """Yields the files of a tar, or of several joined end to end (`cat a.tar b.tar`), in order.
 
-    Raises DamagedTarError if the rest cannot be read, or is not there.
+    Raises DamagedTarError if the rest is unreadable or missing.
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -341,7 +339,7 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def is_plain(member: tarfile.TarInfo) -> bool:
-    """Whether a member is a regular file whose bytes lie in the archive as they are."""
+    """Whether a member is a regular file, stored as one run of bytes."""
     return member.isreg() and not member.issparse()
 
 
@@ -349,17 +347,17 @@ class _Archive(tarfile.TarFile):
     """The state that `TarInfo.fromtarfile` needs: the file, an encoding and the next offset."""
 
     def next(self) -> None:
-        """Reads nothing when the archive is opened: errors are to come from `iter_members`."""
+        """Reads nothing on opening the archive: errors must come from `iter_members`."""
 
 
 class _HeaderFile:
-    """A tar as tarfile sees it, which asks for headers only."""
+    """A tar as tarfile sees it: only headers can be read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.tell = file.tell
         self.num_bytes_left = 0
-        """Most bytes that the headers of the next member can have together."""
+        """Limit for all headers of the next member."""
 
     def read(self, num_bytes: int) -> bytes:
         if not 0 <= num_bytes <= self.num_bytes_left:
@@ -373,7 +371,7 @@ class _HeaderFile:
 
 
 def _after_end_mark(file: BinaryIO, at: int) -> int:
-    """Returns the start of the next archive after this one's end; -1 if only padding follows."""
+    """The start of the next archive after this one's end; -1 if only padding follows."""
     file.seek(at)
     padding = file.read(_PADDING)
     rest = padding.lstrip(b"\0")

@@ -1,4 +1,4 @@
-"""A folder of images with a text beside each: the caption of x.jpg is in x.txt."""
+"""A folder of images with texts beside them: x.txt has the caption of x.jpg."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unicl_fast.packing.sources.trees import open_tree
 
 
 def _recognises(place: Place) -> bool:
-    """Whether a folder without folders has an image with a .txt of its name."""
+    """Whether a folder without subfolders has an image x.jpg with an x.txt."""
     texts = {os.path.splitext(name)[0] for name in place.files if name.endswith(".txt")}
     return place.folders == place.aside and any(
         is_image(name) and os.path.splitext(name)[0] in texts for name in place.files
@@ -22,7 +22,6 @@ def _recognises(place: Place) -> bool:
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    """Reads the images that lie directly in a folder; the caption of x.jpg is in x.txt."""
     items, passed_over = spool.new_items(), place.count_aside()
     entries = {each: entry for each, entry in open_tree(place.path).entries() if "/" not in each}
     texts = {os.path.splitext(each)[0]: each for each in entries if each.endswith(".txt")}

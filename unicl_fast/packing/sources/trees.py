@@ -1,8 +1,8 @@
-"""Folders and zips, seen as trees of named files; nothing is ever written under a name found there.
+"""Folders, zips and URLs as trees of named files; nothing is ever written under a name found there.
 
-A zip may lie. Its directory is read by `zipfile`, once, and workers read a member by the offset and
-size that it gave: opening the zip in each of them would cost 6 s and 0.9 GB for ImageNet's. Sizes
-and checksums are compared with the data, and nothing is inflated beyond its declared size.
+A zip can lie, so its sizes and checksums are compared with the data, and nothing is inflated beyond
+its declared size. `zipfile` reads its directory once, and workers read members by offset and size:
+opening ImageNet's zip in each worker would cost 6 s and 0.9 GB.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from unicl_fast.system.paths import nearest_name
 from unicl_fast.system.untrusted_files import open_file
 
 _MAX_PATH_BYTES = 4096
-"""Linux's PATH_MAX. Longer names cannot exist, and resolving one costs quadratic time."""
+"""Linux's PATH_MAX. Longer names cannot exist, and resolving them costs quadratic time."""
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3
-"""Only then do the upper 16 bits of the attributes say what kind of file a member was."""
+"""Only then do the upper 16 bits of a member's attributes tell its kind of file."""
 
 
 class FolderTree:
     """The files under a folder.
 
-    Links are followed wherever they lead: who made them could have put the files there. A name that
-    itself leaves the folder is refused, since a list may come from somebody else.
+    Links are followed anywhere, since their author could have put the files there instead. A name
+    that itself leaves the folder is refused, since a list can come from somebody else.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,12 +52,12 @@ class FolderTree:
         self._real_root = os.path.realpath(root)
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Yields all files, sorted by name; a folder that several links lead to comes once, first.
+        """Yields all files, sorted by name; a folder that several links point to comes once.
 
-        In memory are the names in a folder and in those above it.
+        Only the names in one folder, and in the folders above it, are in memory.
         """
         seen = set[str]()
-        # not by recursion: folders can be nested deeper than Python's stack
+        # not recursive: folders can be nested deeper than Python's stack
         waiting: list[tuple[str, Entry | _Folder]] = [("", _Folder(self.root, self._real_root))]
         while waiting:
             name, found = waiting.pop()
@@ -73,7 +73,7 @@ class FolderTree:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 raise EntryError("missing", "the path is longer than any file's")
             path = os.path.realpath(self.root / name)
-            # `..` behind a link leads elsewhere than it reads, and a whole path may be spelled anew
+            # `..` after a link is not the folder before it, and absolute paths have many spellings
             if not self._names_inside(name) and not _is_under(path, self._real_root):
                 raise EntryError(
                     "outside", f"the path leaves {self.root}; --image-root says where images are"
@@ -88,7 +88,7 @@ class FolderTree:
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
     def _names_inside(self, name: str) -> bool:
-        """Whether a path stays in the folder as it is written, before links are followed."""
+        """Whether a path, as written, stays in the folder before links are followed."""
         if ".." in name.split("/"):
             return False
         return not os.path.isabs(name) or _is_under(name, os.path.abspath(self.root))
@@ -106,7 +106,7 @@ class _Folder:
 
 
 def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _Folder]]:
-    """Yields the direct contents of a folder: files, and folders, whose names end in a slash."""
+    """Yields a folder's direct contents: files, and folders with a slash after their names."""
     with os.scandir(folder.path) as listing:
         for child in listing:
             name = prefix + child.name
@@ -127,7 +127,7 @@ def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _F
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """A file inside a zip, as the zip's directory describes it."""
+    """A file inside a zip, by the zip's directory."""
 
     archive: str
     header_offset: int
@@ -155,8 +155,8 @@ class ZipEntry:
         return data
 
     def _read_packed(self, file: BinaryIO) -> bytes:
-        # the data begin behind the local header, which repeats the name and has an extra field of
-        # its own length (APPNOTE.TXT 4.3.7)
+        # the data follow the local header, which repeats the name and has an extra field whose
+        # length can differ from the directory's (APPNOTE.TXT 4.3.7)
         file.seek(self.header_offset)
         header = file.read(_LOCAL_HEADER_BYTES)
         if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
@@ -169,7 +169,7 @@ class ZipEntry:
     def _inflate(self, packed: bytes) -> bytes:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            # never more than the directory promises, even if the stream holds more
+            # never more than the directory declares, even if the stream holds more
             return inflater.decompress(packed, self.num_bytes + 1)
         except zlib.error as error:
             raise EntryError("damaged", f"the zip's compressed data are broken: {error}") from error
@@ -231,7 +231,7 @@ def _read_directory(archive: Path) -> list[zipfile.ZipInfo]:
 def _refuse(
     member: zipfile.ZipInfo, archive_bytes: int, *, overlapping: set[int], repeated: set[str]
 ) -> RefusedEntry | None:
-    """Returns why the directory forbids to read a member; None if it may be read."""
+    """The reason, from the directory, not to read a member; None if it can be read."""
     name = member.filename
     if name.startswith("/") or ".." in name.split("/"):
         return RefusedEntry("outside", "the name leaves the zip")
@@ -249,7 +249,7 @@ def _refuse(
 
 
 def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
-    """Returns the offsets of members that share bytes: no archiver writes them, zip bombs do."""
+    """The offsets of members that share bytes: archivers write none, zip bombs do."""
     spans = sorted((member.header_offset, member.compress_size) for member in members)
     overlapping: set[int] = set()
     reach, reached_by = 0, -1
@@ -265,9 +265,8 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
 def require_there(entry: Entry | None, source: str, reason: str) -> None:
     """Raises FileNotFoundError if an image's source has vanished, as a dropped mount does.
 
-    A file may be gone by itself. If its folder is gone too, or empty as after a mount was
-    dropped, or the archive is gone that held it, so are all others. A store that does not answer,
-    for a `reason`, is no fault of an image.
+    A single file can be gone. If its folder is missing or empty, or its archive is missing, all
+    other images are gone too. A store that does not answer, for a `reason`, is no image's fault.
     """
     if is_url(getattr(entry, "path", "")):
         raise FileNotFoundError(f"{source} cannot be read: {reason}")
@@ -276,7 +275,7 @@ def require_there(entry: Entry | None, source: str, reason: str) -> None:
         try:
             with os.scandir(place) as listing:
                 is_there = next(listing, None) is not None
-        except PermissionError:  # images can be read by name where names cannot be listed
+        except PermissionError:  # images can be read by name even if names cannot be listed
             is_there = True
         except OSError:
             is_there = False
@@ -286,8 +285,8 @@ def require_there(entry: Entry | None, source: str, reason: str) -> None:
     if not is_there:
         raise FileNotFoundError(
             f"the source {source} has vanished while it was packed: {place} was there when it was "
-            "listed, and is gone or empty. Bring it back (a mount that was dropped, say) and give "
-            "the same command again"
+            "listed, and is gone or empty. Restore it (a dropped mount, say) and give the same "
+            "command again"
         )
 
 
@@ -319,7 +318,7 @@ class UrlTree:
 
 
 Tree = FolderTree | ZipTree
-"""Named files under one root, names with forward slashes."""
+"""Named files under one root; names have forward slashes."""
 
 
 def open_tree(path: Path) -> Tree:
@@ -342,7 +341,7 @@ def open_tree(path: Path) -> Tree:
 
 
 def find_image(tree: Tree, name: str) -> Item:
-    """Returns the item of an image; an absolute path is taken if it leads into the tree."""
+    """Returns the item of an image; an absolute path must lead into the tree."""
     if ".." in name.split("/"):
         return refused(name, "outside", "paths must stay inside the image root")
     try:

@@ -1,7 +1,4 @@
-"""Sources under URLs, read where they lie.
-
-Reads go through the cache of remote data sets, which bounds the space used on this machine's disk.
-"""
+"""Reads sources under URLs in place, through the size-limited cache of remote data sets."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _BUFFER_BYTES = 1 << 16
 
 
 class StoredFile(NamedTuple):
-    """An object as it was when it was first asked for."""
+    """An object as it was when first looked up."""
 
     num_bytes: int
     version: int
@@ -34,7 +31,7 @@ class StoredFile(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 12)
 def stored_file(url: str) -> StoredFile:
-    """Asks for an object, once in a process; raises FileNotFoundError or StorageError."""
+    """Looks up an object, once in a process; raises FileNotFoundError or StorageError."""
     root, name = split_url(url)
     found = _store(root).find(name)
     if found is None:
@@ -55,7 +52,7 @@ def _cache(options: CacheOptions) -> BlockCache:
 
 
 def read_range(url: str, offset: int, num_bytes: int) -> bytes:
-    """Reads bytes of an object, as many as there are; raises as `stored_file`."""
+    """Reads bytes of an object, up to its end; raises like `stored_file`."""
     data = np.empty(num_bytes, np.uint8)
     options = CacheOptions()
     reader = BlockReader(
@@ -72,7 +69,7 @@ def open_source(path: str) -> BinaryIO:
 
 
 class _RemoteFile(io.RawIOBase):
-    """An object as a file that can be read from any place."""
+    """An object as a seekable file."""
 
     def __init__(self, url: str) -> None:
         self._url, self._at, self._size = url, 0, stored_file(url).num_bytes
@@ -97,7 +94,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def require_lasting(places: Iterable[str]) -> None:
-    """Refuses URLs that are not to be kept in an index."""
+    """Raises ValueError for URLs with secrets, which an index must not keep."""
     for place in filter(is_url, places):
         if without_secrets(place) != place or "?" in place:
             raise ValueError(
