@@ -13,13 +13,7 @@ from browser import look_at
 from diagnoses import MS, STAGES, cost, diagnosis, measured, trial
 
 from unicl_fast.tools.diagnose.measuring import result_text
-from unicl_fast.tools.diagnose.model import (
-    CHECKPOINT,
-    Measured,
-    Periodic,
-    RankFigures,
-    Stage,
-)
+from unicl_fast.tools.diagnose.model import CHECKPOINT, Measured, Periodic, RankFigures, Stage
 from unicl_fast.tools.diagnose.page import make_page
 from unicl_fast.tools.diagnose.report import Diagnosis
 from unicl_fast.tools.diagnose.run import Run

@@ -36,18 +36,12 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
-from unicl_fast.models.precision import (
-    Precision,
-    set_device_arithmetic,
-)
+from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.phases import (
-    EvaluationStopped,
-    heartbeat_and_check_stop,
-)
+from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
@@ -135,10 +129,7 @@ class ModelOnRanks:
             for batch in loader:
                 if stopped := not heartbeat_and_check_stop():
                     break
-                yield (
-                    batch.sample_ids,
-                    encode_images(self.model, batch.images, layer=layer).cpu(),
-                )
+                yield (batch.sample_ids, encode_images(self.model, batch.images, layer=layer).cpu())
                 bar.update(len(batch.sample_ids))
         if any(gather_integers(int(stopped), self.ranks)):
             raise EvaluationStopped
@@ -249,11 +240,7 @@ def encode_images(
 
 @torch.no_grad()
 def encode_token_rows(
-    model: UniCL,
-    rows: Sequence[NDArray[Any]],
-    *,
-    batch_size: int = 512,
-    progress: bool = False,
+    model: UniCL, rows: Sequence[NDArray[Any]], *, batch_size: int = 512, progress: bool = False
 ) -> Float[Tensor, "m d"]:
     """Unit-norm features of m texts: token ids with start and end tokens, unpadded."""
     if not rows:
