@@ -249,7 +249,7 @@ def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
         ("zero-shot --data {captions}", "has no classes"),
         ("zero-shot --data {labels} --batch-size 0", "not 0"),
         ("zero-shot --data {labels} {labels} --templates simple simple simple",
-         "--templates takes one value for all data sets or one for each of the 2, not 3"),
+         "--templates needs one value for all data sets or one for each of the 2, not 3"),
         ("zero-shot --data {labels} {labels}/", "is the same data set as"),
         ("zero-shot --data {labels} --class-names clip-benchmark:nothing", "it has them for"),
         ("zero-shot --data {labels} --class-names clip-benchmark:pets", "37 names"),

@@ -1,6 +1,6 @@
 """A diagnosis as one screen of HTML: the verdict, a chart of the stages, three changes to make.
 
-The template page.html is in this folder; the bars are its elements. All else is in report.json.
+The template is page.html; report.json has all numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHOWN_CHANGES = 3
 
 
 def make_page(found: Diagnosis, machine: Mapping[str, Any]) -> str:
-    """Returns the page as text, to be written in UTF-8; `machine` is the result file's."""
+    """The page, for UTF-8; `machine` is the result file's."""
     measured, shown = found.measured, list(groups(found.measured))
     return fill_page(
         Path(__file__).with_name("page.html"),
