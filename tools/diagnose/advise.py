@@ -8,12 +8,21 @@ from dataclasses import dataclass
 
 from unicl_fast.training.bottleneck import Pause, Usage, find_bottleneck
 
-from .model import CHECKPOINT, LOGGING, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
+from .model import (
+    CHECKPOINT,
+    EVALUATION,
+    LOGGING,
+    MUCH,
+    READ,
+    Change,
+    Measured,
+    RankFigures,
+    Stage,
+    rate_text,
+)
 
-LEAST_GAIN = 0.03
-"""Part of the rate that a change must gain to be advice."""
-_SLOW_RANK = 1.5
-"""A rank that needs this multiple of the median's time holds up the others."""
+LEAST_GAIN = 0.03  # part of the rate that a change must gain to be advice
+_SLOW_RANK = 1.5  # a rank that needs this multiple of the median's time holds up the others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,35 +86,24 @@ def neighbours(measured: Measured) -> str:
 
 def usage_of(measured: Measured) -> Usage:
     """The numbers of a run for the table of limits, per second of the run."""
-    options = {CHECKPOINT: "checkpoint.every_steps"}
-    pauses = [
-        Pause(
-            name=work.name,
-            part=measured.part_of(work),
-            evidence=f"{work.name}s are {measured.part_of(work):.0%} of the time: training waits "
-            f"{work.seconds:.2f} s every {work.every_steps} steps"
-            + (f" ({work.note})" if work.note else ""),
-            option=options.get(work.name, "run.evaluate_every_steps"),
-        )
-        for work in measured.periodic
-    ]
+    options = {CHECKPOINT: "checkpoint.every_steps", EVALUATION: "run.evaluate_every_steps"}
     logging = measured.logging
     evidence = f"metrics and trackers are {logging:.0%} of the time"
-    pauses.append(Pause(LOGGING, logging, evidence, "run.log_every_steps"))
+    pauses = [Pause(LOGGING, logging, evidence, "run.log_every_steps")]
+    for work in measured.periodic:
+        note, part = f" ({work.note})" if work.note else "", measured.part_of(work)
+        evidence = (
+            f"{work.name}s are {part:.0%} of the time: training waits {work.seconds:.2f} s every "
+            f"{work.every_steps} steps{note}"
+        )
+        pauses.append(Pause(work.name, part, evidence, options[work.name]))
     return Usage(
-        seconds=1.0,
-        data_wait_seconds=measured.waiting,
-        cores=measured.cores,
-        cpu_seconds=measured.whole.cpu / measured.whole.wall,
-        reading_blocked=measured.reading,
-        on_gpu=measured.device != "cpu",
-        compute_threads=measured.compute_threads,
-        threads=measured.threads,
-        decodes_files=measured.decodes_files,
-        is_remote=measured.is_remote,
-        pauses=tuple(pauses),
-        least_part=MUCH,
-    )
+        seconds=1.0, data_wait_seconds=measured.waiting, reading_blocked=measured.reading,
+        cores=measured.cores, cpu_seconds=measured.whole.cpu / measured.whole.wall,
+        on_gpu=measured.device != "cpu", compute_threads=measured.compute_threads,
+        threads=measured.threads, decodes_files=measured.decodes_files,
+        is_remote=measured.is_remote, pauses=tuple(pauses), least_part=MUCH,
+    )  # fmt: skip
 
 
 def find_limit(measured: Measured) -> Limit:
@@ -171,14 +169,10 @@ def slow_rank(measured: Measured) -> tuple[RankFigures, float, str] | None:
 
 
 def _limit(measured: Measured, stage: str, evidence: str) -> Limit:
-    return Limit(
-        stage=stage,
-        sentence=f"{stage} limits the run to {measured.rate:,.0f} images/s: {evidence}.",
-        head_room=(
-            f"Alone, a rank's loader makes {rate_text(measured.loader)} images/s, and its step "
-            f"trains {rate_text(measured.step)}."
-        ),
-    )
+    loader, step = rate_text(measured.loader), rate_text(measured.step)
+    head_room = f"Alone, a rank's loader makes {loader} images/s, and its step trains {step}."
+    sentence = f"{stage} limits the run to {measured.rate:,.0f} images/s: {evidence}."
+    return Limit(stage=stage, sentence=sentence, head_room=head_room)
 
 
 def _part_of(stage: Stage, total: float, own: float) -> str:

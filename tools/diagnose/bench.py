@@ -64,8 +64,7 @@ class Contestant:
     trainer: Trainer
     loader: PacedLoader
     local_batch: int
-    begun: int
-    """Batches that the loader prepares ahead."""
+    begun: int  # batches that the loader prepares ahead
     compute_threads: int
 
 
@@ -86,8 +85,7 @@ class Bench:
         self.ranks, self.device, self.folder = ranks, device, folder
         self.free_bytes = min(gather_integers(free_memory(device), ranks))
         self.clock, self._opened = LoopClock(), contextlib.ExitStack()
-        self.most_seconds = math.inf
-        """A longer evaluation is stopped, and its time estimated."""
+        self.most_seconds = math.inf  # a longer evaluation is stopped, and its time estimated
         self._evaluated: list[float] = []
         built: list[TrainLoader] = []
 
@@ -98,14 +96,9 @@ class Bench:
             return built[0]
 
         trainer = build_trainer(
-            config,
-            run_folder=folder,
-            build_loader=build_loader,
-            evaluate=self._evaluate,
-            ranks=ranks,
-            device=device,
-            progress=False,
-        )
+            config, run_folder=folder, build_loader=build_loader, evaluate=self._evaluate,
+            ranks=ranks, device=device, progress=False,
+        )  # fmt: skip
         # `step_stages` trains each rank alone, after which weights differ
         kept = [one for one in trainer.observers if not isinstance(one, WeightsAgree)]
         for observer in kept:
@@ -133,13 +126,9 @@ class Bench:
             trainer.observers, trainer.total_steps = self._observers, _ENDLESS
         batch = self.ranks.local_batch_size(config.run.global_batch_size)
         return Contestant(
-            config=config,
-            trainer=trainer,
-            loader=loader,
-            local_batch=batch,
-            begun=loader.batches_begun,
-            compute_threads=torch.get_num_threads(),
-        )
+            config=config, trainer=trainer, loader=loader, local_batch=batch,
+            begun=loader.batches_begun, compute_threads=torch.get_num_threads(),
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def changed(self, change: Change, parts: Parts | None) -> Iterator[Contestant]:
@@ -314,12 +303,10 @@ class Bench:
 
     def _plan(self, config: TrainConfig, device_bytes: int) -> Any:
         return plan_memory(
-            config,
-            world_size=self.ranks.world_size,
-            device_bytes=device_bytes,
-            device_type=self.device.type,
+            config, world_size=self.ranks.world_size,
+            device_bytes=device_bytes, device_type=self.device.type,
             longest_text=longest_text(self.parts.datasets, self.parts.prompts),
-        )
+        )  # fmt: skip
 
     def largest_batch(self) -> int:
         """The largest local batch, a power of two, that fits by the memory plan; 0 if none does."""

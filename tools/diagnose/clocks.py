@@ -23,12 +23,10 @@ from unicl_fast.training.trainer import Observer, Trainer
 from .measuring import timed, wait_for_gpu
 from .model import Cost
 
-_WAITS = 0.5
-"""A step that waits longer for its batch, as part of its time, has no queue before it."""
+_WAITS = 0.5  # a step that waits longer for its batch, as part of its time, has no queue before it
 _NOTEWORTHY_CORES = 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
-FIRST_STEP = 1
-"""The first step of a run draws a contact sheet, which no other does."""
+FIRST_STEP = 1  # the first step of a run draws a contact sheet, which no other does
 
 
 def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float) -> Cost:
@@ -75,14 +73,10 @@ class Loop:
     steps: int
     wall: float
     cpu: float
-    parts: dict[str, float]
-    """Wall seconds by the trainer's names for its parts."""
-    saves: int
-    """Checkpoints that were begun."""
-    reading: float
-    """Seconds in which a thread of the loader waited for storage."""
-    trackers: float
-    """CPU seconds of threads that talk to trackers."""
+    parts: dict[str, float]  # wall seconds by the trainer's names for its parts
+    saves: int  # checkpoints that were begun
+    reading: float  # seconds in which a thread of the loader waited for storage
+    trackers: float  # CPU seconds of threads that talk to trackers
 
 
 class LoopClock(Observer):
@@ -138,8 +132,7 @@ class PacedLoader:
         self._clock = clock
         self._iterator: Iterator[Batch] | None = None
         self._is_over: Callable[[], bool] = lambda: False
-        self._waited = 0.0
-        """Seconds of waiting for the last batch."""
+        self._waited = 0.0  # seconds of waiting for the last batch
 
     def take(self) -> Batch:
         begun = time.perf_counter()

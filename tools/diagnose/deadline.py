@@ -21,10 +21,8 @@ from unicl_fast.system.phases import current_phase
 if TYPE_CHECKING:  # it imports torch
     from .report import Diagnosis
 
-START_SECONDS = 60.0
-"""For imports, data and model."""
-_LAST_SECONDS = 5.0
-"""The other ranks end this long after rank 0."""
+START_SECONDS = 60.0  # for imports, data and model
+_LAST_SECONDS = 5.0  # the other ranks end this long after rank 0
 _LOOK_SECONDS = 0.5
 _EXIT_NOTHING = 2
 
@@ -34,10 +32,8 @@ class Budget:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.turn = min(1.0, seconds / 80)
-        """Seconds of one contestant's turn."""
-        self.most_seconds = START_SECONDS + 2 * seconds
-        """The process ends after them."""
+        self.turn = min(1.0, seconds / 80)  # seconds of one contestant's turn
+        self.most_seconds = START_SECONDS + 2 * seconds  # the process ends after them
         self.begin("building the run")
         # an older process began with something else
         age = min(START_SECONDS, seconds_since_start())
@@ -61,8 +57,7 @@ class Deadline:
     ) -> None:
         """`conclude` reports a diagnosis."""
         self.budget = Budget(seconds)
-        self.found: Diagnosis | None = None
-        """The latest results."""
+        self.found: Diagnosis | None = None  # the latest results
         self._scratch, self._conclude = scratch, conclude
         self._is_main = os.environ.get("RANK", "0") == "0"
         self._over = threading.Event()

@@ -41,18 +41,14 @@ from .model import (
 from .variants import candidates, data_of
 
 _NOT_YET = Cost(wall=0.0, cpu=0.0)
-_HOPELESS = -0.03
-"""A change whose first round loses more than this part of the rate gets no others."""
+_HOPELESS = -0.03  # a change whose first round loses more than this part of the rate gets no others
 _OVERTIME = 0.7
 """Part of the seconds by which the first change can run over: without one there is no advice."""
-_AGAIN = 0.25
-"""Part of the seconds kept for measuring the best change again."""
-LONGER = 2.0
-"""Multiple of the usual turn for measuring a change again before it is believed."""
+_AGAIN = 0.25  # part of the seconds kept for measuring the best change again
+LONGER = 2.0  # multiple of the usual turn for measuring a change again before it is believed
 _LOADER_MATTERS = 0.02
 """A loop that waits longer for batches, as part of its time, skips those made during a pause."""
-_LOSS = "loss and its gradient"
-"""The part of a step in which ranks wait for each other."""
+_LOSS = "loss and its gradient"  # the part of a step in which ranks wait for each other
 
 
 class Diagnoser:
@@ -129,27 +125,20 @@ class Diagnoser:
         bench, wall = self.bench, sum(loop.wall for loop in loops)
         cores, busiest = self._watch.look()
         return Measured(
-            device=bench.device.type,
-            cores=bench.cores,
-            threads=bench.config.data.threads,
-            compute_threads=torch.get_num_threads(),
-            world_size=bench.ranks.world_size,
-            local_batch=bench.local_batch,
-            loader=loader,
-            step=step,
+            device=bench.device.type, world_size=bench.ranks.world_size,
+            gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
+            ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            cores=bench.cores, others_cores=cores / bench.ranks.world_size, others=busiest,
+            threads=bench.config.data.threads, compute_threads=torch.get_num_threads(),
+            local_batch=bench.local_batch, loader=loader, step=step,
             whole=median(self._cost_of(loop, bench.now) for loop in loops),
             waiting=sum(loop.parts.get("data_wait", 0.0) for loop in loops) / wall,
             reading=min(1.0, sum(loop.reading for loop in loops) / wall),
-            periodic=tuple(self._periodic.values()),
-            others_cores=cores / bench.ranks.world_size,
-            others=busiest,
+            periodic=tuple(self._periodic.values()), start_seconds=self._start_seconds,
             stages=tuple(self._stages_of_loop(loops)),
-            gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
-            ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            start_seconds=self._start_seconds,
             decodes_files=bench.loader.reading.decodes_files,
             is_remote=any(dataset.cache is not None for dataset in bench.parts.datasets),
-        )
+        )  # fmt: skip
 
     def _turn_of_run(self, seconds: float) -> Loop:
         bench = self.bench

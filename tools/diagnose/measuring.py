@@ -27,8 +27,7 @@ class Turn:
     """One contestant's work, once."""
 
     wall_seconds: float
-    cpu_seconds: float
-    """CPU time of all threads of this process."""
+    cpu_seconds: float  # CPU time of all threads of this process
 
 
 def in_turns(

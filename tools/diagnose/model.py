@@ -15,12 +15,9 @@ EVALUATION = "evaluation"
 LOGGING = "logging"
 READ = "storage read"
 WAITING = "waiting for batches"
-_NOTHING = 1e-9
-"""Most seconds per image of a stage that does nothing."""
-MUCH = 0.2
-"""Above this part of the time, waiting or pauses are the limit."""
-BUSY = 0.1
-"""Above this part of the cores, other processes make rates and gains unreliable."""
+_NOTHING = 1e-9  # most seconds per image of a stage that does nothing
+MUCH = 0.2  # above this part of the time, waiting or pauses are the limit
+BUSY = 0.1  # above this part of the cores, other processes make rates and gains unreliable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +25,7 @@ class Cost:
     """Seconds per image on one rank."""
 
     wall: float
-    cpu: float
-    """Over all threads of the process."""
+    cpu: float  # over all threads of the process
     rounds: tuple[float, ...] = ()
     """Wall seconds of each round, with `wall` as their median; empty if it was timed once."""
 
@@ -76,12 +72,9 @@ class Stage:
 class Periodic:
     """Work that interrupts training every so many steps."""
 
-    name: str
-    """CHECKPOINT or EVALUATION."""
-    every_steps: int
-    """0: only at the end."""
-    seconds: float
-    """Seconds that training waits each time."""
+    name: str  # CHECKPOINT or EVALUATION
+    every_steps: int  # 0: only at the end
+    seconds: float  # seconds that training waits each time
     note: str = ""
 
 
@@ -89,21 +82,16 @@ class Periodic:
 class Change:
     """A changed setting to try."""
 
-    option: str
-    """The option to type, or a thing to do."""
+    option: str  # the option to type, or a thing to do
     about: str
-    stage: str
-    """The stage that it relieves."""
+    stage: str  # the stage that it relieves
     side: str
     """The part that it changes: `loader`, `step`, `both`, `images` (packed anew), or `nothing`."""
-    set: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changed config fields by group."""
-    compute_threads: int = 0
-    """Threads of torch's operators; 0 leaves them."""
+    set: dict[str, dict[str, Any]] = field(default_factory=dict)  # changed config fields by group
+    compute_threads: int = 0  # threads of torch's operators; 0 leaves them
     image: dict[str, Any] | None = None
     """Arguments of `check_image` for images packed anew; empty copies them."""
-    same_results: bool = True
-    """False if the change trains a different model."""
+    same_results: bool = True  # false if the change trains a different model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,11 +99,9 @@ class Trial:
     """A change measured in turns with the unchanged run."""
 
     change: Change
-    now: tuple[Cost, ...]
-    """The unchanged run, in each round."""
+    now: tuple[Cost, ...]  # the unchanged run, in each round
     then: tuple[Cost, ...]
-    is_again: bool = False
-    """Whether it came out first, and was then measured in longer turns."""
+    is_again: bool = False  # whether it came out first, and was then measured in longer turns
 
     def gains(self, *, by_cpu: bool) -> tuple[float, ...]:
         """The part that the change adds to images/s in each round; `by_cpu`, per CPU second."""
@@ -139,39 +125,29 @@ class Measured:
     """All numbers of a diagnosis."""
 
     device: str
-    cores: float
-    """Cores of this rank."""
+    cores: float  # cores of this rank
     threads: int
     compute_threads: int
     world_size: int
     local_batch: int
     loader: Cost
     step: Cost
-    whole: Cost
-    """The trainer's own loop: loader, step and periodic work."""
-    waiting: float
-    """Part of its time in which the loop waits for a batch."""
-    reading: float
-    """Part of its time in which the loader's reading thread waits for storage."""
+    whole: Cost  # the trainer's own loop: loader, step and periodic work
+    waiting: float  # part of its time in which the loop waits for a batch
+    reading: float  # part of its time in which the loader's reading thread waits for storage
     periodic: tuple[Periodic, ...] = ()
-    others_cores: float = 0.0
-    """Cores that other processes used meanwhile."""
-    others: tuple[tuple[str, float], ...] = ()
-    """The busiest of them, and the cores of each."""
+    others_cores: float = 0.0  # cores that other processes used meanwhile
+    others: tuple[tuple[str, float], ...] = ()  # the busiest of them, and the cores of each
     stages: tuple[Stage, ...] = ()
     ranks: tuple[RankFigures, ...] = ()
     trials: tuple[Trial, ...] = ()
-    gpus: int = 0
-    """CUDA devices of each machine."""
+    gpus: int = 0  # CUDA devices of each machine
     ranks_per_machine: int = 1
     start_seconds: float = 0.0
-    largest_batch: int = 0
-    """The largest local batch that fits, by the memory plan; 0 if none does."""
+    largest_batch: int = 0  # the largest local batch that fits, by the memory plan; 0 if none does
     not_measured: tuple[str, ...] = ()
-    decodes_files: bool = True
-    """Whether images are encoded files, not raw."""
-    is_remote: bool = False
-    """Whether data sets are URLs."""
+    decodes_files: bool = True  # whether images are encoded files, not raw
+    is_remote: bool = False  # whether data sets are URLs
 
     @property
     def rate(self) -> float:

@@ -27,8 +27,7 @@ class Diagnosis:
     """Everything that a diagnosis has found so far."""
 
     measured: Measured
-    hours: float
-    """For all samples of the run, with checkpoints and evaluations."""
+    hours: float  # for all samples of the run, with checkpoints and evaluations
     applied: list[dict[str, Any]]
     """Changes that `--apply` has measured again, and whether it kept them."""
     config: dict[str, Any]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # it imports torch, which reads the environment once
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Finds the limit of a run of unicl-pretrain, what to change, and how long the run takes.
+    """Says what limits a run of unicl-pretrain, what to change, and how long it takes.
 
     Also accepts all options of unicl-pretrain, such as --preset and --efficiency.precision.
     """
@@ -87,14 +87,10 @@ class Run:
                 from .session import measure
 
                 measure(
-                    config,
-                    deadline.budget,
-                    applies=self.apply,
-                    rounds=self.rounds,
-                    samples=self.samples,
-                    scratch=Path(scratch),
+                    config, deadline.budget, applies=self.apply, rounds=self.rounds,
+                    samples=self.samples, scratch=Path(scratch),
                     note=functools.partial(setattr, deadline, "found"),
-                )
+                )  # fmt: skip
         if deadline.found is not None:
             self.conclude(deadline.found)
 

@@ -68,10 +68,8 @@ def measure(
                     return
                 gains = gains_again(diagnoser, measured, best.change)
                 is_kept = from_rank_0(min(gains) > 0, ranks)
-                applied.append(
-                    {"option": best.change.option, "gain": best.gain, "again": list(gains),
-                     "is_kept": is_kept}
-                )  # fmt: skip
+                change = {"option": best.change.option, "gain": best.gain}
+                applied.append(change | {"again": list(gains), "is_kept": is_kept})
                 tell(measured)
             if is_kept:
                 config = config.changed(**best.change.set)
@@ -102,12 +100,9 @@ def _diagnosis(
     measured: Measured, bench: Bench, samples: int, applied: list[dict[str, Any]]
 ) -> Diagnosis:
     run = bench.config.run
-    return Diagnosis(
-        measured=measured,
-        hours=(samples or run.total_steps * run.global_batch_size) / measured.rate / 3600,
-        applied=list(applied),
-        config=config_to_dict(bench.config),
-    )
+    hours = (samples or run.total_steps * run.global_batch_size) / measured.rate / 3600
+    config = config_to_dict(bench.config)
+    return Diagnosis(measured=measured, hours=hours, applied=list(applied), config=config)
 
 
 @contextlib.contextmanager

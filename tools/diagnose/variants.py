@@ -25,10 +25,8 @@ from .bench import Bench, Parts
 from .loader_parts import decoding_stage, image_kind
 from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
 
-_SMALLEST_BATCH = 64
-"""Smaller local batches are tried larger."""
-_RARE = 0.01
-"""Part of the time for checkpoints and evaluations, above which rarer ones are tried."""
+_SMALLEST_BATCH = 64  # smaller local batches are tried larger
+_RARE = 0.01  # part of the time for checkpoints and evaluations, above which rarer ones are tried
 _SELDOM_LOGGED = 50
 
 
@@ -199,27 +197,18 @@ def pack_again(
         for sample in itertools.islice(itertools.cycle(made), count):
             writer.add(sample)
         writer.finish(
-            tokenizer=manifest.tokenizer,
-            vocabulary_hash=manifest.vocabulary_hash,
-            context_length=manifest.context_length,
-            class_names=manifest.class_names,
-            templates=manifest.templates,
-            source=["unicl-bench run"],
-            seed=0,
-            tool_version="0",
-        )
+            tokenizer=manifest.tokenizer, vocabulary_hash=manifest.vocabulary_hash,
+            context_length=manifest.context_length, class_names=manifest.class_names,
+            templates=manifest.templates, source=["unicl-bench run"], seed=0, tool_version="0",
+        )  # fmt: skip
 
 
 def _sample(dataset: PackedDataset, index: int, image: dict[str, Any]) -> PackedSample:
     made = check_image(bytes(dataset.image_bytes(index)), **image)
     captions = range(int(dataset.samples[index]["captions_count"]))
     return PackedSample(
-        image=made.data,
-        extension=made.extension,
-        height=made.height,
-        width=made.width,
-        xxh3=xxhash.xxh3_64_intdigest(made.data),
+        image=made.data, extension=made.extension, height=made.height, width=made.width,
+        xxh3=xxhash.xxh3_64_intdigest(made.data), labels=dataset.labels_of(index).tolist(),
         captions=["" for _ in captions],
         tokens=[dataset.caption_tokens(index, which) for which in captions],
-        labels=dataset.labels_of(index).tolist(),
-    )
+    )  # fmt: skip

@@ -55,12 +55,10 @@ class ModelCommand(abc.ABC):
         """Runs on all ranks; rank 0 prints and writes."""
 
     def check(self) -> None:
-        """Raises for visible mistakes before ranks are started or a model is loaded.
+        """Raises for visible mistakes before ranks start or a model is loaded.
 
-        Raises:
-            ValueError: a number out of range, or data that cannot be read.
-            FileNotFoundError: no checkpoint, or no data.
-            ModuleNotFoundError: a package that the evaluation needs is not installed.
+        ValueError for a number out of range or unreadable data, FileNotFoundError for a missing
+        checkpoint or data, ModuleNotFoundError for a package that the command needs.
         """
         from unicl_fast.conversion.sources import find_own, find_source
 
@@ -139,17 +137,11 @@ class Evaluation(RankedCommand):
         from unicl_fast.system.atomic_files import make_folder
         from unicl_fast.system.wording import without_secrets
 
-        described = {
-            "protocol": name_of(self),
-            "checkpoint": str(self.checkpoint),
-            "weights": self.weights,
-            "weights_xxh3": weights_checksum(self.checkpoint, weights=self.weights),
-            **values,
-        }
-        for path, content in (
-            (self.json, without_secrets(json.dumps(described, indent=1))),
-            (self.markdown, table.rstrip()),
-        ):
+        checksum = weights_checksum(self.checkpoint, weights=self.weights)
+        described = {"protocol": name_of(self), "checkpoint": str(self.checkpoint)}
+        described |= {"weights": self.weights, "weights_xxh3": checksum, **values}
+        text = without_secrets(json.dumps(described, indent=1))
+        for path, content in ((self.json, text), (self.markdown, table.rstrip())):
             if path is not None:
                 make_folder(path.parent)
                 path.write_text(content + "\n", encoding="utf-8")

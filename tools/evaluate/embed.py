@@ -64,12 +64,10 @@ def _write_parquet(path: Path, dataset: PackedDataset, rows: NDArray[Any]) -> No
     described = all_descriptions(dataset)
     names = dataset.manifest.class_names
     features = pyarrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
-    table = pyarrow.table(
-        {
-            "source": [encodable(one.source) for one in described],
-            "name": [encodable(one.name) for one in described],
-            "labels": [[names[label] for label in one.labels] for one in described],
-            "feature": features,
-        }
-    )
-    pyarrow.parquet.write_table(table, path)
+    columns = {
+        "source": [encodable(one.source) for one in described],
+        "name": [encodable(one.name) for one in described],
+        "labels": [[names[label] for label in one.labels] for one in described],
+        "feature": features,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)

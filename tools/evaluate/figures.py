@@ -48,10 +48,8 @@ def draw_found(found: RetrievalFeatures, dataset: PackedDataset, folder: Path) -
     """Draws captions-found.png (images over captions) and images-found.png (the reverse)."""
     on_host = ("image_features", "text_features", "image_of_text")
     found = dataclasses.replace(found, **{name: getattr(found, name).cpu() for name in on_host})
-    for name, draw in (
-        ("captions-found.png", draw_captions_found),
-        ("images-found.png", draw_images_found),
-    ):
+    drawings = {"captions-found.png": draw_captions_found, "images-found.png": draw_images_found}
+    for name, draw in drawings.items():
         with drawing(folder / name):
             draw(found, dataset, folder / name)
             print(f"written to {folder / name}")
@@ -199,12 +197,9 @@ def _answers(
     for row, ranking, own in zip(scores, order.tolist(), is_own.gather(1, order), strict=True):
         places = [*range(count - 1), max(int(own.int().argmax()), count - 1)]
         found.append(
-            [
-                (place + 1, ranking[place], float(row[ranking[place]]), bool(own[place]))
-                for place in places
-                if place < len(ranking)
-            ]
-        )
+            [(place + 1, ranking[place], float(row[ranking[place]]), bool(own[place]))
+             for place in places if place < len(ranking)]
+        )  # fmt: skip
     return found
 
 

@@ -48,13 +48,8 @@ class FrozenFeatures(Evaluation):
             sets = labelled_features(on_ranks, *self.data_sets(), layer=self.layer, folder=folder)
         if not sets:
             return [], {}
-        return sets, {
-            "train": self.train,
-            "data": self.data,
-            "name": sets[1].name,
-            "layer": self.layer,
-            "num_train": len(sets[0]),
-            "num_test": len(sets[1]),
-            "num_features": sets[0].features.shape[1],
-            "metric": choose_metric(self.metric, self.data),
-        }
+        train, test, *_ = sets
+        values = {"train": self.train, "data": self.data, "name": test.name, "layer": self.layer}
+        sizes = {"num_train": len(train), "num_test": len(test)}
+        sizes |= {"num_features": train.features.shape[1]}
+        return sets, values | sizes | {"metric": choose_metric(self.metric, self.data)}

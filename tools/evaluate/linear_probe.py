@@ -65,13 +65,8 @@ class LinearProbe(FrozenFeatures):
         if not sets:
             return
         train, test, *more = sets
-        settings: dict[str, Any] = {
-            "validation": more[0] if more else None,
-            "c": self.c,
-            "metric": described["metric"],
-            "seed": self.seed,
-            "progress": True,
-        }
+        settings: dict[str, Any] = {"validation": more[0] if more else None, "c": self.c}
+        settings |= {"metric": described["metric"], "seed": self.seed, "progress": True}
         if self.shots:
             self._run_few_shot(train, test, described, settings)
             return

@@ -38,8 +38,7 @@ _MEAN_PER_CLASS = re.compile(
 class EvaluationData:
     """An opened data set and how to evaluate it."""
 
-    name: str
-    """Short, for tables and file names."""
+    name: str  # short, for tables and file names
     dataset: PackedDataset
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -130,12 +129,9 @@ def open_data(
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
                     packed = str(folder / "packed")
                     build_dataset(
-                        [spec],
-                        packed,
-                        class_names=class_names,
-                        takes_loose=takes_loose,
+                        [spec], packed, class_names=class_names, takes_loose=takes_loose,
                         progress=sys.stderr.isatty(),
-                    )
+                    )  # fmt: skip
             packed = from_rank_0(packed, ranks)
         dataset = stack.enter_context(PackedDataset(packed))
         if not is_packed:

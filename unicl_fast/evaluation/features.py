@@ -64,10 +64,8 @@ class ModelOnRanks:
 
     model: UniCL
     ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
-    batch_size: int = 256
-    """Images encoded at once by each rank."""
-    progress: bool = False
-    """Whether progress bars are shown."""
+    batch_size: int = 256  # images encoded at once by each rank
+    progress: bool = False  # whether progress bars are shown
 
     @classmethod
     def of(cls, model: LoadedModel | ModelOnRanks) -> ModelOnRanks:
@@ -84,13 +82,9 @@ class ModelOnRanks:
         from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
 
         return DaliLoader(
-            dataset,
-            self.model.config.data,
-            batch_size=self.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=device_of(self.model),
-        )
+            dataset, self.model.config.data, batch_size=self.batch_size, rank=self.ranks.rank,
+            world_size=self.ranks.world_size, device=device_of(self.model),
+        )  # fmt: skip
 
     def features(
         self, dataset: PackedDataset, *, layer: Layer = "projection"

@@ -41,8 +41,7 @@ from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
 from unicl_fast.training.data import tokenizer_of
 
-_RANKED_AT_ONCE = 8192
-"""Images scored at once: 33 MB for a thousand classes."""
+_RANKED_AT_ONCE = 8192  # images scored at once: 33 MB for a thousand classes
 _MOST_FILE_BYTES = 512_000_000
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 

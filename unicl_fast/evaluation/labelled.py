@@ -17,13 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.feature_files import (
-    feature_key,
-    has_features,
-    partial_path,
-    read_features,
-    seal_features,
-)
+from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
 from unicl_fast.evaluation.choices import Layer
@@ -33,24 +27,21 @@ from unicl_fast.models.unicl import UniCL, weights_digest
 
 logger = logging.getLogger(__name__)
 
-_KEY_VERSION = 1
-"""Version of the pipeline, part of the key."""
+_KEY_VERSION = 1  # version of the pipeline, part of the key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledFeatures:
     """Features of samples with labels, each with at least one."""
 
-    name: str
-    """Name of the data set, for tables and messages."""
+    name: str  # name of the data set, for tables and messages
     features: Float[np.ndarray, "n d"]
     all_labels: Sequence[Sequence[int]]
     """Numbers of the classes of each sample; a prediction is right if it is one of them."""
     labels: Int[np.ndarray, " n"]
     """The first label of each sample, which it is fitted with."""
     class_names: tuple[str, ...]
-    num_without_label: int = 0
-    """Samples without a label, which are left out."""
+    num_without_label: int = 0  # samples without a label, which are left out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,12 +118,14 @@ def labelled_features(
             first = first or data
             labels = data.labels_among(first)
             key = key_of_features(encoders, data.dataset, layer=layer, weights=weights)
-            is_kept = from_rank_0(folder is not None and has_features(folder, key), ranks)
+            is_kept = folder is not None and feature_files.has_features(folder, key)
+            is_kept = from_rank_0(is_kept, ranks)
             extracted = None if is_kept else on_ranks.features(data.dataset, layer=layer)
             rows = None if extracted is None else extracted.numpy()
             with rank_0_alone(ranks):
                 if folder is not None and is_kept and ranks.is_main:
-                    rows = np.array(read_features(folder, key, num_samples=len(data.dataset)).rows)
+                    size = len(data.dataset)
+                    rows = np.array(feature_files.read_features(folder, key, num_samples=size).rows)
                     logger.info("features of %s: found again", spec)
                 elif folder is not None and rows is not None:
                     keep_features(folder, key, rows)
@@ -144,29 +137,24 @@ def labelled_features(
 
 def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
     """The name of the stored features of a data set; evaluations see a central crop."""
-    return feature_key(
-        model.config.data,
-        dataset,
-        encoder=model.config.model.image_encoder,
-        precision=model.config.efficiency.precision,
-        weights=weights,
-        device_type=device_of(model).type,
-        view=model.config.data.evaluation_resize,
-        version=_KEY_VERSION,
-        layer=layer,
-    )
+    config = model.config
+    return feature_files.feature_key(
+        config.data, dataset, encoder=config.model.image_encoder, weights=weights, layer=layer,
+        precision=config.efficiency.precision, device_type=device_of(model).type,
+        view=config.data.evaluation_resize, version=_KEY_VERSION,
+    )  # fmt: skip
 
 
 def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) -> None:
     """Stores features atomically; a disk that refuses is a warning, not an error."""
-    aside = partial_path(folder, key, secrets.token_hex(4))
+    aside = feature_files.partial_path(folder, key, secrets.token_hex(4))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             np.save(file, features, allow_pickle=False)
-        seal_features(aside, folder, key, dtype=str(features.dtype), unreadable=())
+        feature_files.seal_features(aside, folder, key, dtype=str(features.dtype), unreadable=())
     except OSError as error:
         logger.warning("features are not kept: %s cannot be written: %s", folder, error)
     finally:
-        with contextlib.suppress(OSError):  # it has been renamed, or was never made
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             aside.unlink()

@@ -27,10 +27,8 @@ _ROWS_AT_ONCE = 8192
 class Level:
     depth: int
     num_classes: int
-    num_samples: int
-    """Images with a label of this level or below."""
-    num_right: int
-    """Images classified right among the level's classes."""
+    num_samples: int  # images with a label of this level or below
+    num_right: int  # images classified right among the level's classes
     num_right_below: int
     """Images whose prediction among the data's own classes is, or lies under, a right class."""
 
@@ -46,15 +44,13 @@ class LevelsResult:
 
     def to_json(self) -> dict[str, Any]:
         """Rates are in 0 to 1, distances in levels."""
+        levels = []
+        for one in self.levels:
+            counts = {"top1": one.num_right, "top1_by_data_classes": one.num_right_below}
+            rates = {name: count / one.num_samples for name, count in counts.items()}
+            levels.append(dataclasses.asdict(one) | rates)
         return {
-            "levels": [
-                dataclasses.asdict(level)
-                | {
-                    "top1": level.num_right / level.num_samples,
-                    "top1_by_data_classes": level.num_right_below / level.num_samples,
-                }
-                for level in self.levels
-            ],
+            "levels": levels,
             "num_mistakes": self.num_mistakes,
             "distance_of_mistakes": self.sum_of_distances / max(1, self.num_mistakes),
             "distance": self.sum_of_distances / self.num_samples,
@@ -121,25 +117,20 @@ def classify_at_levels(
             if own
         ]
         if counts:
-            levels.append(
-                Level(
-                    depth=depth,
-                    num_classes=len(candidates),
-                    num_samples=len(counts),
-                    num_right=sum(at_level for at_level, _ in counts),
-                    num_right_below=sum(below for _, below in counts),
-                )
-            )
+            level = Level(
+                depth=depth, num_classes=len(candidates), num_samples=len(counts),
+                num_right=sum(at_level for at_level, _ in counts),
+                num_right_below=sum(below for _, below in counts),
+            )  # fmt: skip
+            levels.append(level)
     distances = [
         min(_distance(chains[label], chains[one]) for label in own)
         for own, one in zip(labels, predicted, strict=True)
     ]
     return LevelsResult(
-        levels=levels,
-        num_samples=len(labels),
-        num_mistakes=sum(map(bool, distances)),
-        sum_of_distances=sum(distances),
-    )
+        levels=levels, num_samples=len(labels),
+        num_mistakes=sum(map(bool, distances)), sum_of_distances=sum(distances),
+    )  # fmt: skip
 
 
 def _best(features: Float[Tensor, "n d"], classifier: Float[Tensor, "k d"]) -> list[int]:

@@ -39,21 +39,17 @@ logger = logging.getLogger(__name__)
 
 C_GRID = tuple(10 ** (half_decade / 2) for half_decade in range(-12, 13))
 """1e-6 to 1e6, as in CLIP's search."""
-DEFAULT_C = 1.0
-"""scikit-learn's; used if no class has two images, so that C cannot be chosen."""
-MAX_ITERATIONS = 1000
-"""L-BFGS iterations of a fit, as CLIP's."""
+DEFAULT_C = 1.0  # scikit-learn's; used if no class has two images, so that C cannot be chosen
+MAX_ITERATIONS = 1000  # L-BFGS iterations of a fit, as CLIP's
 _DEFAULT_TAKEN = (
     "C IS NOT CHOSEN: no class has two training images, so C is the default, %g; give C (--c), or "
     "images to choose it by (--validation)"
 )
-_PATIENCE = 4
-"""Values of C above 1 that are tried after the best one so far: two decades."""
+_PATIENCE = 4  # values of C above 1 that are tried after the best one so far: two decades
 _ROWS_AT_ONCE = 4096
 
 ChosenBy = Literal["given", "validation", "cross-validation", "default"]
-Pair = tuple[LabelledFeatures, LabelledFeatures]
-"""Samples to fit on, and samples held out."""
+Pair = tuple[LabelledFeatures, LabelledFeatures]  # samples to fit on, and samples held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,18 +57,13 @@ class ProbeResult:
     """How good a linear probe is, and how its C was chosen."""
 
     classes: ClassificationResult
-    metric: Metric
-    """C was chosen by it."""
+    metric: Metric  # C was chosen by it
     c: float
     chosen_by: ChosenBy
-    validation: dict[float, float]
-    """Each C that was tried -> the metric on the held-out images."""
-    num_folds: int
-    """Folds of the cross-validation, or 0."""
-    num_validation: int
-    """Images held out for the search, or 0 in a cross-validation."""
-    num_fitted: int
-    """Images of the last fit."""
+    validation: dict[float, float]  # each C that was tried -> the metric on the held-out images
+    num_folds: int  # folds of the cross-validation, or 0
+    num_validation: int  # images held out for the search, or 0 in a cross-validation
+    num_fitted: int  # images of the last fit
 
     def to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = {"c_chosen_by": self.chosen_by}
@@ -111,18 +102,14 @@ class FewShotResult:
 
     @property
     def standard_deviation(self) -> float | None:
-        """Of the draws; None for a single one."""
+        """None for a single draw."""
         return float(np.std(self.values, ddof=1)) if len(self.draws) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "shots": self.shots,
-            "mean": self.mean,
-            "standard_deviation": self.standard_deviation,
-            "draws": self.values,
-            "c": [one.c for one in self.draws],
-            "c_chosen_by": self.draws[-1].chosen_by,
-        }
+        names = ("shots", "mean", "standard_deviation")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values |= {"draws": self.values, "c": [one.c for one in self.draws]}
+        return values | {"c_chosen_by": self.draws[-1].chosen_by}
 
 
 def few_shot_table(results: Sequence[FewShotResult]) -> str:
@@ -174,8 +161,7 @@ def linear_probe(
         fitted, pairs = train.join(validation), [(train, validation)]
     else:
         fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    with Bar(desc="choose C", total=len(C_GRID), shown=progress) as bar:
-        return _probe(fitted, test, pairs, c=c, metric=metric, tried=bar)
+    return _probe(fitted, test, pairs, c=c, metric=metric, progress=progress)
 
 
 def few_shot_probes(
@@ -274,16 +260,16 @@ def _probe(
     *,
     c: float,
     metric: Metric,
-    tried: Any = None,
+    progress: bool = False,
 ) -> ProbeResult:
-    """Chooses C by `pairs` if it is 0, then fits and tests; `tried` is a bar over values of C."""
+    """Chooses C by `pairs` if it is 0, then fits and tests."""
     _check(fitted, test, *(held_out for _, held_out in pairs))
     chosen_by: ChosenBy = "given"
     scores: dict[float, float] = {}
     if not c:
         ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
         chosen_by = ways[min(len(pairs), 2)]
-        scores = _search_c(pairs, metric=metric, tried=tried)
+        scores = _search_c(pairs, metric=metric, progress=progress)
         c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
         if not pairs:
             logger.warning(_DEFAULT_TAKEN, c)
@@ -291,17 +277,15 @@ def _probe(
     _count(counts, _fit(_logistic_regression(c), fitted), test)
     return ProbeResult(
         classes=_result(counts, test, what="a linear probe"),
-        metric=metric,
-        c=c,
-        chosen_by=chosen_by,
-        validation=scores,
+        metric=metric, c=c, chosen_by=chosen_by, validation=scores, num_fitted=len(fitted),
         num_folds=len(pairs) if chosen_by == "cross-validation" else 0,
         num_validation=len(pairs[0][1]) if chosen_by == "validation" else 0,
-        num_fitted=len(fitted),
-    )
+    )  # fmt: skip
 
 
-def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> dict[float, float]:
+def _search_c(
+    pairs: Sequence[Pair], *, metric: Metric, progress: bool = False
+) -> dict[float, float]:
     """C -> the metric on all held-out samples, from the smallest C on.
 
     Each fit starts from the previous one. Fits for large C are the slowest, so above 1 the search
@@ -309,17 +293,17 @@ def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> di
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]
     scores: dict[float, float] = {}
-    for c in C_GRID if pairs else ():
-        counts = ClassificationCounts(pairs[0][0].class_names)
-        for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
-            _count(counts, _fit(classifier.set_params(C=c), train), held_out)
-        scores[c] = counts.result(what="a linear probe").value(metric)
-        if tried is not None:
-            tried.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %", refresh=False)
-            tried.update()
-        latest = list(scores.values())[-_PATIENCE:]
-        if c >= 1 and max(latest) < max(scores.values()):
-            break
+    with Bar(desc="choose C", total=len(C_GRID), shown=progress) as bar:
+        for c in C_GRID if pairs else ():
+            counts = ClassificationCounts(pairs[0][0].class_names)
+            for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
+                _count(counts, _fit(classifier.set_params(C=c), train), held_out)
+            scores[c] = counts.result(what="a linear probe").value(metric)
+            bar.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %", refresh=False)
+            bar.update()
+            latest = list(scores.values())[-_PATIENCE:]
+            if c >= 1 and max(latest) < max(scores.values()):
+                break
     return scores
 
 

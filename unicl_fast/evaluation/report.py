@@ -119,8 +119,7 @@ def wilson_interval(num_right: int, num_tried: int) -> tuple[float, float]:
 class PrecisionResult:
     """Whether images of a class come first when all images are sorted by their scores for it."""
 
-    num_samples: int
-    """Images with a label; each class is ranked among them."""
+    num_samples: int  # images with a label; each class is ranked among them
     per_class: list[tuple[str, int, float]]
     """Name, images and average precision of each class that has images."""
 
@@ -228,19 +227,11 @@ def classification_table(
     """One row for each (name, metric of its protocol, result), and the mean of several."""
     rows = []
     for name, metric, result in results:
-        interval = interval_text(result.interval(metric))
-        rows.append(
-            [
-                *(name, f"{len(result.per_class):,}", f"{result.num_samples:,}"),
-                *(RATE_NAMES[metric], percent(result.value(metric)), interval),
-                *map(percent, (result.top1, result.top5, result.mean_per_class)),
-            ]
-        )
+        row = [name, f"{len(result.per_class):,}", f"{result.num_samples:,}", RATE_NAMES[metric]]
+        row += [percent(result.value(metric)), interval_text(result.interval(metric))]
+        rows.append(row + [percent(getattr(result, rate)) for rate in RATE_NAMES])
     if mean and len(results) > 1:
         average = sum(result.value(metric) for _, metric, result in results) / len(results)
         rows.append(["mean", "", "", "", percent(average), "", "", "", ""])
-    header = (
-        *("data set", "classes", "samples", "metric", "%", "95 % interval"),
-        *("top-1", "top-5", "mean per class"),
-    )
-    return markdown_table(header, rows)
+    header = ("data set", "classes", "samples", "metric", "%", "95 % interval")
+    return markdown_table((*header, *RATE_NAMES.values()), rows)

@@ -65,8 +65,7 @@ class Recall:
 class RetrievalResult:
     num_images: int
     num_captions: int
-    num_texts: int
-    """Distinct captions."""
+    num_texts: int  # distinct captions
     image_to_text: tuple[Recall, ...]
     text_to_image: tuple[Recall, ...]
 
@@ -81,12 +80,10 @@ class RetrievalResult:
         return values
 
     def to_table(self) -> str:
+        titles = {"image -> text": self.image_to_text, "text -> image": self.text_to_image}
         rows = [
             [title, str(one.k), percent(one.rate), interval_text(one.interval), percent(one.chance)]
-            for title, recalls in (
-                ("image -> text", self.image_to_text),
-                ("text -> image", self.text_to_image),
-            )
+            for title, recalls in titles.items()
             for one in recalls
         ]
         table = markdown_table(["direction", "at", "%", "95 % interval", "chance"], rows)
@@ -165,17 +162,12 @@ def _ranks(scores: Tensor, own: Tensor) -> Iterable[tuple[int, int]]:
 
 
 def _recalls(ranks: Counter[tuple[int, int]], *, num_candidates: int) -> tuple[Recall, ...]:
-    total = ranks.total()
-    return tuple(
-        Recall(
-            k=k,
-            num_queries=total,
-            num_found=sum(count for (better, _), count in ranks.items() if better < k),
-            chance=sum(count * _chance(num_candidates, own, k) for (_, own), count in ranks.items())
-            / total,
-        )
-        for k in KS
-    )
+    total, recalls = ranks.total(), []
+    for k in KS:
+        found = sum(count for (better, _), count in ranks.items() if better < k)
+        lucky = sum(count * _chance(num_candidates, own, k) for (_, own), count in ranks.items())
+        recalls.append(Recall(k=k, num_queries=total, num_found=found, chance=lucky / total))
+    return tuple(recalls)
 
 
 def _chance(total: int, wanted: int, k: int) -> float:
@@ -189,12 +181,9 @@ class RetrievalFeatures:
 
     image_features: Tensor  # [n d]
     text_features: Tensor  # [m d]
-    image_of_text: Tensor
-    """int64 [m]: row of `image_features`."""
-    text_ids: Tensor
-    """int64 [m]: from 0 on, equal for equal captions."""
-    samples: NDArray[np.int64]
-    """[n]: the images' sample numbers in the data set."""
+    image_of_text: Tensor  # int64 [m]: row of `image_features`
+    text_ids: Tensor  # int64 [m]: from 0 on, equal for equal captions
+    samples: NDArray[np.int64]  # [n]: the images' sample numbers in the data set
 
     def ranked(self) -> RetrievalResult:
         return rank_captions(
@@ -235,11 +224,9 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     text_ids = torch.tensor([number_of[row.tobytes()] for row in rows])
     return RetrievalFeatures(
         image_features=images[torch.from_numpy(captioned)].to(device),
-        text_features=texts.to(device),
-        image_of_text=owners.to(device),
-        text_ids=text_ids.to(device),
-        samples=captioned,
-    )
+        text_features=texts.to(device), samples=captioned,
+        image_of_text=owners.to(device), text_ids=text_ids.to(device),
+    )  # fmt: skip
 
 
 def retrieval(model: LoadedModel | ModelOnRanks, data: str | Path) -> RetrievalResult:
@@ -272,14 +259,11 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
     def judge(found: RetrievalFeatures) -> dict[str, float]:
         result = found.ranked()
         loss = held_out_loss(
-            found.image_features,
-            found.text_features,
-            found.image_of_text,
-            text_ids=found.text_ids,
-            scale=model.learnt["logit_scale"].exp().item(),
+            found.image_features, found.text_features, found.image_of_text,
+            text_ids=found.text_ids, scale=model.learnt["logit_scale"].exp().item(),
             bias=None if bias is None else bias.item(),
             batch_size=model.config.run.global_batch_size,
-        )
+        )  # fmt: skip
         both = result.image_to_text[0].rate + result.text_to_image[0].rate
         recalls = {
             f"{name}_recall_at_{recall.k}": recall.rate
@@ -313,13 +297,9 @@ def held_out_loss(
     loss = unified_contrastive_loss
     if bias is not None:
         loss = functools.partial(sigmoid_contrastive_loss, bias=bias)
-    losses = [
-        loss(
-            image_features[start : start + size],
-            text_features[first[start : start + size]],
-            text_ids[first[start : start + size]],
-            scale,
-        )
-        for start in range(0, n - size + 1, size)
-    ]
+    text_features, text_ids = text_features[first], text_ids[first]
+    losses = []
+    for start in range(0, n - size + 1, size):
+        rows = slice(start, start + size)
+        losses.append(loss(image_features[rows], text_features[rows], text_ids[rows], scale))
     return float(torch.stack(losses).mean())

@@ -23,13 +23,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.dataset.feature_files import (
-    RowsWriter,
-    has_features,
-    make_rows,
-    read_features,
-    seal_features,
-)
+from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.distributed.launch import refused_together
@@ -109,13 +103,10 @@ class SearchIndex:
         description = self._reader.read_description(sample)
         names = self.dataset.manifest.class_names
         return Found(
-            sample=sample,
-            score=score,
-            caption=next(iter(description.captions), ""),
+            sample=sample, score=score, caption=next(iter(description.captions), ""),
             labels=tuple(names[label] for label in description.labels),
-            source=description.source,
-            name=description.name,
-        )
+            source=description.source, name=description.name,
+        )  # fmt: skip
 
 
 def nearest_rows(
@@ -177,12 +168,13 @@ def _stored(on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path) -> NDA
     weights = weights_digest(model, "image_encoder.", "image_projection")
     key = key_of_features(model, dataset, layer="projection", weights=weights)
     key = from_rank_0(key, ranks)
-    if not from_rank_0(has_features(folder, key), ranks):
+    if not from_rank_0(feature_files.has_features(folder, key), ranks):
         name = from_rank_0(f".{key}.{secrets.token_hex(4)}.partial", ranks)
         _encode_into(folder / name, folder, key, on_ranks, dataset)
     with refused_together(ranks):
         # one rank is enough: the check reads the whole file
-        return read_features(folder, key, num_samples=len(dataset), check=ranks.is_main).rows
+        size, check = len(dataset), ranks.is_main
+        return feature_files.read_features(folder, key, num_samples=size, check=check).rows
 
 
 def _encode_into(
@@ -195,8 +187,8 @@ def _encode_into(
         with rank_0_alone(ranks):
             if ranks.is_main:
                 make_folder(folder)
-                make_rows(aside, num_samples=num_samples, width=width, kind="<f4")
-        with contextlib.closing(RowsWriter(aside)) as writer:
+                feature_files.make_rows(aside, num_samples=num_samples, width=width, kind="<f4")
+        with contextlib.closing(feature_files.RowsWriter(aside)) as writer:
             loader = on_ranks.loader(dataset)
             for samples, features in on_ranks.encoded(loader, num_samples=num_samples):
                 writer.write(samples.numpy(), features.float().numpy())
@@ -204,7 +196,7 @@ def _encode_into(
         gather_integers(0, ranks)  # once all have written
         with rank_0_alone(ranks):
             if ranks.is_main:
-                seal_features(aside, folder, key, dtype="float32", unreadable=())
+                feature_files.seal_features(aside, folder, key, dtype="float32", unreadable=())
     finally:
         if ranks.is_main:
             aside.unlink(missing_ok=True)

@@ -28,8 +28,7 @@ from unicl_fast.system.untrusted_files import parse_json
 MOST_CLASSES = 1000
 _HOSTS = ("127.0.0.1", "localhost")
 _MOST_BYTES = 64 << 20
-_MOST_DIGITS = 15
-"""Most digits of a length or a sample's number; Python refuses to parse thousands."""
+_MOST_DIGITS = 15  # most digits of a length or a sample's number; Python refuses to parse thousands
 _FOUND = 24
 _POLICY = "default-src 'self'; img-src 'self' blob:; style-src 'self' 'unsafe-inline'"
 _FILES = {"/": ("serve.html", "text/html"), "/serve.js": ("serve.js", "text/javascript")}

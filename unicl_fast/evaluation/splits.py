@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 _FRACTION = 0.2
-_FEWEST_HELD_OUT = 4
-"""Held-out samples of each class, on average, that suffice to choose C."""
+_FEWEST_HELD_OUT = 4  # held-out samples of each class, on average, that suffice to choose C
 
 
 def hold_out(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:

@@ -108,12 +108,9 @@ def evaluate_zero_shot(
         classifier = model.learnt["class_rows"].detach()[torch.from_numpy(rows_of_classes)]
     else:
         classifier = zero_shot_classifier(
-            model,
-            manifest.class_names,
-            templates=manifest.templates,
-            progress=on_ranks.progress,
-            ranks=on_ranks.ranks,
-        )
+            model, manifest.class_names, templates=manifest.templates,
+            progress=on_ranks.progress, ranks=on_ranks.ranks,
+        )  # fmt: skip
 
     def judge(features: Tensor) -> ClassificationResult:
         return classify(
@@ -136,12 +133,10 @@ def _require_classes(dataset: PackedDataset) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroShotResult:
     name: str
-    metric: Metric
-    """The metric that is reported first."""
+    metric: Metric  # the metric that is reported first
     classes: ClassificationResult
     num_templates: int
-    num_quarantined: int
-    """Files refused when the data was packed; no other count includes them."""
+    num_quarantined: int  # files refused when the data was packed; no other count includes them
     levels: LevelsResult | None
     precision: PrecisionResult | None
 
@@ -209,12 +204,9 @@ def zero_shot(
             )
         every = (*names, *(tree.names if tree is not None else ()))
         rows = zero_shot_classifier(
-            on_ranks.model,
-            every,
-            templates=opened.templates,
-            progress=on_ranks.progress,
-            ranks=on_ranks.ranks,
-        )
+            on_ranks.model, every, templates=opened.templates,
+            progress=on_ranks.progress, ranks=on_ranks.ranks,
+        )  # fmt: skip
         number_of = {name: number for number, name in enumerate(every)}
         classifier, labels = rows[: len(names)], all_labels(dataset)
 
@@ -231,16 +223,13 @@ def zero_shot(
                 scores = features @ classifier.to(features).T
                 precision = average_precisions(scores, labels, names)
             size = on_ranks.batch_size
-            return ZeroShotResult(
-                name=opened.name,
-                metric=choose_metric(metric, str(data)),
-                classes=classify(
-                    features, classifier, labels=labels, class_names=names, batch_size=size
-                ),
-                num_templates=len(opened.templates),
-                num_quarantined=dataset.manifest.num_quarantined,
-                levels=levels,
-                precision=precision,
+            classes = classify(
+                features, classifier, labels=labels, class_names=names, batch_size=size
             )
+            return ZeroShotResult(
+                name=opened.name, metric=choose_metric(metric, str(data)), classes=classes,
+                levels=levels, precision=precision, num_templates=len(opened.templates),
+                num_quarantined=dataset.manifest.num_quarantined,
+            )  # fmt: skip
 
         return on_ranks.on_rank_0(judge, on_ranks.features(dataset), ZeroShotResult)
