@@ -1,12 +1,13 @@
-"""`unicl-bench`: what limits a run, and benchmarks against others.
+"""`unicl-bench`: finds the limit of a run, and starts benchmarks against other libraries.
 
-`run` is part of the package. The benchmarks are not installed: they compare with other libraries
-and stand in the folder benchmarks/ of a checkout, where this program finds and starts them.
+`run` is part of the package. The benchmarks are not installed: they are in benchmarks/ of a
+checkout, where this program finds them.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,15 +38,15 @@ All but `run` need a checkout. unicl-bench PROGRAM --help explains its options."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 on wrong input, and if a benchmark is not in reach."""
+    """Entry point; exits with 2 on wrong input, and for a benchmark without a checkout."""
     name, *options = (begin_program() if argv is None else list(argv)) or ["--help"]
     if name not in PROGRAMS:
-        lines = "\n".join(f"  {one:8}{about}" for one, about in PROGRAMS.items())
-        is_asked = name in ("-h", "--help")
-        print(_HELP.format(programs=lines), file=sys.stdout if is_asked else sys.stderr)
-        if not is_asked:
-            print(f"\nunicl-bench: there is no program {name!r}", file=sys.stderr)
-        sys.exit(0 if is_asked else 2)
+        help_ = _HELP.format(programs="\n".join(f"  {n:8}{text}" for n, text in PROGRAMS.items()))
+        if name in ("-h", "--help"):
+            print(help_)
+            sys.exit(0)
+        print(f"{help_}\n\nunicl-bench: there is no program {name!r}", file=sys.stderr)
+        sys.exit(2)
     try:
         load_program(name).parse(options, prog=f"unicl-bench {name}").run()
     except (ValueError, OSError, RuntimeError) as error:
@@ -56,26 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_program(name: str) -> type[Any]:
-    """The class of a program; FileNotFoundError for a benchmark without a checkout."""
+    """A program's class; FileNotFoundError for a benchmark without a checkout."""
     if name == "run":
         from .diagnose.run import Run
 
         return Run
-    if (checkout := str(find_checkout())) not in sys.path:
-        sys.path.append(checkout)  # last, so that unicl_fast stays the installed one
+    folders = [str(Path(unicl_fast.__file__).resolve().parents[1]), os.getcwd()]
+    found = [one for one in folders if Path(one, "benchmarks", "harness.py").is_file()]
+    if not found:
+        raise FileNotFoundError(
+            "the benchmarks are not installed with the package: clone the repository of unicl_fast "
+            "and run this program in the checkout"
+        )
+    if found[0] not in sys.path:
+        sys.path.append(found[0])  # last, so that unicl_fast stays the installed one
     program: type[Any] = importlib.import_module("benchmarks").load_program(name)
     return program
-
-
-def find_checkout() -> Path:
-    """The folder that holds benchmarks/: beside the package, or the current one."""
-    for folder in (Path(unicl_fast.__file__).resolve().parents[1], Path.cwd()):
-        if (folder / "benchmarks" / "harness.py").is_file():
-            return folder
-    raise FileNotFoundError(
-        "the benchmarks are not installed with the package: clone the repository of unicl_fast and "
-        "run this program in the checkout"
-    )
 
 
 if __name__ == "__main__":

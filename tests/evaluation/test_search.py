@@ -95,8 +95,5 @@ def test_images_are_encoded_once_and_found_by_texts_and_images(
 @pytest.mark.dali
 def test_a_model_without_a_space_is_refused(data: Path) -> None:
     without = Model(build_model(objective_config("ce")).double())
-    with (
-        pytest.raises(ValueError, match="no projection"),
-        open_index(without, data / "captions"),
-    ):
+    with pytest.raises(ValueError, match="no projection"), open_index(without, data / "captions"):
         pass

@@ -131,7 +131,7 @@ def test_a_busy_machine_is_named_first_and_changes_are_compared_by_cpu_time() ->
     found = measured(others_cores=4.0, others=(("burner, process 7", 3.9),), trials=trials)
     assert [one.change.option for one in advise(found)[0]] == ["--cpu"]
     first, *rest = report_lines(diagnosis(found))
-    assert first.startswith("OTHER PROCESSES took 4.0 of 8 cores; burner, process 7: 3.9. So no ")
+    assert first.startswith("OTHER PROCESSES used 4.0 of 8 cores; burner, process 7: 3.9. Gains ")
     assert any("now 625 images per CPU second" in line for line in rest)
     waits = dataclasses.replace(found, waiting=0.5)  # less of it takes no less CPU time
     assert [one.change.option for one in advise(waits)[0]] == ["--wall"]

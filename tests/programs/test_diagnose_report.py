@@ -13,13 +13,7 @@ from browser import look_at
 from diagnoses import MS, STAGES, cost, diagnosis, measured, trial
 
 from unicl_fast.tools.diagnose.measuring import result_text
-from unicl_fast.tools.diagnose.model import (
-    CHECKPOINT,
-    Measured,
-    Periodic,
-    RankFigures,
-    Stage,
-)
+from unicl_fast.tools.diagnose.model import CHECKPOINT, Measured, Periodic, RankFigures, Stage
 from unicl_fast.tools.diagnose.page import make_page
 from unicl_fast.tools.diagnose.report import Diagnosis
 from unicl_fast.tools.diagnose.run import Run
@@ -108,7 +102,7 @@ def test_parts_without_data_are_left_out_or_said_in_a_sentence() -> None:
     assert "No change could be measured" in page_of(diagnosis(measured()))
     page = page_of(diagnosis(measured(trials=(trial("--idle", 1.0),))))
     text = html.unescape(page)
-    assert "Nothing that was tried gains 3% in each round." in text
+    assert "No measured change gains 3% in each round." in text
     for absent in ("kept", 'class="warn"', "checkpoint"):
         assert absent not in text.split("<footer>")[0].split("<main>")[1], absent
 

@@ -136,10 +136,7 @@ def test_a_plain_folder_of_images_is_classified_and_embedded(
 
 
 def test_a_data_set_is_searched_by_texts_and_images(
-    data: Path,
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = next(data.glob("classes/**/0001.jpg"))
     search = ["search", "--checkpoint", trained, "--device", "cpu", "--data", data / "labels"]
@@ -252,7 +249,7 @@ def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
         ("zero-shot --data {captions}", "has no classes"),
         ("zero-shot --data {labels} --batch-size 0", "not 0"),
         ("zero-shot --data {labels} {labels} --templates simple simple simple",
-         "--templates takes one value for all data sets or one for each of the 2, not 3"),
+         "--templates needs one value for all data sets or one for each of the 2, not 3"),
         ("zero-shot --data {labels} {labels}/", "is the same data set as"),
         ("zero-shot --data {labels} --class-names clip-benchmark:nothing", "it has them for"),
         ("zero-shot --data {labels} --class-names clip-benchmark:pets", "37 names"),
@@ -286,7 +283,7 @@ def test_a_linear_probe_finds_its_features_again(
     sets = ["--train", data / "labels", "--data", data / "classes"]
     features = tmp_path / "features"
     alone = evaluated(
-        *("linear-probe", trained, *sets, "--features", features, "--figures", tmp_path),
+        *("linear-probe", trained, *sets, "--features", features, "--figures", tmp_path)
     )
     kept = {path: path.stat().st_mtime_ns for path in features.iterdir()}
     # the folder of classes holds the same files in the same order as the packed set
@@ -330,11 +327,7 @@ def test_a_class_that_training_lacks_is_refused(
 
 
 def test_retrieval_takes_what_zero_shot_takes(
-    data: Path,
-    trained: Path,
-    shared_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data: Path, trained: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     url = upload(data / "captions", "faulty://bucket/pairs")

@@ -50,7 +50,7 @@ def test_a_classifier_is_trained_resumed_and_evaluated(data: Path, tmp_path: Pat
     assert (losses(tmp_path / "one"), weights(tmp_path / "one")) == unbroken
     sets = ["--train", data / "labels", "--data", data / "labels", "--layer", "projection"]
     said = refusal_of(evaluate, "knn", "--checkpoint", tmp_path / "one", *sets, "--device", "cpu")
-    assert "take those of the encoder (--layer encoder)" in said
+    assert "use the encoder's features (--layer encoder)" in said
 
 
 def test_images_of_several_labels_in_a_hierarchy(

@@ -60,10 +60,7 @@ def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
 
 
 def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
-    data: Path,
-    unbroken: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    data: Path, unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     out = tmp_path / "run"
@@ -431,9 +428,7 @@ def test_a_read_only_machine_trains_and_evaluates(data: Path, tmp_path: Path) ->
     run_there("evaluate", "zero-shot", "--checkpoint", out, "--data", data / "labels")
 
 
-def test_the_short_help_shows_the_values_of_the_preset(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_short_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         call(pretrain, "--preset", "cifar10-small", "-h")
     assert not stopped.value.code

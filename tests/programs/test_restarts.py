@@ -114,10 +114,7 @@ def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
     "starter", [start_own, pytest.param(start_torchrun, marks=pytest.mark.long)]
 )
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
-    data: Path,
-    unbroken: Path,
-    tmp_path: Path,
-    starter: Callable[..., subprocess.Popen[str]],
+    data: Path, unbroken: Path, tmp_path: Path, starter: Callable[..., subprocess.Popen[str]]
 ) -> None:
     out = tmp_path / "run"
     process = starter(*FP64, *sources(data), "--out", out, nproc=2)
@@ -138,9 +135,7 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
 
 
 def test_torchrun_has_a_flag_of_its_own_for_restarts(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     said = refusal_of(

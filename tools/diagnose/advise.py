@@ -1,7 +1,4 @@
-"""From the numbers of a diagnosis to sentences: the limit, useful changes, useless changes.
-
-Nothing here measures, so all of it can be tested with made-up numbers.
-"""
+"""From the numbers of a diagnosis to sentences: the limit, useful and useless changes."""
 
 from __future__ import annotations
 
@@ -11,17 +8,26 @@ from dataclasses import dataclass
 
 from unicl_fast.training.bottleneck import Pause, Usage, find_bottleneck
 
-from .model import CHECKPOINT, LOGGING, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
+from .model import (
+    CHECKPOINT,
+    EVALUATION,
+    LOGGING,
+    MUCH,
+    READ,
+    Change,
+    Measured,
+    RankFigures,
+    Stage,
+    rate_text,
+)
 
-LEAST_GAIN = 0.03
-"""Part of the rate that a change must gain to be advice."""
-_SLOW_RANK = 1.5
-"""A rank that takes this multiple of the median's time holds up the others."""
+LEAST_GAIN = 0.03  # part of the rate that a change must gain to be advice
+_SLOW_RANK = 1.5  # a rank that needs this multiple of the median's time holds up the others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """The stage that a run waits for, and the evidence."""
+    """The stage that limits a run, and the evidence."""
 
     stage: str
     sentence: str
@@ -30,7 +36,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """A change, and the part of the rate that it adds: median, least and most of the rounds."""
+    """A change and its gain, as part of the rate: median, least and most of the rounds."""
 
     change: Change
     gain: float
@@ -42,23 +48,20 @@ class Advice:
 
 
 def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
-    """Advice that gains something, the largest gain first; and the changes that do not matter.
+    """Advice, the largest gain first, and the changes that do not matter.
 
-    A change is advice only if all its rounds gain.
+    Advice gains in all of its rounds, at least two.
     """
-    every = []
+    found: dict[bool, list[Advice]] = {True: [], False: []}
     for trial in measured.trials:
         gains = trial.gains(by_cpu=measured.by_cpu)
-        gain = statistics.median(gains)
-        every.append(Advice(change=trial.change, gain=gain, low=min(gains), high=max(gains)))
-    every.sort(key=lambda one: -one.gain)
-    rounds = {trial.change.option: len(trial.now) for trial in measured.trials}
-    useful = [
-        one
-        for one in every
-        if one.gain >= LEAST_GAIN and one.low > 0 and rounds[one.change.option] > 1
-    ]
-    return useful, [one for one in every if one not in useful]
+        gain, low = statistics.median(gains), min(gains)
+        is_useful = gain >= LEAST_GAIN and low > 0 and len(gains) > 1
+        one = Advice(change=trial.change, gain=gain, low=low, high=max(gains))
+        found[is_useful].append(one)
+    for each in found.values():
+        each.sort(key=lambda one: -one.gain)
+    return found[True], found[False]
 
 
 def hints(measured: Measured) -> Iterator[str]:
@@ -70,48 +73,37 @@ def hints(measured: Measured) -> Iterator[str]:
 
 
 def neighbours(measured: Measured) -> str:
-    """A sentence on other processes of the machine, if they take much of it."""
+    """A sentence on the machine's other processes, if they are busy."""
     if not measured.is_busy:
         return ""
     who = "".join(f"; {name}: {cores:.1f}" for name, cores in measured.others)
-    how = "images per CPU second" if measured.by_cpu else "the time that the run waits beside them"
+    how = "images per CPU second" if measured.by_cpu else "wall time beside them"
     return (
-        f"OTHER PROCESSES took {measured.others_cores:.1f} of {measured.cores:g} cores{who}. So no "
-        f"gain in images/s is promised: changes are compared by {how}."
+        f"OTHER PROCESSES used {measured.others_cores:.1f} of {measured.cores:g} cores{who}. "
+        f"Gains in images/s are unreliable: changes are compared by {how}."
     )
 
 
 def usage_of(measured: Measured) -> Usage:
     """The numbers of a run for the table of limits, per second of the run."""
-    options = {CHECKPOINT: "checkpoint.every_steps"}
-    pauses = [
-        Pause(
-            name=work.name,
-            part=measured.part_of(work),
-            evidence=f"{work.name}s take {measured.part_of(work):.0%} of the time: training waits "
-            f"{work.seconds:.2f} s every {work.every_steps} steps"
-            + (f" ({work.note})" if work.note else ""),
-            option=options.get(work.name, "run.evaluate_every_steps"),
-        )
-        for work in measured.periodic
-    ]
+    options = {CHECKPOINT: "checkpoint.every_steps", EVALUATION: "run.evaluate_every_steps"}
     logging = measured.logging
-    evidence = f"metrics and trackers take {logging:.0%} of the time"
-    pauses.append(Pause(LOGGING, logging, evidence, "run.log_every_steps"))
+    evidence = f"metrics and trackers are {logging:.0%} of the time"
+    pauses = [Pause(LOGGING, logging, evidence, "run.log_every_steps")]
+    for work in measured.periodic:
+        note, part = f" ({work.note})" if work.note else "", measured.part_of(work)
+        evidence = (
+            f"{work.name}s are {part:.0%} of the time: training waits {work.seconds:.2f} s every "
+            f"{work.every_steps} steps{note}"
+        )
+        pauses.append(Pause(work.name, part, evidence, options[work.name]))
     return Usage(
-        seconds=1.0,
-        data_wait_seconds=measured.waiting,
-        cores=measured.cores,
-        cpu_seconds=measured.whole.cpu / measured.whole.wall,
-        reading_blocked=measured.reading,
-        on_gpu=measured.device != "cpu",
-        compute_threads=measured.compute_threads,
-        threads=measured.threads,
-        decodes_files=measured.decodes_files,
-        is_remote=measured.is_remote,
-        pauses=tuple(pauses),
-        least_part=MUCH,
-    )
+        seconds=1.0, data_wait_seconds=measured.waiting, reading_blocked=measured.reading,
+        cores=measured.cores, cpu_seconds=measured.whole.cpu / measured.whole.wall,
+        on_gpu=measured.device != "cpu", compute_threads=measured.compute_threads,
+        threads=measured.threads, decodes_files=measured.decodes_files,
+        is_remote=measured.is_remote, pauses=tuple(pauses), least_part=MUCH,
+    )  # fmt: skip
 
 
 def find_limit(measured: Measured) -> Limit:
@@ -121,8 +113,8 @@ def find_limit(measured: Measured) -> Limit:
         mine = 1e3 * getattr(rank, part)
         return _limit(
             measured, f"rank {rank.rank}",
-            f"rank {rank.rank} is slow, and the others wait for it: its {part} takes {mine:.2f} ms "
-            f"an image, the others' {1e3 * usual:.2f}",
+            f"rank {rank.rank} is slow, and the others wait for it: its {part} needs {mine:.2f} ms "
+            f"per image, the others' {1e3 * usual:.2f}",
         )  # fmt: skip
     usage = usage_of(measured)
     name, sentence = find_bottleneck(usage) or ("", "")
@@ -144,27 +136,27 @@ def find_limit(measured: Measured) -> Limit:
 
 
 def _of_loader(measured: Measured) -> list[Stage]:
-    """The stages of whichever is slower: the thread that reads, or the decoding threads."""
+    """The stages of the slower side: the reading thread, or the decoding threads."""
     sides = [[one for one in measured.stages if one.side == side] for side in ("feed", "graph")]
     return max(sides, key=lambda stages: sum(one.cost.wall for one in stages))
 
 
 def _cores(measured: Measured) -> Limit:
-    """The cores are what loader and step share; the largest user of them is named."""
+    """Loader and step share the cores; names their largest user."""
     largest = max(measured.stages, key=lambda one: one.cost.cpu)
     threads = ""
     if measured.compute_threads < int(measured.cores):
         threads = f", torch's operators on {measured.compute_threads} of them"
     return _limit(
         measured, largest.name,
-        f"{measured.cores:g} cores do it all{threads}: an image takes "
+        f"{measured.cores:g} cores do it all{threads}: an image needs "
         f"{1e3 * measured.whole.cpu:.2f} ms of CPU time; "
         f"{_part_of(largest, measured.whole.cpu, largest.cost.cpu)} that",
     )  # fmt: skip
 
 
 def slow_rank(measured: Measured) -> tuple[RankFigures, float, str] | None:
-    """The rank that the others wait for, the usual seconds of an image, and the slow part."""
+    """The rank that the others wait for, their median seconds per image, and the slow part."""
     if len(measured.ranks) < 2:
         return None
     for part in ("step", "loader"):
@@ -177,16 +169,12 @@ def slow_rank(measured: Measured) -> tuple[RankFigures, float, str] | None:
 
 
 def _limit(measured: Measured, stage: str, evidence: str) -> Limit:
-    return Limit(
-        stage=stage,
-        sentence=f"{stage} limits the run to {measured.rate:,.0f} images/s: {evidence}.",
-        head_room=(
-            f"By itself a rank's loader makes {rate_text(measured.loader)} images/s, and its step "
-            f"takes {rate_text(measured.step)}."
-        ),
-    )
+    loader, step = rate_text(measured.loader), rate_text(measured.step)
+    head_room = f"Alone, a rank's loader makes {loader} images/s, and its step trains {step}."
+    sentence = f"{stage} limits the run to {measured.rate:,.0f} images/s: {evidence}."
+    return Limit(stage=stage, sentence=sentence, head_room=head_room)
 
 
 def _part_of(stage: Stage, total: float, own: float) -> str:
     note = f" ({stage.note})" if stage.note else ""
-    return f"{stage.name}{note} takes {min(1.0, own / total) if total else 0.0:.0%} of"
+    return f"{stage.name}{note} is {min(1.0, own / total) if total else 0.0:.0%} of"

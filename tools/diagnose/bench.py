@@ -1,7 +1,7 @@
 """The user's run on the bench: built as `unicl-pretrain` builds it, to be measured in turns.
 
-A changed setting is a `Contestant` with another loader or trainer on the same data. All share the
-observers, trackers and evaluations of the run.
+A changed setting is a `Contestant` with another loader or trainer on the same data. All contestants
+share the run's observers, trackers and evaluations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ENDLESS = 1 << 40
 
 
 class Parts(NamedTuple):
-    """The data, its weights and its prompts, of which a loader is built."""
+    """The data, weights and prompts of a loader."""
 
     datasets: Sequence[PackedDataset]
     weights: Sequence[float] | None
@@ -58,14 +58,13 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
-    """The run as it is, or with a change."""
+    """The run, unchanged or with a change."""
 
     config: TrainConfig
     trainer: Trainer
     loader: PacedLoader
     local_batch: int
-    begun: int
-    """Batches that the loader makes ahead."""
+    begun: int  # batches that the loader prepares ahead
     compute_threads: int
 
 
@@ -76,8 +75,8 @@ class Bench:
         self, config: TrainConfig, *, folder: Path, ranks: Ranks, device: torch.device
     ) -> None:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
-        # a run in stages is measured with its own settings, which the last stage has
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, stages=()))
+        # a run in stages is measured with its own settings, those of the last stage
+        config = config.changed(run={"stages": ()})
         require(
             not config.efficiency.image_features,
             "unicl-bench measures runs that decode and encode images: leave "
@@ -86,8 +85,7 @@ class Bench:
         self.ranks, self.device, self.folder = ranks, device, folder
         self.free_bytes = min(gather_integers(free_memory(device), ranks))
         self.clock, self._opened = LoopClock(), contextlib.ExitStack()
-        self.most_seconds = math.inf
-        """An evaluation that takes longer is stopped, and its time is estimated."""
+        self.most_seconds = math.inf  # a longer evaluation is stopped, and its time estimated
         self._evaluated: list[float] = []
         built: list[TrainLoader] = []
 
@@ -98,15 +96,10 @@ class Bench:
             return built[0]
 
         trainer = build_trainer(
-            config,
-            run_folder=folder,
-            build_loader=build_loader,
-            evaluate=self._evaluate,
-            ranks=ranks,
-            device=device,
-            progress=False,
-        )
-        # `step_stages` runs the parts of a step on each rank alone, after which weights differ
+            config, run_folder=folder, build_loader=build_loader, evaluate=self._evaluate,
+            ranks=ranks, device=device, progress=False,
+        )  # fmt: skip
+        # `step_stages` trains each rank alone, after which weights differ
         kept = [one for one in trainer.observers if not isinstance(one, WeightsAgree)]
         for observer in kept:
             keep_open(observer, self._opened)
@@ -114,7 +107,7 @@ class Bench:
         (self.loader,) = built
         self.config = dataclasses.replace(trainer.config, data=self.data_config.data)
         self.local_batch = ranks.local_batch_size(config.run.global_batch_size)
-        # ranks of this machine share its cores
+        # this machine's ranks share its cores
         self.cores = usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.now = self._contestant(self.config, trainer, PacedLoader(self.loader, self.clock))
 
@@ -125,7 +118,7 @@ class Bench:
         for dataset in self.parts.datasets:
             dataset.close()
 
-    # The run as it is, and with a change.
+    # The run, unchanged and with a change.
 
     def _contestant(self, config: TrainConfig, trainer: Trainer, loader: PacedLoader) -> Contestant:
         if trainer.observers is not self._observers:
@@ -133,27 +126,22 @@ class Bench:
             trainer.observers, trainer.total_steps = self._observers, _ENDLESS
         batch = self.ranks.local_batch_size(config.run.global_batch_size)
         return Contestant(
-            config=config,
-            trainer=trainer,
-            loader=loader,
-            local_batch=batch,
-            begun=loader.batches_begun,
-            compute_threads=torch.get_num_threads(),
-        )
+            config=config, trainer=trainer, loader=loader, local_batch=batch,
+            begun=loader.batches_begun, compute_threads=torch.get_num_threads(),
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def changed(self, change: Change, parts: Parts | None) -> Iterator[Contestant]:
         """The run with a change; `parts` are other data.
 
-        Raises:
-            ValueError: settings that a run would refuse, or that need more memory than there is.
+        ValueError for settings that a run would refuse, or that need more memory than there is.
         """
-        config = change.applied_to(self.config)
+        config = self.config.changed(**change.set)
         loader, trainer = self.now.loader, self.now.trainer
         if change.side in ("step", "both"):
             plan = self._plan(config, free_memory(self.device))
             require(
-                plan.fits, f"it takes {plan.total / 1e9:.1f} GB next to the run's own model, of "
+                plan.fits, f"it needs {plan.total / 1e9:.1f} GB beside the run's own model, of "
                 f"{plan.device_bytes / 1e9:.1f} that are free",
             )  # fmt: skip
             feed = ListLoader([self.kept_batch()])
@@ -163,9 +151,10 @@ class Bench:
             trainer.run_id = self.now.trainer.run_id
             trainer.evaluations = self.now.trainer.evaluations
         if change.side in ("loader", "both", "images"):
-            of_rank: dict[str, Any] = {"rank": self.ranks.rank, "world_size": self.ranks.world_size}
-            parts = parts or self.parts
-            new = TrainLoader(config, *parts, device=self.device, **of_rank)
+            rank, world_size = self.ranks.rank, self.ranks.world_size
+            new = TrainLoader(
+                config, *(parts or self.parts), device=self.device, rank=rank, world_size=world_size
+            )
             loader = PacedLoader(new, self.clock)
         try:
             then = self._contestant(config, trainer, loader)
@@ -179,11 +168,11 @@ class Bench:
     # Loader, step, and both together.
 
     def loop(self, one: Contestant, *, seconds: float, skip: int, least: int) -> Loop:
-        """A turn of the trainer's own loop, with checkpoints, evaluations and log."""
+        """A turn of the trainer's own loop, with checkpoints, evaluations and logging."""
         gather_integers(0, self.ranks)  # all ranks measure the same at the same time
         trainer, now = one.trainer, self.now.trainer
         trainer.step, trainer.saved_step = now.step, now.saved_step  # all write the same files
-        trainer.config, trainer.loader = one.config, one.loader  # cadences are read from it
+        trainer.config, trainer.loader = one.config, one.loader  # the config has the cadences
         try:
             torch.set_num_threads(one.compute_threads)
             return one.loader.turn(trainer, seconds=seconds, skip=skip, least=least)
@@ -193,31 +182,31 @@ class Bench:
             self._join_writer(seconds)
 
     def _join_writer(self, seconds: float) -> None:
-        """Lets a checkpoint be written, which would disturb the next turn."""
+        """Waits for a checkpoint to be written, or it would disturb the next turn."""
         deadline = time.perf_counter() + seconds
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
                 thread.join(max(0.0, deadline - time.perf_counter()))
 
     def loader_cost(self, *, seconds: float) -> Cost:
-        """The loader by itself, drained."""
+        """The loader alone, drained."""
         gather_integers(0, self.ranks)  # all ranks measure the same at the same time
         take = iter(self.now.loader.take, None)
         return flow(take, images=self.local_batch, skip=self.now.begun, seconds=seconds)
 
     def kept_batch(self) -> Batch:
-        """A batch on the device that outlives the loader's buffers."""
+        """A copy of a batch, on the device."""
         return copy.deepcopy(self.now.loader.take()).to(self.device)
 
     def step_cost(self, batch: Batch, *, count: int) -> Cost:
-        """The step by itself, on one batch."""
+        """The step alone, on one batch."""
         work = functools.partial(self.now.trainer.train_step, batch)
         return repeated(work, images=batch.batch_size, count=count)
 
     # The parts of a step.
 
     def step_stages(self, batch: Batch, *, seconds: float) -> list[Stage]:
-        """The parts of a step; none with micro-batches, mixed labels, or without texts."""
+        """The parts of a step; empty for micro-batches, mixed labels, and without texts."""
         config, objective = self.config, self.config.objective
         micro = 0 < config.efficiency.micro_batch_size < self.local_batch
         if micro or not objective.uses_texts or objective.mixes:
@@ -254,10 +243,10 @@ class Bench:
         cost = repeated(work, images=self.local_batch, count=3)
         return Stage(name="collectives", cost=cost, side="step", note=f"{size:,} gradients")
 
-    # What a run does from time to time.
+    # Periodic work.
 
     def checkpoint(self, *, seconds: float) -> Periodic:
-        """Writes a checkpoint as a run does, without training; waits at most `seconds` for it."""
+        """Writes a checkpoint as a run does; waits for it for at most `seconds`."""
         trainer = self.now.trainer
         begun = time.perf_counter()
         trainer.save(required=False)
@@ -275,7 +264,7 @@ class Bench:
         )
 
     def evaluation(self) -> Periodic | None:
-        """Evaluates as a run does; None if it does not."""
+        """Evaluates as a run does; None for a run without evaluations."""
         evaluations, every = self.now.trainer.evaluations, self.config.run.evaluate_every_steps
         if not (evaluations and every):
             return None
@@ -286,13 +275,13 @@ class Bench:
 
     @property
     def evaluation_seconds(self) -> float:
-        """Seconds of the evaluations of a step, by those that were made so far."""
+        """Seconds of a step's evaluations, from those so far."""
         return statistics.fmean(self._evaluated) * len(self.now.trainer.evaluations)
 
     def _evaluate(
         self, model: UniCL, *, dataset: PackedDataset, **more: Any
     ) -> Mapping[str, float]:
-        """Evaluates for `most_seconds`; the rest is taken to last as long as its images say."""
+        """Evaluates for at most `most_seconds`, from which the whole time is extrapolated."""
         begun, num_batches = time.perf_counter(), 0
 
         def is_stopped() -> bool:
@@ -314,20 +303,17 @@ class Bench:
 
     def _plan(self, config: TrainConfig, device_bytes: int) -> Any:
         return plan_memory(
-            config,
-            world_size=self.ranks.world_size,
-            device_bytes=device_bytes,
-            device_type=self.device.type,
+            config, world_size=self.ranks.world_size,
+            device_bytes=device_bytes, device_type=self.device.type,
             longest_text=longest_text(self.parts.datasets, self.parts.prompts),
-        )
+        )  # fmt: skip
 
     def largest_batch(self) -> int:
         """The largest local batch, a power of two, that fits by the memory plan; 0 if none does."""
         largest, batch = 0, 1
         while batch <= _LARGEST_BATCH:
-            size = batch * self.ranks.world_size
-            run = dataclasses.replace(self.config.run, global_batch_size=size)
-            if not self._plan(dataclasses.replace(self.config, run=run), self.free_bytes).fits:
+            larger = self.config.changed(run={"global_batch_size": batch * self.ranks.world_size})
+            if not self._plan(larger, self.free_bytes).fits:
                 break
             largest, batch = batch, 2 * batch
         return largest

@@ -1,4 +1,4 @@
-"""Clocks of a diagnosis: the trainer's loop in turns, its parts, and who else works here."""
+"""Clocks of a diagnosis: the trainer's loop in turns, its parts, and other processes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,17 @@ from unicl_fast.training.trainer import Observer, Trainer
 from .measuring import timed, wait_for_gpu
 from .model import Cost
 
-_WAITS = 0.5
-"""A step that waits for its batch for more than this part of the time has no queue before it."""
+_WAITS = 0.5  # a step that waits longer for its batch, as part of its time, has no queue before it
 _NOTEWORTHY_CORES = 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
-FIRST_STEP = 1
-"""The first step of a run draws a contact sheet, which no other does."""
+FIRST_STEP = 1  # the first step of a run draws a contact sheet, which no other does
 
 
 def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float) -> Cost:
-    """The cost of an image of batches that are made ahead.
+    """The cost per image of batches that are prepared ahead, at least two, during `seconds`.
 
-    The first `skip` are not timed, or as many of them as come within `seconds`: they were begun
-    before the clock. As many are timed as `seconds` allow, at least two.
+    The first `skip` of them (or those that arrive within `seconds`) were begun before the clock and
+    are not timed.
     """
     iterator, begun = iter(batches), time.perf_counter()
     try:
@@ -47,7 +45,7 @@ def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float)
         count = 0
         wall, cpu = time.perf_counter(), time.process_time()
         for batch in iterator:
-            del batch  # its buffer can be used again
+            del batch  # frees its buffer
             count += 1
             if count >= 2 and time.perf_counter() - wall >= seconds:
                 break
@@ -59,37 +57,30 @@ def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float)
 
 
 def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
-    """The cost of an image of work that is done `count` times; waits for a GPU."""
+    """The cost per image of work that is done `count` times; waits for a GPU."""
     turn = timed(work, calls=count)
     return Cost(wall=turn.wall_seconds / images, cpu=turn.cpu_seconds / images)
 
 
 class TurnIsOver(Exception):  # noqa: N818 - it is no error
-    """Ends a call of `Trainer.fit` at the end of a turn."""
+    """Ends `Trainer.fit` at the end of a turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loop:
-    """The work of a trainer's loop in a turn."""
+    """A turn of a trainer's loop."""
 
     steps: int
     wall: float
     cpu: float
-    parts: dict[str, float]
-    """Wall seconds by the trainer's own names of its parts."""
-    saves: int
-    """Checkpoints that were begun."""
-    reading: float
-    """Seconds in which a thread of the loader waited for storage."""
-    trackers: float
-    """CPU seconds of threads that talk to trackers."""
+    parts: dict[str, float]  # wall seconds by the trainer's names for its parts
+    saves: int  # checkpoints that were begun
+    reading: float  # seconds in which a thread of the loader waited for storage
+    trackers: float  # CPU seconds of threads that talk to trackers
 
 
 class LoopClock(Observer):
-    """Follows trainers that take turns: the time that each part of their loops takes, on the host.
-
-    It is the first of a trainer's observers.
-    """
+    """Host time of each part of the loops of trainers in turns; their first observer."""
 
     def __init__(self) -> None:
         self._part, self._since = "other", time.perf_counter()
@@ -97,7 +88,7 @@ class LoopClock(Observer):
         self._saves = 0
 
     def follow(self, trainer: Trainer) -> None:
-        """Notes what a trainer begins from now on."""
+        """Records the parts of a trainer from now on."""
         plain = trainer.begin
 
         def begin(part: Any) -> None:
@@ -107,7 +98,7 @@ class LoopClock(Observer):
         setattr(trainer, "begin", begin)  # noqa: B010 - mypy allows no other way
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Ends a step: what follows is no part of it."""
+        """Ends a step."""
         self._begin("other")
 
     def on_save(self, run: Trainer, *, required: bool) -> None:
@@ -128,9 +119,9 @@ class LoopClock(Observer):
 
 
 class PacedLoader:
-    """A trainer's loader whose batches keep coming between calls of `fit`; ends each at its time.
+    """A loader that continues between calls of `fit`, which it ends at the end of a turn.
 
-    A loader that starts anew would have to fill its queues again in each turn.
+    Otherwise each turn would have to fill its queues again.
     """
 
     def __init__(self, loader: Any, clock: LoopClock) -> None:
@@ -141,11 +132,9 @@ class PacedLoader:
         self._clock = clock
         self._iterator: Iterator[Batch] | None = None
         self._is_over: Callable[[], bool] = lambda: False
-        self._waited = 0.0
-        """Seconds until the last batch came."""
+        self._waited = 0.0  # seconds of waiting for the last batch
 
     def take(self) -> Batch:
-        """The next batch."""
         begun = time.perf_counter()
         if self._iterator is None:
             self._iterator = self._loader.batches(FIRST_STEP)
@@ -154,21 +143,20 @@ class PacedLoader:
         return batch
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches until the turn is over, from any step on."""
+        """Batches until the turn is over, whatever the step."""
         while not self._is_over():
             yield self.take()
         raise TurnIsOver
 
     def close(self) -> None:
-        """Closes the loader."""
         self._iterator = None
         self._loader.close()
 
     def turn(self, trainer: Trainer, *, seconds: float, skip: int, least: int) -> Loop:
-        """Trains for `seconds`, or `least` steps if these take longer.
+        """Trains for `seconds`, and for at least `least` steps.
 
-        The first `skip` steps are not timed, since their batches were made before; or as many of
-        them as fit into `seconds`, and as come without being waited for.
+        The first `skip` steps, whose batches were prepared before, are not timed; timing starts
+        earlier if `seconds` pass or a step waits for its batch.
         """
         found: Loop
         begun: tuple[float, ...] = ()
@@ -215,9 +203,9 @@ class PacedLoader:
 
 
 def keep_open(observer: Observer, stack: contextlib.ExitStack) -> None:
-    """Lets an observer stay open from its first `fit` on until the stack is closed.
+    """Keeps an observer open from its first `fit` on until the stack is closed.
 
-    Trackers would otherwise begin and end in each turn.
+    Trackers would otherwise start and end in each turn.
     """
     plain, is_open = observer.fitting, False
 
@@ -233,7 +221,7 @@ def keep_open(observer: Observer, stack: contextlib.ExitStack) -> None:
 
 
 def _tracker_seconds() -> float:
-    """CPU time of the threads that talk to trackers."""
+    """CPU seconds of the threads that talk to trackers."""
     total = 0.0
     for thread in threading.enumerate():
         if thread.name.removeprefix("unicl-") in OPENERS:
@@ -244,30 +232,28 @@ def _tracker_seconds() -> float:
 
 
 class Watch:
-    """The users of this machine's cores from now on."""
+    """Watches the users of this machine's cores from now on."""
 
     def __init__(self, own: Collection[int]) -> None:
-        """`own` processes, the ranks, are no others."""
+        """`own` are the ranks' process ids."""
         self._own, self._begun = own, time.perf_counter()
         self._busy, self._processes = cpu_times().busy, _process_seconds()
 
     def look(self) -> tuple[float, tuple[tuple[str, float], ...]]:
-        """The cores that others have taken so far, and the busiest of them with theirs."""
+        """The cores that others have used so far, and the busiest of them with theirs."""
         seconds = time.perf_counter() - self._begun
         busy, processes = cpu_times().busy - self._busy, _process_seconds()
         used = {key: now - self._processes.get(key, 0.0) for key, now in processes.items()}
-        mine = sum(taken for (number, _), taken in used.items() if number in self._own)
-        rest = sorted(
-            ((f"{name}, process {number}", round(taken / seconds, 2))
-             for (number, name), taken in used.items() if number not in self._own),
-            key=lambda entry: -entry[1],
-        )  # fmt: skip
+        mine = sum(spent for (number, _), spent in used.items() if number in self._own)
+        rest = [(f"{name}, process {number}", round(spent / seconds, 2))
+                for (number, name), spent in used.items() if number not in self._own]  # fmt: skip
+        rest.sort(key=lambda entry: -entry[1])
         busiest = tuple(entry for entry in rest[:3] if entry[1] > _NOTEWORTHY_CORES)
         return max(0.0, busy - mine) / seconds, busiest
 
 
 def _process_seconds() -> dict[tuple[int, str], float]:
-    """CPU time of all processes that can be seen, by number and name."""
+    """CPU seconds of all visible processes, by number and name."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

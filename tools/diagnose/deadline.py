@@ -1,6 +1,6 @@
-"""The end of a diagnosis, which comes in any case, and the bar that shows the way to it.
+"""Ends a diagnosis at its deadline, and shows how far it is.
 
-A loader that does not come back cannot be interrupted in Python: a thread ends the process.
+Python cannot interrupt a loader that hangs, so a thread ends the process.
 """
 
 from __future__ import annotations
@@ -21,48 +21,43 @@ from unicl_fast.system.phases import current_phase
 if TYPE_CHECKING:  # it imports torch
     from .report import Diagnosis
 
-START_SECONDS = 60.0
-"""For imports, data and model."""
-_LAST_SECONDS = 5.0
-"""Ranks other than 0 end so long after it."""
+START_SECONDS = 60.0  # for imports, data and model
+_LAST_SECONDS = 5.0  # the other ranks end this long after rank 0
 _LOOK_SECONDS = 0.5
 _EXIT_NOTHING = 2
 
 
 class Budget:
-    """The seconds that a diagnosis should take, and the turns that they are divided into."""
+    """The seconds for a diagnosis, and for each of its turns."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.turn = min(1.0, seconds / 80)
-        """Seconds of one turn of one contestant."""
-        self.most_seconds = START_SECONDS + 2 * seconds
-        """After them the process ends in any case."""
+        self.turn = min(1.0, seconds / 80)  # seconds of one contestant's turn
+        self.most_seconds = START_SECONDS + 2 * seconds  # the process ends after them
         self.begin("building the run")
-        # a process that is older began with something else
+        # an older process began with something else
         age = min(START_SECONDS, seconds_since_start())
         self.deadline = self._since + self.most_seconds - age
 
     def begin(self, phase: str) -> None:
-        """Begins the seconds, with a phase whose name is shown."""
+        """Starts the seconds again, in a phase with a name to show."""
         self.phase, self._since = phase, time.monotonic()
 
     @property
     def left(self) -> float:
-        """Seconds that are left; negative when it takes longer."""
+        """Seconds left; negative afterwards."""
         return self.seconds - (time.monotonic() - self._since)
 
 
 class Deadline:
-    """Ends this process when a diagnosis takes too long."""
+    """Ends this process when a diagnosis is too slow."""
 
     def __init__(
         self, seconds: float, *, scratch: Path, conclude: Callable[[Diagnosis], None]
     ) -> None:
         """`conclude` reports a diagnosis."""
         self.budget = Budget(seconds)
-        self.found: Diagnosis | None = None
-        """The latest that is known."""
+        self.found: Diagnosis | None = None  # the latest results
         self._scratch, self._conclude = scratch, conclude
         self._is_main = os.environ.get("RANK", "0") == "0"
         self._over = threading.Event()
@@ -70,7 +65,7 @@ class Deadline:
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
-        """Says what is measured, and keeps the deadline, during the block."""
+        """Shows the present phase and enforces the deadline during the block."""
         self._thread.start()
         try:
             yield
@@ -94,7 +89,7 @@ class Deadline:
             return f"{budget.phase}: {budget.seconds - budget.left:.0f} of {budget.seconds:.0f} s"
 
         with line(describe):
-            while time.monotonic() < budget.deadline + later:  # the run's start moves it
+            while time.monotonic() < budget.deadline + later:  # it moves when the run starts
                 if self._over.wait(_LOOK_SECONDS):
                     return
         self._end()
@@ -107,22 +102,22 @@ class Deadline:
                 self._conclude(self.found)
             elif self._is_main:
                 code = _EXIT_NOTHING
-                text = (
-                    f"nothing could be measured within {self.budget.most_seconds:.0f} s, which is "
-                    f"{START_SECONDS:g} and twice --seconds; it was at: {self.budget.phase}, "
-                    f"{current_phase().name}. See what the loader or its storage waits for, or "
-                    "raise --seconds"
+                print(
+                    "unicl-bench: nothing could be measured within "
+                    f"{self.budget.most_seconds:.0f} s ({START_SECONDS:g} and twice --seconds), "
+                    f"during: {self.budget.phase}, {current_phase().name}. See why the loader or "
+                    "its storage waits, or raise --seconds",
+                    file=sys.stderr,
                 )
-                print(f"unicl-bench: {text}", file=sys.stderr)
             shutil.rmtree(self._scratch, ignore_errors=True)
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
 
 
 def seconds_since_start() -> float:
-    """Seconds since this process was started; Linux only."""
+    """Seconds since this process started; Linux only."""
     text = Path("/proc/self/stat").read_text(encoding="utf-8")
     ticks = int(text[text.rindex(")") + 2 :].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

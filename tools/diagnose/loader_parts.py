@@ -1,4 +1,4 @@
-"""The loader of a run on the bench, taken apart: reading, checking, planning, decoding."""
+"""Times the parts of a run's loader: reading, checking, planning, decoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _READ_SAMPLES, _KEPT_SAMPLES, _HELD_BATCHES = 2048, 64, 16
 
 
 def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
-    """The parts of the feeding thread, each by itself, in turns of `seconds`."""
+    """The parts of the feeding thread, each alone, in turns of `seconds`."""
     planner, batch, ranks = bench.loader.steps, bench.local_batch, bench.ranks
     count = planner.at_once
     steps = -(-_READ_SAMPLES // batch)
@@ -57,7 +57,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 
     works = {READ: read, CHECKSUMS: check, "plan and target map": plan}
     turns = in_turns(works, rounds=_ROUNDS, most_seconds=6 * seconds)
-    notes = {READ: f"{sum(map(len, kept)) / len(kept) / 1e3:,.0f} kB an image"}
+    notes = {READ: f"{sum(map(len, kept)) / len(kept) / 1e3:,.0f} kB per image"}
     return [
         Stage(name=name, cost=median(taken), side="feed", note=notes.get(name, ""))
         for name, taken in turns.items()
@@ -65,39 +65,38 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 
 
 def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
-    """Decoding alone, then with resizing, then with augmentation: the cost that each adds."""
+    """The costs that decoding, resizing and augmentation each add."""
     loader, dataset = bench.loader, bench.parts.datasets[0]
     data = dataclasses.replace(bench.config.data, prefetch=1)
     if loader.form == "crops":
         return [_crops(bench, seconds)]
     with contextlib.closing(loader.host.batches(FIRST_STEP)) as batches:
         whole = _within(itertools.islice(batches, _HELD_BATCHES), seconds)
-    # a part of a batch, one at a time: of large images a batch takes minutes
+    # a part of a batch, one at a time: a batch of large images needs minutes
     images = min(loader.num_images, max(16, 8 * data.threads))
-    held = [
-        dataclasses.replace(one, inputs=tuple(rows[:images] for rows in one.inputs))
-        for one in whole
-    ]
+    held = [dataclasses.replace(one, inputs=tuple(rows[:images] for rows in one.inputs))
+            for one in whole]  # fmt: skip
     device = decoder_of(data, bench.device)
     pace = choose_pace(data, device, num_images=images)
-    where: dict[str, Any] = {"device": device, "form": loader.form}
+    place: dict[str, Any] = {"device": device, "form": loader.form}
     builds: dict[str, Callable[..., Pipeline]] = {}
     if device.type == "cpu":
-        builds["decode"] = functools.partial(build_decoding_graph, **where)
-    builds["resize and flip"] = functools.partial(build_train_graph, **where, data=data)
+        builds["decode"] = functools.partial(build_decoding_graph, **place)
+    builds["resize and flip"] = functools.partial(build_train_graph, **place, data=data)
     plain_inputs = held
     if loader.augmentation is not None:
         builds["augment"] = loader.build_graph
-        # the last input is the rows of the augmentation, which other graphs do not take
+        # the last input, the rows of the augmentation, is unknown to the other graphs
         plain_inputs = [dataclasses.replace(one, inputs=one.inputs[:-1]) for one in held]
 
     def take(name: str) -> Cost:
-        inputs = (one for one in itertools.cycle(held if name == "augment" else plain_inputs))
+        kept = held if name == "augment" else plain_inputs
+        inputs = (one for one in itertools.cycle(kept))  # a generator, which `decode` closes
         batches = decode(builds[name], inputs, batch_size=images, device=device, pace=pace)
         count = images / loader.plan.num_views
         return flow(batches, images=count, skip=pace.batches_begun, seconds=seconds)
 
-    # in turns, since only their differences are looked at
+    # in turns, since only their differences matter
     works = {name: functools.partial(take, name) for name in builds}
     turns = in_turns(works, rounds=_ROUNDS, most_seconds=6 * seconds)
     stages, before = [], [Cost(wall=0.0, cpu=0.0)] * _ROUNDS
@@ -119,7 +118,7 @@ def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 
 
 def _crops(bench: Bench, seconds: float) -> Stage:
-    """Small or raw images are made ready in threads from plan to crop: one stage."""
+    """The single stage of small or raw images: threads go from plan to crop."""
     host = bench.loader.host
     assert isinstance(host, CropBatches)
 
@@ -134,7 +133,7 @@ def _crops(bench: Bench, seconds: float) -> Stage:
 
 
 def decoding_stage(bench: Bench) -> str:
-    """The name of the stage that decodes images, or crops stored pixels."""
+    """The name of the stage that decodes images or crops stored pixels."""
     kind = image_kind(bench.parts.datasets[0])
     if bench.loader.form != "crops":
         return f"{kind} decode"
@@ -142,7 +141,7 @@ def decoding_stage(bench: Bench) -> str:
 
 
 def image_kind(dataset: PackedDataset) -> str:
-    """The kind of the first sample: JPEG, PNG, WebP or raw."""
+    """The first sample's format: JPEG, PNG, WebP or raw."""
     first = bytes(dataset.image_bytes(0)[:12])
     if first.startswith(b"\xff\xd8"):
         return "JPEG"
@@ -152,7 +151,7 @@ def image_kind(dataset: PackedDataset) -> str:
 
 
 def _within(values: Iterable[T], seconds: float) -> list[T]:
-    """The first values, as many as come within `seconds`; at least one."""
+    """The values that arrive within `seconds`, at least one."""
     found: list[T] = []
     deadline = time.perf_counter() + seconds
     for value in values:

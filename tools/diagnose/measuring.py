@@ -1,4 +1,4 @@
-"""Turns, clocks, and results with the machine they were measured on; benchmarks/ uses them too."""
+"""Turns, clocks, and results with their machine; benchmarks/ uses them too."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class Turn:
     """One contestant's work, once."""
 
     wall_seconds: float
-    cpu_seconds: float
-    """CPU time of all threads of this process."""
+    cpu_seconds: float  # CPU time of all threads of this process
 
 
 def in_turns(
@@ -41,8 +40,7 @@ def in_turns(
 ) -> dict[str, list[T]]:
     """Collects the results of each contestant, one per round after `warm_up` rounds.
 
-    `before` is called with the name of the contestant whose turn comes. After `most_seconds` no
-    further round begins.
+    Calls `before` with the name of the next contestant. No round begins after `most_seconds`.
     """
     found: dict[str, list[T]] = {name: [] for name in contestants}
     deadline = time.perf_counter() + most_seconds
@@ -61,7 +59,7 @@ def timed(
     cpu_clock: Callable[[], float] = time.process_time,
     calls: int = 1,
 ) -> Turn:
-    """Times one of `calls` calls, on average, after collecting garbage; waits for the GPU."""
+    """The mean time of `calls` calls, after collecting garbage; waits for the GPU."""
     gc.collect()
     wait_for_gpu()
     wall, cpu = time.perf_counter(), cpu_clock()
@@ -72,14 +70,14 @@ def timed(
 
 
 def wait_for_gpu() -> None:
-    """Returns when a GPU that this process uses has done all that it was given."""
-    torch = sys.modules.get("torch")  # not every stage needs it
+    """Waits until the GPU of this process, if any, is idle."""
+    torch = sys.modules.get("torch")  # some stages do not import it
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def result_text(options: Any, /, *packages: str, **more: Any) -> str:
-    """The JSON of a result, with `options` (a dataclass) and machine; URLs lose their secrets."""
+    """A result's JSON, with `options` (a dataclass) and machine; URLs lose their secrets."""
     settings = dataclasses.asdict(options)
     settings.pop("json")
     result = {**more, "settings": settings, "machine": describe_machine(*packages)}
@@ -87,14 +85,14 @@ def result_text(options: Any, /, *packages: str, **more: Any) -> str:
 
 
 def _last_parts(value: object) -> str:
-    """Shortens a path: its first parts are private to a machine."""
+    """The end of a path: its first parts are private to a machine."""
     if not isinstance(value, Path):
         raise TypeError(f"a result holds numbers, texts and paths, not {value!r}")
     return str(Path(*value.parts[-2:]))
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """Describes processor, commit and day; versions of Python, torch and installed `packages`."""
+    """Processor, commit and date; versions of Python, torch and installed `packages`."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""The numbers of a diagnosis: plain data, of which limits, advice, reports and pages are made."""
+"""The numbers of a diagnosis: plain data for limits, advice, reports and pages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from unicl_fast.config import TrainConfig
-
 CHECKSUMS = "checksums"
 COPY = "copy to the device"
 CHECKPOINT = "checkpoint"
@@ -17,23 +15,19 @@ EVALUATION = "evaluation"
 LOGGING = "logging"
 READ = "storage read"
 WAITING = "waiting for batches"
-_NOTHING = 1e-9
-"""Largest seconds of an image of a stage that does nothing."""
-MUCH = 0.2
-"""Part of the time above which waiting and pauses are the limit."""
-BUSY = 0.1
-"""Part of the cores from which on other processes make rates and gains unreliable."""
+_NOTHING = 1e-9  # most seconds per image of a stage that does nothing
+MUCH = 0.2  # above this part of the time, waiting or pauses are the limit
+BUSY = 0.1  # above this part of the cores, other processes make rates and gains unreliable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Seconds that one image takes on one rank."""
+    """Seconds per image on one rank."""
 
     wall: float
-    cpu: float
-    """Over all threads of the process."""
+    cpu: float  # over all threads of the process
     rounds: tuple[float, ...] = ()
-    """Wall seconds of each round, of which `wall` is the median; empty if it was timed once."""
+    """Wall seconds of each round, with `wall` as their median; empty if it was timed once."""
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -42,7 +36,7 @@ class Cost:
 
 
 def median(costs: Iterable[Cost]) -> Cost:
-    """The medians of wall time and of CPU time, with the wall time of each round."""
+    """Median wall and CPU time, with the wall time of each round."""
     costs = list(costs)
     return Cost(
         wall=statistics.median(cost.wall for cost in costs),
@@ -52,7 +46,7 @@ def median(costs: Iterable[Cost]) -> Cost:
 
 
 def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
-    """Writes images/s with the slowest and the fastest round; a dash if nothing was measured."""
+    """Images/s with the slowest and the fastest round; a dash if nothing was measured."""
     if cost is None or cost.wall <= _NOTHING:
         return "-"
     rate = f"{ranks / cost.wall:,.0f}"
@@ -64,75 +58,54 @@ def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A part of the batch's way, measured separately."""
+    """A part of a batch's way, measured alone."""
 
     name: str
     cost: Cost
     side: str
-    """`feed` (one thread reads and plans), `graph` (decoding threads), `step`, `between`, or
+    """`feed` (the reading and planning thread), `graph` (decoding threads), `step`, `between`, or
     `loop`."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Periodic:
-    """Work that a run does after every so many steps, while training waits."""
+    """Work that interrupts training every so many steps."""
 
-    name: str
-    """CHECKPOINT or EVALUATION."""
-    every_steps: int
-    """0: only at the end."""
-    seconds: float
-    """Seconds that training waits each time."""
+    name: str  # CHECKPOINT or EVALUATION
+    every_steps: int  # 0: only at the end
+    seconds: float  # seconds that training waits each time
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A changed setting that is worth a try."""
+    """A changed setting to try."""
 
-    option: str
-    """The option to type, or a thing to do."""
+    option: str  # the option to type, or a thing to do
     about: str
-    stage: str
-    """The stage that it relieves."""
+    stage: str  # the stage that it relieves
     side: str
     """The part that it changes: `loader`, `step`, `both`, `images` (packed anew), or `nothing`."""
-    set: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changes of the config by group."""
-    compute_threads: int = 0
-    """Threads of torch's operators; 0 leaves them."""
+    set: dict[str, dict[str, Any]] = field(default_factory=dict)  # changed config fields by group
+    compute_threads: int = 0  # threads of torch's operators; 0 leaves them
     image: dict[str, Any] | None = None
-    """Arguments of `check_image` for images that are packed anew; empty copies them."""
-    same_results: bool = True
-    """False if the change trains another model."""
-
-    def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The config with the changes."""
-        groups = {
-            group: dataclasses.replace(getattr(config, group), **fields)
-            for group, fields in self.set.items()
-        }
-        return dataclasses.replace(config, **groups)
+    """Arguments of `check_image` for images packed anew; empty copies them."""
+    same_results: bool = True  # false if the change trains a different model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """A change that was measured in turns with the run as it is."""
+    """A change measured in turns with the unchanged run."""
 
     change: Change
-    now: tuple[Cost, ...]
-    """An image of the run as it is, in each round."""
+    now: tuple[Cost, ...]  # the unchanged run, in each round
     then: tuple[Cost, ...]
-    is_again: bool = False
-    """Whether it had come out first, and was measured in longer turns then."""
+    is_again: bool = False  # whether it came out first, and was then measured in longer turns
 
     def gains(self, *, by_cpu: bool) -> tuple[float, ...]:
-        """The part of the rate that the change adds, in each round.
-
-        The rate is in images per second; with `by_cpu`, per CPU second, which more threads do not
-        save.
-        """
+        """The part that the change adds to images/s in each round; `by_cpu`, per CPU second."""
+        # more threads save no CPU time
         unit = "cpu" if by_cpu and not self.change.compute_threads else "wall"
         pairs = zip(self.now, self.then, strict=True)
         return tuple(getattr(old, unit) / getattr(new, unit) - 1 for old, new in pairs)
@@ -140,11 +113,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFigures:
-    """The costs that one rank found of itself, without waiting for others."""
+    """Seconds per image of one rank, without waiting for others."""
 
     rank: int
     loader: float
-    """Seconds of an image."""
     step: float
 
 
@@ -153,63 +125,50 @@ class Measured:
     """All numbers of a diagnosis."""
 
     device: str
-    cores: float
-    """Cores of this rank."""
+    cores: float  # cores of this rank
     threads: int
     compute_threads: int
     world_size: int
     local_batch: int
     loader: Cost
     step: Cost
-    whole: Cost
-    """Loader and step together, by the trainer's own loop, all that it does from time to time
-    included."""
-    waiting: float
-    """Part of that time in which the loop waits for a batch."""
-    reading: float
-    """Part of it in which the loader's reading thread waits for storage."""
+    whole: Cost  # the trainer's own loop: loader, step and periodic work
+    waiting: float  # part of its time in which the loop waits for a batch
+    reading: float  # part of its time in which the loader's reading thread waits for storage
     periodic: tuple[Periodic, ...] = ()
-    others_cores: float = 0.0
-    """Cores that other processes took meanwhile."""
-    others: tuple[tuple[str, float], ...] = ()
-    """The busiest of them, and the cores of each."""
+    others_cores: float = 0.0  # cores that other processes used meanwhile
+    others: tuple[tuple[str, float], ...] = ()  # the busiest of them, and the cores of each
     stages: tuple[Stage, ...] = ()
     ranks: tuple[RankFigures, ...] = ()
     trials: tuple[Trial, ...] = ()
-    gpus: int = 0
-    """CUDA devices of each machine."""
+    gpus: int = 0  # CUDA devices of each machine
     ranks_per_machine: int = 1
     start_seconds: float = 0.0
-    largest_batch: int = 0
-    """The largest local batch that fits, by the memory plan; 0 if none does."""
+    largest_batch: int = 0  # the largest local batch that fits, by the memory plan; 0 if none does
     not_measured: tuple[str, ...] = ()
-    decodes_files: bool = True
-    """Whether images are encoded files, not raw."""
-    is_remote: bool = False
-    """Whether data sets are under URLs."""
+    decodes_files: bool = True  # whether images are encoded files, not raw
+    is_remote: bool = False  # whether data sets are URLs
 
     @property
     def rate(self) -> float:
-        """Images/s of all ranks, as measured."""
+        """Images/s of all ranks."""
         return self.world_size / self.whole.wall
 
     @property
     def is_busy(self) -> bool:
-        """Whether other processes take so much of the cores that wall time says little."""
+        """Whether other processes make wall time unreliable."""
         return self.others_cores > BUSY * self.cores
 
     @property
     def by_cpu(self) -> bool:
-        """Whether changes are compared by CPU seconds: others are busy, and the run computes.
-
-        A run that waits for storage, or for one thread, gains no CPU seconds by waiting less.
-        """
+        """Whether changes are compared by CPU seconds: others are busy, and the run computes."""
+        # a run that waits for storage, or for one thread, saves no CPU time by waiting less
         computes = max(self.waiting, *map(self.part_of, self.periodic), 0.0) <= MUCH
         return self.is_busy and computes
 
     @property
     def logging(self) -> float:
-        """The part of the run's time that goes into metrics and trackers."""
+        """The part of the run's time spent on metrics and trackers."""
         costs = [stage.cost for stage in self.stages if stage.name == LOGGING]
         if not costs or not self.whole.cpu:
             return 0.0
@@ -217,13 +176,13 @@ class Measured:
         return costs[0].wall / self.whole.wall + (costs[0].cpu - costs[0].wall) / self.whole.cpu
 
     def part_of(self, work: Periodic) -> float:
-        """The part of the run's time that goes into this work."""
+        """The part of the run's time spent on this work."""
         if not work.every_steps:
             return 0.0
         return work.seconds / (work.every_steps * self.local_batch * self.whole.wall)
 
     def as_dict(self) -> dict[str, Any]:
-        """Itself for JSON, with its rates."""
+        """For JSON, with rates."""
         return dataclasses.asdict(self) | {
             "images_per_second": self.rate,
             "images_per_cpu_second": 1 / self.whole.cpu if self.whole.cpu else 0.0,

@@ -1,6 +1,6 @@
 """A diagnosis as one screen of HTML: the verdict, a chart of the stages, three changes to make.
 
-The template page.html is in this folder; the bars are its elements. All else is in report.json.
+The template is page.html; report.json has all numbers.
 """
 
 from __future__ import annotations
@@ -19,26 +19,16 @@ _SHOWN_CHANGES = 3
 
 
 def make_page(found: Diagnosis, machine: Mapping[str, Any]) -> str:
-    """Returns the page as text, to be written in UTF-8; `machine` is the result file's."""
+    """The page, for UTF-8; `machine` is the result file's."""
     measured, shown = found.measured, list(groups(found.measured))
+    names = ("processor", "cores", "gpu", "torch", "commit", "date")
     return fill_page(
         Path(__file__).with_name("page.html"),
-        rate=rate_text(measured.whole, ranks=measured.world_size),
-        measured=measured,
-        config=found.config,
-        busy=neighbours(measured),
-        limit=find_limit(measured),
-        groups=shown,
+        rate=rate_text(measured.whole, ranks=measured.world_size), rate_text=rate_text,
+        measured=measured, config=found.config, busy=neighbours(measured),
+        limit=find_limit(measured), groups=shown, now=rate_of(measured),
         longest=max(stage.cost.wall for _, stages in shown for stage in stages) or 1.0,
-        rate_text=rate_text,
-        now=rate_of(measured),
-        advice=advise(measured)[0][:_SHOWN_CHANGES],
-        least_gain=f"{LEAST_GAIN:.0%}",
-        applied=found.applied,
-        options=" ".join(found.kept),
-        machine=", ".join(
-            f"{name} {machine[name]}"
-            for name in ("processor", "cores", "gpu", "torch", "commit", "date")
-            if name in machine
-        ),
-    )
+        advice=advise(measured)[0][:_SHOWN_CHANGES], least_gain=f"{LEAST_GAIN:.0%}",
+        applied=found.applied, options=" ".join(found.kept),
+        machine=", ".join(f"{name} {machine[name]}" for name in names if name in machine),
+    )  # fmt: skip

@@ -27,8 +27,7 @@ class Diagnosis:
     """Everything that a diagnosis has found so far."""
 
     measured: Measured
-    hours: float
-    """For all samples of the run, checkpoints and evaluations included."""
+    hours: float  # for all samples of the run, with checkpoints and evaluations
     applied: list[dict[str, Any]]
     """Changes that `--apply` has measured again, and whether it kept them."""
     config: dict[str, Any]
@@ -39,7 +38,7 @@ class Diagnosis:
         return [one["option"] for one in self.applied if one["is_kept"]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Itself for JSON, with its limit and its advice."""
+        """For JSON, with limit and advice."""
         useful, idle = advise(self.measured)
         return dataclasses.asdict(self) | {
             "measured": self.measured.as_dict(),
@@ -69,7 +68,7 @@ def report_lines(found: Diagnosis) -> Iterator[str]:
 
 
 def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
-    """Titles with the costs of an image: in the order of a batch's way, then of all together."""
+    """Titles with the costs per image: along a batch's way, then of all together."""
     for side, title in SIDES.items():
         if stages := [stage for stage in measured.stages if stage.side == side]:
             yield title, stages
@@ -77,8 +76,8 @@ def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
         if work.every_steps:
             cost = Cost(wall=measured.part_of(work) * measured.whole.wall, cpu=0.0)
             note = f"training waits {work.seconds:.3f} s" + (f"; {work.note}" if work.note else "")
-            title = f"every {count_of(work.every_steps, 'step')}"
-            yield title, [Stage(name=work.name, cost=cost, side="", note=note)]
+            stage = Stage(name=work.name, cost=cost, side="", note=note)
+            yield f"every {count_of(work.every_steps, 'step')}", [stage]
     together = {
         "loader only": measured.loader, "step only": measured.step, "all together": measured.whole
     }  # fmt: skip
@@ -86,21 +85,19 @@ def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
 
 
 def _stages(measured: Measured) -> Iterator[str]:
-    yield f"{'images/s on a rank, each stage by itself':44} {'images/s':>24} {'CPU ms/image':>13}"
+    yield f"{'images/s on a rank, each stage alone':44} {'images/s':>24} {'CPU ms/image':>13}"
     for title, stages in groups(measured):
         yield f"  {title}"
         for stage in stages:
             rate, milliseconds = rate_text(stage.cost), 1e3 * stage.cost.cpu
             yield f"    {stage.name:40} {rate:>24} {milliseconds:13.3f}  {stage.note}".rstrip()
     for rank in measured.ranks if measured.world_size > 1 else ():
-        yield (
-            f"  rank {rank.rank}: loader {1 / rank.loader:,.0f} images/s"
-            + (f", step by itself {1 / rank.step:,.0f}" if rank.step else "")
-        )
+        step = f", step alone {1 / rank.step:,.0f}" if rank.step else ""
+        yield f"  rank {rank.rank}: loader {1 / rank.loader:,.0f} images/s{step}"
 
 
 def rate_of(measured: Measured) -> str:
-    """The present rate, in the unit in which changes are compared."""
+    """The present rate, in the unit that compares changes."""
     if measured.by_cpu and measured.whole.cpu:
         return f"{1 / measured.whole.cpu:,.0f} images per CPU second"
     return f"{measured.rate:,.0f} images/s"
@@ -108,7 +105,7 @@ def rate_of(measured: Measured) -> str:
 
 def _advice(measured: Measured) -> Iterator[str]:
     useful, idle = advise(measured)
-    yield f"ADVICE (now {rate_of(measured)}; each change by itself: median, slowest, fastest round)"
+    yield f"ADVICE (now {rate_of(measured)}; each change alone: median, slowest, fastest round)"
     for number, one in enumerate(useful, 1):
         results = "" if one.change.same_results else " It changes what is learnt."
         yield f"  {number}. {one.change.option}: {one}"
@@ -116,7 +113,7 @@ def _advice(measured: Measured) -> Iterator[str]:
     if not measured.trials:
         yield "  no change could be measured in time: raise --seconds"
     elif not useful:
-        yield "  nothing that was tried gains 3 % in each round"
+        yield "  no measured change gains 3 % in each round"
     for text in hints(measured):
         yield f"  worth a try, not measured: {text}"
     if idle:
@@ -132,8 +129,6 @@ def _plan(found: Diagnosis) -> Iterator[str]:
             f"THE PLAN: the largest local batch that fits, by the memory plan, is "
             f"{measured.largest_batch:,}; now {measured.local_batch}"
         )
-    seconds = datetime.timedelta(seconds=round(3600 * found.hours))
-    yield (
-        f"  start: {measured.start_seconds:.0f} s; then {seconds} "
-        f"on {count_of(measured.world_size, 'rank')}"
-    )
+    then = datetime.timedelta(seconds=round(3600 * found.hours))
+    ranks = count_of(measured.world_size, "rank")
+    yield f"  start: {measured.start_seconds:.0f} s; then {then} on {ranks}"

@@ -1,9 +1,7 @@
-"""`unicl-bench run` says what limits a run, what to do about it, and how long it will take.
+"""`unicl-bench run`: the limit of a run, what to do about it, and how long the run will take.
 
-    unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
-        [--apply] [OPTIONS of unicl-pretrain]
-
-The run is built as that program builds it, in a folder that is removed at the end.
+unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
+    [--apply] [OPTIONS of unicl-pretrain]
 """
 
 from __future__ import annotations
@@ -41,33 +39,33 @@ class Run:
     """
 
     data: tuple[str, ...] = ()
-    """Packed data sets, each DIR or DIR=WEIGHT, where DIR may be a URL; as --data.train."""
+    """Packed data sets, each DIR or DIR=WEIGHT, as --data.train; DIR can be a URL."""
     nproc: int = 1
     """Ranks to start on this machine."""
     seconds: float = 60.0
-    """Time to measure for. It ends, in any case, after twice that and 60 seconds; with --apply
-    each further pass can take as long again."""
+    """Time to measure for. The program ends after at most twice that and 60 seconds; with --apply
+    each further pass can need as long again."""
     apply: bool = False
     """Follow the best advice that changes no result, measure it again, keep it if it helps, and so
     on; print the options to use."""
     out: Path | None = None
     """Folder for the report: report.html and report.json."""
     folder: Path | None = None
-    """Folder on the disk that checkpoints go to; by default a temporary one."""
+    """Folder on the disk for checkpoints; by default a temporary one."""
     json: Path | None = None
-    """File for the report as JSON, too."""
+    """Another file for the report as JSON."""
     rounds: int = 3
     """Turns of the run, and of each change; a change that loses in its first turn gets one."""
     samples: int = 0
-    """Length of the run whose time is given; 0: run.samples or run.steps, or 32 epochs."""
+    """Length of the run to estimate; 0: run.samples or run.steps, or 32 epochs."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """All options as they were given, for the ranks."""
+    """All options as given, for the ranks."""
 
     @classmethod
     def parse(cls, options: Sequence[str], *, prog: str) -> Run:
-        """Takes its own options, and leaves the others to unicl-pretrain."""
+        """Parses its own options, and leaves the others to unicl-pretrain."""
         chosen, rest = tyro.cli(cls, args=list(options), prog=prog, return_unknown_args=True)
         return dataclasses.replace(chosen, options=tuple(rest), given=tuple(options))
 
@@ -75,7 +73,7 @@ class Run:
         """Measures and reports. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
         if self.out is not None:
-            make_folder(self.out)  # refused before anything is measured if it cannot be written
+            make_folder(self.out)  # fails before anything is measured
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.tools.bench", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
@@ -89,19 +87,16 @@ class Run:
                 from .session import measure
 
                 measure(
-                    config,
-                    deadline.budget,
-                    applies=self.apply,
-                    rounds=self.rounds,
-                    samples=self.samples,
-                    scratch=Path(scratch),
+                    config, deadline.budget, applies=self.apply, rounds=self.rounds,
+                    samples=self.samples, scratch=Path(scratch),
                     note=functools.partial(setattr, deadline, "found"),
-                )
+                )  # fmt: skip
         if deadline.found is not None:
             self.conclude(deadline.found)
 
     def conclude(self, found: Diagnosis) -> None:
         """Prints and writes the report."""
+        from .page import make_page
         from .report import report_lines
 
         print("\n".join(report_lines(found)), flush=True)
@@ -109,13 +104,7 @@ class Run:
         if self.json is not None:
             self.json.write_text(text, encoding="utf-8")
         if self.out is not None:
-            self._write(found, text)
-
-    def _write(self, found: Diagnosis, text: str) -> None:
-        from .page import make_page
-
-        assert self.out is not None
-        page = make_page(found, json.loads(text)["machine"])
-        for name, content in {"report.html": page, "report.json": text}.items():
-            write_text_atomically(self.out / name, without_secrets(content))
-        print(f"written to {self.out}: report.html, report.json")
+            page = make_page(found, json.loads(text)["machine"])
+            for name, content in {"report.html": page, "report.json": text}.items():
+                write_text_atomically(self.out / name, without_secrets(content))
+            print(f"written to {self.out}: report.html, report.json")

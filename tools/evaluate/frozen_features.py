@@ -16,21 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenFeatures(Evaluation):
-    """The options of evaluations that learn from features of labelled images."""
-
     train: str
     """Labelled images to learn from; written as --data of zero-shot."""
     data: str
-    """Labelled images to test on. Its classes are found among those of --train by name."""
+    """Labelled images to test on. Classes are matched to those of --train by name."""
     metric: MetricChoice = "auto"
-    """The metric that is reported first, and that C is chosen by; auto as in zero-shot."""
+    """The metric that is reported first, and that chooses C; auto as in zero-shot."""
     layer: Layer = "encoder"
-    """Features before the projection into the space of texts, as CLIP's linear probes take them, or
-    after it (unit norm), which a model trained by cross-entropy lacks."""
+    """Features before the projection into the space of texts, as in CLIP's linear probes, or after
+    it (unit norm), which a model trained by cross-entropy lacks."""
     features: str = "auto"
-    """Folder where features are kept and found again, by a checksum of weights and images; auto
-    is the folder features/ of the run (of a model on the hub, one in the user's cache), none keeps
-    nothing."""
+    """Folder that keeps features, by a checksum of weights and images: auto is features/ in the run
+    (for a model on the hub, in the user's cache), none keeps nothing."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.train, self.data]
@@ -42,7 +39,7 @@ class FrozenFeatures(Evaluation):
         require_scikit_learn()
 
     def extract(self) -> tuple[list[LabelledFeatures], dict[str, Any]]:
-        """Features of the data sets, and the first values of the report; both empty off rank 0."""
+        """Features of the data sets, and the report's first values; both empty beyond rank 0."""
         from unicl_fast.evaluation.data import choose_metric
         from unicl_fast.evaluation.labelled import labelled_features
 
@@ -51,13 +48,8 @@ class FrozenFeatures(Evaluation):
             sets = labelled_features(on_ranks, *self.data_sets(), layer=self.layer, folder=folder)
         if not sets:
             return [], {}
-        return sets, {
-            "train": self.train,
-            "data": self.data,
-            "name": sets[1].name,
-            "layer": self.layer,
-            "num_train": len(sets[0]),
-            "num_test": len(sets[1]),
-            "num_features": sets[0].features.shape[1],
-            "metric": choose_metric(self.metric, self.data),
-        }
+        train, test, *_ = sets
+        values = {"train": self.train, "data": self.data, "name": test.name, "layer": self.layer}
+        sizes = {"num_train": len(train), "num_test": len(test)}
+        sizes |= {"num_features": train.features.shape[1]}
+        return sets, values | sizes | {"metric": choose_metric(self.metric, self.data)}

@@ -18,17 +18,16 @@ class Knn(FrozenFeatures):
     """Classification by the k nearest training images, weighted as DINO does; exact."""
 
     k: tuple[Number, ...] = (10, 20)
-    """Numbers of neighbours, each reported; those beyond the training images are refused."""
+    """Numbers of neighbours, each reported; at most the number of training images."""
     temperature: Annotated[float, Meta(ge=1e-12, le=LARGEST_FLOAT)] = 0.07
     """A neighbour's weight is exp(cosine / temperature)."""
 
     def check(self) -> None:
         super().check()
         if not self.k:
-            raise ValueError("--k takes numbers of neighbours, at least one")
+            raise ValueError("--k needs at least one number of neighbours")
 
     def run(self) -> None:
-        """Extracts features on all ranks; rank 0 searches, prints and writes."""
         from unicl_fast.evaluation.probes import nearest_neighbours
         from unicl_fast.evaluation.report import classification_table
 

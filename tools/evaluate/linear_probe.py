@@ -20,23 +20,22 @@ if TYPE_CHECKING:
 class LinearProbe(FrozenFeatures):
     """Linear probe: scikit-learn's logistic regression on frozen features, on the CPU.
 
-    C is searched from 1e-6 on in half decades, then training and held-out images are fitted
-    together. With --shots, few-shot instead: several draws, their mean and spread.
+    C is searched from 1e-6 on in half decades; then training and held-out images are fitted
+    together. --shots makes it few-shot: several draws, their mean and spread.
     """
 
     validation: str = ""
-    """Labelled images to choose C by; empty holds out a fifth of each class of --train. If that
-    would be fewer than 4 images a class on average, C is chosen by cross-validation over all of
-    --train instead, in 2 to 5 folds, as many as the smallest class has images. If no class has
-    two images, C is 1."""
+    """Labelled images to choose C by; by default a fifth of each class of --train is held out. If
+    that is fewer than 4 images a class on average, C is chosen by cross-validation over --train in
+    2 to 5 folds, as many as the smallest class has images. If no class has two images, C is 1."""
     c: NonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
-    by up to 4 others of each class, and the fit only uses the shots. If the others are fewer
-    than one a class on average, C is chosen by cross-validation over the shots."""
+    by up to 4 others of each class (with fewer than one other a class on average, by
+    cross-validation over the shots), and the fit only uses the shots."""
     draws: Number = 3
-    """Few-shot: how often images are drawn for each number of shots."""
+    """Few-shot: draws of images for each number of shots."""
     seed: Count = 0
     """Seed of the split and the draws."""
 
@@ -47,17 +46,16 @@ class LinearProbe(FrozenFeatures):
         super().check()
         if self.shots and self.validation and self.c:
             raise ValueError(
-                f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
-                "all that is fitted, give one of the two"
+                f"--validation chooses C, and --c {self.c:g} fixes it: with --shots, which are all "
+                "that is fitted, give one of the two"
             )
         if self.shots and self.figures is not None:
             raise ValueError(
                 "--figures draws the mistakes of one classifier, and --shots fits many: leave one "
-                "of the two out"
+                "of them out"
             )
 
     def run(self) -> None:
-        """Extracts features on all ranks; rank 0 fits, prints and writes."""
         from unicl_fast.evaluation.probes import linear_probe
         from unicl_fast.evaluation.report import classification_table
 
@@ -67,13 +65,8 @@ class LinearProbe(FrozenFeatures):
         if not sets:
             return
         train, test, *more = sets
-        settings: dict[str, Any] = {
-            "validation": more[0] if more else None,
-            "c": self.c,
-            "metric": described["metric"],
-            "seed": self.seed,
-            "progress": True,
-        }
+        settings: dict[str, Any] = {"validation": more[0] if more else None, "c": self.c}
+        settings |= {"metric": described["metric"], "seed": self.seed, "progress": True}
         if self.shots:
             self._run_few_shot(train, test, described, settings)
             return
@@ -104,6 +97,6 @@ class LinearProbe(FrozenFeatures):
         )
         smallest = int(np.unique(train.labels, return_counts=True)[1].min())
         if smallest < max(self.shots):
-            print(f"the smallest class has {smallest} training samples, and gave all it has")
+            print(f"the smallest class has {smallest} training samples, and all are used")
         described |= {"num_draws": self.draws, "smallest_class": smallest}
         self.write(described | {"shots": [one.to_json() for one in found]}, table)

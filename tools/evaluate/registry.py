@@ -1,4 +1,4 @@
-"""The commands of `unicl-eval` by name. A new one is a file in this folder and a line here."""
+"""The commands of `unicl-eval` by name. A new one needs a file in this folder and a line here."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ COMMANDS = {
     "search": "search:Search",
     "serve": "serve:Serve",
 }
-"""File and class of each, in the order of the help."""
+"""File and class of each, in the order that the help shows."""
 
 
 def command_classes() -> dict[str, Any]:
-    """The class of each command, a subclass of `command.ModelCommand`, by name."""
-    found = {}
-    for name, place in COMMANDS.items():
-        module, _, attribute = place.partition(":")
-        found[name] = getattr(import_module(f"{__package__}.{module}"), attribute)
-    return found
+    """Subclasses of `command.ModelCommand` by name."""
+    places = {name: place.split(":") for name, place in COMMANDS.items()}
+    return {
+        name: getattr(import_module(f"{__package__}.{module}"), attribute)
+        for name, (module, attribute) in places.items()
+    }
 
 
 def name_of(command: object) -> str:
-    """The name of a command, which results keep as their protocol."""
+    """The name of a command, which is the `protocol` of its results."""
     return next(name for name, kind in command_classes().items() if kind is type(command))

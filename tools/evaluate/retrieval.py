@@ -12,18 +12,17 @@ from .command import Evaluation
 class Retrieval(Evaluation):
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
 
-    All captions of an image count: it finds one if any of them is among the first k.
+    An image counts as found by any of its captions among the first k.
     """
 
     data: str
-    """Images with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
-    such as a list."""
+    """Images with captions: a packed data set (a folder or a URL), or any source of unicl-pack
+    build, such as a list."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.data]
 
     def run(self) -> None:
-        """Encodes on all ranks; rank 0 compares, prints, writes and draws."""
         from unicl_fast.evaluation.data import open_data
         from unicl_fast.evaluation.retrieval import (
             RetrievalFeatures,

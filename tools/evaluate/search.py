@@ -33,9 +33,9 @@ class Search(Use):
     image: tuple[Path, ...] = ()
     """Image files to search for."""
     top: Number = 10
-    """Images that are shown for each."""
+    """Images shown for each."""
     features: str = "auto"
-    """Folder where features are kept and found again, as in linear-probe."""
+    """Folder that keeps features, as in linear-probe."""
 
     def check(self) -> None:
         super().check()
@@ -46,7 +46,6 @@ class Search(Use):
             raise ValueError(f"{file} is a file, not a text: --image {file} searches by it")
 
     def run(self) -> None:
-        """Encodes on all ranks; rank 0 answers."""
         from unicl_fast.evaluation.features import require_text_encoder
         from unicl_fast.evaluation.search import open_index
 
@@ -65,7 +64,7 @@ class Search(Use):
 
 
 def _typed(index: SearchIndex) -> Iterator[str]:
-    """Texts from the terminal or the standard input, until it ends."""
+    """Texts from the terminal or the standard input."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{count_of(len(index), 'image')}; type what to search for (Ctrl-D ends)")
@@ -78,7 +77,6 @@ def _typed(index: SearchIndex) -> Iterator[str]:
 def _print_found(query: str, found: Sequence[Found]) -> None:
     lines = [query]
     for one in found:
-        labels = f" [{', '.join(one.labels)}]" if one.labels else ""
-        where = f"{one.source}/{one.name}"
-        lines.append(f"  {one.score:.3f}  {one.caption or one.name}{labels}  {where}")
+        title = (one.caption or one.name) + (f" [{', '.join(one.labels)}]" if one.labels else "")
+        lines.append(f"  {one.score:.3f}  {title}  {one.source}/{one.name}")
     print_text("\n".join(lines), sys.stdout)

@@ -16,17 +16,17 @@ from .command import ModelCommand
 class Serve(ModelCommand):
     """Opens a page on this machine: search of a data set, and images tried against typed classes.
 
-    Nothing is sent anywhere: the page and the model can only be reached from this machine.
+    Nothing leaves this machine, and only this machine can reach the page.
     """
 
     data: str = ""
     """Images to search, as in search; without it the page has no search."""
     features: str = "auto"
-    """Folder where their features are kept and found again, as in linear-probe."""
+    """Folder that keeps their features, as in linear-probe."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    """Port of the page; 0 takes a free one."""
+    """Port of the page; 0 picks a free one."""
     classes: tuple[str, ...] = ()
-    """Classes that the page begins with: by default those of the data, or a few animals."""
+    """Classes that the page starts with: by default the data's, or a few animals."""
 
     def check(self) -> None:
         from unicl_fast.evaluation.data import check_data
@@ -36,7 +36,7 @@ class Serve(ModelCommand):
             check_data(self.data)
 
     def run(self) -> None:
-        """Serves until Ctrl-C. Raises OSError if the port is taken."""
+        """Serves until Ctrl-C. Raises OSError if the port is in use."""
         from unicl_fast.evaluation.features import ModelOnRanks
         from unicl_fast.evaluation.inference import load_model
         from unicl_fast.evaluation.search import open_index
@@ -59,9 +59,8 @@ class Serve(ModelCommand):
             try:
                 server = Server(model, name=name, classes=classes, port=self.port, index=index)
             except OSError as error:
-                raise OSError(
-                    f"port {self.port}: {error.strerror}; --port 0 takes a free one"
-                ) from None
+                said = f"port {self.port}: {error.strerror}; --port 0 picks a free one"
+                raise OSError(said) from None
             with server:
                 print(f"{server.address} (Ctrl-C ends it)", flush=True)
                 with contextlib.suppress(KeyboardInterrupt):

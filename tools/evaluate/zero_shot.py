@@ -19,25 +19,25 @@ class ZeroShot(Evaluation):
     """
 
     data: tuple[str, ...]
-    """One data set or several, evaluated in turn: packed ones with labels (folders or URLs), or
-    folders or zips of class folders, or any other source of unicl-pack build."""
+    """Data sets, evaluated in turn: packed ones with labels (folders or URLs), folders or zips of
+    class folders, or any other source of unicl-pack build."""
     class_names: tuple[str, ...] = ()
-    """Names instead of the data's own: a file with one a line, imagenet, or clip-benchmark:KEY
-    (from the extra `evaluation`), such as clip-benchmark:dtd. One for all data sets, or
-    one for each, where own keeps the data's."""
+    """Names instead of the data's own: a file with one per line, imagenet, or clip-benchmark:KEY
+    (from the extra `evaluation`), such as clip-benchmark:dtd. One for all data sets, or one for
+    each; own keeps the data's."""
     templates: tuple[str, ...] = ()
-    """Prompt templates instead of the data's own: a file with one a line, imagenet, simple, or
+    """Prompt templates instead of the data's own: a file with one per line, imagenet, simple, or
     clip-benchmark:KEY; one for all data sets or one for each, as above."""
     metric: tuple[MetricChoice, ...] = ("auto",)
-    """The metric in the table of several data sets: one for all or one for each. auto goes by the
-    data set's name: as in CLIP's protocol mean_per_class for pets, flowers, aircraft and
+    """The metric in the table of several data sets: one for all or one for each. auto follows
+    CLIP's protocol by the data set's name: mean_per_class for pets, flowers, aircraft and
     caltech101, top1 for others."""
     hierarchy: bool = False
-    """Also classify among the classes of each level of the hierarchy that the data was packed with,
-    and how far mistakes are off."""
+    """Also classify among the classes of each level of the data's hierarchy, and measure how far
+    mistakes are off."""
     average_precision: bool = False
-    """Also the mean average precision of the classes (mAP): how well their images come first when
-    all are sorted by similarity. For images with several labels, such as COCO's."""
+    """Also report the mean average precision of the classes (mAP), by sorting all images by
+    similarity. For images with several labels, such as COCO's."""
 
     def data_sets(self) -> Sequence[str]:
         return self.data
@@ -51,21 +51,16 @@ class ZeroShot(Evaluation):
         distinct_names(self.data)
 
     def for_each(self, name: str, default: str = "") -> list[Any]:
-        """An option's values, one for each data set; `default` for own or if none is given.
-
-        Raises:
-            ValueError: neither one nor one for each.
-        """
+        """An option's values, one for each data set; own and none given mean `default`."""
         given = [default if one == "own" else one for one in getattr(self, name)] or [default]
         if len(given) not in (1, len(self.data)):
             raise ValueError(
-                f"--{name.replace('_', '-')} takes one value for all data sets or one for each of "
+                f"--{name.replace('_', '-')} needs one value for all data sets or one for each of "
                 f"the {len(self.data)}, not {len(given)}"
             )
         return given * len(self.data) if len(given) == 1 else given
 
     def run(self) -> None:
-        """Evaluates one data set after the other, each reported as soon as it is done."""
         from unicl_fast.evaluation.report import classification_table
         from unicl_fast.evaluation.zero_shot import zero_shot
         from unicl_fast.training.data import distinct_names

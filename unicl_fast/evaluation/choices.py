@@ -7,5 +7,5 @@ from typing import Literal
 Metric = Literal["top1", "mean_per_class"]
 MetricChoice = Literal["auto", "top1", "mean_per_class"]
 Layer = Literal["encoder", "projection"]
-"""Features of an image: the image encoder's, or their unit-norm projection into the space shared
-with texts, which a model trained by cross-entropy does not have."""
+"""The image encoder's features, or their unit-norm projection into the space shared with texts,
+which a model trained by cross-entropy does not have."""

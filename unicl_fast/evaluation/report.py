@@ -1,7 +1,7 @@
 """Results of evaluations: counts, rates with intervals, tables.
 
-Zero-shot, linear probe and k nearest neighbours differ in how they rank classes. They all count the
-same, so that their numbers can stand in one table.
+Zero-shot, linear probe and nearest neighbours rank classes in different ways and count alike, so
+that one table can hold their numbers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class ClassificationResult:
 
     class_names: tuple[str, ...]
     taken_for: tuple[tuple[int, int, int], ...]
-    """A class, the one it was taken for, and how many samples; both are the same if right."""
+    """Class, predicted class, and the number of such samples."""
     num_correct_top5: int
     num_without_label: int
-    """Samples of the data set that have no label and were left out."""
+    """Samples without a label, which are left out."""
 
     @cached_property
     def per_class(self) -> list[tuple[str, int, int]]:
-        """Name, samples and correct ones of each class that has samples."""
+        """Name, samples and correct samples of each class that has samples."""
         samples: Counter[int] = Counter()
         right: Counter[int] = Counter()
         for own, taken, count in self.taken_for:
@@ -68,22 +68,17 @@ class ClassificationResult:
         return self.top1 if metric == "top1" else self.mean_per_class
 
     def interval(self, name: Rate) -> tuple[float, float]:
-        """95 % interval of a rate.
-
-        That of the mean over classes comes from each class's binomial variance, taken at
-        (right + 1) / (count + 2), so that a class of which all or none were right is not thought to
-        be known exactly.
-        """
+        """95 % interval of a rate; for the mean over classes by each class's binomial variance."""
         if name != "mean_per_class":
             right = self.num_correct if name == "top1" else self.num_correct_top5
             return wilson_interval(right, self.num_samples)
+        # (right + 1) / (count + 2), or a class with all or none right would seem known exactly
         rates = [((right + 1) / (count + 2), count) for _, count, right in self.per_class]
         variance = sum(rate * (1 - rate) / count for rate, count in rates)
         half = 1.96 * math.sqrt(variance) / len(rates)
         return max(0.0, self.mean_per_class - half), min(1.0, self.mean_per_class + half)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; rates in 0 to 1."""
         values: dict[str, Any] = {
             "num_samples": self.num_samples,
             "num_without_label": self.num_without_label,
@@ -103,12 +98,10 @@ class ClassificationResult:
             f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
             for name, title in RATE_NAMES.items()
         ]
-        lines.append(
-            f"{count_of(self.num_samples, 'sample')}, {count_of(len(self.per_class), 'class')}"
-        )
+        samples, classes = count_of(self.num_samples, "sample"), len(self.per_class)
+        lines.append(f"{samples}, {count_of(classes, 'class')}")
         if self.num_without_label:
-            num_left_out = count_of(self.num_without_label, "sample")
-            lines.append(f"left out for want of a label: {num_left_out}")
+            lines.append(f"left out, without a label: {count_of(self.num_without_label, 'sample')}")
         return "\n".join(lines)
 
 
@@ -124,21 +117,20 @@ def wilson_interval(num_right: int, num_tried: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionResult:
-    """How well the images of each class come first when all are sorted by their scores for it."""
+    """Whether images of a class come first when all images are sorted by their scores for it."""
 
-    num_samples: int
-    """Images with a label; each class is ranked among them."""
+    num_samples: int  # images with a label; each class is ranked among them
     per_class: list[tuple[str, int, float]]
     """Name, images and average precision of each class that has images."""
 
     @property
     def mean(self) -> float:
-        """The mean over classes (mAP), in 0 to 1."""
+        """Mean over classes (mAP), in 0 to 1."""
         return sum(precision for _, _, precision in self.per_class) / len(self.per_class)
 
     @property
     def chance(self) -> float:
-        """The mean of images in an order of no meaning: more than a class's part of them."""
+        """Expected mean of images in random order: more than a class's part of them."""
         n = self.num_samples
         first = sum(1 / rank for rank in range(1, n + 1)) / n
         others = [(count - 1) / max(1, n - 1) for _, count, _ in self.per_class]
@@ -166,13 +158,9 @@ class PrecisionResult:
 def average_precisions(
     scores: Tensor, labels: Sequence[Sequence[int]], class_names: Sequence[str]
 ) -> PrecisionResult:
-    """The average precision of each class over images, from their scores [n k].
+    """The average precision of each class, without interpolation, from scores [n k] of images.
 
-    It is the mean, over the images of a class, of the precision among all images down to that one,
-    without interpolation. Images without labels are left out, since their classes are unknown.
-
-    Raises:
-        ValueError: no image has a label.
+    Images without labels are left out; ValueError if none has a label.
     """
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
@@ -204,8 +192,7 @@ class ClassificationCounts:
     def add(self, rankings: Iterable[Sequence[int]], labels: Iterable[Sequence[int]]) -> None:
         """Counts samples by their most likely classes, best first, up to five.
 
-        With several labels any of them is right, and the first is the class it counts for. Samples
-        without labels are left out and counted.
+        Any label of a sample is right; it counts for the class of its first label.
         """
         for ranking, given in zip(rankings, labels, strict=True):
             if not given:
@@ -215,7 +202,7 @@ class ClassificationCounts:
             self._in_five += not set(given).isdisjoint(ranking)
 
     def result(self, *, what: str) -> ClassificationResult:
-        """The counts as a result; without any label it is a ValueError that names `what`."""
+        """The counts as a result; ValueError, which names `what`, if no sample has a label."""
         if not self._taken_for:
             raise ValueError(f"no sample of this data set has a label: {what} needs some")
         return ClassificationResult(
@@ -224,12 +211,6 @@ class ClassificationCounts:
             num_correct_top5=self._in_five,
             num_without_label=self._without_label,
         )
-
-
-def rank_classes(scores: Tensor) -> list[list[int]]:
-    """The five best columns of each row of scores [b k], best first; all if there are fewer."""
-    best: list[list[int]] = scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
-    return best
 
 
 def percent(rate: float) -> str:
@@ -246,19 +227,11 @@ def classification_table(
     """One row for each (name, metric of its protocol, result), and the mean of several."""
     rows = []
     for name, metric, result in results:
-        interval = interval_text(result.interval(metric))
-        rows.append(
-            [
-                *(name, f"{len(result.per_class):,}", f"{result.num_samples:,}"),
-                *(RATE_NAMES[metric], percent(result.value(metric)), interval),
-                *map(percent, (result.top1, result.top5, result.mean_per_class)),
-            ]
-        )
+        row = [name, f"{len(result.per_class):,}", f"{result.num_samples:,}", RATE_NAMES[metric]]
+        row += [percent(result.value(metric)), interval_text(result.interval(metric))]
+        rows.append(row + [percent(getattr(result, rate)) for rate in RATE_NAMES])
     if mean and len(results) > 1:
         average = sum(result.value(metric) for _, metric, result in results) / len(results)
         rows.append(["mean", "", "", "", percent(average), "", "", "", ""])
-    header = (
-        *("data set", "classes", "samples", "metric", "%", "95 % interval"),
-        *("top-1", "top-5", "mean per class"),
-    )
-    return markdown_table(header, rows)
+    header = ("data set", "classes", "samples", "metric", "%", "95 % interval")
+    return markdown_table((*header, *RATE_NAMES.values()), rows)

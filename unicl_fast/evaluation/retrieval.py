@@ -1,8 +1,8 @@
 """Caption retrieval: does an image find its captions, and a caption its image?
 
 Recall at k as on Flickr and COCO: an image counts if any of its captions is among the k most
-similar of all captions; a caption counts if its image is among the k most similar images. Captions
-that are equal are captions of all their images.
+similar captions; a caption counts if its image is among the k most similar images. Equal captions
+belong to all their images.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recall:
-    """One direction at one k. Rates in 0 to 1."""
+    """One direction at one k. Rates in 0 to 1; `chance` is the rate of random rankings."""
 
     k: int
     num_queries: int
     num_found: int
     chance: float
-    """The average rate of random rankings."""
 
     @property
     def rate(self) -> float:
@@ -58,23 +57,19 @@ class Recall:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval; slightly narrow for captions, as those of an image are not independent."""
+        """95 % interval; slightly narrow for captions, since an image's are not independent."""
         return wilson_interval(self.num_found, self.num_queries)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalResult:
-    """Both directions."""
-
     num_images: int
     num_captions: int
-    num_texts: int
-    """Different captions."""
+    num_texts: int  # distinct captions
     image_to_text: tuple[Recall, ...]
     text_to_image: tuple[Recall, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; rates in 0 to 1."""
         counts = ("num_images", "num_captions", "num_texts")
         values: dict[str, Any] = {name: getattr(self, name) for name in counts}
         for name in ("image_to_text", "text_to_image"):
@@ -85,13 +80,10 @@ class RetrievalResult:
         return values
 
     def to_table(self) -> str:
-        """The recalls in percent with their 95 % intervals and chance, as a table."""
+        titles = {"image -> text": self.image_to_text, "text -> image": self.text_to_image}
         rows = [
             [title, str(one.k), percent(one.rate), interval_text(one.interval), percent(one.chance)]
-            for title, recalls in (
-                ("image -> text", self.image_to_text),
-                ("text -> image", self.text_to_image),
-            )
+            for title, recalls in titles.items()
             for one in recalls
         ]
         table = markdown_table(["direction", "at", "%", "95 % interval", "chance"], rows)
@@ -110,8 +102,8 @@ def rank_captions(
 ) -> RetrievalResult:
     """Ranks every caption for every image and the other way round, by features of unit norm.
 
-    `image_of_text` is the image (its row) of each caption; every image has one at least. Captions
-    of equal `text_ids` (from 0 on) are the same text; None: all differ.
+    `image_of_text` is the row of each caption's image. Captions with equal `text_ids` (from 0 on)
+    are the same text; None: all differ.
 
     Raises:
         ValueError: an image without a caption, or features that are not finite.
@@ -141,7 +133,7 @@ def rank_captions(
 def own_texts(
     images: Int[Tensor, " k"], image_of_text: Int[Tensor, " m"], text_ids: Int[Tensor, " m"]
 ) -> Bool[Tensor, "k m"]:
-    """Whether each caption is one of an image's, or equal to one of them."""
+    """Whether each caption is, or equals, one of the image's."""
     mine = (image_of_text == images.unsqueeze(1)).float()
     has = mine.new_zeros(len(images), int(text_ids.max()) + 1).index_add_(1, text_ids, mine) > 0
     return has[:, text_ids]
@@ -154,13 +146,13 @@ def own_images(
     *,
     num_images: int,
 ) -> Bool[Tensor, "k n"]:
-    """Whether each image has a caption with the asked text id."""
+    """Whether each image has a caption with the text id `asked`."""
     same = (text_ids == asked.unsqueeze(1)).float()
     return same.new_zeros(len(asked), num_images).index_add_(1, image_of_text, same) > 0
 
 
 def _ranks(scores: Tensor, own: Tensor) -> Iterable[tuple[int, int]]:
-    """For each row of scores how many others beat the best of its own, and how many are its own.
+    """For each row of scores: how many others beat the best of its own, and how many it owns.
 
     A tie counts against us, so that a collapsed model has no recall.
     """
@@ -170,48 +162,37 @@ def _ranks(scores: Tensor, own: Tensor) -> Iterable[tuple[int, int]]:
 
 
 def _recalls(ranks: Counter[tuple[int, int]], *, num_candidates: int) -> tuple[Recall, ...]:
-    total = ranks.total()
-    return tuple(
-        Recall(
-            k=k,
-            num_queries=total,
-            num_found=sum(count for (better, _), count in ranks.items() if better < k),
-            chance=sum(count * _chance(num_candidates, own, k) for (_, own), count in ranks.items())
-            / total,
-        )
-        for k in KS
-    )
+    total, recalls = ranks.total(), []
+    for k in KS:
+        found = sum(count for (better, _), count in ranks.items() if better < k)
+        lucky = sum(count * _chance(num_candidates, own, k) for (_, own), count in ranks.items())
+        recalls.append(Recall(k=k, num_queries=total, num_found=found, chance=lucky / total))
+    return tuple(recalls)
 
 
 def _chance(total: int, wanted: int, k: int) -> float:
-    """Chance that k of `total` drawn at random hold one of the `wanted`."""
+    """The probability that k random ones of `total` include one of the `wanted`."""
     return 1 - math.comb(total - wanted, min(k, total)) / math.comb(total, min(k, total))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalFeatures:
-    """Images and captions to compare, on the model's device."""
+    """Images and captions to compare: unit-norm features, on the model's device."""
 
-    image_features: Tensor
-    """[n d], unit norm."""
-    text_features: Tensor
-    """[m d], unit norm."""
-    image_of_text: Tensor
-    """int64 [m]: row of `image_features`."""
-    text_ids: Tensor
-    """int64 [m]: from 0 on, equal for equal captions."""
-    samples: NDArray[np.int64]
-    """[n]: samples of the data set that the images are."""
+    image_features: Tensor  # [n d]
+    text_features: Tensor  # [m d]
+    image_of_text: Tensor  # int64 [m]: row of `image_features`
+    text_ids: Tensor  # int64 [m]: from 0 on, equal for equal captions
+    samples: NDArray[np.int64]  # [n]: the images' sample numbers in the data set
 
     def ranked(self) -> RetrievalResult:
-        """The recalls, as `rank_captions` counts them."""
         return rank_captions(
             self.image_features, self.text_features, self.image_of_text, self.text_ids
         )
 
 
 def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
-    """Features of images and captions, on rank 0; samples without captions are left out."""
+    """Features of the samples with captions, on rank 0."""
     model, ranks = on_ranks.model, on_ranks.ranks
     require_text_encoder(model, "retrieval")
     check_tokenizer(dataset, model.config)
@@ -220,7 +201,7 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     if not len(captioned):
         raise ValueError(
             f"{dataset.location} has no captions: retrieval needs a data set packed with a caption "
-            "column; for labels there is unicl-eval zero-shot"
+            "column; for labels use unicl-eval zero-shot"
         )
     images = on_ranks.features(dataset)
     length = model.config.model.context_length
@@ -243,23 +224,21 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     text_ids = torch.tensor([number_of[row.tobytes()] for row in rows])
     return RetrievalFeatures(
         image_features=images[torch.from_numpy(captioned)].to(device),
-        text_features=texts.to(device),
-        image_of_text=owners.to(device),
-        text_ids=text_ids.to(device),
-        samples=captioned,
-    )
+        text_features=texts.to(device), samples=captioned,
+        image_of_text=owners.to(device), text_ids=text_ids.to(device),
+    )  # fmt: skip
 
 
 def retrieval(model: LoadedModel | ModelOnRanks, data: str | Path) -> RetrievalResult:
     """Caption retrieval in both directions, on all ranks.
 
     Args:
-        model: what `unicl_fast.load_model` returns, or a model on ranks.
+        model: from `unicl_fast.load_model`, or a model on ranks.
         data: images with captions, written as `--data` of `unicl-eval retrieval`.
 
     Raises:
         ValueError: no captions, or a model without texts or with features that are not finite.
-        EvaluationStopped: it was asked to stop, on all ranks.
+        EvaluationStopped: a stop was requested; raised on all ranks.
     """
     on_ranks = ModelOnRanks.of(model)
     with open_data(str(data), ranks=on_ranks.ranks, takes_loose=True) as opened:
@@ -271,8 +250,8 @@ def retrieval(model: LoadedModel | ModelOnRanks, data: str | Path) -> RetrievalR
 def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[str, float]:
     """The held-out loss and the recalls of a data set with captions; on all ranks.
 
-    The loss is the contrastive one of training, with as large a batch (`held_out_loss`);
-    `recall_at_1` is the mean of both directions. Raises as `retrieval`.
+    The loss is training's contrastive one, at the same batch size (`held_out_loss`); `recall_at_1`
+    is the mean of both directions. Raises as `retrieval`.
     """
     model = on_ranks.model
     bias = model.learnt.get("logit_bias")
@@ -280,14 +259,11 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
     def judge(found: RetrievalFeatures) -> dict[str, float]:
         result = found.ranked()
         loss = held_out_loss(
-            found.image_features,
-            found.text_features,
-            found.image_of_text,
-            text_ids=found.text_ids,
-            scale=model.learnt["logit_scale"].exp().item(),
+            found.image_features, found.text_features, found.image_of_text,
+            text_ids=found.text_ids, scale=model.learnt["logit_scale"].exp().item(),
             bias=None if bias is None else bias.item(),
             batch_size=model.config.run.global_batch_size,
-        )
+        )  # fmt: skip
         both = result.image_to_text[0].rate + result.text_to_image[0].rate
         recalls = {
             f"{name}_recall_at_{recall.k}": recall.rate
@@ -311,9 +287,9 @@ def held_out_loss(
 ) -> float:
     """The mean loss of whole batches in the data set's order, each image with its first caption.
 
-    A `bias` asks for the sigmoid form. `image_of_text` rises. Captions of equal `text_ids` are
+    A `bias` selects the sigmoid form; `image_of_text` is sorted; captions with equal `text_ids` are
     positives of each other's images. An incomplete last batch is left out, since the loss grows
-    with the batch; fewer images than one batch are a batch.
+    with the batch; fewer images than one batch are one batch.
     """
     n = len(image_features)
     first = torch.searchsorted(image_of_text, torch.arange(n, device=image_of_text.device))
@@ -321,13 +297,9 @@ def held_out_loss(
     loss = unified_contrastive_loss
     if bias is not None:
         loss = functools.partial(sigmoid_contrastive_loss, bias=bias)
-    losses = [
-        loss(
-            image_features[start : start + size],
-            text_features[first[start : start + size]],
-            text_ids[first[start : start + size]],
-            scale,
-        )
-        for start in range(0, n - size + 1, size)
-    ]
+    text_features, text_ids = text_features[first], text_ids[first]
+    losses = []
+    for start in range(0, n - size + 1, size):
+        rows = slice(start, start + size)
+        losses.append(loss(image_features[rows], text_features[rows], text_ids[rows], scale))
     return float(torch.stack(losses).mean())

@@ -4,9 +4,8 @@
     with open_index(model, "packed/shop") as shop:
         shop.by_texts(["red apples"])[0][0].caption
 
-The images are encoded once, each batch straight into a file that is found again by a checksum of
-weights and images, and a search looks at a block of it after the other: neither holds all features
-in memory. The search is exact.
+The images are encoded once, each batch straight into a file named by a checksum of weights and
+images. A search is exact and reads the file block by block: neither holds all features in memory.
 """
 
 from __future__ import annotations
@@ -24,13 +23,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.dataset.feature_files import (
-    RowsWriter,
-    has_features,
-    make_rows,
-    read_features,
-    seal_features,
-)
+from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.distributed.launch import refused_together
@@ -44,23 +37,23 @@ from unicl_fast.models.unicl import weights_digest
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 
 _BLOCK_BYTES = 64 << 20
-"""Size of the features that are compared at once."""
+"""Bytes of features compared at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """An image that a search has found."""
+    """An image found by a search."""
 
     sample: int
     """Its number in the data set."""
     score: float
     """Cosine with the query, in -1 to 1."""
     caption: str
-    """Its first caption; empty if it has none."""
+    """The first one, or empty."""
     labels: tuple[str, ...]
-    """Names of its classes."""
+    """Class names."""
     source: str
-    """The list, folder or archive that it was packed from."""
+    """The list, folder or archive it was packed from."""
     name: str
     """Its path in the source."""
 
@@ -71,7 +64,7 @@ class SearchIndex:
     def __init__(
         self, model: Model, dataset: PackedDataset, features: Float[np.ndarray, "n d"]
     ) -> None:
-        """`features` are of unit norm, in the data set's order, and may be a mapped file."""
+        """`features` have unit norm and the data set's order, and can be a mapped file."""
         self.model, self.dataset, self._features = model, dataset, features
         self._reader = SampleReader(dataset)
 
@@ -79,10 +72,9 @@ class SearchIndex:
         return len(self._features)
 
     def by_texts(self, texts: Sequence[str], *, top: int = 12) -> list[list[Found]]:
-        """The `top` images most similar to each text, the most similar first.
+        """The `top` images most similar to each text, best first.
 
-        Raises:
-            ValueError: the model has no text encoder, there are no texts, or top is not positive.
+        Raises ValueError if the model has no text encoder, no texts are given, or top < 1.
         """
         return self._nearest(self.model.embed_texts(texts), top=top)
 
@@ -91,7 +83,7 @@ class SearchIndex:
         return self._nearest(self.model.embed_images(images), top=top)
 
     def image_file(self, sample: int) -> bytes:
-        """An image as a file: JPEG, PNG or WebP; raises DamagedSampleError, IndexError."""
+        """An image's JPEG, PNG or WebP file; raises DamagedSampleError, IndexError."""
         data = self.dataset.image_bytes(range(len(self))[sample], verify=True).tobytes()
         return encode_png(pixels_of(open_image(data))) if data.startswith(b"P6") else data
 
@@ -111,13 +103,10 @@ class SearchIndex:
         description = self._reader.read_description(sample)
         names = self.dataset.manifest.class_names
         return Found(
-            sample=sample,
-            score=score,
-            caption=next(iter(description.captions), ""),
+            sample=sample, score=score, caption=next(iter(description.captions), ""),
             labels=tuple(names[label] for label in description.labels),
-            source=description.source,
-            name=description.name,
-        )
+            source=description.source, name=description.name,
+        )  # fmt: skip
 
 
 def nearest_rows(
@@ -127,9 +116,9 @@ def nearest_rows(
     top: int,
     block_bytes: int = _BLOCK_BYTES,
 ) -> tuple[Float[Tensor, "q k"], Tensor]:
-    """Scores and numbers of the `top` rows with the largest products with each query, falling.
+    """Scores and numbers of the `top` rows with the largest product with each query, best first.
 
-    One block of rows is in memory at a time; of equal ones the first come first.
+    One block of rows is in memory at a time. Equal rows keep their order.
     """
     wanted = torch.from_numpy(queries).float()
     size = max(1, block_bytes // (4 * rows.shape[1]))
@@ -151,16 +140,15 @@ def open_index(
     """Encodes the images of a data set, or finds their features again; all ranks call it.
 
     Args:
-        model: what `unicl_fast.load_model` returns, or a model on ranks, which share the work.
+        model: from `unicl_fast.load_model`, or a model on ranks, which share the work.
         data: images, written as `--data` of `unicl-eval search`.
-        folder: keeps the features, under a checksum of weights and images; all ranks see it. None
-            keeps them only as long as the index is open.
+        folder: stores the features, visible to all ranks; None stores them until the index closes.
 
     Raises:
         ValueError: the model has no common space (trained by cross-entropy), stored features are
             damaged, or the data cannot be read.
         OSError: the folder cannot be written.
-        EvaluationStopped: it was asked to stop, on all ranks.
+        EvaluationStopped: a stop was requested; raised on all ranks.
     """
     on_ranks = ModelOnRanks.of(model)
     require_layer(on_ranks.model, "projection")
@@ -175,31 +163,32 @@ def open_index(
 
 
 def _stored(on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path) -> NDArray[Any]:
-    """The features of a data set, mapped from a file, which is made if it does not exist."""
+    """The features of a data set, mapped from a file, which is made if needed."""
     model, ranks = on_ranks.model, on_ranks.ranks
     weights = weights_digest(model, "image_encoder.", "image_projection")
     key = key_of_features(model, dataset, layer="projection", weights=weights)
     key = from_rank_0(key, ranks)
-    if not from_rank_0(has_features(folder, key), ranks):
+    if not from_rank_0(feature_files.has_features(folder, key), ranks):
         name = from_rank_0(f".{key}.{secrets.token_hex(4)}.partial", ranks)
         _encode_into(folder / name, folder, key, on_ranks, dataset)
     with refused_together(ranks):
-        check = ranks.is_main  # reads all of them, once
-        return read_features(folder, key, num_samples=len(dataset), check=check).rows
+        # one rank is enough: the check reads the whole file
+        size, check = len(dataset), ranks.is_main
+        return feature_files.read_features(folder, key, num_samples=size, check=check).rows
 
 
 def _encode_into(
     aside: Path, folder: Path, key: str, on_ranks: ModelOnRanks, dataset: PackedDataset
 ) -> None:
-    """Encodes a data set into a file that all ranks write to, and gives it its name."""
+    """Encodes a data set into the file `aside`, on all ranks, and gives it its name."""
     ranks, num_samples = on_ranks.ranks, len(dataset)
     width = on_ranks.model.config.model.embed_dim
     try:
         with rank_0_alone(ranks):
             if ranks.is_main:
                 make_folder(folder)
-                make_rows(aside, num_samples=num_samples, width=width, kind="<f4")
-        with contextlib.closing(RowsWriter(aside)) as writer:
+                feature_files.make_rows(aside, num_samples=num_samples, width=width, kind="<f4")
+        with contextlib.closing(feature_files.RowsWriter(aside)) as writer:
             loader = on_ranks.loader(dataset)
             for samples, features in on_ranks.encoded(loader, num_samples=num_samples):
                 writer.write(samples.numpy(), features.float().numpy())
@@ -207,7 +196,7 @@ def _encode_into(
         gather_integers(0, ranks)  # once all have written
         with rank_0_alone(ranks):
             if ranks.is_main:
-                seal_features(aside, folder, key, dtype="float32", unreadable=())
+                feature_files.seal_features(aside, folder, key, dtype="float32", unreadable=())
     finally:
         if ranks.is_main:
             aside.unlink(missing_ok=True)

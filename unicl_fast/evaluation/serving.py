@@ -1,8 +1,8 @@
 """A page on this machine: search of a data set, and images tried against typed classes.
 
-The server of Python's standard library suffices: one user, on the loopback interface. Only requests
-that name this host and come from its own page are answered, so that no page of another site reaches
-the model through the user's browser. Images are decoded as `Model` decodes them, with its limits.
+Python's standard server suffices: it has one user, on the loopback interface. It answers only
+requests that name this host and come from its own page, so that no other site can reach the model
+through the user's browser. Images are decoded with the limits of `Model`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from unicl_fast.system.untrusted_files import parse_json
 MOST_CLASSES = 1000
 _HOSTS = ("127.0.0.1", "localhost")
 _MOST_BYTES = 64 << 20
-_MOST_DIGITS = 15
-"""Most digits of a length or a sample's number; Python refuses to read thousands."""
+_MOST_DIGITS = 15  # most digits of a length or a sample's number; Python refuses to parse thousands
 _FOUND = 24
 _POLICY = "default-src 'self'; img-src 'self' blob:; style-src 'self' 'unsafe-inline'"
 _FILES = {"/": ("serve.html", "text/html"), "/serve.js": ("serve.js", "text/javascript")}
@@ -50,7 +49,7 @@ class Server(ThreadingHTTPServer):
         port: int,
         index: SearchIndex | None = None,
     ) -> None:
-        """Listens on the loopback interface; raises OSError if the port is taken."""
+        """Listens on the loopback interface; OSError if the port is in use."""
         super().__init__((_HOSTS[0], port), _Handler)
         self.model, self.name, self.classes, self.index = model, name, classes, index
         self.working = threading.Lock()
@@ -64,29 +63,25 @@ class Server(ThreadingHTTPServer):
         return {"name": self.name, "classes": self.classes, "num_images": num_images}
 
     def classify(self, body: bytes) -> dict[str, Any]:
-        """The answer to a question of the page: a line of JSON, and then the image's file.
-
-        Raises ValueError if it cannot be answered.
-        """
+        """Answers a request: a line of JSON, then the image's file; ValueError if unusable."""
         asked, image = _question(body)
         classes, template = asked.get("classes"), asked.get("template")
         if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
-            raise ValueError("classes are a list of names")
+            raise ValueError("classes must be a list of names")
         if len(classes) > MOST_CLASSES or not isinstance(template, str):
-            raise ValueError(f"at most {MOST_CLASSES:,} classes are taken, and one prompt")
+            raise ValueError(f"send at most {MOST_CLASSES:,} classes, and one prompt")
         with self.working:
-            pixels = [_pixels(image)]
             (found,) = self.model.classify(
-                pixels, classes, templates=[template], top=20, progress=False
+                [_pixels(image)], classes, templates=[template], top=20, progress=False
             )
         return {"classes": list(found.items())}
 
     def search(self, body: bytes) -> dict[str, Any]:
-        """As `classify`: {"text": ...} asks by a text, and without one the image does."""
+        """As `classify`; searches by {"text": ...}, or by the image if there is no text."""
         asked, image = _question(body)
         text = asked.get("text", "")
         if self.index is None or not isinstance(text, str):
-            raise ValueError("there is nothing to search, or the text is none")
+            raise ValueError("there is no data set to search, or the text is not a string")
         with self.working:
             if text.strip():
                 (found,) = self.index.by_texts([text], top=_FOUND)
@@ -95,7 +90,7 @@ class Server(ThreadingHTTPServer):
         return {"found": list(map(dataclasses.asdict, found))}
 
     def image(self, number: str) -> bytes | None:
-        """The file of an image of the data set; None if there is none of that number."""
+        """An image's file, by its number in the data set; None if there is no such image."""
         is_number = number.isdecimal() and len(number) <= _MOST_DIGITS
         if self.index is None or not is_number or int(number) >= len(self.index):
             return None
@@ -103,7 +98,7 @@ class Server(ThreadingHTTPServer):
             return self.index.image_file(int(number))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that has left is no error; others print what happened."""
+        """Prints errors, except that of a browser that has left."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -112,7 +107,7 @@ def _question(body: bytes) -> tuple[dict[str, Any], bytes]:
     question, _, image = body.partition(b"\n")
     asked = parse_json(question, where="the question")
     if not isinstance(asked, dict):
-        raise ValueError("a question is a JSON object")
+        raise ValueError("the question must be a JSON object")
     return asked, image
 
 
@@ -123,7 +118,7 @@ def _pixels(image: bytes) -> NDArray[np.uint8]:
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
-    timeout = 60  # seconds that a client may say nothing
+    timeout = 60  # seconds that a client can stay silent
 
     def do_GET(self) -> None:
         if not self._is_for_this_host():
@@ -159,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif (left := int(size)) > _MOST_BYTES:
             while left > 0 and (part := self.rfile.read(min(left, 1 << 20))):
                 left -= len(part)  # a browser reads no answer before it has sent everything
-            self._answer({"error": f"an image of at most {_MOST_BYTES >> 20} MB is taken"})
+            self._answer({"error": f"the image is larger than {_MOST_BYTES >> 20} MB"})
         else:
             body = self.rfile.read(left)
             try:
@@ -169,9 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_for_this_host(self) -> bool:
         host = self.headers.get("Host", "")
-        origin = self.headers.get("Origin", f"http://{host}")
-        is_ours = host.rsplit(":", 1)[0] in _HOSTS and origin == f"http://{host}"
-        if not is_ours:
+        is_own_page = self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+        if not (is_ours := is_own_page and host.rsplit(":", 1)[0] in _HOSTS):
             self.send_error(HTTPStatus.FORBIDDEN)
         return is_ours
 
@@ -180,12 +174,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, *, kind: str) -> None:
         self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Security-Policy", _POLICY)
-        self.send_header("X-Content-Type-Options", "nosniff")
+        headers = {"Content-Type": kind, "Content-Length": str(len(content))}
+        headers |= {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stays silent: the page shows what there is to see."""
+        """Stays silent."""

@@ -1,4 +1,4 @@
-"""The split of labelled samples into those that fit a probe and those that choose its C."""
+"""Splits labelled samples into those that fit a probe and those that choose its C."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 _FRACTION = 0.2
-_FEWEST_HELD_OUT = 4
-"""Held-out samples of each class, on average, that are enough to choose C by."""
+_FEWEST_HELD_OUT = 4  # held-out samples of each class, on average, that suffice to choose C
 
 
 def hold_out(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:
     """Rows to fit on and rows held out: one split, the folds of a cross-validation, or nothing.
 
-    A fifth of each class is held out. If that is fewer than four samples a class on average,
-    C would be chosen at random, so there are folds instead.
+    A fifth of each class is held out. Fewer than four samples a class on average would choose C at
+    random, so then there are folds.
     """
     from sklearn.model_selection import StratifiedShuffleSplit
 
@@ -37,7 +36,7 @@ def split_folds(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:
 
 
 def _split(splitter: Any, labels: Rows) -> list[tuple[Rows, Rows]]:
-    """Splits by scikit-learn, which never hold out a class's only sample."""
+    """Splits that never hold out a class's only sample."""
     several = np.flatnonzero(np.bincount(labels)[labels] > 1)
     if not len(several):
         return []
@@ -50,7 +49,7 @@ def draw_shots(labels: Rows, *, shots: int, seed: int) -> tuple[Rows, Rows]:
     """Rows of `shots` samples of each class to fit on, and min(shots, 4) others to choose C by.
 
     The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
-    could afford. A class with too few samples gives all it has, to training first.
+    could afford. A class with too few samples fills training first.
     """
     order = np.random.default_rng((seed, shots)).permutation(len(labels))
     classes = [order[labels[order] == label] for label in np.unique(labels)]

@@ -1,7 +1,7 @@
-"""Zero-shot classification: an image's class is the one whose prompts it is most similar to.
+"""Zero-shot classification: an image gets the class whose prompts are most similar to it.
 
-The classifier of a class is the mean of its normalised prompt embeddings, normalised again
-(Radford et al., arXiv 2103.00020, section 3.1.4).
+A class's row is the mean of its normalised prompt embeddings, normalised again (Radford et al.,
+arXiv 2103.00020, section 3.1.4).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from unicl_fast.evaluation.report import (
     ClassificationResult,
     PrecisionResult,
     average_precisions,
-    rank_classes,
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of
@@ -54,14 +53,12 @@ def zero_shot_classifier(
 ) -> Float[Tensor, "k d"]:
     """One unit-norm row for each class, from templates with one `{}` each.
 
-    All of `ranks` call it together and get all rows; each encodes the prompts of some classes.
-
-    Raises:
-        ValueError: the model has no text encoder.
+    All `ranks` call it together and get all rows; each encodes the prompts of some classes.
+    Raises ValueError for a model without a text encoder.
     """
     require_text_encoder(model, "zero-shot classification")
     size = -(-len(class_names) // ranks.world_size)
-    # all ranks send as many rows: one that is left without a class encodes one that is not wanted
+    # all ranks send equally many rows: one that is left without a class encodes a spare one
     own = class_names[ranks.rank * size :][:size] or class_names[:1]
     prompts = [fill_template(template, name) for name in own for template in templates]
     rows = tokenizer_of(model.config).encode(prompts)
@@ -80,16 +77,14 @@ def classify(
     class_names: Sequence[str],
     batch_size: int = 256,
 ) -> ClassificationResult:
-    """Takes each image for the class whose row is the most similar, `batch_size` images at once.
-
-    Raises:
-        ValueError: no image has a label.
-    """
+    """Predicts the class of the most similar row; ValueError if no image has a label."""
     counts = ClassificationCounts(class_names)
     rows = classifier.to(features.dtype).T
     for start in range(0, len(features), batch_size):
         images = slice(start, start + batch_size)
-        counts.add(rank_classes(features[images].to(rows.device) @ rows), labels[images])
+        scores = features[images].to(rows.device) @ rows
+        best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+        counts.add(best.tolist(), labels[images])
     return counts.result(what="zero-shot")
 
 
@@ -99,14 +94,13 @@ def evaluate_zero_shot(
     *,
     rows_of_classes: NDArray[np.int64] | None = None,
 ) -> ClassificationResult:
-    """Zero-shot accuracy on a packed data set, or accuracy of a model trained by cross-entropy.
+    """Accuracy on a packed data set; all ranks call it and get the result.
 
-    For the latter `rows_of_classes` [k] says which of the model's rows each class has. All ranks
-    call it and get the result.
+    For a model trained by cross-entropy, `rows_of_classes` [k] is the model's row of each class.
 
     Raises:
         ValueError: no classes, or no sample has a label.
-        EvaluationStopped: it was asked to stop, on all ranks.
+        EvaluationStopped: a stop was requested; raised on all ranks.
     """
     model, manifest = on_ranks.model, dataset.manifest
     _require_classes(dataset)
@@ -114,16 +108,13 @@ def evaluate_zero_shot(
         classifier = model.learnt["class_rows"].detach()[torch.from_numpy(rows_of_classes)]
     else:
         classifier = zero_shot_classifier(
-            model,
-            manifest.class_names,
-            templates=manifest.templates,
-            progress=on_ranks.progress,
-            ranks=on_ranks.ranks,
-        )
+            model, manifest.class_names, templates=manifest.templates,
+            progress=on_ranks.progress, ranks=on_ranks.ranks,
+        )  # fmt: skip
 
     def judge(features: Tensor) -> ClassificationResult:
         return classify(
-            # a 1 for the bias, the last column of the model's rows
+            # a 1 for the bias, which is the last column of the model's rows
             features if rows_of_classes is None else F.pad(features, (0, 1), value=1.0),
             classifier,
             labels=all_labels(dataset),
@@ -141,15 +132,11 @@ def _require_classes(dataset: PackedDataset) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroShotResult:
-    """The result of zero-shot classification on one data set."""
-
     name: str
-    metric: Metric
-    """The metric that is reported first."""
+    metric: Metric  # the metric that is reported first
     classes: ClassificationResult
     num_templates: int
-    num_quarantined: int
-    """Files that were refused when the data was packed; they are not counted."""
+    num_quarantined: int  # files refused when the data was packed; no other count includes them
     levels: LevelsResult | None
     precision: PrecisionResult | None
 
@@ -190,40 +177,36 @@ def zero_shot(
     """Zero-shot classification of labelled images, on all ranks.
 
     Args:
-        model: what `unicl_fast.load_model` returns, or a model on ranks.
+        model: from `unicl_fast.load_model`, or a model on ranks.
         data: labelled images, written as `--data` of `unicl-eval zero-shot`.
-        class_names: names instead of the data's own, written as `--class-names`.
-        templates: prompt templates instead of the data's own, written as `--templates`.
+        class_names: instead of the data's own, written as `--class-names`.
+        templates: instead of the data's own, written as `--templates`.
         metric: is reported first; auto follows CLIP's protocol for the data set.
-        name: for tables; empty stands for the folder's name.
+        name: for tables; by default the folder's name.
         hierarchy: also classify among the classes of each level of the data's hierarchy.
         average_precision: also compute the mean average precision of the classes.
 
     Raises:
-        ValueError: a model without texts, data without labels or, for levels, without a hierarchy.
-        EvaluationStopped: it was asked to stop, on all ranks.
+        ValueError: a model without texts, or data without labels or without the hierarchy.
+        EvaluationStopped: a stop was requested; raised on all ranks.
     """
     on_ranks = ModelOnRanks.of(model)
     with open_data(
         str(data), ranks=on_ranks.ranks, class_names=class_names, templates=templates, name=name
     ) as opened:
         dataset, names = opened.dataset, opened.class_names
-        tree = dataset.manifest.hierarchy
+        tree = dataset.manifest.hierarchy if hierarchy else None
         _require_classes(dataset)
         if hierarchy and tree is None:
             raise ValueError(
                 f"--hierarchy: {opened.name} has no hierarchy of classes; pack it by unicl-pack "
                 "build --hierarchy FILE"
             )
-        above = tree.names if hierarchy and tree is not None else ()
-        every = (*names, *above)
+        every = (*names, *(tree.names if tree is not None else ()))
         rows = zero_shot_classifier(
-            on_ranks.model,
-            every,
-            templates=opened.templates,
-            progress=on_ranks.progress,
-            ranks=on_ranks.ranks,
-        )
+            on_ranks.model, every, templates=opened.templates,
+            progress=on_ranks.progress, ranks=on_ranks.ranks,
+        )  # fmt: skip
         number_of = {name: number for number, name in enumerate(every)}
         classifier, labels = rows[: len(names)], all_labels(dataset)
 
@@ -232,7 +215,7 @@ def zero_shot(
 
         def judge(features: Tensor) -> ZeroShotResult:
             levels = precision = None
-            if hierarchy and tree is not None:
+            if tree is not None:
                 levels = classify_at_levels(
                     features, classifier_of, labels=labels, class_names=names, hierarchy=tree
                 )
@@ -240,16 +223,13 @@ def zero_shot(
                 scores = features @ classifier.to(features).T
                 precision = average_precisions(scores, labels, names)
             size = on_ranks.batch_size
-            return ZeroShotResult(
-                name=opened.name,
-                metric=choose_metric(metric, str(data)),
-                classes=classify(
-                    features, classifier, labels=labels, class_names=names, batch_size=size
-                ),
-                num_templates=len(opened.templates),
-                num_quarantined=dataset.manifest.num_quarantined,
-                levels=levels,
-                precision=precision,
+            classes = classify(
+                features, classifier, labels=labels, class_names=names, batch_size=size
             )
+            return ZeroShotResult(
+                name=opened.name, metric=choose_metric(metric, str(data)), classes=classes,
+                levels=levels, precision=precision, num_templates=len(opened.templates),
+                num_quarantined=dataset.manifest.num_quarantined,
+            )  # fmt: skip
 
         return on_ranks.on_rank_0(judge, on_ranks.features(dataset), ZeroShotResult)
