@@ -117,7 +117,7 @@ def test_a_log_gets_a_line_once_if_the_work_takes_long(
 
     monkeypatch.setattr(line.threading, "Timer", Timer)
     with line.line("reading weights"):
-        assert timers[0].interval == 2.0
+        assert timers[0].interval == line._SOON
         assert capsys.readouterr().err == ""
         timers[0].function()
         assert capsys.readouterr().err == "reading weights ...\n"
