@@ -228,13 +228,14 @@ def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool
     """Checks size and header of decoded images; returns whether the manifest is consistent."""
     if manifest.pixels is None:
         return True
+    is_consistent = False
     with faults.catch(MANIFEST_NAME, "manifest"):
         layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
         found = find_pixel_fault(LocalFiles(folder), layout)
         if found is not None and isinstance(found[0], ValueError):  # a missing file is noted
             faults.add(PIXELS_NAME, "array", str(found[0]))
-        return True
-    return False
+        is_consistent = True
+    return is_consistent
 
 
 def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:
