@@ -233,9 +233,9 @@ def test_a_state_without_a_seal_is_damaged(checkpoint: Path) -> None:
         ({"checksums__../../x": "0"}, "checksums are of"),
         ({"scaler": {"scale": float("nan")}}, r"scaler's scale must be a number in \[0, inf\)"),
         ({"scaler": {"scale": -1.0}}, r"scaler's scale must be a number in \[0, inf\), not -1.0"),
-        ({"config__model__vocab_size": 2**23}, "not of the model that its config describes"),
-        ({"config__model__text_layers": 1000}, "not of the model that its config describes"),
-        ({"config__model__text_width": 65_536}, "not of the model that its config describes"),
+        ({"config__model__vocab_size": 2**23}, "not the model that its config describes"),
+        ({"config__model__text_layers": 1000}, "not the model that its config describes"),
+        ({"config__model__text_width": 65_536}, "not the model that its config describes"),
         (
             {"config__model__text_width": 10**9},
             "model.text_width must be .* in 1 to 65536",
@@ -248,9 +248,9 @@ def test_a_state_without_a_seal_is_damaged(checkpoint: Path) -> None:
         ),
         (
             {"config__model__image_encoder": "resnet50"},
-            "not of the model that its config describes",
+            "not the model that its config describes",
         ),
-        ({"config__model__vocab_size": 1}, "not those of the model that its config describes"),
+        ({"config__model__vocab_size": 1}, "do not fit the model that its config describes"),
         ({"config": []}, "config must be an object, not \\[\\]"),
     ],
 )

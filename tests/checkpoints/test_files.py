@@ -147,7 +147,7 @@ def test_one_that_could_not_be_written_is_not_the_best(
     trainer_in(tmp_path, images, RISING_AND_FALLING | {4: 0.45}).fit()
     assert kept(tmp_path) == [4, 6]
     assert "NO CHECKPOINT of step 2: no space left; training continues" in caplog.text
-    assert "step 2 is the best so far, and is not kept as that" in caplog.text
+    assert "step 2 is the best so far, but its checkpoint is not kept" in caplog.text
 
 
 def test_a_best_that_is_gone_or_damaged_is_said(images: torch.Tensor, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path:
             for name, expected in load_file(sound / file).items():
                 assert values[name].dtype == expected.dtype
                 assert torch.equal(values[name], expected), name
-    for number, message in [(1, f"{flipped} is damaged"), (2, "are not those of the model")]:
+    for number, message in [(1, f"{flipped} is damaged"), (2, "do not fit the model")]:
         texts = [found for found, _ in written[number]]
         assert message in texts[0]
         assert message in texts[1]

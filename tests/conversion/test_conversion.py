@@ -149,13 +149,13 @@ def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_pat
     config, weights = folder / "config.json", folder / "model.safetensors"
     values, contents = config.read_text(), weights.read_bytes()
     weights.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
-    with pytest.raises(ValueError, match="damaged or was exchanged"):
+    with pytest.raises(ValueError, match="damaged or was replaced"):
         load_encoders(folder)
     weights.write_bytes(contents)
     for old, new, message in (
         ('"unicl_fast": {', '"timm": {', "read by their own libraries"),
         ('"format_version": 2', '"format_version": 1', "format version 1"),
-        ('"text_width": 32', '"text_width": 64', "not of the model that its config describes"),
+        ('"text_width": 32', '"text_width": 64', "not the model that its config describes"),
         ("{", "", "is not JSON"),
     ):
         assert old in values
