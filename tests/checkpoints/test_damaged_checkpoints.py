@@ -236,20 +236,11 @@ def test_a_state_without_a_seal_is_damaged(checkpoint: Path) -> None:
         ({"config__model__vocab_size": 2**23}, "not the model that its config describes"),
         ({"config__model__text_layers": 1000}, "not the model that its config describes"),
         ({"config__model__text_width": 65_536}, "not the model that its config describes"),
-        (
-            {"config__model__text_width": 10**9},
-            "model.text_width must be .* in 1 to 65536",
-        ),
+        ({"config__model__text_width": 10**9}, "model.text_width must be .* in 1 to 65536"),
         ({"config__model__text_heads": 0}, "model.text_heads must be a whole number in 1"),
         ({"config__model__embed_dim": 2.5}, "config: model.embed_dim must be a whole number"),
-        (
-            {"config__data__image_size": 10**6},
-            "data.image_size must be .* in 1 to 8192",
-        ),
-        (
-            {"config__model__image_encoder": "resnet50"},
-            "not the model that its config describes",
-        ),
+        ({"config__data__image_size": 10**6}, "data.image_size must be .* in 1 to 8192"),
+        ({"config__model__image_encoder": "resnet50"}, "not the model that its config describes"),
         ({"config__model__vocab_size": 1}, "do not fit the model that its config describes"),
         ({"config": []}, "config must be an object, not \\[\\]"),
     ],

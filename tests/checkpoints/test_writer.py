@@ -1,10 +1,9 @@
-"""Checkpoints are written beside the training: what is copied when, and what waits for what."""
+"""Checkpoints are written while training continues: when tensors are copied, and who waits."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,8 @@ from unicl_fast.training.trainer import Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, *, steps: int = 6) -> Trainer:
-    return make_trainer(
-        tiny_config(steps=steps), StepLoader(images), run_folder=folder, progress=False
-    )
+    config = tiny_config(steps=steps)
+    return make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
 
 
 class SlowDisk:
@@ -33,8 +31,7 @@ class SlowDisk:
         self.may_write = threading.Event()
         self.asked = threading.Event()
         self.steps: list[int] = []
-        self.at_once = 0
-        self.most_at_once = 0
+        self.at_once = self.most_at_once = 0
 
     def write(self, folder: Path, *, step: int, **rest: object) -> Path:
         self.at_once += 1
@@ -64,8 +61,8 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
     average = trainer.optimizer.state[trainer.model.image_projection]["exp_avg"].clone()
     trainer.save(required=False)
     assert disk.asked.wait(60)
-    trainer.train_step(next(batches))
-    trainer.train_step(next(batches))
+    for _ in range(2):
+        trainer.train_step(next(batches))
     assert not list_checkpoints(tmp_path / "checkpoints")
     disk.may_write.set()
     finish_writing(trainer)
@@ -89,20 +86,13 @@ def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 4
 
 
-@contextmanager
-def written_later(disk: SlowDisk) -> Iterator[None]:
-    timer = threading.Timer(1.0, disk.may_write.set)
-    timer.start()
-    yield
-    timer.join()
-
-
 def test_an_interruption_waits_for_its_own(
     images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_in(tmp_path, images)
     monkeypatch.setattr("unicl_fast.distributed.signals.Interruption.has_come", lambda *_: True)
-    with written_later(disk), pytest.raises(Interrupted):
+    threading.Timer(1.0, disk.may_write.set).start()
+    with pytest.raises(Interrupted):
         trainer.fit()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 

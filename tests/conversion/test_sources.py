@@ -1,7 +1,8 @@
-"""Models of others by one name: loaded, trained and exported as they are, with nothing typed."""
+"""Models of other libraries by one name: loaded, trained and exported without more settings."""
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import timm
 import torch
 import transformers
+from damage import flip_a_byte
 from file_tokenizers import write_tokenizer
 from hub_server import ask_hub_at, serve_hub
 from open_clip_folders import SMALL_MODELS, different_images, draw_open_clip, write_folder
@@ -61,15 +63,13 @@ _GELU = {"hidden_act": "gelu"}
 
 
 def _clip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
-    return transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
-    )
+    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
+    return transformers.CLIPModel(config)
 
 
 def _siglip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
-    return transformers.SiglipModel(
-        transformers.SiglipConfig(text_config=text, vision_config=image)
-    )
+    config = transformers.SiglipConfig(text_config=text, vision_config=image)
+    return transformers.SiglipModel(config)
 
 
 def _dual(image: transformers.PretrainedConfig, given: dict[str, Any] = _TEXT) -> torch.nn.Module:
@@ -86,26 +86,24 @@ def _of_timm(name: str = "test_vit", *, width: int = 64) -> transformers.Pretrai
 
 _OF_SIGLIP = _TEXT | {"hidden_size": 32, "vocab_size": 300, "max_position_embeddings": 16}
 _OF_SIGLIP |= {"eos_token_id": 1, "bos_token_id": 2}
+_VIT = "unicl_vit_{}_patch8_w32_d2_h2_m70_{}_32"
 SMALL: dict[str, tuple[Callable[[], torch.nn.Module], str, str]] = {
-    "CLIP": (
-        lambda: _clip(_TEXT, _IMAGE),
-        *("unicl_vit_clip_patch8_w32_d2_h2_m70_quick_gelu_32", "clip"),
-    ),
+    "CLIP": (lambda: _clip(_TEXT, _IMAGE), _VIT.format("clip", "quick_gelu"), "clip"),
     "CLIP of LAION": (
         lambda: _clip(_TEXT | _GELU | {"eos_token_id": 2}, _IMAGE | _GELU),
-        *("unicl_vit_clip_patch8_w32_d2_h2_m70_gelu_32", "clip"),
+        *(_VIT.format("clip", "gelu"), "clip"),
     ),
     "SigLIP": (
         lambda: _siglip(_OF_SIGLIP, _IMAGE),
-        *("unicl_vit_siglip_patch8_w32_d2_h2_m70_gelu_tanh_32", "siglip"),
+        *(_VIT.format("siglip", "gelu_tanh"), "siglip"),
     ),
     "dual of CLIP": (
         lambda: _dual(transformers.CLIPVisionConfig(**_IMAGE)),
-        *("unicl_vit_clip_patch8_w32_d2_h2_m70_quick_gelu_32", "clip"),
+        *(_VIT.format("clip", "quick_gelu"), "clip"),
     ),
     "dual of timm": (lambda: _dual(_of_timm()), "test_vit", "vision-text-dual-encoder"),
 }
-"""A model of transformers, its image encoder here, and the layout that it is exported in."""
+"""A model of transformers, its image encoder here, and the layout of its export."""
 REAL: dict[str, Callable[[], torch.nn.Module]] = {
     "clip-vit-base-patch32": lambda: _clip({}, {}),
     "CLIP-ViT-B-16-laion2B": lambda: _clip(_GELU, _GELU | {"patch_size": 16}),
@@ -198,9 +196,8 @@ def test_a_model_of_transformers_in_its_real_size(
     back = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert difference(ours, back) < 1e-5
     del ours, back
-    train_one_step(
-        config_by_name(tmp_path / "theirs"), real_images(shared_data, 3), tmp_path / "run"
-    )
+    config = config_by_name(tmp_path / "theirs")
+    train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -256,9 +253,7 @@ def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model_cfg = SMALL_MODELS["quickgelu"]
-    monkeypatch.setattr(
-        "open_clip.get_model_config", lambda name: json.loads(json.dumps(model_cfg))
-    )
+    monkeypatch.setattr("open_clip.get_model_config", lambda name: copy.deepcopy(model_cfg))
     model = load_encoders("open-clip:small")
     assert model.config.model.text_activation == "quick_gelu"
     assert model.config.model.embed_dim == 24
@@ -268,41 +263,39 @@ def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
     assert all(torch.equal(one, fresh[name]) for name, one in started(config).state_dict().items())
 
 
-def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
-    torch.manual_seed(2)
-    theirs = timm.create_model("test_vit", num_classes=10).eval()
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    described = {"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 160, 160]}}
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    model = load_encoders(tmp_path)
-    assert model.text_encoder is None
-    images = different_images(160)
-    theirs.reset_classifier(0)
-    with torch.inference_mode():
-        expected = F.normalize(theirs(images), dim=-1)
-        torch.testing.assert_close(model.encode_image(images), expected)
-    with pytest.raises(ValueError, match=r"does not say which of timm's models"):
-        load_encoders(f"timm-file:{tmp_path / 'model.safetensors'}")
-
-
 def _timm_folder(
-    folder: Path, architecture: str, tensors: dict[str, torch.Tensor], **values: Any
+    folder: Path, architecture: str, tensors: dict[str, torch.Tensor], size: int = 32, **more: Any
 ) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    described = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 32, 32]}}
-    (folder / "config.json").write_text(json.dumps(described | values))
+    described = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, size, size]}}
+    (folder / "config.json").write_text(json.dumps(described | more))
     return folder
 
 
-def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> None:
+@torch.inference_mode()
+def _assert_timm_s_features(model: UniCL, theirs: torch.nn.Module, size: int) -> None:
+    expected = F.normalize(theirs(different_images(size)), dim=-1)
+    torch.testing.assert_close(model.encode_image(different_images(size)), expected)
+
+
+def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    theirs = timm.create_model("test_vit", num_classes=10).eval()
+    folder = _timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), size=160)
+    model = load_encoders(folder)
+    assert model.text_encoder is None
+    theirs.reset_classifier(0)
+    _assert_timm_s_features(model, theirs, 160)
+    with pytest.raises(ValueError, match=r"does not name its timm model"):
+        load_encoders(f"timm-file:{folder / 'model.safetensors'}")
+
+
+def test_arguments_of_a_model_of_timm_are_used_or_refused(tmp_path: Path) -> None:
     theirs = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
     values: dict[str, Any] = {"model_args": {"img_size": 96}}
     model = load_encoders(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
-    images = different_images(96)
-    with torch.inference_mode():
-        expected = F.normalize(theirs(images), dim=-1)
-        torch.testing.assert_close(model.encode_image(images), expected)
+    _assert_timm_s_features(model, theirs, 96)
     tensors = timm.create_model("test_resnet", num_classes=0).state_dict()
     values = {"model_args": {"global_pool": "max"}}
     folder = _timm_folder(tmp_path / "resnet", "test_resnet", tensors, **values)
@@ -334,16 +327,16 @@ def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: P
         ({"model_type": "siglip2"}, "no model of model_type 'siglip2': known are clip, siglip"),
         ({"text_config": {"hidden_size": 65_536}}, "of .* numbers, and .* copy or convert it"),
         ({"text_config": {"hidden_act": "relu"}}, "text_config hidden_act='relu'"),
-        ({"text_config": {"hidden_size": "wide"}}, "no model that the library of its layout"),
+        ({"text_config": {"hidden_size": "wide"}}, "not a model that the library of its layout"),
         ({"text_config": {"eos_token_id": 7}}, "text_config eos_token_id=7, vocab_size=49408"),
         ({"vision_config": {"layer_norm_eps": 0.1}}, "vision_config layer_norm_eps=0.1"),
-        ({"model_type": ["bert"]}, "no model of model_type|no model that the library"),
-        ({"vision_config": 5}, "no model that the library of its layout"),
+        ({"model_type": ["bert"]}, "no model of model_type|not a model that the library"),
+        ({"vision_config": 5}, "not a model that the library of its layout"),
         ({"vision_config": {"num_hidden_layers": 10**6}}, "no ViT has .*depth=1000000"),
         ({"vision_config": {"num_attention_heads": 0}}, "no ViT has .*heads=0"),
         ({"vision_config": {"patch_size": 0}}, "no ViT has .*patch_size=0"),
         ({"vision_config": {"patch_size": [8, 8]}}, r"no ViT has .*patch_size=\[8, 8\]"),
-        ({"vision_config": {"image_size": [32, 64]}}, "ours takes square images, not .*32, 64"),
+        ({"vision_config": {"image_size": [32, 64]}}, "ours needs square images, not .*32, 64"),
     ],
     ids=str,
 )
@@ -373,16 +366,14 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
         load_encoders(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    # numbers of a byte are weights as they are; too large ones are none
-    for kind, largest in ((torch.float8_e4m3fn, 1), (torch.float64, 1e300)):
-        others = {name: tensor.to(kind) for name, tensor in tensors.items()}
-        others["text_model.final_layer_norm.bias"][0] = largest
-        save_file(others, tmp_path / "model.safetensors")
-        if largest == 1:
-            assert 0 < difference(load_encoders(tmp_path), theirs) < 0.2
-            continue
-        with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
-            load_encoders(tmp_path)
+    bytes_ = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(bytes_, tmp_path / "model.safetensors")
+    assert 0 < difference(load_encoders(tmp_path), theirs) < 0.2
+    too_large = {name: tensor.double() for name, tensor in tensors.items()}
+    too_large["text_model.final_layer_norm.bias"][0] = 1e300
+    save_file(too_large, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
+        load_encoders(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights: expected one of model.safet"):
         load_encoders(tmp_path)
@@ -404,10 +395,7 @@ def test_weights_in_several_files_are_read_through_their_index(
     assert difference(load_encoders(tmp_path), theirs) < 1e-5
     assert config_by_name(tmp_path).model.embed_dim == 24
     before = weights_checksum(tmp_path)
-    last = sorted(tmp_path.glob("model-*-of-*.safetensors"))[-1]
-    content = bytearray(last.read_bytes())
-    content[-1] ^= 1
-    last.write_bytes(content)
+    flip_a_byte(sorted(tmp_path.glob("model-*-of-*.safetensors"))[-1])
     assert weights_checksum(tmp_path) != before
     values = json.loads((tmp_path / "config.json").read_text())
     values["text_config"]["hidden_size"] = 65_536
@@ -506,7 +494,7 @@ def test_a_repository_of_transformers_is_downloaded_once(
     ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
     assert find_source("hf-hub:them/siglip").data == default
     assert "has none of preprocessor_config.json" in caplog.text
-    assert "the settings of models without that file are taken" in caplog.text
+    assert "using the defaults of models without that file" in caplog.text
     assert find_own("hf-hub:them/siglip") is None
     write_tokenizer(tmp_path / "us")
     (tmp_path / "hub" / "us").mkdir()
@@ -545,16 +533,10 @@ def test_the_programs_take_a_model_of_others_as_it_is(
     assert 0 < (after - before).abs().max() < 1e-2
 
 
-def _write_siglip(folder: Path, *, unused: int = 0) -> Path:
-    """A small SigLIP in its folder, without its tokenizer."""
-    text = _OF_SIGLIP | {"vocab_size": 300 + unused}
-    write_transformers(lambda: _siglip(text, _IMAGE), folder)
-    return folder
-
-
 @pytest.mark.dali
 def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Path) -> None:
-    like_siglip = _write_siglip(tmp_path / "siglip")
+    like_siglip = tmp_path / "siglip"
+    write_transformers(SMALL["SigLIP"][0], like_siglip)
     train = ("--data.train", data / "captions", "--out", tmp_path / "x")
     for program, *given in (
         (evaluate, "zero-shot", "--checkpoint", like_siglip, "--data", data / "labels"),
@@ -570,7 +552,8 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Pa
 def test_a_tokenizer_goes_through_training_evaluation_and_export(
     unused: int, data: Path, tmp_path: Path
 ) -> None:
-    like_siglip = _write_siglip(tmp_path / "siglip", unused=unused)
+    like_siglip, text = tmp_path / "siglip", _OF_SIGLIP | {"vocab_size": 300 + unused}
+    write_transformers(lambda: _siglip(text, _IMAGE), like_siglip)
     write_tokenizer(like_siglip, unused=unused)
     captions, out = tmp_path / "captions", tmp_path / "run"
     shutil.copytree(data / "captions", captions)
@@ -582,7 +565,6 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
     tokenizer = FileTokenizer(f"{like_siglip}{CANONICAL}", 16)
     stored = read_state(find_checkpoint(out)).data["vocabulary_hash"]
     assert stored[0] == tokenizer.vocabulary_hash
-    texts: list[str] = []
     with PackedDataset(captions) as dataset:
         reader = SampleReader(dataset)
         texts = [one for number in range(len(dataset))
@@ -651,7 +633,7 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
 def test_token_rows_that_others_made_up_are_made_anew(
     fault: str, data: Path, tmp_path: Path
 ) -> None:
-    """Who publishes a data set can lay a folder beside it, with checksums that are right."""
+    """Somebody can publish a data set with a folder of tokens whose checksums are right."""
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
     shutil.copytree(data / "captions", tmp_path / "captions")
 
@@ -676,9 +658,8 @@ def test_token_rows_that_others_made_up_are_made_anew(
         with (folder / f"{name}.npy").open("wb") as file:
             file.write(npy_header(array.dtype, array.shape))
             file.write(array.tobytes())
-    sums = [
-        (f"{name}.npy", file_checksum(folder / f"{name}.npy")) for name in ("captions", "tokens")
-    ]
+    names = "captions.npy", "tokens.npy"
+    sums = [(name, file_checksum(folder / name)) for name in names]
     (folder / CHECKSUMS_NAME).write_text(format_checksums(sums))
     assert rows() == expected
 
@@ -735,13 +716,13 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
     half = adapted(base, "--optim.lora", "image:2", "--optim.freeze", "text")
     with pytest.raises(RuntimeError, match="features of the converted model differ"):
         write_adapter(half, folder, base=str(other))
-    with pytest.raises(ValueError, match="has no adapters, which a run with optim.lora has"):
+    with pytest.raises(ValueError, match="has no adapters: it is not a run with optim.lora"):
         load_adapted(base)
     assert not folder.exists()
     peft.LoraConfig(target_modules=["fc1"]).save_pretrained(str(folder))
     save_file({"base_model.model.no.lora_A.weight": torch.ones(1, 1)},
               folder / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(ValueError, match=r"^\S*config.json names no model: write the place"):
+    with pytest.raises(ValueError, match=r"^\S*config.json names no model: set base_model"):
         load_encoders(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
@@ -752,8 +733,8 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
         ({"alora_invocation_tokens": [5]}, "peft_type LORA alora_invocation_tokens are not read"),
         ({"of_the_future": 1}, "peft_type LORA of_the_future are not read"),
         ({"peft_type": None}, "adapters with peft_type None are not read"),
-        ({"base_model_name_or_path": str(folder)}, "adapter is of another folder of adapters"),
-        ({}, "is no model that the library of its layout could have written"),
+        ({"base_model_name_or_path": str(folder)}, "adapter is for another folder of adapters"),
+        ({}, "is not a model that the library of its layout could have written"),
     ):
         text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
         (folder / "adapter_config.json").write_text(text)

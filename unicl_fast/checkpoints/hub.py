@@ -91,9 +91,7 @@ def download_export(repository: str) -> Path:
     """
     config = download(repository, [CONFIG_FILE])
     values = read_json(config)
-    if (
-        not isinstance(values, dict) or "library_name" not in values
-    ):  # transformers' configs lack it
+    if not isinstance(values, dict) or "library_name" not in values:  # transformers has none
         raise ValueError(
             f"hf-hub:{repository} is not a model of unicl_fast, open_clip, timm or transformers: "
             f"its {CONFIG_FILE} names no architecture, model_type or library"

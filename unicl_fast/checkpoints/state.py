@@ -38,11 +38,7 @@ _GROUP_STEP = "group_step"
 
 
 def collect_tensors(
-    *,
-    model: UniCL,
-    ema: ModelEmaV3 | None,
-    optimizer: torch.optim.Optimizer,
-    ranks: Ranks = _ALONE,
+    *, model: UniCL, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, ranks: Ranks = _ALONE
 ) -> dict[str, dict[str, Tensor]]:
     """Collects the tensors of each file of a checkpoint, without copying them.
 
