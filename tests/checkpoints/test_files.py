@@ -1,4 +1,4 @@
-"""The best checkpoint stays: whatever the cadence, however many follow, after resuming too."""
+"""The best checkpoint stays at any cadence, however many follow, and after resuming."""
 
 from __future__ import annotations
 

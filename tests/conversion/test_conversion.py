@@ -1,4 +1,4 @@
-"""Models in the formats of others give equal features there, at any batch size."""
+"""Converted models give equal features in other libraries, at any batch size."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_timm_gives_equal_features_and_the_same_preprocessing(
 
 
 def test_timm_rounds_the_crop_to_the_size_that_was_meant() -> None:
-    """It scales to floor(size / crop_pct), which a quotient of floats may miss by one."""
+    """It scales to floor(size / crop_pct), which a quotient of floats can miss by one."""
     for size, resize in [(224, 256), (28, 32), (28, 28), (288, 299), (147, 299), (9, 1009)]:
         config = small_config().changed(data={"image_size": size, "evaluation_resize": resize})
         fraction = preprocessing.for_timm(config.data)["crop_pct"]
@@ -227,7 +227,7 @@ def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
     nothing = torch.full((2, 3), float("nan"))
     with pytest.raises(RuntimeError, match="differ from ours by nan"):
-        require_equal(torch.ones(2, 3), nothing, what="image features")
+        require_equal(torch.ones(2, 3), nothing, name="image features")
 
 
 def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:

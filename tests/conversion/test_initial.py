@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from hub_server import COMMIT, Hub, ask_hub_at, serve_hub
+from hub_server import COMMIT, Hub, ask_hub_at, hub_of
 from open_clip_folders import (
     LIKE_SIGLIP,
     SMALL_MODELS,
@@ -254,7 +254,7 @@ def test_an_objective_without_texts_takes_what_it_has(
 
 
 def write_timm_file(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of timm's own of a model with a classifier."""
+    """Weights of timm's own, of a model with a classifier."""
     torch.manual_seed(2)
     tensors = timm.create_model("test_vit", num_classes=10).state_dict()
     if path.suffix == ".safetensors":
@@ -404,8 +404,7 @@ def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def hub(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve_hub(repositories) as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(repositories, monkeypatch, cache=tmp_path / "cache") as hub:
         yield hub
 
 

@@ -1,4 +1,4 @@
-"""microsoft/UniCL's files: features against a plain forward pass, both ways, what is refused."""
+"""microsoft/UniCL's files: features against a plain forward pass, both ways, and refusals."""
 
 from __future__ import annotations
 
@@ -72,11 +72,19 @@ def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_features_equal_a_plain_forward_pass(model: UniCL, entries: dict[str, Tensor]) -> None:
+def test_features_and_settings_of_a_released_model(
+    model: UniCL, entries: dict[str, Tensor]
+) -> None:
     assert len(entries) == 339
     assert num_parameters(model) == 91_340_667
     assert_features_of(model, entries)
     assert model.logit_scale.item() == pytest.approx(4.7)
+    with torch.no_grad():
+        model.config.objective.limit(model.learnt)
+    assert model.logit_scale.item() == pytest.approx(4.7)
+    data = model.config.data
+    assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
+    assert data.mean == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.slow
@@ -85,15 +93,6 @@ def test_a_file_is_a_source_by_its_name(entries: dict[str, Tensor], tmp_path: Pa
     found = load_encoders(f"official:{tmp_path / 'some.pth'}")
     assert found.config.data.mean == IMAGENET_MEAN
     assert_equal(found.state_dict(), model_of(entries, source=FILE).state_dict())
-
-
-def test_images_are_prepared_as_the_released_models_want_them(model: UniCL) -> None:
-    data = model.config.data
-    assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
-    assert data.mean == (0.485, 0.456, 0.406)
-    with torch.no_grad():
-        model.config.objective.limit(model.learnt)
-    assert model.logit_scale.item() == pytest.approx(4.7)
 
 
 def test_back_again_they_are_the_same_bits_under_their_present_names(

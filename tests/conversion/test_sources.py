@@ -19,7 +19,7 @@ import torch
 import transformers
 from damage import flip_a_byte
 from file_tokenizers import write_tokenizer
-from hub_server import ask_hub_at, serve_hub
+from hub_server import ask_hub_at, hub_of
 from open_clip_folders import SMALL_MODELS, different_images, draw_open_clip, write_folder
 from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
@@ -340,14 +340,14 @@ def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: P
     ],
     ids=str,
 )
-def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_taken(
+def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_allocated(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_transformers(SMALL["CLIP"][0], tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     for name, value in change.items():
         values[name] = values[name] | value if isinstance(value, dict) else value
-    # code of a repository is never run, whatever it says
+    # code of a repository is never run
     values["auto_map"] = {"AutoModel": "modeling_theirs.Model"}
     (tmp_path / "modeling_theirs.py").write_text("raise SystemExit('run')")
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -427,12 +427,9 @@ def test_an_index_that_is_wrong_is_refused_before_weights_are_read(
     values = json.loads(index.read_text())
     listed = values["weight_map"]
     first, *_, last = listed
-    if "file" in change:
-        listed[first] = change["file"]
+    listed[first] = change.get("file", listed[last] if "moved" in change else listed[first])
     if "tensor" in change:
         listed[change["tensor"]] = listed[first]
-    if "moved" in change:
-        listed[first] = listed[last]
     if "twice" in change:
         other = next(name for name in listed.values() if name != listed["logit_scale"])
         tensors = load_file(tmp_path / other) | {"logit_scale": torch.zeros(())}
@@ -449,15 +446,15 @@ def test_a_repository_of_transformers_in_several_files(
 ) -> None:
     folder = tmp_path / "hub" / "them" / "clip"
     theirs = _in_shards(folder)
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
         assert difference(load_encoders("hf-hub:them/clip"), theirs) < 1e-5
-    with serve_hub(tmp_path / "hub") as hub:
-        lost = sorted(folder.glob("model-*-of-*.safetensors"))[-1]
-        lost.unlink()
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache2")
-        with pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"):
-            load_encoders("hf-hub:them/clip")
+    lost = sorted(folder.glob("model-*-of-*.safetensors"))[-1]
+    lost.unlink()
+    with (
+        hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache2"),
+        pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"),
+    ):
+        load_encoders("hf-hub:them/clip")
 
 
 def test_a_repository_of_transformers_is_downloaded_once(
@@ -467,8 +464,7 @@ def test_a_repository_of_transformers_is_downloaded_once(
     images = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": {"height": 32, "width": 32}}
     preprocessor = tmp_path / "hub" / "them" / "siglip" / "preprocessor_config.json"
     preprocessor.write_text(json.dumps(images))
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache") as hub:
         config = config_by_name("hf-hub:them/siglip")
         ours = load_encoders("hf-hub:them/siglip")
         write_export(ours, tmp_path / "us")
@@ -479,10 +475,9 @@ def test_a_repository_of_transformers_is_downloaded_once(
     assert (data.interpolation, data.evaluation_resize) == ("bilinear", "squash")
     downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
     assert len(downloads) == len(set(downloads)) == 3
-    # without a network, what the hub was not asked for is not known
-    with serve_hub(tmp_path / "hub") as hub:
-        preprocessor.unlink()
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "without")
+    # without a network, files that were not downloaded are unknown
+    preprocessor.unlink()
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "without"):
         default = find_source("hf-hub:them/siglip").data
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
     for cache, expected in (("cache", data.mean), ("without", default["mean"])):
@@ -499,15 +494,14 @@ def test_a_repository_of_transformers_is_downloaded_once(
     write_tokenizer(tmp_path / "us")
     (tmp_path / "hub" / "us").mkdir()
     (tmp_path / "us").rename(tmp_path / "hub" / "us" / "siglip")
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
         exported = load_for_use("hf-hub:us/siglip", device="cpu")
     assert exported.embed_texts(["a dog"]).shape == (1, 32)
     assert find_source(str(preprocessor.parent)).file == preprocessor.with_name("model.safetensors")
 
 
 @pytest.mark.dali
-def test_the_programs_take_a_model_of_others_as_it_is(
+def test_the_programs_accept_a_model_of_another_library(
     like_clip: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result, out = tmp_path / "result.json", tmp_path / "run"
@@ -600,15 +594,12 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
     shutil.rmtree(like_siglip)
     ours = load_for_use(moved, device="cpu")
     theirs = transformers.AutoModel.from_pretrained(moved).eval()
-    tokens = transformers.AutoTokenizer.from_pretrained(moved)(
-        ["a photo of a dog"], padding="max_length", max_length=16, return_tensors="pt"
-    )
-    with torch.inference_mode():
-        # as SigLIP's processor does it, without a mask of padding
+    padded = {"padding": "max_length", "max_length": 16, "return_tensors": "pt"}
+    tokens = transformers.AutoTokenizer.from_pretrained(moved)(["a photo of a dog"], **padded)
+    with torch.inference_mode():  # as SigLIP's processor, without a mask of padding
         expected = theirs.get_text_features(input_ids=tokens.input_ids).pooler_output
-    expected = F.normalize(expected, dim=-1)
     found = torch.from_numpy(ours.embed_texts(["A photo of a DOG!"]))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -795,6 +786,5 @@ def test_a_folder_or_repository_that_peft_wrote_is_a_model(
     described = json.loads((folder / "adapter_config.json").read_text())
     described |= {"base_model_name_or_path": "them/clip", "revision": "main"}
     (folder / "adapter_config.json").write_text(json.dumps(described))
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
         assert difference(load_encoders("hf-hub:them/adapter"), theirs) < 1e-5

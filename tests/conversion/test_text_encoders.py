@@ -120,7 +120,7 @@ _REAL: dict[str, dict[str, Any]] = {
     "roberta": {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
     "xlm-roberta": {"vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1},
 }
-"""The published base models, by what differs from transformers' defaults."""
+"""The published base models, by their differences from transformers' defaults."""
 
 
 @pytest.mark.slow
@@ -301,9 +301,9 @@ def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
 def test_without_transformers_5_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(text_pool="bert:mean", text_activation="gelu")
     for found in (None, "4.57.1"):
-        where = "unicl_fast.models.transformers_text"
-        monkeypatch.setattr(f"{where}.find_spec", lambda _, found=found: found)
-        monkeypatch.setattr(f"{where}.version", lambda _, found=found: found)
+        for name in ("find_spec", "version"):
+            room = "unicl_fast.models.transformers_text"
+            monkeypatch.setattr(f"{room}.{name}", lambda _, found=found: found)
         with pytest.raises(ValueError, match=r"which (none|4.57.1) is .*pip install 'trans"):
             build_text_encoder(config)
 

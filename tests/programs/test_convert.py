@@ -1,4 +1,4 @@
-"""`unicl-convert` as a user calls it: what it says, what it refuses, and that others run on it."""
+"""`unicl-convert` as a user calls it: output, refusals, and programs that read its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import official_forward
 import pytest
 import torch
-from hub_server import Hub, ask_hub_at, serve_hub
+from hub_server import Hub, ask_hub_at, hub_of
 from huggingface_hub import ModelCard
 from program_runs import call, refusal_of
 from small_models import write_run
@@ -111,8 +111,7 @@ def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     (tmp_path / "hub" / "us" / "old").mkdir(parents=True)
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache") as hub:
         yield hub
 
 

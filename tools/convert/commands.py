@@ -214,7 +214,7 @@ class ToHub(ModelConversion):
 
     transformers.AutoModel loads it without this package if the encoders are timm's or CLIP's. The
     card lists the run's data sets (names of folders, counts, licenses) and the figures, with
-    intervals, of all evaluations of these weights whose --json is in the run's folder. OUT contains
+    intervals, of all evaluations of these weights with a --json file in the run's folder. OUT has
     no path of this machine. unicl-eval, unicl-pretrain --init and unicl_fast.load_model read it, or
     hf-hub:OWNER/NAME once it is published.
 

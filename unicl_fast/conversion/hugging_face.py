@@ -286,7 +286,7 @@ def _vit_of(encoder: Any, kind: str) -> ViT | None:
 
 
 def _parts(encoder: Any) -> tuple[object, ...]:
-    """Decides, with the sizes of a ViT, its features."""
+    """The parts that decide a ViT's features, besides its sizes."""
     norms = {module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)}
     shapes = {name: parameter.shape for name, parameter in encoder.named_parameters()}
     return encoder.global_pool, norms, shapes

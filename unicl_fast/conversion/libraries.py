@@ -82,7 +82,7 @@ def write_timm(model: UniCL, folder: Path) -> float:
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(weights), **arguments)
         images = sample_images(model)
         expected, found = model.image_encoder(images), theirs.eval()(images)
-        return require_equal(expected, found, what="image features")
+        return require_equal(expected, found, name="image features")
 
 
 def timm_arguments(model: UniCL) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def timm_arguments(model: UniCL) -> dict[str, Any]:
 class Tower(nn.Module):
     """Encodes normalised images [b 3 h w], or token rows [b l], as unit-norm features [b d].
 
-    Exporters take modules of one input and one output.
+    Exporters need modules of one input and one output.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) ->
             for size in (1, len(inputs), _OTHER_SIZE):
                 rows = torch.arange(size) % len(inputs)
                 found = run(inputs[rows])
-                differences.append(require_equal(features[rows], found, what=f"{name}_features"))
+                differences.append(require_equal(features[rows], found, name=f"{name}_features"))
         described = preprocessing.in_words(model.config.data, model.config.model)
         logits = {name: one.item() for name, one in model.learnt.items() if one.ndim == 0}
         write_json(aside / "preprocessing.json", described | logits)

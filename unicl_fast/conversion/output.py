@@ -110,25 +110,25 @@ def require_equal_features(model: UniCL, image_features: Tensor, text_features: 
     images = model.encode_image(sample_images(model))
     texts = model.encode_text(sample_tokens(model))
     return max(
-        require_equal(images, image_features, what="image features"),
-        require_equal(texts, text_features, what="text features"),
+        require_equal(images, image_features, name="image features"),
+        require_equal(texts, text_features, name="text features"),
     )
 
 
-def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
+def require_equal(expected: Tensor, found: Tensor, *, name: str) -> float:
     """Returns the largest difference between coordinates of ours and theirs [n d], of unit norm.
 
     Raises RuntimeError if shapes differ, or values by more than `TOLERANCE`.
     """
     if expected.shape != found.shape:
         raise RuntimeError(
-            f"{what} of the converted model have shape {list(found.shape)}, ours have "
+            f"{name} of the converted model have shape {list(found.shape)}, ours have "
             f"{list(expected.shape)}: nothing was written; please report this"
         )
     difference = (F.normalize(expected, dim=-1) - F.normalize(found, dim=-1)).abs().max().item()
     if not difference <= TOLERANCE:  # also refuses NaN
         raise RuntimeError(
-            f"{what} of the converted model differ from ours by {difference:.1e}, more than "
+            f"{name} of the converted model differ from ours by {difference:.1e}, more than "
             f"{TOLERANCE:.0e}: nothing was written; please report this with the model's config and "
             "the versions of the libraries"
         )
