@@ -216,7 +216,7 @@ def test_both_sides_start_from_a_model_by_name(packed: dict[str, Path], tmp_path
         model={"image_encoder": "test_vit", "text_norm_eps": 1e-6},
         data={"image_size": 160, "evaluation_resize": 160},
     )
-    write_export(build_model(config), tmp_path / "start")
+    write_export(build_model(config).eval(), tmp_path / "start")
     unicl_bench.main(
         [
             "race",

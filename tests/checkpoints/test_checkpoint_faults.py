@@ -1,4 +1,4 @@
-"""Checkpoints when disks and files fail: what is sound is found, what is there is not harmed."""
+"""Checkpoints when disks and files fail: sound ones are found, and none is harmed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from damage import limited_files
+from damage import flip_a_byte, limited_files
 from small_runs import finish_writing, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch
@@ -46,12 +47,6 @@ def full_disk() -> contextlib.AbstractContextManager[None]:
     return limited_files(10_000)
 
 
-def flip_a_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_skipped_and_named(
@@ -72,7 +67,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
     assert newest.name in caplog.text
 
 
-def test_where_all_are_damaged_nothing_is_started_anew(run_folder: Path) -> None:
+def test_if_all_are_damaged_nothing_is_started_anew(run_folder: Path) -> None:
     for checkpoint in list_checkpoints(run_folder / "checkpoints"):
         flip_a_byte(checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match="all 3 checkpoints"):
@@ -170,28 +165,22 @@ def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder: P
     set_later_checkpoints_aside(checkpoints, step=6)
     assert read_state(checkpoints / "step-00000006") == before
     write_checkpoint(checkpoints, step=6, files=tensors, state={"run_id": "a"})
-    assert sorted(path.name for path in (checkpoints / "step-00000006").iterdir()) == [
-        "model.safetensors",
-        "state.json",
-    ]
+    names = sorted(path.name for path in (checkpoints / "step-00000006").iterdir())
+    assert names == ["model.safetensors", "state.json"]
     assert not list(checkpoints.glob(".*"))
 
 
 def test_a_checkpoint_is_read_for_its_checksums_once(
     images: torch.Tensor, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-
-    def checksum(path: Path) -> str:
-        read.append(path.name)
-        return file_checksum(path)
-
+    checksum = Mock(wraps=file_checksum)
     monkeypatch.setattr("unicl_fast.checkpoints.load.file_checksum", checksum)
     found = find_sound_checkpoint(run_folder)
     assert found is not None
     trainer = trainer_of(images, tiny_config(), run_folder)
     trainer.resume(found)
-    assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
+    names = sorted(call.args[0].name for call in checksum.call_args_list)
+    assert names == ["model.safetensors", "optimizer.safetensors"]
     written = (found / "model.safetensors").stat()
     flip_a_byte(found / "model.safetensors")
     os.utime(found / "model.safetensors", ns=(written.st_atime_ns, written.st_mtime_ns))

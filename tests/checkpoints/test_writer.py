@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training: what is copied when, and what waits for what."""
+"""Checkpoints are written while training continues: when tensors are copied, and who waits."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class SlowDisk:
         self.may_write = threading.Event()
         self.asked = threading.Event()
         self.steps: list[int] = []
-        self.at_once = 0
-        self.most_at_once = 0
+        self.at_once = self.most_at_once = 0
 
     def write_when_awaited(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Writes as soon as somebody waits for the thread that writes."""
@@ -66,8 +65,8 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
     average = trainer.optimizer.state[trainer.model.image_projection]["exp_avg"].clone()
     trainer.save(required=False)
     assert disk.asked.wait(60)
-    trainer.train_step(next(batches))
-    trainer.train_step(next(batches))
+    for _ in range(2):
+        trainer.train_step(next(batches))
     assert not list_checkpoints(tmp_path / "checkpoints")
     disk.may_write.set()
     finish_writing(trainer)

@@ -1,4 +1,4 @@
-"""Models that start from weights that are there: open_clip's, timm's and our own."""
+"""Runs that start from existing weights: open_clip's, timm's and our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from hub_server import COMMIT, Hub, ask_hub_at, serve_hub
+from hub_server import COMMIT, Hub, ask_hub_at, hub_of
 from open_clip_folders import (
     LIKE_SIGLIP,
     SMALL_MODELS,
@@ -34,7 +34,7 @@ from small_runs import tiny_config
 from source_runs import started
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
-from unicl_fast import build_model
+from unicl_fast import UniCL, build_model
 from unicl_fast.checkpoints.hub import NotOnHubError, download
 from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.export import write_export
@@ -58,18 +58,21 @@ def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
 
 
-def tokens_for(config: TrainConfig) -> torch.Tensor:
-    """Tokens of CLIP, as far as they are in the vocabulary."""
-    tokens = Tokenizer(config.model.context_length)(TEXTS)
-    return tokens.clamp(max=config.model.vocab_size - 1)
-
-
-def inputs(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return {"images": different_images(config.data.image_size), "tokens": tokens_for(config)}
+def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
+    """The largest difference from features of open_clip, with CLIP's tokens in the vocabulary."""
+    images, config = different_images(ours.config.data.image_size), ours.config.model
+    tokens = Tokenizer(config.context_length)(TEXTS).clamp(max=config.vocab_size - 1)
+    return max(largest_difference(ours, theirs, images=images, tokens=tokens))
 
 
 def with_model(config: TrainConfig, **settings: object) -> TrainConfig:
     return config.changed(model={**settings})
+
+
+def goes_back(ours: UniCL, folder: Path) -> torch.nn.Module:
+    """The model that open_clip loads from a folder that is written for it."""
+    write_open_clip(ours, folder)
+    return open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
 
 
 @pytest.mark.parametrize("kind", SMALL_MODELS)
@@ -78,11 +81,9 @@ def test_features_are_open_clip_s_and_go_back_to_it(kind: str, tmp_path: Path) -
     theirs = draw_open_clip(model_cfg)
     config = config_for(write_folder(theirs, model_cfg, tmp_path / "theirs"))
     ours = started(config)
-    assert max(largest_difference(ours, theirs, **inputs(config))) < 1e-5
+    assert difference(ours, theirs) < 1e-5
     torch.testing.assert_close(ours.logit_scale, theirs.logit_scale)
-    write_open_clip(ours, tmp_path / "back")
-    back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
-    assert max(largest_difference(ours, back.eval(), **inputs(config))) < 1e-5
+    assert difference(ours, goes_back(ours, tmp_path / "back")) < 1e-5
 
 
 def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_path: Path) -> None:
@@ -92,9 +93,7 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
     config = config_for(write_folder(theirs, LIKE_SIGLIP, tmp_path / "theirs"))
     ours = started(dataclasses.replace(config, objective=make_objective("sigmoid")))
     assert ours.logit_bias.item() == -12.5
-    write_open_clip(ours, tmp_path / "back")
-    back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
-    assert back.logit_bias.item() == -12.5
+    assert goes_back(ours, tmp_path / "back").logit_bias.item() == -12.5
     write_export(ours, tmp_path / "export")
     again = ours.config.changed(model={"init": str(tmp_path / "export")})
     assert started(again).logit_bias.item() == -12.5
@@ -107,7 +106,7 @@ def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> N
     theirs = draw_open_clip(SMALL_VIT)
     config = config_for(write_folder(theirs, SMALL_VIT, tmp_path / "theirs"))
     assert config.model.image_encoder == "vit_xsmall_patch16_clip_224"
-    assert max(largest_difference(started(config), theirs, **inputs(config))) < 1e-5
+    assert difference(started(config), theirs) < 1e-5
 
 
 def test_what_is_loaded_and_what_is_not_is_said(
@@ -143,16 +142,15 @@ def test_pixels_to_resize_to_are_compared_at_the_image_size_of_the_source(
 
 
 def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip: Path) -> None:
-    config = with_model(
-        config_for(like_clip), text_activation="quick_gelu", text_width=64, embed_dim=16
-    )
-    with pytest.raises(ValueError, match="it is of another model") as refusal:
+    others = {"text_activation": "quick_gelu", "text_width": 64, "embed_dim": 16}
+    config = with_model(config_for(like_clip), **others)
+    with pytest.raises(ValueError, match="it is another model") as refusal:
         started(config)
-    assert "model.text_activation is quick_gelu and its is gelu" in str(refusal.value)
+    assert "model.text_activation is quick_gelu, the source's is gelu" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     options = "--model.text-width --model.text-activation --model.embed-dim"
-    assert f"Leave out {options}: unicl-pretrain takes the arch" in str(refusal.value)
-    with pytest.raises(ValueError, match=r"model.image_encoder is resnet50 and its is test_vit"):
+    assert f"Leave out {options}: unicl-pretrain uses the arch" in str(refusal.value)
+    with pytest.raises(ValueError, match="encoder is resnet50, the source's is test_vit"):
         started(with_model(config_for(like_clip), image_encoder="resnet50"))
 
 
@@ -160,31 +158,26 @@ def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
     like_clip: Path, tmp_path: Path
 ) -> None:
     config = config_for(like_clip)
-    for number, (tower, change, message) in enumerate(
-        [
-            ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
-            ("text_cfg", {"embed_cls": True}, "embed_cls=True"),
-            ("text_cfg", {"pool_type": "eos"}, "pool_type='eos'"),
-            ("vision_cfg", {"timm_pool": "rot_attn"}, "timm_pool='rot_attn'"),
-            ("vision_cfg", {"timm_pool": "avg"}, "pools by 'avg', timm's by 'token'"),
-            ("vision_cfg", {"timm_model_name": "", "pool_type": "avg"}, "no encoder with vision_c"),
-            ("vision_cfg", {"timm_model_name": "", "layers": [1, 1, 1, 1]}, r"layers=\[1, 1"),
-            ("vision_cfg", {"image_size": [160, 320]}, r"square images, not .*\[160, 320\]"),
-            ("text_cfg", {"width": "wide"}, "model.text_width is 32 and its is wide"),
-            ("vision_cfg", {"head_width": 0, "timm_model_name": ""}, "could have written: ZeroDiv"),
-        ]
+    weights = "open_clip_model.safetensors"
+    (tmp_path / weights).symlink_to(like_clip / weights)
+    for tower, change, message in (
+        ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
+        ("text_cfg", {"embed_cls": True}, "embed_cls=True"),
+        ("text_cfg", {"pool_type": "eos"}, "pool_type='eos'"),
+        ("vision_cfg", {"timm_pool": "rot_attn"}, "timm_pool='rot_attn'"),
+        ("vision_cfg", {"timm_pool": "avg"}, "pools by 'avg', timm's by 'token'"),
+        ("vision_cfg", {"timm_model_name": "", "pool_type": "avg"}, "no encoder with vision_c"),
+        ("vision_cfg", {"timm_model_name": "", "layers": [1, 1, 1, 1]}, r"layers=\[1, 1"),
+        ("vision_cfg", {"image_size": [160, 320]}, r"square images, not .*\[160, 320\]"),
+        ("text_cfg", {"width": "wide"}, "model.text_width is 32, the source's is wide"),
+        ("vision_cfg", {"head_width": 0, "timm_model_name": ""}, "could have written: ZeroDiv"),
     ):
-        model_cfg = json.loads(json.dumps(SMALL_MODELS["gelu"]))
-        model_cfg[tower] |= change
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
-        weights = "open_clip_model.safetensors"
-        (folder / weights).symlink_to(like_clip / weights)
+        model_cfg = SMALL_MODELS["gelu"] | {tower: SMALL_MODELS["gelu"][tower] | change}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
         with pytest.raises(ValueError, match=message):
-            started(with_model(config, init=str(folder)))
-        if tower == "text_cfg":  # its image encoder alone can be had
-            started(with_model(config, init="", init_image=str(folder)))
+            started(with_model(config, init=str(tmp_path)))
+        if tower == "text_cfg":  # its image encoder alone can be read
+            started(with_model(config, init="", init_image=str(tmp_path)))
 
 
 def test_tables_are_resized_to_the_run_s_images(like_clip: Path) -> None:
@@ -196,12 +189,10 @@ def test_tables_are_resized_to_the_run_s_images(like_clip: Path) -> None:
 
 def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip: Path) -> None:
     config = config_for(like_clip)
-    short = started(with_model(config, context_length=16))
-    tokens = Tokenizer(16)(TEXTS)
+    short, tokens = started(with_model(config, context_length=16)), Tokenizer(16)(TEXTS)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            short.encode_text(tokens), started(config).encode_text(tokens), rtol=0, atol=1e-6
-        )
+        found, expected = (one.encode_text(tokens) for one in (short, started(config)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "causal"), [(50, True), (50, False), (16, False)])
@@ -251,11 +242,10 @@ def test_an_objective_without_texts_takes_what_it_has(
     model = started(dataclasses.replace(config, objective=classes))
     assert "class_rows, which the source lacks" in caplog.text
     average = write_run(tmp_path / "ce", dataclasses.replace(model.config, objective=classes))
-    again = started(
-        dataclasses.replace(with_model(config, init=str(tmp_path / "ce")), objective=classes)
-    )
+    from_run = with_model(config, init=str(tmp_path / "ce"))
+    again = started(dataclasses.replace(from_run, objective=classes))
     assert torch.equal(again.class_rows, average["class_rows"])
-    unicl = started(with_model(config, init=str(tmp_path / "ce")))
+    unicl = started(from_run)
     assert "the text encoder and its projection, which the source lacks" in caplog.text
     assert unicl.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert torch.equal(unicl.image_encoder.norm.bias, average["image_encoder.norm.bias"])
@@ -264,7 +254,7 @@ def test_an_objective_without_texts_takes_what_it_has(
 
 
 def write_timm_file(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of timm's own of a model with a classifier."""
+    """Weights of timm's own, of a model with a classifier."""
     torch.manual_seed(2)
     tensors = timm.create_model("test_vit", num_classes=10).state_dict()
     if path.suffix == ".safetensors":
@@ -279,13 +269,12 @@ def test_an_image_encoder_starts_from_a_file_of_timm_s(tmp_path: Path, name: str
     tensors = write_timm_file(tmp_path / name)
     given = f"timm-file:{tmp_path / name}"
     model = started(with_model(tiny_config(precision="fp32"), init_image=given))
-    assert torch.equal(
-        model.image_encoder.blocks[5].mlp.fc2.weight, tensors["blocks.5.mlp.fc2.weight"]
-    )
+    found = model.image_encoder.blocks[5].mlp.fc2.weight
+    assert torch.equal(found, tensors["blocks.5.mlp.fc2.weight"])
     with pytest.raises(ValueError, match="only an image encoder: give it as --init-image"):
         started(with_model(tiny_config(), init=given))
     other = with_model(tiny_config(image_encoder="unicl_convnet7_small"), init_image=given)
-    with pytest.raises(ValueError, match=r"is another one: missing: stem\.0.* \(38\); left over: "):
+    with pytest.raises(ValueError, match=r"does not fit: missing: stem\.0.* \(38\); left over: "):
         started(other)
 
 
@@ -311,7 +300,7 @@ def test_an_image_encoder_starts_from_the_weights_of_a_package(
     assert found.keys() == tensors.keys() - {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
     other = with_model(tiny_config(), init_image=given)
-    with pytest.raises(ValueError, match="its is tf_efficientnet_lite0. Leave out --model"):
+    with pytest.raises(ValueError, match="source's is tf_efficientnet_lite0. Leave out --model"):
         started(other)
     with pytest.raises(ValueError, match="only an image encoder: give it as --init-image"):
         started(with_model(config, init=given))
@@ -362,9 +351,8 @@ def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
         crops = [model.prepare(shared_data / "decode" / row["file"]) for row in some]
         features = encode_images(model.encoders, torch.from_numpy(np.stack(crops)), layer="encoder")
         found = (features @ weight.T + bias).argmax(dim=1).tolist()
-        num_right += sum(
-            one == int(row["imagenet_index"]) for one, row in zip(found, some, strict=True)
-        )
+        expected = [int(row["imagenet_index"]) for row in some]
+        num_right += sum(one == other for one, other in zip(found, expected, strict=True))
     assert len(rows) == 280
     assert num_right / 280 == pytest.approx(0.918, abs=0.008)
 
@@ -392,7 +380,7 @@ def test_a_config_that_timm_has_not_written_is_refused(
     write_timm_file(tmp_path / "model.safetensors")
     config = {"architecture": "test_vit", "pretrained_cfg": pretrained_cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json is no model that the library of its"):
+    with pytest.raises(ValueError, match="config.json is not a model that the library of its"):
         started(with_model(tiny_config(), init_image=str(tmp_path)))
 
 
@@ -416,8 +404,7 @@ def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def hub(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve_hub(repositories) as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(repositories, monkeypatch, cache=tmp_path / "cache") as hub:
         yield hub
 
 
@@ -461,12 +448,8 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
     assert source.data["mean"] == (0.1, 0.2, 0.3)
     with pytest.raises(ValueError, match="no such model and tag; similar ones: ViT-B-32/openai"):
         find_source("open-clip:ViT-B-32/openia")
-    registered = timm.get_pretrained_cfg("test_vit.r160_in1k")
-    monkeypatch.setattr(
-        timm,
-        "get_pretrained_cfg",
-        lambda name: dataclasses.replace(registered, hf_hub_id="them/vit"),
-    )
+    cfg = dataclasses.replace(timm.get_pretrained_cfg("test_vit.r160_in1k"), hf_hub_id="them/vit")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: cfg)
     source = find_source("timm:test_vit.r160_in1k", text=False)
     assert source.classifier == ("head",)
     assert source.settings == {"image_encoder": "test_vit"}
@@ -474,15 +457,12 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
         find_source("timm:tset_vit", text=False)
 
 
-def test_weights_of_timm_whose_first_files_were_of_another_format_are_on_the_hub() -> None:
-    """As that of the docs: timm reads NumPy's archives only from the addresses that they had."""
+def test_weights_of_timm_are_read_from_the_hub_alone() -> None:
+    """The docs' example was first published as NumPy's archives, which only timm reads."""
     name = "vit_base_patch16_224.augreg_in21k"
     assert timm.get_pretrained_cfg(name).custom_load
     source = find_source(f"timm:{name}", text=False)
     assert (source.settings["image_encoder"], source.data["image_size"]) == (name[:20], 224)
-
-
-def test_weights_of_timm_that_are_not_on_the_hub_are_named() -> None:
     with pytest.raises(ValueError, match=r"weights are at https://.*pth, and not on the hub"):
         find_source("timm:legacy_seresnet152.in1k", text=False)
 

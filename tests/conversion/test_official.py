@@ -1,4 +1,4 @@
-"""microsoft/UniCL's files: features against a plain forward pass, both ways, what is refused."""
+"""microsoft/UniCL's files: features against a plain forward pass, both ways, and refusals."""
 
 from __future__ import annotations
 
@@ -39,22 +39,24 @@ def entries() -> dict[str, Tensor]:
     return official_forward.random_entries("swin-tiny")
 
 
-def older_names(
-    entries: dict[str, Tensor], *, text_encoder: str = "lang_encoder."
-) -> dict[str, Tensor]:
-    """As older files have them, of a model wrapped for several GPUs."""
-    return {
-        "module."
-        + name.replace("image_encoder.", "visual.")
-        .replace("text_encoder.", text_encoder)
-        .replace("image_projection", "vision_projection"): tensor
-        for name, tensor in entries.items()
-    }
+def older_names(entries: dict[str, Tensor], text: str = "lang_encoder.") -> dict[str, Tensor]:
+    """The names in older files, of a model wrapped for several GPUs."""
+    renamed = {}
+    for name, tensor in entries.items():
+        name = name.replace("image_encoder.", "visual.").replace("text_encoder.", text)
+        renamed["module." + name.replace("image_projection", "vision_projection")] = tensor
+    return renamed
 
 
 @pytest.fixture(scope="module")
 def model(entries: dict[str, Tensor]) -> UniCL:
     return model_of(older_names(entries), source=FILE)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 @torch.no_grad()
@@ -70,13 +72,19 @@ def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_features_equal_those_of_a_plain_forward_pass(
+def test_features_and_settings_of_a_released_model(
     model: UniCL, entries: dict[str, Tensor]
 ) -> None:
     assert len(entries) == 339
     assert num_parameters(model) == 91_340_667
     assert_features_of(model, entries)
     assert model.logit_scale.item() == pytest.approx(4.7)
+    with torch.no_grad():
+        model.config.objective.limit(model.learnt)
+    assert model.logit_scale.item() == pytest.approx(4.7)
+    data = model.config.data
+    assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
+    assert data.mean == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.slow
@@ -84,17 +92,7 @@ def test_a_file_is_a_source_by_its_name(entries: dict[str, Tensor], tmp_path: Pa
     write_official_file(tmp_path / "some.pth", entries)
     found = load_encoders(f"official:{tmp_path / 'some.pth'}")
     assert found.config.data.mean == IMAGENET_MEAN
-    for name, tensor in model_of(entries, source=FILE).state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor), name
-
-
-def test_images_are_prepared_as_the_released_models_want_them(model: UniCL) -> None:
-    data = model.config.data
-    assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
-    assert data.mean == (0.485, 0.456, 0.406)
-    with torch.no_grad():
-        model.config.objective.limit(model.learnt)
-    assert model.logit_scale.item() == pytest.approx(4.7)
+    assert_equal(found.state_dict(), model_of(entries, source=FILE).state_dict())
 
 
 def test_back_again_they_are_the_same_bits_under_their_present_names(
@@ -102,14 +100,12 @@ def test_back_again_they_are_the_same_bits_under_their_present_names(
 ) -> None:
     file = tmp_path / "again.pth"
     write_official_file(file, official_entries(model))
-    again = read_official_file(file)
-    assert again.keys() == entries.keys()
-    assert all(torch.equal(again[name], entries[name]) for name in entries)
+    assert_equal(read_official_file(file), entries)
 
 
 @pytest.mark.parametrize("text_encoder", ["lang_encoder.", "text."])
 def test_each_older_name_has_its_present_one(entries: dict[str, Tensor], text_encoder: str) -> None:
-    renamed = older_names(entries, text_encoder=text_encoder)
+    renamed = older_names(entries, text_encoder)
     assert not entries.keys() & renamed.keys()
     present = _with_present_names(renamed, source=FILE)
     assert present.keys() == entries.keys()
@@ -138,84 +134,57 @@ def test_all_names_that_do_not_fit_are_said(entries: dict[str, Tensor]) -> None:
         assert said in str(refusal.value)
 
 
-def _wider(entries: dict[str, Tensor]) -> None:
-    entries["image_encoder.patch_embed.proj.weight"] = torch.zeros(192, 3, 4, 4)
-
-
-def _narrow_text(entries: dict[str, Tensor]) -> None:
-    entries["text_encoder.token_embedding.weight"] = torch.zeros(49408, 256)
-
-
-def _twice(entries: dict[str, Tensor]) -> None:
-    entries["vision_projection"] = entries["image_projection"]
-
-
-def _timm(entries: dict[str, Tensor]) -> None:
-    for name in list(entries):
-        entries[name.replace("image_encoder.", "trunk.")] = entries.pop(name)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("renamed", "changes", "message"),
     [
-        (_wider, "width 192; known are 96 .Swin-T. and 128 .Swin-B."),
-        (_narrow_text, r"\[49408, 256\], that of the released models has \[49408, 512\]"),
-        (_twice, "image_projection twice"),
-        (_timm, "not in the layout of microsoft/UniCL.*begin with image_projection.*trunk"),
+        ({}, {"image_encoder.patch_embed.proj.weight": torch.zeros(192, 3, 4, 4)},
+         "width 192; known are 96 .Swin-T. and 128 .Swin-B."),
+        ({}, {"text_encoder.token_embedding.weight": torch.zeros(49408, 256)},
+         r"\[49408, 256\], not \[49408, 512\] as in the released models"),
+        ({}, {"vision_projection": torch.zeros(768, 512)}, "image_projection twice"),
+        ({"image_encoder.": "trunk."}, {},
+         "not in the layout of microsoft/UniCL.*begin with image_projection.*trunk"),
     ],
-)
-def test_what_does_not_fit_is_refused_in_a_sentence(
-    entries: dict[str, Tensor], change: Callable[[dict[str, Tensor]], None], message: str
+    ids=["wider", "narrow text", "twice", "timm"],
+)  # fmt: skip
+def test_entries_that_do_not_fit_are_refused_in_a_sentence(
+    entries: dict[str, Tensor], renamed: dict[str, str], changes: dict[str, Tensor], message: str
 ) -> None:
-    changed = dict(entries)
-    change(changed)
+    changed = {**entries, **changes}
+    for old, new in renamed.items():
+        changed = {name.replace(old, new): tensor for name, tensor in changed.items()}
     with pytest.raises(ValueError, match=message):
         model_of(changed, source=FILE)
 
 
-def test_a_model_with_another_image_encoder_has_no_place_in_their_layout() -> None:
-    small = build_model(build_preset("digits-small"))
-    with pytest.raises(ValueError, match="image encoder is unicl_convnet7_small"):
-        official_entries(small)
-
-
-def test_a_bias_of_the_logits_has_no_place_either() -> None:
-    config = build_preset("swin-tiny")
-    with torch.device("meta"):
-        model = build_model(dataclasses.replace(config, objective=make_objective("sigmoid")))
-    with pytest.raises(ValueError, match="no bias of the logits, which the sigmoid form trains"):
-        official_entries(model)
+def test_models_that_their_layout_cannot_hold_are_refused() -> None:
     released = build_preset("swin-tiny")
     with torch.device("meta"):
-        other = build_model(released.changed(model={"text_layers": 1, "text_activation": "gelu"}))
-    with pytest.raises(ValueError, match="knows no model.text_activation=gelu: convert"):
-        official_entries(other)
+        for config, message in (
+            (build_preset("digits-small"), "image encoder is unicl_convnet7_small"),
+            (dataclasses.replace(released, objective=make_objective("sigmoid")),
+             "no bias of the logits, which the sigmoid form trains"),
+            (released.changed(model={"text_layers": 1, "text_activation": "gelu"}),
+             "does not know model.text_activation=gelu: convert"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                official_entries(build_model(config))
 
 
 class Trap:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-class Reducing:
     """Calls a function when it is unpickled."""
 
-    def __init__(self, function: Callable[..., object]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., object], argument: object = "1") -> None:
+        self.call = function, (argument,)
 
     def __reduce__(self) -> tuple:
-        return self.function, ("1",)
+        return self.call
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped: bool) -> None:
     file, sprung = tmp_path / "in1k.pth", tmp_path / "sprung"
-    contents = {"model": {"logit_scale": torch.ones([])}, "config": Trap(sprung)}
+    contents = {"model": {"logit_scale": torch.ones([])}, "config": Trap(Path.touch, sprung)}
     if zipped:
         torch.save(contents, file)
     else:
@@ -232,8 +201,8 @@ def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped
     ("value", "name"),
     [
         (argparse.Namespace(a=1), r"argparse\.Namespace"),
-        (Reducing(os.system), r"posix\.system"),  # of a module that torch knows as dangerous
-        (Reducing(eval), r"(__builtin__\.|builtins\.)?eval"),
+        (Trap(os.system), r"posix\.system"),  # of a module that torch knows as dangerous
+        (Trap(eval), r"(__builtin__\.|builtins\.)?eval"),
     ],
 )
 def test_the_object_that_a_file_is_refused_for_is_named(
@@ -305,6 +274,4 @@ def test_swin_base_too() -> None:
     model = model_of(entries, source=FILE)
     assert num_parameters(model) == 150_695_609
     assert_features_of(model, entries)
-    again = official_entries(model)
-    assert again.keys() == entries.keys()
-    assert all(torch.equal(again[name], entries[name]) for name in entries)
+    assert_equal(official_entries(model), entries)

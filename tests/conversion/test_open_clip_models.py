@@ -24,25 +24,13 @@ from source_runs import config_by_name, started, tokens_of, train_one_step
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 
-MODELS = [
-    *("ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-256"),
-    *("RN50", "RN50-quickgelu", "RN101", "convnext_base", "EVA02-B-16", "ViTamin-S"),
-    *("swin_base_patch4_window7_224", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "MobileCLIP-S1"),
-    *("ViT-L-14", "ViT-L-14-quickgelu"),
-]
-LARGE = (
-    "ViT-L-14",
-    "ViT-L-14-quickgelu",
-    "ViT-B-16-SigLIP",
-    "ViT-B-16-SigLIP-256",
-    "swin_base_patch4_window7_224",
-)
 # torch 2.13 crashes in the backward pass of timm's fastvit_mci1 in channels_last on a CPU
 UNTRAINABLE = "MobileCLIP-S1"
-OF_TIMM = ("convnext_base", "EVA02-B-16")  # as ViTamin-S is, which is smaller
-LIKE_OTHERS = (
+MODELS = ("ViT-B-32", "RN50", "ViTamin-S", UNTRAINABLE)
+LARGE_OR_LIKE_OTHERS = (
+    *("ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256"),
     *("ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-quickgelu", "ViT-B-32-256"),
-    *("RN50-quickgelu", "RN101"),
+    *("RN50-quickgelu", "RN101", "convnext_base", "EVA02-B-16", "swin_base_patch4_window7_224"),
 )
 
 
@@ -56,10 +44,7 @@ def rows() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (name in LARGE + OF_TIMM + LIKE_OTHERS))
-        for name in MODELS
-    ],
+    [*MODELS, *(pytest.param(name, marks=pytest.mark.long) for name in LARGE_OR_LIKE_OTHERS)],
 )
 def test_a_model_of_open_clip_gives_its_features_and_is_trained_by_its_name(
     name: str, rows: list[str], shared_data: Path, tmp_path: Path
@@ -92,7 +77,7 @@ def test_the_attention_pool_of_a_resnet_takes_another_size(tmp_path: Path) -> No
     model_cfg = open_clip.get_model_config("RN50")
     folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "theirs")
     images = different_images(256)
-    features = []
-    for size in (224, 256):
-        features.append(started(config_for(folder, image_size=size)).encode_image(images))
-    torch.testing.assert_close(features[1], features[0], rtol=0, atol=1e-5)
+    small, large = (
+        started(config_for(folder, image_size=size)).encode_image(images) for size in (224, 256)
+    )
+    torch.testing.assert_close(large, small, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Exports load in transformers, open_clip and timm where this package is not installed."""
+"""Exports load in transformers, open_clip and timm without this package."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_small_encoders(encoder: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["vit-base", "swin-tiny", "resnet50", "photos-small"])
 def test_the_presets(preset: str, tmp_path: Path) -> None:
-    """The last one is what auto takes for photographs where ImageNet's weights are installed."""
+    """The preset auto chooses the last one for photographs if ImageNet's weights are installed."""
     config = build_preset(preset)
     model = dataclasses.replace(config.model, init_image="")
     model = model_with_weights_that_matter(dataclasses.replace(config, model=model))

@@ -1,7 +1,8 @@
-"""Models of others by one name: loaded, trained and exported as they are, with nothing typed."""
+"""Models of other libraries by one name: loaded, trained and exported without more settings."""
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -16,8 +17,9 @@ import pytest
 import timm
 import torch
 import transformers
+from damage import flip_a_byte
 from file_tokenizers import write_tokenizer
-from hub_server import ask_hub_at, serve_hub
+from hub_server import ask_hub_at, hub_of
 from open_clip_folders import SMALL_MODELS, different_images, draw_open_clip, write_folder
 from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
@@ -61,15 +63,13 @@ _GELU = {"hidden_act": "gelu"}
 
 
 def _clip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
-    return transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
-    )
+    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
+    return transformers.CLIPModel(config)
 
 
 def _siglip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
-    return transformers.SiglipModel(
-        transformers.SiglipConfig(text_config=text, vision_config=image)
-    )
+    config = transformers.SiglipConfig(text_config=text, vision_config=image)
+    return transformers.SiglipModel(config)
 
 
 def _dual(image: transformers.PretrainedConfig, given: dict[str, Any] = _TEXT) -> torch.nn.Module:
@@ -86,26 +86,24 @@ def _of_timm(name: str = "test_vit", *, width: int = 64) -> transformers.Pretrai
 
 _OF_SIGLIP = _TEXT | {"hidden_size": 32, "vocab_size": 300, "max_position_embeddings": 16}
 _OF_SIGLIP |= {"eos_token_id": 1, "bos_token_id": 2}
+_VIT = "unicl_vit_{}_patch8_w32_d2_h2_m70_{}_32"
 SMALL: dict[str, tuple[Callable[[], torch.nn.Module], str, str]] = {
-    "CLIP": (
-        lambda: _clip(_TEXT, _IMAGE),
-        *("unicl_vit_clip_patch8_w32_d2_h2_m70_quick_gelu_32", "clip"),
-    ),
+    "CLIP": (lambda: _clip(_TEXT, _IMAGE), _VIT.format("clip", "quick_gelu"), "clip"),
     "CLIP of LAION": (
         lambda: _clip(_TEXT | _GELU | {"eos_token_id": 2}, _IMAGE | _GELU),
-        *("unicl_vit_clip_patch8_w32_d2_h2_m70_gelu_32", "clip"),
+        *(_VIT.format("clip", "gelu"), "clip"),
     ),
     "SigLIP": (
         lambda: _siglip(_OF_SIGLIP, _IMAGE),
-        *("unicl_vit_siglip_patch8_w32_d2_h2_m70_gelu_tanh_32", "siglip"),
+        *(_VIT.format("siglip", "gelu_tanh"), "siglip"),
     ),
     "dual of CLIP": (
         lambda: _dual(transformers.CLIPVisionConfig(**_IMAGE)),
-        *("unicl_vit_clip_patch8_w32_d2_h2_m70_quick_gelu_32", "clip"),
+        *(_VIT.format("clip", "quick_gelu"), "clip"),
     ),
     "dual of timm": (lambda: _dual(_of_timm()), "test_vit", "vision-text-dual-encoder"),
 }
-"""A model of transformers, its image encoder here, and the layout that it is exported in."""
+"""A model of transformers, its image encoder here, and the layout of its export."""
 REAL: dict[str, Callable[[], torch.nn.Module]] = {
     "clip-vit-base-patch32": lambda: _clip({}, {}),
     "CLIP-ViT-B-16-laion2B": lambda: _clip(_GELU, _GELU | {"patch_size": 16}),
@@ -198,9 +196,8 @@ def test_a_model_of_transformers_in_its_real_size(
     back = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert difference(ours, back) < 1e-5
     del ours, back
-    train_one_step(
-        config_by_name(tmp_path / "theirs"), real_images(shared_data, 3), tmp_path / "run"
-    )
+    config = config_by_name(tmp_path / "theirs")
+    train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -256,9 +253,7 @@ def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model_cfg = SMALL_MODELS["quickgelu"]
-    monkeypatch.setattr(
-        "open_clip.get_model_config", lambda name: json.loads(json.dumps(model_cfg))
-    )
+    monkeypatch.setattr("open_clip.get_model_config", lambda name: copy.deepcopy(model_cfg))
     model = load_encoders("open-clip:small")
     assert model.config.model.text_activation == "quick_gelu"
     assert model.config.model.embed_dim == 24
@@ -268,41 +263,39 @@ def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
     assert all(torch.equal(one, fresh[name]) for name, one in started(config).state_dict().items())
 
 
-def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
-    torch.manual_seed(2)
-    theirs = timm.create_model("test_vit", num_classes=10).eval()
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    described = {"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 160, 160]}}
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    model = load_encoders(tmp_path)
-    assert model.text_encoder is None
-    images = different_images(160)
-    theirs.reset_classifier(0)
-    with torch.inference_mode():
-        expected = F.normalize(theirs(images), dim=-1)
-        torch.testing.assert_close(model.encode_image(images), expected)
-    with pytest.raises(ValueError, match=r"does not say which of timm's models"):
-        load_encoders(f"timm-file:{tmp_path / 'model.safetensors'}")
-
-
 def _timm_folder(
-    folder: Path, architecture: str, tensors: dict[str, torch.Tensor], **values: Any
+    folder: Path, architecture: str, tensors: dict[str, torch.Tensor], size: int = 32, **more: Any
 ) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    described = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 32, 32]}}
-    (folder / "config.json").write_text(json.dumps(described | values))
+    described = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, size, size]}}
+    (folder / "config.json").write_text(json.dumps(described | more))
     return folder
 
 
-def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> None:
+@torch.inference_mode()
+def _assert_timm_s_features(model: UniCL, theirs: torch.nn.Module, size: int) -> None:
+    expected = F.normalize(theirs(different_images(size)), dim=-1)
+    torch.testing.assert_close(model.encode_image(different_images(size)), expected)
+
+
+def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    theirs = timm.create_model("test_vit", num_classes=10).eval()
+    folder = _timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), size=160)
+    model = load_encoders(folder)
+    assert model.text_encoder is None
+    theirs.reset_classifier(0)
+    _assert_timm_s_features(model, theirs, 160)
+    with pytest.raises(ValueError, match=r"does not name its timm model"):
+        load_encoders(f"timm-file:{folder / 'model.safetensors'}")
+
+
+def test_arguments_of_a_model_of_timm_are_used_or_refused(tmp_path: Path) -> None:
     theirs = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
     values: dict[str, Any] = {"model_args": {"img_size": 96}}
     model = load_encoders(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
-    images = different_images(96)
-    with torch.inference_mode():
-        expected = F.normalize(theirs(images), dim=-1)
-        torch.testing.assert_close(model.encode_image(images), expected)
+    _assert_timm_s_features(model, theirs, 96)
     tensors = timm.create_model("test_resnet", num_classes=0).state_dict()
     values = {"model_args": {"global_pool": "max"}}
     folder = _timm_folder(tmp_path / "resnet", "test_resnet", tensors, **values)
@@ -334,27 +327,27 @@ def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: P
         ({"model_type": "siglip2"}, "no model of model_type 'siglip2': known are clip, siglip"),
         ({"text_config": {"hidden_size": 65_536}}, "of .* numbers, and .* copy or convert it"),
         ({"text_config": {"hidden_act": "relu"}}, "text_config hidden_act='relu'"),
-        ({"text_config": {"hidden_size": "wide"}}, "no model that the library of its layout"),
+        ({"text_config": {"hidden_size": "wide"}}, "not a model that the library of its layout"),
         ({"text_config": {"eos_token_id": 7}}, "text_config eos_token_id=7, vocab_size=49408"),
         ({"vision_config": {"layer_norm_eps": 0.1}}, "vision_config layer_norm_eps=0.1"),
-        ({"model_type": ["bert"]}, "no model of model_type|no model that the library"),
-        ({"vision_config": 5}, "no model that the library of its layout"),
+        ({"model_type": ["bert"]}, "no model of model_type|not a model that the library"),
+        ({"vision_config": 5}, "not a model that the library of its layout"),
         ({"vision_config": {"num_hidden_layers": 10**6}}, "no ViT has .*depth=1000000"),
         ({"vision_config": {"num_attention_heads": 0}}, "no ViT has .*heads=0"),
         ({"vision_config": {"patch_size": 0}}, "no ViT has .*patch_size=0"),
         ({"vision_config": {"patch_size": [8, 8]}}, r"no ViT has .*patch_size=\[8, 8\]"),
-        ({"vision_config": {"image_size": [32, 64]}}, "ours takes square images, not .*32, 64"),
+        ({"vision_config": {"image_size": [32, 64]}}, "ours needs square images, not .*32, 64"),
     ],
     ids=str,
 )
-def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_taken(
+def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_allocated(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_transformers(SMALL["CLIP"][0], tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     for name, value in change.items():
         values[name] = values[name] | value if isinstance(value, dict) else value
-    # code of a repository is never run, whatever it says
+    # code of a repository is never run
     values["auto_map"] = {"AutoModel": "modeling_theirs.Model"}
     (tmp_path / "modeling_theirs.py").write_text("raise SystemExit('run')")
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -373,16 +366,14 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
         load_encoders(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    # numbers of a byte are weights as they are; too large ones are none
-    for kind, largest in ((torch.float8_e4m3fn, 1), (torch.float64, 1e300)):
-        others = {name: tensor.to(kind) for name, tensor in tensors.items()}
-        others["text_model.final_layer_norm.bias"][0] = largest
-        save_file(others, tmp_path / "model.safetensors")
-        if largest == 1:
-            assert 0 < difference(load_encoders(tmp_path), theirs) < 0.2
-            continue
-        with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
-            load_encoders(tmp_path)
+    bytes_ = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(bytes_, tmp_path / "model.safetensors")
+    assert 0 < difference(load_encoders(tmp_path), theirs) < 0.2
+    too_large = {name: tensor.double() for name, tensor in tensors.items()}
+    too_large["text_model.final_layer_norm.bias"][0] = 1e300
+    save_file(too_large, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
+        load_encoders(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights: expected one of model.safet"):
         load_encoders(tmp_path)
@@ -404,10 +395,7 @@ def test_weights_in_several_files_are_read_through_their_index(
     assert difference(load_encoders(tmp_path), theirs) < 1e-5
     assert config_by_name(tmp_path).model.embed_dim == 24
     before = weights_checksum(tmp_path)
-    last = sorted(tmp_path.glob("model-*-of-*.safetensors"))[-1]
-    content = bytearray(last.read_bytes())
-    content[-1] ^= 1
-    last.write_bytes(content)
+    flip_a_byte(sorted(tmp_path.glob("model-*-of-*.safetensors"))[-1])
     assert weights_checksum(tmp_path) != before
     values = json.loads((tmp_path / "config.json").read_text())
     values["text_config"]["hidden_size"] = 65_536
@@ -439,12 +427,9 @@ def test_an_index_that_is_wrong_is_refused_before_weights_are_read(
     values = json.loads(index.read_text())
     listed = values["weight_map"]
     first, *_, last = listed
-    if "file" in change:
-        listed[first] = change["file"]
+    listed[first] = change.get("file", listed[last] if "moved" in change else listed[first])
     if "tensor" in change:
         listed[change["tensor"]] = listed[first]
-    if "moved" in change:
-        listed[first] = listed[last]
     if "twice" in change:
         other = next(name for name in listed.values() if name != listed["logit_scale"])
         tensors = load_file(tmp_path / other) | {"logit_scale": torch.zeros(())}
@@ -461,15 +446,15 @@ def test_a_repository_of_transformers_in_several_files(
 ) -> None:
     folder = tmp_path / "hub" / "them" / "clip"
     theirs = _in_shards(folder)
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
         assert difference(load_encoders("hf-hub:them/clip"), theirs) < 1e-5
-    with serve_hub(tmp_path / "hub") as hub:
-        lost = sorted(folder.glob("model-*-of-*.safetensors"))[-1]
-        lost.unlink()
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache2")
-        with pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"):
-            load_encoders("hf-hub:them/clip")
+    lost = sorted(folder.glob("model-*-of-*.safetensors"))[-1]
+    lost.unlink()
+    with (
+        hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache2"),
+        pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"),
+    ):
+        load_encoders("hf-hub:them/clip")
 
 
 def test_a_repository_of_transformers_is_downloaded_once(
@@ -479,8 +464,7 @@ def test_a_repository_of_transformers_is_downloaded_once(
     images = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": {"height": 32, "width": 32}}
     preprocessor = tmp_path / "hub" / "them" / "siglip" / "preprocessor_config.json"
     preprocessor.write_text(json.dumps(images))
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache") as hub:
         config = config_by_name("hf-hub:them/siglip")
         ours = load_encoders("hf-hub:them/siglip")
         write_export(ours, tmp_path / "us")
@@ -491,10 +475,9 @@ def test_a_repository_of_transformers_is_downloaded_once(
     assert (data.interpolation, data.evaluation_resize) == ("bilinear", "squash")
     downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
     assert len(downloads) == len(set(downloads)) == 3
-    # without a network, what the hub was not asked for is not known
-    with serve_hub(tmp_path / "hub") as hub:
-        preprocessor.unlink()
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "without")
+    # without a network, files that were not downloaded are unknown
+    preprocessor.unlink()
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "without"):
         default = find_source("hf-hub:them/siglip").data
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
     for cache, expected in (("cache", data.mean), ("without", default["mean"])):
@@ -506,20 +489,19 @@ def test_a_repository_of_transformers_is_downloaded_once(
     ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
     assert find_source("hf-hub:them/siglip").data == default
     assert "has none of preprocessor_config.json" in caplog.text
-    assert "the settings of models without that file are taken" in caplog.text
+    assert "using the defaults of models without that file" in caplog.text
     assert find_own("hf-hub:them/siglip") is None
     write_tokenizer(tmp_path / "us")
     (tmp_path / "hub" / "us").mkdir()
     (tmp_path / "us").rename(tmp_path / "hub" / "us" / "siglip")
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
         exported = load_for_use("hf-hub:us/siglip", device="cpu")
     assert exported.embed_texts(["a dog"]).shape == (1, 32)
     assert find_source(str(preprocessor.parent)).file == preprocessor.with_name("model.safetensors")
 
 
 @pytest.mark.dali
-def test_the_programs_take_a_model_of_others_as_it_is(
+def test_the_programs_accept_a_model_of_another_library(
     like_clip: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result, out = tmp_path / "result.json", tmp_path / "run"
@@ -545,16 +527,10 @@ def test_the_programs_take_a_model_of_others_as_it_is(
     assert 0 < (after - before).abs().max() < 1e-2
 
 
-def _write_siglip(folder: Path, *, unused: int = 0) -> Path:
-    """A small SigLIP in its folder, without its tokenizer."""
-    text = _OF_SIGLIP | {"vocab_size": 300 + unused}
-    write_transformers(lambda: _siglip(text, _IMAGE), folder)
-    return folder
-
-
 @pytest.mark.dali
 def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Path) -> None:
-    like_siglip = _write_siglip(tmp_path / "siglip")
+    like_siglip = tmp_path / "siglip"
+    write_transformers(SMALL["SigLIP"][0], like_siglip)
     train = ("--data.train", data / "captions", "--out", tmp_path / "x")
     for program, *given in (
         (evaluate, "zero-shot", "--checkpoint", like_siglip, "--data", data / "labels"),
@@ -570,7 +546,8 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Pa
 def test_a_tokenizer_goes_through_training_evaluation_and_export(
     unused: int, data: Path, tmp_path: Path
 ) -> None:
-    like_siglip = _write_siglip(tmp_path / "siglip", unused=unused)
+    like_siglip, text = tmp_path / "siglip", _OF_SIGLIP | {"vocab_size": 300 + unused}
+    write_transformers(lambda: _siglip(text, _IMAGE), like_siglip)
     write_tokenizer(like_siglip, unused=unused)
     captions, out = tmp_path / "captions", tmp_path / "run"
     shutil.copytree(data / "captions", captions)
@@ -582,7 +559,6 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
     tokenizer = FileTokenizer(f"{like_siglip}{CANONICAL}", 16)
     stored = read_state(find_checkpoint(out)).data["vocabulary_hash"]
     assert stored[0] == tokenizer.vocabulary_hash
-    texts: list[str] = []
     with PackedDataset(captions) as dataset:
         reader = SampleReader(dataset)
         texts = [one for number in range(len(dataset))
@@ -618,15 +594,12 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
     shutil.rmtree(like_siglip)
     ours = load_for_use(moved, device="cpu")
     theirs = transformers.AutoModel.from_pretrained(moved).eval()
-    tokens = transformers.AutoTokenizer.from_pretrained(moved)(
-        ["a photo of a dog"], padding="max_length", max_length=16, return_tensors="pt"
-    )
-    with torch.inference_mode():
-        # as SigLIP's processor does it, without a mask of padding
+    padded = {"padding": "max_length", "max_length": 16, "return_tensors": "pt"}
+    tokens = transformers.AutoTokenizer.from_pretrained(moved)(["a photo of a dog"], **padded)
+    with torch.inference_mode():  # as SigLIP's processor, without a mask of padding
         expected = theirs.get_text_features(input_ids=tokens.input_ids).pooler_output
-    expected = F.normalize(expected, dim=-1)
     found = torch.from_numpy(ours.embed_texts(["A photo of a DOG!"]))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -651,7 +624,7 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
 def test_token_rows_that_others_made_up_are_made_anew(
     fault: str, data: Path, tmp_path: Path
 ) -> None:
-    """Who publishes a data set can lay a folder beside it, with checksums that are right."""
+    """Somebody can publish a data set with a folder of tokens whose checksums are right."""
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
     shutil.copytree(data / "captions", tmp_path / "captions")
 
@@ -676,9 +649,8 @@ def test_token_rows_that_others_made_up_are_made_anew(
         with (folder / f"{name}.npy").open("wb") as file:
             file.write(npy_header(array.dtype, array.shape))
             file.write(array.tobytes())
-    sums = [
-        (f"{name}.npy", file_checksum(folder / f"{name}.npy")) for name in ("captions", "tokens")
-    ]
+    names = "captions.npy", "tokens.npy"
+    sums = [(name, file_checksum(folder / name)) for name in names]
     (folder / CHECKSUMS_NAME).write_text(format_checksums(sums))
     assert rows() == expected
 
@@ -735,13 +707,13 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
     half = adapted(base, "--optim.lora", "image:2", "--optim.freeze", "text")
     with pytest.raises(RuntimeError, match="features of the converted model differ"):
         write_adapter(half, folder, base=str(other))
-    with pytest.raises(ValueError, match="has no adapters, which a run with optim.lora has"):
+    with pytest.raises(ValueError, match="has no adapters: it is not a run with optim.lora"):
         load_adapted(base)
     assert not folder.exists()
     peft.LoraConfig(target_modules=["fc1"]).save_pretrained(str(folder))
     save_file({"base_model.model.no.lora_A.weight": torch.ones(1, 1)},
               folder / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(ValueError, match=r"^\S*config.json names no model: write the place"):
+    with pytest.raises(ValueError, match=r"^\S*config.json names no model: set base_model"):
         load_encoders(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
@@ -752,8 +724,8 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
         ({"alora_invocation_tokens": [5]}, "peft_type LORA alora_invocation_tokens are not read"),
         ({"of_the_future": 1}, "peft_type LORA of_the_future are not read"),
         ({"peft_type": None}, "adapters with peft_type None are not read"),
-        ({"base_model_name_or_path": str(folder)}, "adapter is of another folder of adapters"),
-        ({}, "is no model that the library of its layout could have written"),
+        ({"base_model_name_or_path": str(folder)}, "adapter is for another folder of adapters"),
+        ({}, "is not a model that the library of its layout could have written"),
     ):
         text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
         (folder / "adapter_config.json").write_text(text)
@@ -814,6 +786,5 @@ def test_a_folder_or_repository_that_peft_wrote_is_a_model(
     described = json.loads((folder / "adapter_config.json").read_text())
     described |= {"base_model_name_or_path": "them/clip", "revision": "main"}
     (folder / "adapter_config.json").write_text(json.dumps(described))
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
         assert difference(load_encoders("hf-hub:them/adapter"), theirs) < 1e-5

@@ -24,6 +24,7 @@ from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.sources import find_source
+from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.tools import pretrain
@@ -44,38 +45,39 @@ def _text_config(kind: str) -> transformers.PretrainedConfig:
     return transformers.AutoConfig.for_model(kind, **sizes, **more)
 
 
-def _redraw(model: torch.nn.Module) -> None:
-    """Makes biases and scales matter; transformers draws zeros and ones."""
+def _written(model: torch.nn.Module, folder: Path, kind: str = "") -> torch.nn.Module:
+    """Saves a model, with its tokenizer, whose biases and scales matter: no zeros and ones."""
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.ndim == 1:
                 tensor.add_(0.1 * torch.rand(tensor.shape))
+    model.save_pretrained(folder)
+    if kind:
+        write_bert_tokenizer(folder, kind)
+    return model.eval()
 
 
 def write_text_model(folder: Path, kind: str, *, head: bool = False) -> torch.nn.Module:
     """A text encoder by itself, as transformers saves it, with its tokenizer."""
     torch.manual_seed(5)
     make = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
-    model = make.from_config(_text_config(kind)).eval()
-    _redraw(model)
-    model.save_pretrained(folder)
-    write_bert_tokenizer(folder, kind)
+    model = _written(make.from_config(_text_config(kind)), folder, kind)
     return model.base_model if head else model
 
 
 def write_dual(folder: Path, kind: str) -> torch.nn.Module:
-    image = transformers.TimmWrapperConfig(
-        architecture="test_vit", hidden_size=64, num_classes=0, label_names=[]
-    )
-    both = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        image, _text_config(kind), projection_dim=24
-    )
+    timm = {"architecture": "test_vit", "hidden_size": 64, "num_classes": 0, "label_names": []}
+    image, text = transformers.TimmWrapperConfig(**timm), _text_config(kind)
+    make = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
     torch.manual_seed(5)
-    model = transformers.VisionTextDualEncoderModel(both).eval()
-    _redraw(model)
-    model.save_pretrained(folder)
-    write_bert_tokenizer(folder, kind)
-    return model
+    both = transformers.VisionTextDualEncoderModel(make(image, text, projection_dim=24))
+    return _written(both, folder, kind)
+
+
+def write_pooling(folder: Path, **described: bool) -> None:
+    """As sentence-transformers writes it."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(described))
 
 
 def _their_tokens(folder: Path) -> Any:
@@ -94,9 +96,7 @@ def mean_of(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def test_features_are_those_of_transformers(kind: str, pooling: str, tmp_path: Path) -> None:
     theirs = write_text_model(tmp_path, kind, head=pooling == "cls")
     if pooling == "cls":
-        (tmp_path / "1_Pooling").mkdir()
-        described = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
-        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(described))
+        write_pooling(tmp_path, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
     given = ["--init-text", str(tmp_path), "--model.image-encoder", "test_vit"]
     config = config_by_name("", *given)
     assert config.model.text_pool == f"{kind}:{pooling}"
@@ -120,7 +120,7 @@ _REAL: dict[str, dict[str, Any]] = {
     "roberta": {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
     "xlm-roberta": {"vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1},
 }
-"""The published base models, by what differs from transformers' defaults."""
+"""The published base models, by their differences from transformers' defaults."""
 
 
 @pytest.mark.slow
@@ -129,9 +129,7 @@ _REAL: dict[str, dict[str, Any]] = {
 def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     config = transformers.AutoConfig.for_model(kind, **_REAL[kind])
-    theirs = transformers.AutoModel.from_config(config).eval()
-    _redraw(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = _written(transformers.AutoModel.from_config(config), tmp_path / "theirs")
     given = ("--init-text", str(tmp_path / "theirs"), "--model.image-encoder", "test_vit")
     ours = config_by_name("", *given)
     assert ours.model.vocab_size == config.vocab_size
@@ -145,8 +143,8 @@ def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path:
     expected = mean_of(states, tokens != 0)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     del model, theirs
-    few = ours.changed(model={"drop_path": 0.0})
-    train_one_step(few, real_images(shared_data, 3), tmp_path / "run")
+    still = ours.changed(model={"drop_path": 0.0})
+    train_one_step(still, real_images(shared_data, 3), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -196,20 +194,20 @@ def test_a_dual_encoder_is_loaded_trained_and_exported(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_config": {"model_type": "t5"}}, "text_config model_type='t5'"),
-        ({"text_config": {"hidden_act": "relu"}}, "text_config hidden_act='relu'"),
-        ({"text_config": {"type_vocab_size": 9}}, "model_type='bert', type_vocab_size=9"),
-        ({"text_config": {"is_decoder": True}}, "model_type='bert', is_decoder=True"),
-        ({"text_config": {"hidden_size": 4096}}, "of .* numbers, and .* copy or convert it"),
+        ({"model_type": "t5"}, "text_config model_type='t5'"),
+        ({"hidden_act": "relu"}, "text_config hidden_act='relu'"),
+        ({"type_vocab_size": 9}, "model_type='bert', type_vocab_size=9"),
+        ({"is_decoder": True}, "model_type='bert', is_decoder=True"),
+        ({"hidden_size": 4096}, "of .* numbers, and .* copy or convert it"),
     ],
     ids=str,
 )
-def test_what_ours_cannot_be_is_refused(
+def test_texts_that_ours_cannot_encode_are_refused(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_dual(tmp_path, "bert")
     values = json.loads((tmp_path / "config.json").read_text())
-    values["text_config"] |= change["text_config"]
+    values["text_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as error:
         load_encoders(tmp_path)
@@ -220,10 +218,8 @@ def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
     write_text_model(tmp_path, "bert")
     with pytest.raises(ValueError, match="is only a text encoder: give it as --init-text"):
         load_encoders(tmp_path)
-    (tmp_path / "1_Pooling").mkdir()
     for mode in ("max", "mean_sqrt_len"):
-        described = {f"pooling_mode_{mode}_tokens": True}
-        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(described))
+        write_pooling(tmp_path, **{f"pooling_mode_{mode}_tokens": True})
         with pytest.raises(ValueError, match=f"at cls or by their mean, not by {mode}"):
             find_source(str(tmp_path), image=False)
 
@@ -240,7 +236,7 @@ def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
     ids=" ".join,
 )
 @pytest.mark.parametrize("kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
-def test_a_run_may_freeze_adapt_and_split_it(
+def test_a_run_can_freeze_adapt_and_split_it(
     kind: str, options: tuple[str, ...], shared_data: Path, tmp_path: Path
 ) -> None:
     write_text_model(tmp_path / "text", kind)
@@ -269,8 +265,6 @@ def test_a_run_may_freeze_adapt_and_split_it(
 
 
 def test_compiled_blocks_give_the_same_features(tmp_path: Path) -> None:
-    from unicl_fast.models.compilation import compile_encoders
-
     write_dual(tmp_path, "bert")
     model = load_encoders(tmp_path)
     tokens = tokenizer_of(model.config)(TEXTS)
@@ -307,9 +301,9 @@ def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
 def test_without_transformers_5_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(text_pool="bert:mean", text_activation="gelu")
     for found in (None, "4.57.1"):
-        where = "unicl_fast.models.transformers_text"
-        monkeypatch.setattr(f"{where}.find_spec", lambda _, found=found: found)
-        monkeypatch.setattr(f"{where}.version", lambda _, found=found: found)
+        for name in ("find_spec", "version"):
+            room = "unicl_fast.models.transformers_text"
+            monkeypatch.setattr(f"{room}.{name}", lambda _, found=found: found)
         with pytest.raises(ValueError, match=r"which (none|4.57.1) is .*pip install 'trans"):
             build_text_encoder(config)
 

@@ -45,6 +45,13 @@ def limited_files(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def flip_a_byte(path: Path) -> None:
+    """Changes a bit of a file's last byte."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def copy_of(dataset: PackedDataset, folder: Path) -> Path:
     return Path(shutil.copytree(dataset.folder, folder))
 

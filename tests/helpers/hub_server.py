@@ -126,6 +126,14 @@ def serve_hub(root: Path) -> Iterator[Hub]:
         server.server_close()
 
 
+@contextlib.contextmanager
+def hub_of(root: Path, patch: pytest.MonkeyPatch, *, cache: Path) -> Iterator[Hub]:
+    """Serves repositories and points this process to them, and to a cache."""
+    with serve_hub(root) as hub:
+        ask_hub_at(hub.url, patch, cache=cache)
+        yield hub
+
+
 def ask_hub_at(
     url: str, patch: pytest.MonkeyPatch, *, cache: Path, token: str | None = TOKEN
 ) -> None:

@@ -1,4 +1,4 @@
-"""`unicl-convert` as a user calls it: what it says, what it refuses, and that others run on it."""
+"""`unicl-convert` as a user calls it: output, refusals, and programs that read its files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import official_forward
 import pytest
 import torch
-from hub_server import Hub, ask_hub_at, serve_hub
+from hub_server import Hub, ask_hub_at, hub_of
 from huggingface_hub import ModelCard
-from program_runs import call
+from program_runs import call, refusal_of
 from small_models import write_run
 from small_runs import tiny_config
 from timm.models import _registry
@@ -40,13 +40,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_run(folder, tiny_config(image_encoder="unicl_convnet7_small", precision="fp32"))
     return folder
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    with pytest.raises(SystemExit) as ended:
-        call(convert, *arguments)
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -88,7 +81,7 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
         exec(line, {})
     if format != "hf":
         assert "checked: features of equal pixels differ from ours by at most" in said
-    assert "is there already" in refusal(capsys, format, trained, out)
+    assert "is there already" in refusal_of(convert, format, trained, out)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +94,8 @@ def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with PackedDataset(packed) as dataset:
         described = describe_datasets([dataset], None)
     (packed / "manifest.json").write_text(json.dumps(manifest))
-    config = tiny_config(precision="fp32")
-    write_run(
-        run,
-        config.changed(data={"train": (str(packed),), "augment": ("labels:clip",)}),
-        data=described,
-    )
+    data_settings = {"train": (str(packed),), "augment": ("labels:clip",)}
+    write_run(run, tiny_config(precision="fp32").changed(data=data_settings), data=described)
     figure = {"k": 20, "top1": 2 / 3, "top1_interval_95": [0.2077, 0.9385], "top5": 1.0,
               "num_samples": 3}  # fmt: skip
     values = {
@@ -115,16 +104,14 @@ def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (run / "results").mkdir()
     (run / "results" / "knn.json").write_text(json.dumps(values))
-    other = json.dumps(values | {"weights_xxh3": "another"})
-    (run / "other.json").write_text(other)
+    (run / "other.json").write_text(json.dumps(values | {"weights_xxh3": "another"}))
     return run
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     (tmp_path / "hub" / "us" / "old").mkdir(parents=True)
-    with serve_hub(tmp_path / "hub") as hub:
-        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+    with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache") as hub:
         yield hub
 
 
@@ -177,17 +164,11 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
 
 
 def test_an_upload_that_cannot_work_is_refused_before_a_model_is_read(
-    documented: Path,
-    hub: Hub,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    documented: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said(repository: str, *, code: int) -> str:
-        with pytest.raises(SystemExit) as ended:
-            call(convert, "hf", documented, tmp_path / "out", "--push", repository)
-        assert ended.value.code == code
-        message = capsys.readouterr().err
+        push = ("--push", repository)
+        message = refusal_of(convert, "hf", documented, tmp_path / "out", *push, code=code)
         assert message.count("\n") == 1
         assert "Traceback" not in message
         return message
@@ -210,54 +191,49 @@ def test_an_upload_that_cannot_work_is_refused_before_a_model_is_read(
 
 
 def test_an_upload_that_breaks_off_leaves_the_folder_and_says_how_to_continue(
-    documented: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    documented: Path, hub: Hub, tmp_path: Path
 ) -> None:
     hub.breaks_off = True
     out = tmp_path / "out"
-    with pytest.raises(SystemExit):
-        call(convert, "hf", documented, out, "--push", "us/first")
-    message = capsys.readouterr().err
+    message = refusal_of(convert, "hf", documented, out, "--push", "us/first", code=1)
     assert f"{out} is complete: hf upload us/first {out} tries again" in message
     assert load_encoders(out).config.model.embed_dim == 8
 
 
 def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(
-    documented: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    documented: Path, tmp_path: Path
 ) -> None:
     arguments = ("hf", documented, tmp_path / "out", "--evaluations")
     other = documented / "other.json"
-    assert "is about other weights (xxh3 another)" in refusal(capsys, *arguments, other)
+    assert "is about other weights (xxh3 another)" in refusal_of(convert, *arguments, other)
     state = documented / "checkpoints" / "step-00000002" / "state.json"
-    assert "is no result of an evaluation" in refusal(capsys, *arguments, state)
+    assert "is no result of an evaluation" in refusal_of(convert, *arguments, state)
     damaged = tmp_path / "damaged.json"
     values = json.loads((documented / "results" / "knn.json").read_text())
     values["results"][0]["top1"] = 7
     damaged.write_text(json.dumps(values))
-    assert "damaged.json is damaged: top1 must be a number in 0 to 1, not 7" in refusal(
-        capsys, *arguments, damaged
-    )
+    said = refusal_of(convert, *arguments, damaged)
+    assert "damaged.json is damaged: top1 must be a number in 0 to 1, not 7" in said
 
 
-def test_the_weights_that_are_asked_for_are_taken(trained: Path, tmp_path: Path) -> None:
+def test_the_given_weights_are_converted(trained: Path, tmp_path: Path) -> None:
     for weights in ("ema", "model", "auto"):
         call(convert, "hf", trained, tmp_path / weights, "--weights", weights)
     ema, last, auto = (
-        load_encoders(tmp_path / weights).image_projection for weights in ("ema", "model", "auto")
+        load_encoders(tmp_path / one).image_projection for one in ("ema", "model", "auto")
     )
     assert torch.equal(auto, ema)
     assert not torch.equal(last, ema)
 
 
-def test_what_cannot_be_converted_is_refused(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_that_cannot_be_converted_are_refused(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "expected a run folder" in refusal(capsys, "hf", tmp_path / "nowhere", out)
-    assert "convert it to open_clip" in refusal(capsys, "to-official", trained, out)
+    assert "expected a run folder" in refusal_of(convert, "hf", tmp_path / "nowhere", out)
+    assert "convert it to open_clip" in refusal_of(convert, "to-official", trained, out)
     page = tmp_path / "in1k.pth"
     page.write_text("<html>")
-    assert "no checkpoint that torch can read" in refusal(capsys, "official", page, out)
-    assert "is a folder" in refusal(capsys, "official", trained, out)
+    assert "no checkpoint that torch can read" in refusal_of(convert, "official", page, out)
+    assert "is a folder" in refusal_of(convert, "official", trained, out)
     assert not out.exists()
 
 
@@ -281,7 +257,7 @@ def test_a_released_checkpoint_is_converted_evaluated_and_converted_back(
     call(convert, "to-official", out, tmp_path / "again.pth")
     said = capsys.readouterr().out
     assert "339 entries" in said
-    assert "wants images scaled to 256 (bicubic), 224 in the centre" in said
+    assert "needs images scaled to 256 (bicubic), 224 in the centre" in said
     assert "note" not in said  # images are normalised as theirs
     again = read_official_file(tmp_path / "again.pth")
     assert all(torch.equal(again[name], tensor) for name, tensor in entries.items())

@@ -1,1 +1,1 @@
-"""`unicl-convert`: its options, and what it prints."""
+"""`unicl-convert`: its options and output."""

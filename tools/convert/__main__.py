@@ -1,7 +1,6 @@
-"""`unicl-convert`: trained models in the formats of others, and microsoft/UniCL's files in ours.
+"""`unicl-convert`: trained models in other libraries' formats, and microsoft/UniCL's files in ours.
 
-Reads the arguments and ends with the exit code of what happened. The commands are `commands`, and
-the conversions `unicl_fast.conversion`'s.
+Reads the arguments and sets the exit code; `commands` has the commands.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from .commands import COMMANDS, Conversion
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
     argv = begin_program() if argv is None else list(argv)
-    if argv and argv[0] == "open_clip":  # as the package is spelt
+    if argv and argv[0] == "open_clip":  # the package's spelling
         argv = ["open-clip", *argv[1:]]
     command: Conversion = tyro.extras.subcommand_cli_from_dict(
         dict(COMMANDS),
         args=argv,
         prog="unicl-convert",
         description=(
-            "Trained models in the formats of others, and microsoft/UniCL's checkpoints in ours. "
-            "What is written is read again and compared before OUT appears. docs/checkpoints.md "
-            "has a table of the formats."
+            "Converts trained models to other libraries' formats, and microsoft/UniCL's "
+            "checkpoints to ours. The files are read again and compared before OUT appears. "
+            "docs/checkpoints.md has a table of the formats."
         ),
         config=(tyro.conf.PositionalRequiredArgs,),
     )

@@ -1,7 +1,6 @@
 """The commands of `unicl-convert`: a field is an argument or option, its docstring the help.
 
-A command runs itself (`run`) and imports what it needs only then: torch and timm take seconds, for
-which neither `--help` nor a mistyped option has to wait.
+`run` imports torch and timm, which take seconds: `--help` and mistyped options need not wait.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ class Conversion(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> None:
-        """Converts, and prints what was read, what was written and what to do with it.
+        """Converts a model, and prints its source, the files and how to use them.
 
         Raises:
-            ValueError: a damaged or foreign file, a model that the format cannot hold, an output
-                that is there already, or a package that is not installed.
+            ValueError: the file is damaged or foreign, the format cannot hold the model, the output
+                exists, or a package is not installed.
             FileNotFoundError: no model there.
             RuntimeError: the converted model does not give our features.
-            OSError: a disk that failed.
+            OSError: a disk failed.
         """
 
 
@@ -42,12 +41,10 @@ class Conversion(abc.ABC):
 class FromOfficial(Conversion):
     """A released checkpoint of microsoft/UniCL (Swin-T or Swin-B) to a model of ours.
 
-    FILE holds {'model': {name: tensor}}, as in1k.pth and its fellows do; files with the older names
-    visual, text, lang_encoder and vision_projection are read too. Only tensors are read: a file
-    with Python objects in it is refused, and nothing of it is run. Every entry must fit a tensor of
-    the model, and every tensor an entry. OUT is a folder that unicl-eval and unicl_fast.load_model
-    take, in fp32, with the preprocessing of the released models: bicubic to 256, 224 in the centre,
-    ImageNet's mean and deviation.
+    FILE holds {'model': {name: tensor}}, as in1k.pth does, also with older names. A file with
+    Python objects is refused, and none of its code is run. Each entry must fit a tensor of the
+    model, and each tensor an entry. OUT is a folder for unicl-eval and unicl_fast.load_model, in
+    fp32, with the preprocessing of the released models.
 
     Example:
       unicl-convert official in21k_yfcc14m.pth models/in21k_yfcc14m
@@ -76,33 +73,30 @@ class FromOfficial(Conversion):
         }
         difference = write_export(model, self.out, facts=Facts(origin=origin))
         _print_written(self.out, difference=difference)
-        print(
-            f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
-            "normalised as ImageNet's"
-        )
+        name, view = model.config.model.image_encoder, _view(model.config.data)
+        print(f"every entry fits: {name}, {view}, normalised with ImageNet's statistics")
         print(f"next: unicl-eval zero-shot --checkpoint {shlex.quote(str(self.out))} --data DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConversion(Conversion):
-    """A command that takes a model of ours."""
+    """A command that converts a model."""
 
     model: Path
-    """MODEL: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, an export; a
-    folder of open_clip's, transformers' or timm's; or open-clip:NAME/TAG, hf-hub:OWNER/NAME,
-    official:FILE, timm:NAME, pypi:NAME."""
+    """MODEL: a run folder (its newest checkpoint), RUN/best, a checkpoint, an export; a folder of
+    open_clip, transformers or timm; or open-clip:NAME/TAG, hf-hub:OWNER/NAME, official:FILE,
+    timm:NAME, pypi:NAME."""
     out: Path
     """OUT: a new folder; for to-official a new file, ending in .pth."""
     weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step; auto takes the
-    average where there is one."""
+    """ema is the moving average of the weights, model the weights of the last step, auto the
+    average if there is one."""
 
     def load(self, *, needs_texts: bool = True) -> UniCL:
-        """Loads the model in fp32 and evaluation mode, and prints what it is.
+        """Loads the model in fp32 and evaluation mode, and prints its name and size.
 
-        Raises:
-            ValueError: OUT exists, or the model has no text encoder where it `needs_texts`.
-            FileNotFoundError: no model there.
+        Raises ValueError if OUT exists or the command `needs_texts` and the model has no text
+        encoder, FileNotFoundError if there is no model.
         """
         from unicl_fast.conversion.initial import load_encoders
         from unicl_fast.conversion.output import require_new
@@ -115,12 +109,10 @@ class ModelConversion(Conversion):
         if needs_texts and model.text_encoder is None:
             raise ValueError(
                 f"{self.model} was trained with objective.name={model.config.objective.name} and "
-                "has no text encoder; unicl-convert timm takes its image encoder"
+                "has no text encoder; unicl-convert timm converts its image encoder"
             )
-        print(
-            f"read {find_own(str(self.model)) or self.model}: {model.config.model.image_encoder}, "
-            f"{_size(model, model.state_dict())}"
-        )
+        found, name = find_own(str(self.model)) or self.model, model.config.model.image_encoder
+        print(f"read {found}: {name}, {_size(model, model.state_dict())}")
         return model
 
 
@@ -128,9 +120,8 @@ class ModelConversion(Conversion):
 class ToOfficial(ModelConversion):
     """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
 
-    The other way round of official, entry for entry. Their code normalises images with ImageNet's
-    mean and deviation, ours with CLIP's unless data.mean and data.std say otherwise: the difference
-    is named when it matters.
+    The reverse of official, entry for entry. Their code normalises images with ImageNet's mean and
+    deviation, ours by default with CLIP's: a note names the difference if there is one.
 
     Example:
       unicl-convert to-official runs/first first.pth
@@ -147,12 +138,12 @@ class ToOfficial(ModelConversion):
         _print_written(self.out)
         print(_size(model, entries))
         data = model.config.data
-        print(f"the file cannot hold it: this model wants {_view(data)}; set that in the config")
+        print(f"the file cannot hold it: this model needs {_view(data)}; set that in the config")
         theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]
         if not np.allclose([data.mean, data.std], theirs):
             print(
-                f"note: this model wants images normalised with mean {data.mean} and deviation "
-                f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its "
+                f"note: this model needs images normalised with mean {data.mean} and deviation "
+                f"{data.std}; microsoft/UniCL's code uses ImageNet's: change them in its "
                 "data/build.py"
             )
         print(
@@ -163,11 +154,11 @@ class ToOfficial(ModelConversion):
 
 @dataclass(frozen=True, kw_only=True)
 class ToOpenClip(ModelConversion):
-    """A folder for open_clip, and what builds on it, CLIP_benchmark for example.
+    """A folder for open_clip and programs built on it, such as CLIP_benchmark.
 
-    open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors;
-    that is checked before OUT appears. It scales the shorter side to the very size it crops, so
-    images differ where data.evaluation_resize is larger than data.image_size; a note says so.
+    open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors,
+    which is checked before OUT appears. It scales the shorter side to the size of the crop, so
+    images differ if data.evaluation_resize is larger than data.image_size; a note says so.
 
     Example:
       unicl-convert open-clip runs/first models/first-open-clip
@@ -182,24 +173,22 @@ class ToOpenClip(ModelConversion):
         if data.evaluation_resize not in (data.image_size, "longest", "squash"):
             print(
                 f"note: open_clip scales the shorter side to {data.image_size} pixels, unicl-eval "
-                f"to {data.evaluation_resize} and then crops {data.image_size}: accuracies differ "
-                "a little"
+                f"to {data.evaluation_resize} with a crop of {data.image_size}: accuracies differ "
+                "slightly"
             )
         first, name = _registration(model), f"local-dir:{self.out}"
         print(f"next: {first}import open_clip; open_clip.create_model_and_transforms({name!r})")
-        program = "clip_benchmark"
-        if first:
-            code = f"{first}from clip_benchmark import cli; cli.main()"
-            program = f"python -c {shlex.quote(code)}"
+        code = f"{first}from clip_benchmark import cli; cli.main()"
+        program = f"python -c {shlex.quote(code)}" if first else "clip_benchmark"
         options = shlex.join(["--model", name, "--pretrained", ""])
         print(f"  or: {program} eval {options} --dataset wds/NAME --dataset_root DIR --no_amp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToTimm(ModelConversion):
-    """Only the image encoder, for timm: fine-tuning, detection, anything that takes a backbone.
+    """Only the image encoder, for timm: fine-tuning, detection, any use of a backbone.
 
-    Features are those before the projection into the common space.
+    Its features are not projected into the common space.
 
     Example:
       unicl-convert timm runs/first models/first-timm
@@ -223,12 +212,11 @@ class ToTimm(ModelConversion):
 class ToHub(ModelConversion):
     """A folder in the layout of the Hugging Face hub, or a repository there, with a model card.
 
-    transformers.AutoModel loads it, where the encoders are timm's or CLIP's, without this package.
-    Safetensors, config, preprocessing, tokenizer, and a card with the run's data sets (names of
-    folders, counts, licenses) and the figures, with intervals, of all evaluations of these weights
-    whose --json lies in the run's folder. OUT holds no path of this machine. unicl-eval,
-    unicl-pretrain --init and unicl_fast.load_model take OUT, and hf-hub:OWNER/NAME once it is
-    there.
+    transformers.AutoModel loads it without this package if the encoders are timm's or CLIP's. The
+    card lists the run's data sets (names of folders, counts, licenses) and the figures, with
+    intervals, of all evaluations of these weights with a --json file in the run's folder. OUT has
+    no path of this machine. unicl-eval, unicl-pretrain --init and unicl_fast.load_model read it, or
+    hf-hub:OWNER/NAME once it is published.
 
     Example:
       unicl-eval zero-shot --checkpoint runs/first --data DIR --json runs/first/zero-shot.json
@@ -236,14 +224,14 @@ class ToHub(ModelConversion):
     """
 
     license: str = ""
-    """An identifier of the hub for the model, for example apache-2.0; else the card names none."""
+    """The license of the model by the hub's identifier, for example apache-2.0. Default: none."""
     evaluations: tuple[Path, ...] = ()
-    """Files that unicl-eval --json wrote about these weights elsewhere."""
+    """Files of unicl-eval --json about these weights outside the run's folder."""
     push: str = ""
-    """OWNER/NAME: also make this repository on the hub, with your token (hf auth login, or
-    HF_TOKEN). It must not be there yet."""
+    """OWNER/NAME: also create this repository on the hub, with your token (hf auth login, or
+    HF_TOKEN). It must not exist yet."""
     private: bool = False
-    """With --push: only you and those you invite see it."""
+    """With --push: only you and people you invite can see it."""
 
     def run(self) -> None:
         from unicl_fast.conversion import hugging_face
@@ -251,8 +239,8 @@ class ToHub(ModelConversion):
         from unicl_fast.conversion.export import write_export
 
         if self.private and not self.push:
-            raise ValueError("--private is about a repository: add --push OWNER/NAME")
-        if self.push:  # huggingface_hub takes 0.2 s to import
+            raise ValueError("--private is for a repository: add --push OWNER/NAME")
+        if self.push:  # 0.2 s to import
             from unicl_fast.checkpoints.hub import check_upload, upload
 
             check_upload(self.push)
@@ -277,32 +265,30 @@ class ToHub(ModelConversion):
                     f"{error}. {self.out} is complete: hf upload {self.push} {self.out} tries again"
                 ) from error
             print(f"uploaded to {address}")
-        where = shlex.quote(name if self.push else str(self.out))
-        print(f"next: unicl-eval zero-shot --checkpoint {where} --data DIR")
+        checkpoint = shlex.quote(name if self.push else str(self.out))
+        print(f"next: unicl-eval zero-shot --checkpoint {checkpoint} --data DIR")
         if layout != "unicl":
-            repository = self.push or str(self.out)
-            print(
-                f"  or: import transformers; transformers.AutoModel.from_pretrained({repository!r})"
-            )
+            load = f"transformers.AutoModel.from_pretrained({self.push or str(self.out)!r})"
+            print(f"  or: import transformers; {load}")
         if not self.push:
             print(f"to publish it: hf upload OWNER/NAME {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToPeft(ModelConversion):
-    """The adapters of a run with optim.lora, as peft's own folder, for transformers' base.
+    """The adapters of a run with optim.lora as peft's folder, for a base of transformers.
 
-    PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), OUT) gives the run's features; that
-    is checked before OUT appears. Projections are in it whole. unicl-eval, unicl-pretrain --init
-    and unicl_fast.load_model take OUT too, with BASE where it is.
+    PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), OUT) gives the run's features, which
+    is checked before OUT appears. Projections are stored whole. unicl-eval, unicl-pretrain --init
+    and unicl_fast.load_model read OUT too, and BASE from its place.
 
     Example:
       unicl-convert peft runs/lora models/lora-adapter
     """
 
     base: str = ""
-    """The model that the run began with, as transformers loads it: a folder or hf-hub:OWNER/NAME;
-    unicl-convert hf makes one of others. Default: the run's model.init."""
+    """The model that the run started from, in transformers' format: a folder or hf-hub:OWNER/NAME;
+    unicl-convert hf converts others. Default: the run's model.init."""
 
     def run(self) -> None:
         from unicl_fast.conversion.adapter_folders import write_adapter
@@ -310,8 +296,7 @@ class ToPeft(ModelConversion):
 
         model = load_adapted(self.model, weights=self.weights).float()
         base = self.base or model.config.model.init
-        difference = write_adapter(model, self.out, base=base)
-        _print_written(self.out, difference=difference)
+        _print_written(self.out, difference=write_adapter(model, self.out, base=base))
         place = base.removeprefix("hf-hub:").partition("@")[0]
         print(
             "next: import peft, transformers; peft.PeftModel.from_pretrained("
@@ -323,8 +308,8 @@ class ToPeft(ModelConversion):
 class ToOnnx(ModelConversion):
     """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
 
-    They are run with onnxruntime at three batch sizes and compared before OUT appears. Takes
-    the extra `convert`.
+    onnxruntime runs them at three batch sizes for comparison before OUT appears. Needs the extra
+    `convert`.
 
     Example:
       unicl-convert onnx runs/first models/first-onnx
@@ -333,9 +318,8 @@ class ToOnnx(ModelConversion):
     def run(self) -> None:
         from unicl_fast.conversion.libraries import require_packages, write_onnx
 
-        require_packages()  # before a model is loaded for nothing
-        difference = write_onnx(self.load(), self.out)
-        _print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        require_packages()  # before loading a model in vain
+        _print_written(self.out, difference=write_onnx(self.load(), self.out), sizes=_ANY_BATCH)
         print(f'next: onnxruntime.InferenceSession("{self.out / "image.onnx"}")')
 
 
@@ -353,7 +337,7 @@ class ToExport(ModelConversion):
         from unicl_fast.conversion.libraries import write_exported_programs
 
         difference = write_exported_programs(self.load(), self.out)
-        _print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        _print_written(self.out, difference=difference, sizes=_ANY_BATCH)
         print(f'next: torch.export.load("{self.out / "image.pt2"}").module()(images)')
 
 
@@ -369,11 +353,14 @@ COMMANDS: dict[str, type[Conversion]] = {
 }
 
 
-def _print_written(path: Path, *, difference: float | None = None, where: str = "") -> None:
+_ANY_BATCH = ", at batches of 1 and more"
+
+
+def _print_written(path: Path, *, difference: float | None = None, sizes: str = "") -> None:
     """Prints the files of an output, and how much its features differ from ours."""
     if difference is not None:
         about = "checked: features of equal pixels differ from ours"
-        print(f"{about} by at most {difference:.1e}{where}")
+        print(f"{about} by at most {difference:.1e}{sizes}")
     print(f"written to {path}:")
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         size = file.stat().st_size
@@ -389,19 +376,17 @@ def _registration(model: UniCL) -> str:
     if is_of_timm(name):
         return ""
     module = module_of_encoder(name)
-    if module == vits.__name__:  # which registers a name that it is given
+    if module == vits.__name__:
         return f"from {module} import register; register({name!r}); "
     return f"import {module}; "
 
 
 def _view(data: DataConfig) -> str:
-    """How an evaluation shows images to a model, in words."""
-    if isinstance(data.evaluation_resize, str):
-        return f"whole images, {data.evaluation_resize} ({data.interpolation})"
-    return (
-        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
-        "the centre"
-    )
+    """An evaluation's view of images, in words."""
+    resize, filter = data.evaluation_resize, data.interpolation
+    if isinstance(resize, str):
+        return f"whole images, {resize} ({filter})"
+    return f"images scaled to {resize} ({filter}), {data.image_size} in the centre"
 
 
 def _size(model: UniCL, entries: Mapping[str, Tensor]) -> str:

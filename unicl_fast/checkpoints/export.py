@@ -1,8 +1,8 @@
 """Reads exports: a model without its run, as `config.json` and `model.safetensors`.
 
-The config holds what another library needs to know, and under `unicl_fast` our settings of the
-model, its objective and its pixels, but none of the run's: later versions read it as long as they
-can build the model.
+The config has the fields that other libraries need and, under `unicl_fast`, our settings of the
+model, its objective and its pixels. It has none of the run's, so later versions can read it as long
+as they can build the model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ WEIGHTS_FILE = "model.safetensors"
 LIBRARY = "unicl_fast"
 FORMAT_VERSION = 2
 PIXELS = ("image_size", "evaluation_resize", "interpolation", "mean", "std")
-"""Fields of `DataConfig` that are a model's."""
+"""Fields of `DataConfig` that belong to a model."""
 BESIDE = "."
-"""The place of a tokenizer that is in the export itself."""
+"""The path of a tokenizer that is in the export itself."""
 
 
 def is_export(path: Path) -> bool:
@@ -34,19 +34,18 @@ def is_export(path: Path) -> bool:
 
 
 def read_description(folder: Path) -> Mapping[str, Any]:
-    """Reads our part of an export's config; raises ValueError if it is none or damaged."""
+    """Reads our part of an export's config; raises ValueError if it is damaged or has none."""
     path = folder / CONFIG_FILE
     try:
         values = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; convert the model again") from error
-    ours = values.get(LIBRARY) if isinstance(values, dict) else None
-    if not isinstance(ours, dict):
-        library = values.get("library_name") if isinstance(values, dict) else None
+    values = values if isinstance(values, dict) else {}
+    if not isinstance(ours := values.get(LIBRARY), dict):
         raise ValueError(
-            f"{path} is no export of {LIBRARY}, as unicl-convert hf and official write it "
-            f"(library_name is {library!r}); what other formats hold is read by their own "
-            "libraries, and exports by the version that wrote them"
+            f"{path} is not an export of {LIBRARY} as unicl-convert hf and official write it "
+            f"(library_name is {values.get('library_name')!r}): other formats are read by their "
+            "own libraries, and exports by the version that wrote them"
         )
     if ours.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -57,13 +56,13 @@ def read_description(folder: Path) -> Mapping[str, Any]:
 
 
 def read_export(folder: Path) -> tuple[TrainConfig, Path]:
-    """Returns an export's config and weights file; raises ValueError if it is none or damaged."""
+    """Returns an export's config and weights file; raises as `read_description`."""
     ours, weights = read_description(folder), folder / WEIGHTS_FILE
     checksums = ours.get("checksums")
     expected = checksums.get(WEIGHTS_FILE) if isinstance(checksums, dict) else None
     if (found := file_checksum(weights)) != expected:
         raise ValueError(
-            f"{weights} is damaged or was exchanged: its xxh3 is {found}, {CONFIG_FILE} says "
+            f"{weights} is damaged or was replaced: its xxh3 is {found}, {CONFIG_FILE} says "
             f"{expected}; copy the folder again or convert the model again"
         )
     model = ours.get("model")

@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: writes, lists and removes them, and names the best.
 
-`checkpoints/best.json` names the best step, whose checkpoint stays; a file, unlike a link, can be
-replaced atomically and survives copies to other file systems.
+`checkpoints/best.json` names the best step, whose checkpoint is kept. A file, unlike a link, can be
+replaced atomically and survives a copy to another file system.
 """
 
 from __future__ import annotations
@@ -63,16 +63,8 @@ def write_checkpoint(
 ) -> Path:
     """Writes `step-XXXXXXXX`, whole or not at all; returns its path.
 
-    Other Python threads run meanwhile: safetensors (tried with 0.8.0) and xxhash release the GIL.
-
-    Args:
-        checkpoints_folder: is made if it is missing.
-        step: number of optimizer steps done.
-        files: tensors by file name, contiguous and on the host.
-        state: the rest of state.json, without step and checksums (`state.describe_state`).
-
-    Raises:
-        OSError: it cannot be written (disk full, no permission); earlier ones are untouched.
+    `files` has tensors by file name, contiguous and on the host; `state` is from `describe_state`.
+    Raises OSError if the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = checkpoints_folder / checkpoint_name(step)
     # a unique name: two runs that share a folder by mistake must not mix their files
@@ -81,7 +73,7 @@ def write_checkpoint(
     origin = origin_of(str(state["run_id"]), step)
     try:
         partial.mkdir(parents=True)
-        for name, tensors in files.items():
+        for name, tensors in files.items():  # safetensors 0.8.0 and xxhash release the GIL
             save_tensors(tensors, partial / name, metadata=origin)
         checksums = {name: file_checksum(partial / name) for name in files}
         text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
@@ -114,18 +106,18 @@ def save_tensors(
 
 
 def origin_of(run_id: str, step: int) -> dict[str, str]:
-    """Metadata for a checkpoint's files: one entry, since safetensors does not keep an order."""
+    """Metadata of a checkpoint's files: one entry, since safetensors does not keep an order."""
     return {"origin": f"step {step} of run {run_id}"}
 
 
 def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) -> None:
-    """Removes all but the newest `keep` (0: keeps all) and those of the pinned steps."""
+    """Removes all but the newest `keep` (0: keeps all) and the pinned steps."""
     for old in list_checkpoints(checkpoints_folder)[:-keep] if keep else []:
         if step_of(old) not in pinned:
             try:
                 shutil.rmtree(old)
             except OSError as error:
-                logger.warning("an old checkpoint stays: %s", error)
+                logger.warning("an old checkpoint could not be removed: %s", error)
 
 
 def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
@@ -158,16 +150,16 @@ class Best:
 
 def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
     """The key of metrics.jsonl for `checkpoint.best`; ValueError if no evaluation measures it."""
-    names = list(evaluations)
-    if choice == "none" or not (choice or names):
+    defaults = {
+        name: f"{name}/{'recall_at_1' if name.startswith('retrieval/') else 'top1'}"
+        for name in evaluations
+    }
+    if choice == "none" or not (choice or defaults):
         return None
-    first_numbers = [
-        f"{name}/{'recall_at_1' if name.startswith('retrieval/') else 'top1'}" for name in names
-    ]
     if not choice:
-        return first_numbers[0]
-    if not any(choice.startswith(f"{name}/") for name in names):
-        known = ", ".join(first_numbers) or "none: set data.evaluate"
+        return next(iter(defaults.values()))
+    if not any(choice.startswith(f"{name}/") for name in defaults):
+        known = ", ".join(defaults.values()) or "none: set data.evaluate"
         raise ValueError(
             f"checkpoint.best={choice}: no evaluation of this run gives that number; it has {known}"
         )
@@ -201,7 +193,7 @@ def find_best(
 ) -> Best | None:
     """Finds the best of the existing checkpoints, the earliest if several are equal.
 
-    Reads both best.json (for any metric without a `metric`) and the run's metrics (`lines`): a run
+    Reads both best.json (of any metric if `metric` is None) and the run's metrics (`lines`): a run
     can be killed between an evaluation and best.json, and metrics can be truncated.
     """
     found = [
@@ -214,7 +206,7 @@ def find_best(
         if stored is not None and metric in (None, stored.metric):
             found.append(stored)
     except ValueError as error:
-        logger.warning("%s; the run's metrics say which is the best", error)
+        logger.warning("%s; the best is found from the run's metrics", error)
     steps = {step_of(checkpoint) for checkpoint in list_checkpoints(checkpoints_folder)}
     there = [best for best in found if best.step in steps and math.isfinite(best.value)]
     return max(there, key=lambda best: (best.value, -best.step), default=None)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
-    CommitOperationAdd,
     HfApi,
     errors,
     get_token,
@@ -45,25 +44,22 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
         ValueError: not a valid name of a repository.
         OSError: a disk failed.
     """
-    name, _, revision = repository.partition("@")
-    logger.info("hf-hub:%s: looking for %s", repository, file_names[0])
-    names, place = ", ".join(file_names), f"hf-hub:{repository}"
+    name, _, given = repository.partition("@")
+    names, place, revision = ", ".join(file_names), f"hf-hub:{repository}", given or None
+    logger.info("%s: looking for %s", place, file_names[0])
     for file_name in file_names:
         try:
             with _silent_retries():
-                return Path(hf_hub_download(name, file_name, revision=revision or None))
+                return Path(hf_hub_download(name, file_name, revision=revision))
         except errors.LocalEntryNotFoundError as error:  # no network, and not in the cache
-            cached = [
-                try_to_load_from_cache(name, other, revision=revision or None)
-                for other in file_names
-            ]
+            cached = [try_to_load_from_cache(name, one, revision=revision) for one in file_names]
             if paths := [path for path in cached if isinstance(path, str)]:
                 return Path(paths[0])
             if all(one is _CACHED_NO_EXIST for one in cached):  # the hub has said so before
                 break
             raise FileNotFoundError(
                 f"{place}: the hub cannot be reached, and the cache has none of {names}: download "
-                "the repository where there is a network, and give its folder "
+                "the repository on a machine with a network, and give its folder "
                 f"({_first_line(error.__cause__ or error)})"
             ) from error
         except errors.EntryNotFoundError:
@@ -82,26 +78,26 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
             text = f"{place}: {file_name} could not be downloaded: {_first_line(error)}; try again"
             raise FileNotFoundError(text) from error
     raise NotOnHubError(
-        f"{place} has none of {names}: expected a repository of ours, open_clip's, transformers', "
-        "timm's or peft's"
+        f"{place} has none of {names}: expected a repository of unicl_fast, open_clip, "
+        "transformers, timm or peft"
     )
 
 
 def download_export(repository: str) -> Path:
     """Downloads an export of ours; returns its folder in the cache, raises as `download`.
 
-    Both files are of one commit, even if a new one is pushed meanwhile. Another library's config is
-    refused (ValueError) before its weights are downloaded.
+    Both files are from one commit, even if a new one is pushed meanwhile. Another library's config
+    is refused (ValueError) before its weights are downloaded.
     """
     config = download(repository, [CONFIG_FILE])
     values = read_json(config)
-    if not isinstance(values, dict) or "library_name" not in values:  # transformers' lack it
+    if not isinstance(values, dict) or "library_name" not in values:  # transformers has none
         raise ValueError(
-            f"hf-hub:{repository} is neither a model of ours nor of open_clip, timm or "
-            f"transformers: its {CONFIG_FILE} names no architecture, model_type or library"
+            f"hf-hub:{repository} is not a model of unicl_fast, open_clip, timm or transformers: "
+            f"its {CONFIG_FILE} names no architecture, model_type or library"
         )
-    commit = config.parent.name  # the cache has a folder for each commit
-    at_commit = f"{repository.partition('@')[0]}@{commit}"
+    # the cache has a folder for each commit
+    at_commit = f"{repository.partition('@')[0]}@{config.parent.name}"
     ours = values.get(LIBRARY)
     model = ours.get("model") if isinstance(ours, dict) else None
     if isinstance(model, dict) and model.get("tokenizer"):
@@ -120,10 +116,10 @@ def check_upload(repository: str) -> None:
     """
     place = f"hf-hub:{repository}"
     if "/" not in repository:
-        raise ValueError(f"{place}: expected OWNER/NAME, the owner being you or yours")
+        raise ValueError(f"{place}: expected OWNER/NAME; OWNER is you or an organization of yours")
+    if get_token() is None:
+        raise ValueError(f"{place}: no token to write with: {_LOG_IN}")
     with _one_sentence(repository):
-        if get_token() is None:
-            raise ValueError(f"{place}: no token to write with: {_LOG_IN}")
         if HfApi().repo_exists(repository):
             raise _there_already(repository)
 
@@ -135,14 +131,10 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
         ValueError: the repository exists.
         OSError: the hub cannot be reached, refuses the token, or broke off.
     """
-    api = HfApi()
-    files = [
-        CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path)
-        for path in sorted(folder.iterdir())
-    ]
     with _one_sentence(repository):
-        address = api.create_repo(repository, private=private)
-        api.create_commit(repository, files, commit_message="Add a model of unicl_fast")
+        address = HfApi().create_repo(repository, private=private)
+        message = "Add a model of unicl_fast"
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     return str(address)
 
 
@@ -166,7 +158,7 @@ def _one_sentence(repository: str) -> Iterator[None]:
             raise _there_already(repository) from error
         if status in (401, 403):
             raise OSError(
-                f"{place}: the hub refuses the token, which must be valid and may write to "
+                f"{place}: the hub refuses the token, which must be valid and allowed to write to "
                 f"{repository.partition('/')[0]}: {_LOG_IN} ({_first_line(error)})"
             ) from error
         raise OSError(f"{place}: the hub refused: {_first_line(error)}") from error
@@ -192,7 +184,7 @@ def _silent_retries() -> contextlib.AbstractContextManager[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The beginning of an error, without the token that a hub may send back in it."""
+    """The first line of an error, without the token that a hub can repeat in it."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     token = get_token()
     return line if token is None else line.replace(token, "***")

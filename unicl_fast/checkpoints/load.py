@@ -70,21 +70,21 @@ class CheckpointState:
     data: dict[str, Any]
     """The trainer's description of the data: names, classes, tokenizer."""
     optimizer: str
-    """Class name of the optimizer; others cannot use its state."""
+    """Class name of the optimizer; no other class can load its state."""
     checksums: dict[str, str]
     """File names to their xxh3."""
     run_id: str
     """Stays the same when a run resumes."""
     base: str = ""
-    """xxh3 of the weights that it leaves out, which `model.init` of its config names; empty if it
-    holds all."""
+    """xxh3 of the weights that it leaves out and `model.init` of its config names; empty if it has
+    all weights."""
 
 
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     """Reads state.json and compares the checksums of all files.
 
-    A process reads a file for its checksum once, unless the file changes. All ranks call it
-    together; rank 0 reads, and its errors are raised on all ranks, as a SharedRefusal.
+    All ranks call it together. Rank 0 reads, and its errors are raised on all ranks as a
+    SharedRefusal.
 
     Raises:
         FileNotFoundError: not a checkpoint folder, or one of its files is missing.
@@ -106,8 +106,7 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
-        found = checksum_read_once(checkpoint / name)
-        if found != expected:
+        if (found := checksum_read_once(checkpoint / name)) != expected:
             raise DamagedCheckpointError(
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
                 f"{expected}; use another checkpoint"
@@ -117,7 +116,7 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
 
 
 def _parse_state(path: Path) -> CheckpointState:
-    """Reads state.json without looking at the other files; raises as `read_state`."""
+    """Reads state.json but none of the other files; raises as `read_state`."""
     names = [field.name for field in dataclasses.fields(CheckpointState)]
     try:
         values = parse_checksummed_json(read_file(path))
@@ -125,8 +124,7 @@ def _parse_state(path: Path) -> CheckpointState:
         config = known.get("config")
         if not isinstance(config, dict):
             raise ValueError(f"config must be an object, not {shorten(config)}")
-        settled = values.get("settled", {})
-        # read below: a config of another version is not damaged
+        # the config is checked below: one of another version is not damaged
         others = from_json_values(CheckpointState, known | {"config": {}})
         for name, value in others.scaler.items():
             convert(value, NonNegative, name=f"the loss scaler's {name}")
@@ -138,7 +136,8 @@ def _parse_state(path: Path) -> CheckpointState:
             f"{path} is damaged: {error}; use another checkpoint"
         ) from error
     try:
-        return dataclasses.replace(others, config=with_settled(config, settled))
+        settled = with_settled(config, values.get("settled", {}))
+        return dataclasses.replace(others, config=settled)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -175,31 +174,23 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def _find_best(run_folder: Path) -> Path:
+    problem = "has no best checkpoint: a run has one if it evaluates (data.evaluate)"
     for folder in (run_folder / "checkpoints", run_folder):
-        best = read_best(folder)
-        if best is None:
-            continue
-        checkpoint = folder / checkpoint_name(best.step)
-        if not checkpoint.is_dir():
-            raise FileNotFoundError(
-                f"{folder} names {checkpoint.name} as its best, which is not there; take another "
-                f"one: {run_folder} stands for the newest"
-            )
-        return checkpoint
-    raise FileNotFoundError(
-        f"{run_folder} has no best checkpoint: a run has one when it evaluates (data.evaluate); "
-        f"{run_folder} itself stands for the newest"
-    )
+        if (best := read_best(folder)) is not None:
+            checkpoint = folder / checkpoint_name(best.step)
+            if checkpoint.is_dir():
+                return checkpoint
+            problem = f"names {checkpoint.name} as its best, which is not there"
+            break
+    raise FileNotFoundError(f"{run_folder} {problem}; {run_folder} itself stands for the newest")
 
 
 def find_sound_checkpoint(run_folder: Path) -> Path | None:
     """Finds the newest undamaged checkpoint of a run; None if there are no checkpoints.
 
-    Logs damaged ones that it skips.
-
     Raises:
         ValueError: all are damaged, or a config is not valid in this version.
-        OSError: the disk cannot be read; the checkpoints on it may be sound.
+        OSError: the disk cannot be read; its checkpoints can still be sound.
     """
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
@@ -212,7 +203,7 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
     if checkpoints:
         raise ValueError(
             f"all {len(checkpoints)} checkpoints of {run_folder} are damaged: start anew with "
-            "another --out, or bring one back from a copy"
+            "another --out, or restore one from a copy"
         )
     return None
 
@@ -220,25 +211,19 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 def find_model(path: str | Path) -> Path:
     """Finds the export or checkpoint at a path, or downloads hf-hub:OWNER/NAME[@REVISION].
 
-    Raises:
-        FileNotFoundError: no model there, or it cannot be downloaded.
-        ValueError: best.json is damaged, or the name of a repository is not valid.
+    Raises FileNotFoundError if there is none or it cannot be downloaded, ValueError if best.json
+    is damaged or the name of the repository is not valid.
     """
     scheme, _, repository = str(path).partition(":")
     if scheme == "hf-hub":
-        from unicl_fast.checkpoints.hub import download_export  # takes 0.2 s
+        from unicl_fast.checkpoints.hub import download_export  # 0.2 s
 
         return download_export(repository)
-    path = Path(path)
-    return path if is_export(path) else find_checkpoint(path)
+    return path if is_export(path := Path(path)) else find_checkpoint(path)
 
 
 def build_model(config: TrainConfig) -> UniCL:
-    """The model of a run, with fresh weights drawn from `run.seed`.
-
-    Raises:
-        ValueError: as `UniCL`, or an objective whose options the data have not filled in.
-    """
+    """Builds a run's model, with fresh weights drawn from `run.seed`; raises as `UniCL`."""
     stages = config.settings_of_stages
     model = UniCL(
         config.model,
@@ -257,34 +242,33 @@ def build_model(config: TrainConfig) -> UniCL:
 
 
 def refuse_another_base(model: UniCL, base: str, path: Path) -> None:
-    """Raises ValueError if the weights that a file leaves out are not those of the model."""
+    """Raises ValueError if the model's frozen weights are not the ones that a file leaves out."""
     if not base or base == model.frozen.base_digest:
         return
     given = model.config.model
     names = [f"model.{name}={one}" for name in INITIAL_WEIGHTS if (one := getattr(given, name))]
     raise ValueError(
-        f"{path} holds adapters on weights of xxh3 {base}, and those of "
-        f"{', '.join(names) or 'fresh weights'} have {model.frozen.base_digest or 'none'}: give "
-        "what the run began with, unchanged, as model.init, init_image or init_text"
+        f"{path} holds adapters on weights of xxh3 {base}, but the xxh3 of "
+        f"{', '.join(names) or 'fresh weights'} is {model.frozen.base_digest or 'none'}: give the "
+        "weights that the run started from, unchanged, as model.init, init_image or init_text"
     )
 
 
 def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path, str]:
-    """Returns the config and file of a model, checked, and the checksum of weights that it lacks.
+    """Returns a model's config and file, checked, and the checksum of weights below its adapters.
 
-    These are below adapters; "" if it has all. `weights` is "ema" for the moving average of the
-    weights, "model" for the last step's, "auto" for the average if there is one. An export has one
-    set of weights.
+    The checksum is "" if the file has all weights. `weights` is "ema" for the moving average of the
+    weights, "model" for the last step's, "auto" for the average if there is one.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: it is damaged, or has no average and "ema" is required.
+        ValueError: it is damaged, or "ema" is required and it has no average.
     """
     found, base = find_model(path), ""
     if is_export(found):
         if weights == "ema":
             raise ValueError(
-                f"{found} is an export, which has one set of weights: take weights auto, or export "
+                f"{found} is an export, which has one set of weights: use weights auto, or export "
                 "the run's average"
             )
         config, file = read_export(found)
@@ -293,8 +277,8 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
         has_average = EMA_FILE in state.checksums
         if weights == "ema" and not has_average:
             raise ValueError(
-                f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
-                "model or auto"
+                f"{found} has no average of the weights (optim.ema_decay was 0): use weights model "
+                "or auto"
             )
         config, base = state.config.settings_of_stages[-1], state.base
         file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
@@ -309,7 +293,7 @@ _checksums_read: dict[tuple[int, ...], str] = {}
 
 
 def checksum_read_once(path: Path) -> str:
-    """Caches `file_checksum` until a file's identity, times or size change."""
+    """Returns `file_checksum`, cached until a file's identity, times or size change."""
     status = path.stat()
     # a copy that keeps the modification time can get the inode of a removed file, but not its ctime
     times = status.st_mtime_ns, status.st_ctime_ns
@@ -320,7 +304,7 @@ def checksum_read_once(path: Path) -> str:
 
 
 def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
-    """Reads a safetensors file, by our names; raises DamagedCheckpointError if it is none.
+    """Reads a safetensors file, by our names; raises DamagedCheckpointError if it is damaged.
 
     All ranks call it together; rank 0 reads, and the others get its tensors.
     """
@@ -334,17 +318,14 @@ def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
 
 
 def read_stored(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file, by its own names; raises DamagedCheckpointError if it is none."""
+    """As `read_tensors`, by the file's names and on one rank."""
     with _refusing_other_files(path):
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by its own names, on the device meta, without reading them.
-
-    Raises DamagedCheckpointError if it is none.
-    """
+    """As `read_stored`, on the device meta: no tensor is read."""
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -357,30 +338,29 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
     except (OSError, DamagedCheckpointError):
         raise
     except Exception as error:  # SafetensorError, or a KeyError for an unknown dtype
-        raise DamagedCheckpointError(
-            f"{path} is no safetensors file: {error!r}; use another checkpoint"
-        ) from error
+        text = f"{path} is no safetensors file: {error!r}; use another checkpoint"
+        raise DamagedCheckpointError(text) from error
 
 
 def _require_room(path: Path, config: TrainConfig) -> None:
-    """Refuses a model larger than memory, if no file here can confirm its sizes."""
+    """Refuses a model larger than memory, if no file here shows whether its sizes are right."""
     with torch.device("meta"):
         size = sum(weight.nbytes for weight in build_model(config).parameters())
     if size > (free := free_memory(torch.device("cpu"))):
         raise ValueError(
             f"{path} describes a model of {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: "
-            "take a larger machine, or another checkpoint if this is not the model that you mean"
+            "use a larger machine, or another checkpoint if you meant another model"
         )
 
 
 def require_sizes(file: Path, config: TrainConfig, stored: Iterable[Tensor]) -> None:
-    """Refuses (ValueError) a config of more numbers than are stored, which might exceed memory."""
+    """Raises ValueError if a config needs more numbers than are stored, and maybe than fit."""
     with torch.device("meta"):
         needed = build_model(config).state_dict()
     described, found = (sum(map(torch.numel, each)) for each in (needed.values(), stored))
     if described > found:
         raise ValueError(
-            f"{file} has {found:,} of {described:,} numbers, and so is not of the model that its "
+            f"{file} has {found:,} of {described:,} numbers, and so is not the model that its "
             "config describes: use another checkpoint, or copy or convert it again"
         )
 
@@ -403,6 +383,6 @@ def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"the weights in {path} are not those of the model that its config describes: {error}; "
-            "use another checkpoint, or the versions of unicl_fast and timm it was written with"
+            f"the weights in {path} do not fit the model that its config describes: {error}; use "
+            "another checkpoint, or the versions of unicl_fast and timm it was written with"
         ) from error

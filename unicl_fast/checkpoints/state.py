@@ -27,12 +27,7 @@ from unicl_fast.checkpoints.load import (
 from unicl_fast.config import INITIAL_WEIGHTS, MUST_NOT_CHANGE, TrainConfig
 from unicl_fast.config_json import config_to_dict, settled_values
 from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
-from unicl_fast.models.sharding import (
-    ParameterOwners,
-    divided_like,
-    divides_optimizer,
-    whole,
-)
+from unicl_fast.models.sharding import ParameterOwners, divided_like, divides_optimizer, whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of, refuse_differences
 
@@ -43,16 +38,12 @@ _GROUP_STEP = "group_step"
 
 
 def collect_tensors(
-    *,
-    model: UniCL,
-    ema: ModelEmaV3 | None,
-    optimizer: torch.optim.Optimizer,
-    ranks: Ranks = _ALONE,
+    *, model: UniCL, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, ranks: Ranks = _ALONE
 ) -> dict[str, dict[str, Tensor]]:
     """Collects the tensors of each file of a checkpoint, without copying them.
 
-    Tensors that `efficiency.shard` has divided are gathered on rank 0's host. All ranks call it
-    together then, and only rank 0's result is meaningful.
+    Tensors that `efficiency.shard` divides are gathered on rank 0's host: all ranks must call it
+    together, and only rank 0's result is complete.
     """
     files = {MODEL_FILE: _without_base(model, model)}
     if ema is not None:
@@ -67,7 +58,7 @@ def collect_tensors(
 
 
 def _without_base(module: nn.Module, model: UniCL) -> dict[str, Tensor]:
-    """The tensors of a model or its average but for those that `model.init` gives again."""
+    """The tensors of a model or its average, except those that `model.init` provides again."""
     in_base = model.frozen.in_base
     return {name: one for name, one in module.state_dict().items() if name not in in_base}
 
@@ -90,8 +81,8 @@ def describe_state(
 ) -> dict[str, Any]:
     """The content of state.json, except the step and the checksums.
 
-    `given` is the config before it was settled, by `config_to_dict`; `base` the digest of weights
-    that the checkpoint leaves out.
+    `given` is the config as `config_to_dict` gives it before it is settled, `base` the digest of
+    the weights that the checkpoint leaves out.
     """
     return {
         "run_id": run_id,
@@ -109,11 +100,8 @@ def refuse_another_run(
 ) -> None:
     """Compares a run with the checkpoint it resumes from, and logs changed settings.
 
-    Kernels that `auto` chose for another device are logged too.
-
-    Raises:
-        ValueError: the model, objective or data changed, or a setting on which the next samples
-            depend.
+    They include kernels that `auto` chose for another device. Raises ValueError if the model, the
+    objective, the data or a setting on which the next samples depend has changed.
     """
     stored, present = config_to_dict(state.config), config_to_dict(config)
     for name in INITIAL_WEIGHTS:  # a resumed run does not read them
@@ -130,8 +118,8 @@ def refuse_another_run(
     seen, meant = (one.run.draws_before(state.step) for one in (state.config, config))
     if seen != meant:
         raise ValueError(
-            f"run.stages shows {meant:,} samples before step {state.step}, and the checkpoint was "
-            f"written after {seen:,}: what is over cannot change, only what is still to come"
+            f"run.stages shows {meant:,} samples before step {state.step}, but the checkpoint was "
+            f"written after {seen:,}: stages that are over cannot change, only those to come"
         )
     for group in ("data", "optim", "efficiency", "run"):
         for name, value in stored[group].items():
@@ -152,20 +140,16 @@ def restore_checkpoint(
     ema: ModelEmaV3 | None = None,
     ranks: Ranks = _ALONE,
 ) -> None:
-    """Restores weights, their average, optimizer and scaler.
+    """Restores weights, their average, optimizer and scaler; `state` comes from `read_state`.
 
-    `state` comes from `read_state`. All ranks call it together, and only rank 0 reads. If the
-    checkpoint has no average, it starts with the weights.
-
-    Raises:
-        ValueError: the checkpoint is of another optimizer, or its tensors do not fit the model.
+    All ranks call it together, and only rank 0 reads. Raises ValueError if the checkpoint is of
+    another optimizer, or its tensors do not fit the model.
     """
-    present = type(optimizer).__name__
-    if state.optimizer != present:
+    if state.optimizer != (present := type(optimizer).__name__):
         raise ValueError(
-            f"the checkpoint holds the state of {state.optimizer}, and optim.name now means "
-            f"{present}: set optim.name to what means {state.optimizer} here (it was "
-            f"{state.config.optim.name} where it was trained)"
+            f"the checkpoint holds the state of {state.optimizer}, but optim.name now means "
+            f"{present}: set optim.name to the name of {state.optimizer} here (the run had "
+            f"{state.config.optim.name})"
         )
     refuse_another_base(model, state.base, checkpoint)
     load_weights(model, checkpoint / MODEL_FILE, ranks)
@@ -212,8 +196,8 @@ def _check_optimizer_tensors(
     stored = [name for name in tensors if name.partition(".")[0] == _GROUP_STEP]
     if len(stored) > num_groups:
         raise ValueError(
-            f"it counts steps by {count_of(len(stored), 'group')} of parameters, and optim.freeze "
-            f"and layer_decay make {num_groups} here: give them as they were"
+            f"it counts steps by {count_of(len(stored), 'group')} of parameters, but optim.freeze "
+            f"and layer_decay make {num_groups} here: set them as they were"
         )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")

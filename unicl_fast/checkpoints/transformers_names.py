@@ -1,6 +1,6 @@
 """Names of tensors in transformers' CLIP, SigLIP and VisionTextDualEncoder, and ours.
 
-Exports that one of these classes can hold have its names, so that `AutoModel` loads them.
+An export that one of these classes can hold has the names of that class, for `AutoModel`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,13 @@ _VIT = {
     "image_encoder.attn_pool.mlp.": "vision_model.head.mlp.",
 }
 _BERT = {"text_encoder.network.": "text_model."}
-"""Text encoders that are transformers' own."""
+"""For transformers' own text encoders."""
 _TIMM = {"image_encoder.": "vision_model.timm_model."}
-_POOL, _QUERY, _KEY_VALUE = (
-    *("vision_model.head.attention.in_proj_", "image_encoder.attn_pool.q."),
-    "image_encoder.attn_pool.kv.",
-)
-"""SigLIP's attention over patches, whose parts timm has apart."""
-_CLIP = {
-    "image_projection": "visual_projection.weight",
-    "text_projection": "text_projection.weight",
-}
+_POOL = "vision_model.head.attention.in_proj_"
+_QUERY, _KEY_VALUE = "image_encoder.attn_pool.q.", "image_encoder.attn_pool.kv."
+"""SigLIP's attention over patches: one tensor in transformers, two in timm."""
+_CLIP = {"image_projection": "visual_projection.weight"}
+_CLIP |= {"text_projection": "text_projection.weight"}
 _SIGLIP = {"text_projection": "text_model.head.weight"}
 """Projections; ours are [in out], theirs [out in]."""
 _LEADING = {
@@ -60,16 +56,16 @@ _LEADING = {
 
 
 def of_version_5(name: str) -> str:
-    """A tensor's name as transformers 5 has it; 4 has parts of it twice in a dual encoder."""
+    """A tensor's name in transformers 5; in a dual encoder, 4 repeats parts of it."""
     for part in ("text_model.", "vision_model."):
         name = name.replace(part * 2, part)
     return name
 
 
 def to_transformers(tensors: Mapping[str, Tensor], *, layout: str) -> dict[str, Tensor]:
-    """Renames a model's tensors to those of a class of transformers, named by its model_type.
+    """Renames a model's tensors for the class of transformers with the model_type `layout`.
 
-    As `clip` and `siglip` the image encoder must be a ViT of that kind.
+    For `clip` and `siglip` the image encoder must be a ViT of that kind.
     """
     found: dict[str, Tensor] = {}
     projections = _SIGLIP if layout == "siglip" else _CLIP
@@ -91,7 +87,7 @@ def to_transformers(tensors: Mapping[str, Tensor], *, layout: str) -> dict[str, 
             name = name.replace(ours, theirs)
         name = name.replace("text_projection_bias", "text_model.head.bias")
         if table is _TEXT and image is _TIMM:
-            name = f"text_model.{name}"  # as up to version 4, which 5 reads too
+            name = f"text_model.{name}"  # as in version 4; 5 reads it too
         if ".self_attn.qkv." in name:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 found[name.replace("qkv", f"{letter}_proj")] = part
@@ -101,10 +97,9 @@ def to_transformers(tensors: Mapping[str, Tensor], *, layout: str) -> dict[str, 
 
 
 def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one of the classes, by our names; others as they are.
+    """Renames the tensors of these classes to ours, and leaves others as they are.
 
-    Raises:
-        KeyError: a part of an attention's weights is missing.
+    Raises KeyError if a part of an attention's weights is missing.
     """
     if not {"visual_projection.weight", f"{_POOL}weight"} & tensors.keys():
         return dict(tensors)
@@ -112,14 +107,13 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {theirs: ours for table in (_CLIP, _SIGLIP) for ours, theirs in table.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith(".position_ids"):  # of older versions, and no weights
+        if name.endswith(".position_ids"):  # in files of older versions; not weights
             continue
         if name in renamed:
             found[renamed[name]] = tensor.T
             continue
         if name.startswith(_POOL):
-            width = len(tensor) // 3
-            kind = name.removeprefix(_POOL)
+            width, kind = len(tensor) // 3, name.removeprefix(_POOL)
             found |= {_QUERY + kind: tensor[:width], _KEY_VALUE + kind: tensor[width:]}
             continue
         if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
@@ -131,8 +125,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.reshape([])
         name = of_version_5(name).replace("text_model.head.bias", "text_projection_bias")
         tensor = tensor[(None,) * _LEADING.get(name, 0)]
-        is_timm = name.startswith("vision_model.timm_model.")
-        image = _TIMM if is_timm else _VIT
+        image = _TIMM if name.startswith("vision_model.timm_model.") else _VIT
         table = {"vision_model": image, "text_model": text}.get(name.partition(".")[0], {})
         for ours, theirs in table.items():
             name = name.replace(theirs, ours)

@@ -1,7 +1,7 @@
 """Writes checkpoints while training continues, one at a time, and keeps the best one.
 
-Training waits for the copy to the host (0.3 s for 1.5 GB, on one core) and for the checkpoint
-before: none is skipped, and memory is needed for only one copy.
+Training waits for the copy to the host (0.3 s for 1.5 GB, on one core) and for the previous
+checkpoint: none is skipped, and only one copy needs memory.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; used by one thread."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Writes nothing yet; the `keep` newest checkpoints will stay, and the best (0: all)."""
-        self.folder = folder
-        self.keep = keep
+        """Writes nothing yet. The `keep` newest checkpoints and the best will stay (0: all)."""
+        self.folder, self.keep = folder, keep
         self.best: Best | None = None
         """The best step whose checkpoint is on the disk."""
         self._copies = HostCopies()
@@ -52,9 +51,8 @@ class CheckpointWriter:
     def begin(self, *, step: int, metric: str | None, lines: Iterable[Mapping[str, float]]) -> None:
         """Prepares the folder for a run that resumes from `step`: renames later checkpoints.
 
-        The best has the highest value of `metric` in the lines of metrics.jsonl up to the step.
-        Without a metric no new best is looked for. Raises OSError if the folder cannot be read or
-        written.
+        The best has the highest value of `metric` in `lines`, which are those of metrics.jsonl up
+        to the step; without a metric there is no new best. Raises OSError if the disk fails.
         """
         self.wait()
         set_later_checkpoints_aside(self.folder, step=step)
@@ -73,16 +71,15 @@ class CheckpointWriter:
     ) -> None:
         """Copies the tensors now, and writes `step-XXXXXXXX` now (if `required`) or in a thread.
 
-        Raises:
-            OSError: it is `required` and cannot be written. Otherwise the error is only logged:
-                training continues, and the next one may fit on the disk.
+        Raises OSError if it is `required` and cannot be written. Otherwise the error is logged and
+        training continues: the next one can fit on the disk.
         """
         started = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - started
         if waited > _NOTEWORTHY_SECONDS:
             logger.warning(
-                "training waited %.1f s at step %d for the checkpoint before to be written: raise "
+                "training waited %.1f s at step %d for the previous checkpoint: raise "
                 "checkpoint.every_steps, or write to a faster disk", waited, step,
             )  # fmt: skip
         copies = self._copies.take(files)
@@ -98,12 +95,12 @@ class CheckpointWriter:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")
 
     def better_than_best(self, step: int, numbers: Mapping[str, float]) -> Best | None:
-        """Returns the step as the new best, if its result is higher than the best so far."""
+        """Returns the step as the new best if its result is higher than the best so far."""
         if self._metric is None:
             return None
         if self._metric not in numbers:
             logger.warning(
-                "no best checkpoint is kept: checkpoint.best means %s, and evaluations give %s",
+                "no best checkpoint is kept: checkpoint.best means %s, but evaluations give %s",
                 self._metric, ", ".join(numbers) or "nothing",
             )  # fmt: skip
             self._metric = None
@@ -125,7 +122,7 @@ class CheckpointWriter:
             self.best = best
             self._remove_old()
 
-        failed = f"step {best.step} is the best so far, and is not kept as that"
+        failed = f"step {best.step} is the best so far, but its checkpoint is not kept"
         self._thread = self._pinning = self._start(pin, failed=failed)
 
     def wait(self) -> None:
@@ -151,7 +148,7 @@ class CheckpointWriter:
         self.wait()
 
     def _start(self, job: Callable[[], None], *, failed: str) -> threading.Thread:
-        """Runs a job in a daemon thread, after the previous job: Ctrl-C waits for no slow disk."""
+        """Runs a job after the previous one, in a daemon thread: Ctrl-C waits for no slow disk."""
         before = self._thread
 
         def work() -> None:

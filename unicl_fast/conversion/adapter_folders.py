@@ -1,9 +1,9 @@
-"""peft's own adapter folders, `adapter_config.json` and `adapter_model.safetensors`, out and in.
+"""Writes and reads peft's adapter folders, `adapter_config.json` and `adapter_model.safetensors`.
 
-Out, for the model of transformers that a run with `optim.lora` began with. Ours have one layer for
-queries, keys and values where transformers has three: A serves all three, and the rows of B and of
-DoRA's magnitudes are divided, which changes nothing. Projections are stored whole, as
-`modules_to_save`. In, adapters are merged into the weights of their base, without peft.
+A folder that is written fits the model of transformers from which a run with `optim.lora` started.
+transformers has three layers for our one of queries, keys and values: all three get its A, and a
+third each of the rows of B and of DoRA's magnitudes, which is equivalent. Projections are stored
+whole, as `modules_to_save`. Reading merges adapters into the weights of their base, without peft.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unicl_fast.conversion import hugging_face
 from unicl_fast.conversion.open_clip import UnknownArchitectureError
 from unicl_fast.conversion.output import (
     new_folder,
-    require_equal,
+    require_equal_features,
     require_new,
     sample_images,
     sample_tokens,
@@ -36,42 +36,36 @@ from unicl_fast.system.untrusted_files import read_json
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _ROOT = "base_model.model."
-_PROJECTIONS = {"siglip": ["text_model.head"]}
 _TOWERS: tuple[Literal["image", "text"], ...] = ("image", "text")
-_OF_CLIP = ["visual_projection", "text_projection"]
 _HUB = "hf-hub:"
 _READ = {
     *("peft_type", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path", "revision"),
-    # decide which layers have adapters, as the file of weights shows
+    # which layers have adapters: the file of weights shows it
     *("r", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save", "bias"),
     *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),
-    # are for training, or for what is refused
+    # only for training, or for kinds of adapters that are refused
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
-"""Settings of peft's with which adapters are what is read here, or that are checked."""
+"""Settings of peft that are read or checked here, or do not change how adapters are merged."""
 _LEAVE_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights; with others, peft changes the base when it loads adapters."""
+"""Values of init_lora_weights with which peft leaves the base as it is when it loads adapters."""
 
 
 @torch.no_grad()
 def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
     """Writes a model's adapters for `PeftModel.from_pretrained`, into a new folder.
 
-    Args:
-        model: in fp32, with adapters on its layers, which are merged into them.
-        folder: must not exist, or be empty.
-        base: a folder of transformers' or hf-hub:OWNER/NAME[@REVISION], without the adapters.
-
-    Returns:
-        The largest difference between coordinates of peft's features and ours.
+    The model is in fp32; its adapters are merged into its layers. `base` is the model without them:
+    a folder of transformers or hf-hub:OWNER/NAME[@REVISION]. Returns the largest difference between
+    coordinates of peft's features and ours.
 
     Raises:
         ValueError: peft cannot hold the model, transformers is not installed, or the folder exists.
         RuntimeError: peft gives other features.
     """
-    import peft  # which the adapters need
+    import peft  # installed if there are adapters
 
     require_new(folder)
     adapters = model.config.optim.adapters
@@ -79,26 +73,25 @@ def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
     for tower in _TOWERS:
         if tower not in adapters.ranks and not encoder_is_frozen(model, tower):
             raise ValueError(
-                f"the {tower} encoder was trained whole, which is no adapter: unicl-convert hf "
+                f"the {tower} encoder was trained whole, and has no adapters: unicl-convert hf "
                 "writes the merged model"
             )
     layers = {path: module for path, module in model.named_modules() if is_adapted(module)}
     merge(model)
-    layout = hugging_face.layout_of(model)
-    if layout == "unicl" or not hugging_face.is_installed():
-        raise ValueError(
-            "transformers has no such model: unicl-convert open-clip and timm write it merged"
-            if layout == "unicl"
-            else "peft's adapters are for a model of transformers: pip install transformers"
-        )
+    if (layout := hugging_face.layout_of(model)) == "unicl":
+        text = "transformers has no such model: unicl-convert open-clip and timm write it merged"
+        raise ValueError(text)
+    if not hugging_face.is_installed():
+        raise ValueError("peft's adapters need transformers: pip install transformers")
     tensors, ranks = dict[str, Tensor](), dict[str, int]()
     for path, layer in layers.items():
         for name, kinds in _by_their_names(path, layer, layout).items():
             ranks[name] = len(kinds["lora_A.weight"])
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in kinds.items()}
-    saved = _PROJECTIONS.get(layout, _OF_CLIP)
+    projections = ["visual_projection", "text_projection"]
+    saved = ["text_model.head"] if layout == "siglip" else projections
     for name, tensor in to_transformers(model.state_dict(), layout=layout).items():
-        # the scale is no module; peft loads it since the base has it
+        # the scale is not a module; peft loads it because the base has it
         if name.rpartition(".")[0] in saved or name.startswith("logit_"):
             tensors[name] = tensor
     place, revision = base, ""
@@ -124,7 +117,7 @@ def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
 
 
 def _by_their_names(path: str, layer: Any, layout: str) -> dict[str, dict[str, Tensor]]:
-    """The tensors of an adapter, for each layer of transformers that ours is."""
+    """The tensors of an adapter, by the layers of transformers that our layer corresponds to."""
     weight = f"{path}_weight" if path.endswith(".in_proj") else f"{path}.weight"
     rows = {"lora_B.weight": layer.lora_B.default.weight}
     if layer.lora_magnitude_vector:
@@ -144,43 +137,38 @@ def _difference_in_peft(model: UniCL, config: Any, folder: Path) -> float:
     import transformers  # seconds to import
 
     transformers.utils.logging.disable_progress_bar()
-    images, tokens = sample_images(model), sample_tokens(model)
     place = config.base_model_name_or_path
     with logging_at("transformers", logging.ERROR):
         try:
             plain = transformers.AutoModel.from_pretrained(place, revision=config.revision)
             theirs = peft.PeftModel.from_pretrained(plain, str(folder)).eval()
-            found = theirs(input_ids=tokens, pixel_values=images)
-        except Exception as error:  # of any kind that a model of other sizes or versions causes
+            found = theirs(input_ids=sample_tokens(model), pixel_values=sample_images(model))
+        except Exception as error:  # any kind, for a model of other sizes or versions
             raise RuntimeError(
                 f"peft {peft.__version__} cannot put the adapters on {place}, loaded by "
-                f"transformers {transformers.__version__}: {error!r}; nothing was written: name "
-                "by --base what the run began with, of the same image size and context length; "
-                "unicl-convert hf makes it of other models"
+                f"transformers {transformers.__version__}: {error!r}; nothing was written: give as "
+                "--base the model that the run started from, with the same image size and context "
+                "length; unicl-convert hf converts models of other libraries to it"
             ) from error
-    pairs = {
-        "image features": (model.encode_image(images), found.image_embeds),
-        "text features": (model.encode_text(tokens), found.text_embeds),
-    }
-    return max(require_equal(*pair, what=what) for what, pair in pairs.items())
+    return require_equal_features(model, found.image_embeds, found.text_embeds)
 
 
 def base_of(folder: Path) -> str:
-    """The source of the model that an adapter folder stands on; raises ValueError if it has none.
+    """The source of an adapter folder's base: a folder here, or a name on the hub.
 
-    A name that is no folder here is the hub's.
+    Raises ValueError if it names none, or other adapters.
     """
     values = read_json(folder / CONFIG_FILE)
     place = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if not place or not isinstance(place, str):
         raise ValueError(
-            f"{folder / CONFIG_FILE} names no model: write the place of its base there as "
-            "base_model_name_or_path"
+            f"{folder / CONFIG_FILE} names no model: set base_model_name_or_path in it to the path "
+            "of its base"
         )
     if (Path(place).expanduser() / CONFIG_FILE).is_file():  # perhaps itself
         raise ValueError(
-            f"{folder} is of another folder of adapters, {place}: merge those into their base by "
-            "peft's merge_and_unload first"
+            f"{folder} is for another folder of adapters, {place}: first merge those into their "
+            "base by peft's merge_and_unload"
         )
     if Path(place).expanduser().exists():
         return place
@@ -190,11 +178,10 @@ def base_of(folder: Path) -> str:
 def with_adapters(
     weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """Merges the tensors of an adapter folder into those of its base, both by their own names.
+    """Merges the tensors of an adapter folder into its base's, both by their names in the files.
 
-    Raises:
-        UnknownArchitectureError: adapters of another kind than LoRA, rsLoRA and DoRA.
-        KeyError: the base has no such layer.
+    Raises UnknownArchitectureError for adapters other than LoRA, rsLoRA and DoRA, KeyError if the
+    base lacks a layer.
     """
     values = read_json(folder / CONFIG_FILE)
     others = [name for name, value in values.items() if value and name not in _READ]

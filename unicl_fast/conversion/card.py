@@ -1,7 +1,7 @@
 """Collects facts about a model's run and formats the model card of an export.
 
-huggingface_hub fills in card.md and adds the metadata that the hub reads. Facts are stored in the
-export's config.json, so an export of an export keeps them.
+huggingface_hub fills in card.md and adds metadata for the hub. Facts are stored in the export's
+config.json, so an export of an export keeps them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from unicl_fast.checkpoints.export import LIBRARY, is_export, read_description
-from unicl_fast.checkpoints.load import (
-    CheckpointState,
-    Weights,
-    find_model,
-    read_state,
-)
+from unicl_fast.checkpoints.load import CheckpointState, Weights, find_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.figures import figures_of
 from unicl_fast.conversion.hugging_face import Layout
@@ -38,12 +33,12 @@ _PUBLIC = ("open-clip:", "hf-hub:", "timm:", "pypi:")
 
 
 class Facts(NamedTuple):
-    """The known facts about a model, in JSON's types; the names are those of card.md."""
+    """The known facts about a model, in JSON's types, by the names in card.md."""
 
     origin: Mapping[str, Any] = {}
     """The origin of the weights."""
     data: Sequence[Mapping[str, Any]] = ()
-    """The training data sets; values that are not known are None."""
+    """The training data sets; unknown values are None."""
     figures: Sequence[Mapping[str, Any]] = ()
     """Results of evaluations, with 95 % intervals, as fractions of 1."""
 
@@ -51,8 +46,8 @@ class Facts(NamedTuple):
 def model_card(model: UniCL, facts: Facts, *, layout: Layout, name: str, license: str) -> str:
     """Formats the README.md of an exported model, which the hub shows.
 
-    `name` is what `load_model` takes, `license` the hub's identifier or empty, `layout` the class
-    of transformers that loads the model.
+    `name` is the argument of `load_model`, `license` the hub's identifier or empty, `layout` the
+    class of transformers that loads the model.
     """
     results = [
         EvalResult(
@@ -94,25 +89,22 @@ def collect_facts(
 ) -> tuple[Facts, list[str]]:
     """Collects the facts about a model, including all evaluations of exactly these weights.
 
-    Those in the run's folder are found, and a sentence is returned for each that is left out; one
-    of `evaluations` that is damaged or of other weights is a ValueError.
+    Evaluations come from the run's folder, with a sentence for each that is left out, and from
+    `evaluations`; there, a file that is damaged or of other weights is a ValueError.
     """
     checksum = weights_checksum(path, weights=weights)
     if find_source(str(path), weights=weights).own is None:
         name = str(path) if str(path).startswith(_PUBLIC) else "a model in a file"
         origin = {"converted from": name, "xxh3 of its weights": checksum}
-        figures, left_out = figures_of(checksum, evaluations, run=None)
-        return Facts(origin=origin, figures=figures), left_out
-    model = find_model(path)
-    facts = _kept_facts(model) if is_export(model) else _facts_of(read_state(model))
-    run = model.parent.parent if model.parent.name == "checkpoints" else None
+        facts, run = Facts(origin=origin), None
+    elif is_export(model := find_model(path)):
+        kept, run = read_description(model).get("facts", {}), None
+        facts = Facts(**{name: kept[name] for name in Facts._fields if name in kept})
+    else:
+        facts = _facts_of(read_state(model))
+        run = model.parent.parent if model.parent.name == "checkpoints" else None
     figures, left_out = figures_of(checksum, evaluations, run=run)
     return facts._replace(figures=[*facts.figures, *figures]), left_out
-
-
-def _kept_facts(export: Path) -> Facts:
-    kept = read_description(export).get("facts", {})
-    return Facts(**{name: kept[name] for name in Facts._fields if name in kept})
 
 
 def _facts_of(state: CheckpointState) -> Facts:
@@ -132,11 +124,11 @@ def _facts_of(state: CheckpointState) -> Facts:
 
 
 def _data_of(state: CheckpointState) -> Iterator[dict[str, Any]]:
-    """Yields a run's data sets, with captions and licenses of those that are still on the disk."""
+    """Yields a run's data sets, with captions and license if they are still on the disk."""
     folders = [folder_and_weight(spec)[0] for spec in state.config.data.train]
     sources = state.data.get("sources", [])
     weights = state.data.get("shares") or [None] * len(sources)
-    if len(folders) != len(sources):  # a loader of somebody's own
+    if len(folders) != len(sources):  # somebody's own loader
         return
     names = distinct_names(folders, may_repeat=True)
     for name, folder, source, weight in zip(names, folders, sources, weights, strict=True):

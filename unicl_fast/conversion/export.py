@@ -1,13 +1,13 @@
 """Writes our own format: a folder in the layout of the Hugging Face hub, without local paths.
 
 It holds weights, config, preprocessing and a model card. `unicl_fast.checkpoints.export` reads it,
-transformers does where it has such a model (`hugging_face`), and `unicl-convert hf --push`
-publishes it.
+and so does transformers if it has such a model (`hugging_face`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,12 @@ from unicl_fast.checkpoints.transformers_names import to_transformers
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion import hugging_face, preprocessing
 from unicl_fast.conversion.card import Facts, model_card
-from unicl_fast.conversion.output import (
-    new_folder,
-    write_json,
-    write_own_tokenizer,
-    write_tensors,
-)
+from unicl_fast.conversion.output import new_folder, write_json, write_own_tokenizer, write_tensors
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.version import __version__
 from unicl_fast.text.file_tokenizer import CANONICAL
 
-_CARD_FILE = "README.md"
 _OF_TRAINING = (*INITIAL_WEIGHTS, "drop_path", "token_drop")
 """Fields of `ModelConfig` that a trained model does not have."""
 
@@ -47,18 +41,11 @@ def write_export(
     name: str = "FOLDER",
     license: str = "",
 ) -> float | None:
-    """Writes a model without its run into a new folder.
+    """Writes a model in fp32 and evaluation mode, without its run, into a new folder.
 
-    Args:
-        model: in fp32 and evaluation mode.
-        folder: must not exist, or be empty.
-        facts: are stored in the config and shown on the card.
-        name: what users of the card pass to `load_model`.
-        license: the hub's identifier, for example apache-2.0; empty for none.
-
-    Returns:
-        The largest difference between coordinates of transformers' features and ours; None where
-        transformers has no such model or is not installed.
+    The card shows the facts, `name` as the argument of `load_model`, and a license by the hub's
+    identifier (empty for none). Returns the largest difference between coordinates of transformers'
+    features and ours; None if transformers has no such model or is not installed.
 
     Raises:
         ValueError: the folder exists.
@@ -81,10 +68,10 @@ def write_export(
         if (images := preprocessing.for_transformers(model.config.data)) is not None:
             write_json(aside / "preprocessor_config.json", images)
         write_own_tokenizer(model, aside)
-        if layout in hugging_face.OF_CLIPS_TOKENS and not model.config.model.tokenizer:
+        if layout in ("clip", "vision-text-dual-encoder") and not model.config.model.tokenizer:
             hugging_face.write_tokenizer(aside, context_length=model.config.model.context_length)
         card = model_card(model, facts, layout=layout, name=name, license=license)
-        (aside / _CARD_FILE).write_text(card, encoding="utf-8")
+        (aside / "README.md").write_text(card, encoding="utf-8")
         if layout == "unicl" or not hugging_face.is_installed():
             return None
         return hugging_face.difference_in_transformers(model, aside)
@@ -93,20 +80,16 @@ def write_export(
 def _settings(model: UniCL) -> dict[str, Any]:
     """Our own settings of a model, of its objective and of its pixels."""
     config = model.config
-    architecture = dataclasses.asdict(config.model)
-    data = dataclasses.asdict(config.data)
+    architecture, data = dataclasses.asdict(config.model), dataclasses.asdict(config.data)
+    objective = dataclasses.asdict(config.objective)
     if place := config.model.tokenizer:
         architecture["tokenizer"] = BESIDE + CANONICAL * place.endswith(CANONICAL)
     return {
         "version": __version__,
         "format_version": FORMAT_VERSION,
         "model": {key: one for key, one in architecture.items() if key not in _OF_TRAINING},
-        "objective": _finite(dataclasses.asdict(config.objective)),
+        # JSON lacks infinity: a number so large that it bounds nothing replaces it
+        "objective": {name: 1e300 if one == inf else one for name, one in objective.items()},
         "pixels": {name: data[name] for name in PIXELS},
         "precision": config.efficiency.precision.replace("fp64", "fp32"),
     }
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Replaces infinity, which JSON lacks, by a number so large that it bounds nothing."""
-    return {name: 1e300 if one == float("inf") else one for name, one in values.items()}

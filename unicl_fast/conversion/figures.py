@@ -20,16 +20,14 @@ def figures_of(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Collects the figures of all evaluations of the weights with a checksum.
 
-    Files of the folder `run` that are damaged or of other weights are left out, with a sentence
-    for each; one of `evaluations` is a ValueError.
+    A file in the folder `run` that is damaged or of other weights is left out, with a sentence; one
+    of `evaluations` is a ValueError.
     """
     figures, left_out = [], []
     for path in evaluations:
         if (values := _evaluation(path)) is None:
-            raise ValueError(
-                f"{path} is no result of an evaluation: expected a file that unicl-eval --json "
-                "wrote"
-            )
+            text = f"{path} is no result of an evaluation: expected a file of unicl-eval --json"
+            raise ValueError(text)
         figures += _figures_of(values, path, checksum)
     for path in sorted([*run.glob("*.json"), *run.glob("*/*.json")]) if run else []:
         try:
@@ -51,8 +49,8 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
 def _figures_of(values: dict[str, Any], path: Path, checksum: str) -> list[dict[str, Any]]:
     if values.get("weights_xxh3") != checksum:
         raise ValueError(
-            f"{path} is about other weights (xxh3 {values.get('weights_xxh3')}) than those that "
-            f"are exported ({checksum}): evaluate these, with the same --weights"
+            f"{path} is about other weights (xxh3 {values.get('weights_xxh3')}) than the exported "
+            f"ones ({checksum}): evaluate these, with the same --weights"
         )
     try:
         return [one | {"file": path.name} for one in _figures_in(values, {})]
@@ -61,10 +59,7 @@ def _figures_of(values: dict[str, Any], path: Path, checksum: str) -> list[dict[
 
 
 def _figures_in(values: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rates that have an interval, in a report and in its parts.
-
-    `above` holds the fields of the enclosing report that its parts inherit.
-    """
+    """Yields the rates with an interval of a report, and of its parts, which inherit `above`."""
     facts = {**above, **{name: values[name] for name in _SHARED if name in values}}
     how = f", k = {values['k']}" if "k" in values else ""
     if "num_templates" in values:
@@ -72,7 +67,7 @@ def _figures_in(values: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator
     for key in values:
         metric = key.removesuffix(_INTERVAL)
         if metric == key or facts.get("metric", metric) != metric:
-            continue  # it has no interval, or is not the metric of the protocol
+            continue  # not an interval, or not of the protocol's metric
         rates = (values[metric], *values[key])
         value, low, high = (convert(one, Fraction, name=metric) for one in rates)
         yield {

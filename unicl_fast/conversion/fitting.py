@@ -1,4 +1,4 @@
-"""Compares other libraries' tensors with those of our models, by name, shape and content."""
+"""Compares tensors of other libraries with our models' tensors, by name, shape and content."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import Tensor
 def misfits(
     needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, shown: int | None = None
 ) -> list[str]:
-    """Lists how tensors differ from the needed ones; empty if all fit.
-
-    Each phrase counts its tensors and names at most `shown` of them (None: all).
-    """
+    """Lists how tensors differ from the needed ones, with at most `shown` names of a kind."""
     fits = {name: found[name].shape == needed[name].shape for name in needed if name in found}
     kinds = {
         "missing": [name for name in needed if name not in found],
@@ -42,5 +39,5 @@ def _has_finite_numbers(tensor: Tensor, *, like: Tensor) -> bool:
     if like.is_floating_point():
         if not tensor.is_floating_point():
             return False
-        tensor = tensor.to(like.dtype)  # where it may be too large; of a byte, torch cannot say it
+        tensor = tensor.to(like.dtype)  # it can overflow; torch cannot check one-byte types
     return bool(tensor.isfinite().all())

@@ -1,8 +1,8 @@
-"""Loads a model from any source, and starts a run's from it: `model.init` and its two fellows.
+"""Loads a model from any source, or a run's initial weights: `model.init`, init_image, init_text.
 
-Weights of another activation or mask would load and give wrong features, so settings are compared
-first, and a difference is an error that names them. Only tables of positions and windows can
-differ in size. The log says which tensors were loaded, which stay fresh, and why.
+Settings are compared first, and a difference is an error that names them: weights of another
+activation or mask would load and give wrong features. Only tables of positions and windows can
+differ in size. The log lists the weights that were loaded and, with reasons, those that were not.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ def load_encoders(given: str | Path, *, weights: Weights = "auto") -> UniCL:
 
     It is the module in the `Model` that `unicl_fast.load_model` returns. `weights` is "ema" for the
     moving average of the weights, "model" for the last step's, "auto" for the average if there is
-    one; only models of ours have several. Raises as `find_source`, and ValueError if the weights
-    below adapters have changed.
+    one. Raises as `find_source`, and ValueError if the weights below adapters have changed.
     """
     source = find_source(str(given), weights=weights)
     if source.own is not None:
@@ -68,7 +67,7 @@ def load_encoders(given: str | Path, *, weights: Weights = "auto") -> UniCL:
             merge(model)
         return model
     if weights == "ema":
-        raise ValueError(f"{given} has one set of weights: take weights auto")
+        raise ValueError(f"{given} has one set of weights: use weights auto")
     config, file = source.config(), source.file
     if file is not None:
         require_sizes(file, config, source.outline().values())
@@ -85,7 +84,7 @@ def load_adapted(given: str | Path, *, weights: Weights = "auto") -> UniCL:
     """As `load_encoders`, with a run's adapters on its layers; ValueError if it has none."""
     source = find_source(str(given), weights=weights)
     if source.own is None or source.own.optim.adapters is None:
-        raise ValueError(f"{given} has no adapters, which a run with optim.lora has")
+        raise ValueError(f"{given} has no adapters: it is not a run with optim.lora")
     return _load_own(source)
 
 
@@ -95,7 +94,6 @@ def _load_own(source: Source) -> UniCL:
     assert config is not None
     assert file is not None
     model = build_model(config)
-    # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
     if config.optim.adapters is not None:
         if source.base:
@@ -110,19 +108,18 @@ def _load_own(source: Source) -> UniCL:
 def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
     """Loads the weights that the model's config names, in the run's type; all ranks call it.
 
-    Rank 0 reads or downloads them, and sends the tensors to the others. Raises SharedRefusal on all
-    ranks if a source is missing, damaged, or of another model.
+    Rank 0 reads or downloads them, and sends them to the others. Raises SharedRefusal on all ranks
+    if a source is missing, damaged, or for another model.
     """
     model.to(Precision(model.config.efficiency.precision).weight_type)
     tensors: dict[str, Tensor] = {}
     with refused_together(ranks), rank_0_alone(ranks):
         if ranks.is_main:
-            tensors = initial_tensors(model)
+            tensors = _initial_tensors(model)
     model.load_state_dict(tensors_from_rank_0(tensors, ranks), strict=False)
 
 
-def initial_tensors(model: UniCL) -> dict[str, Tensor]:
-    """Reads the weights that a model's config names, and logs them; raises as `find_source`."""
+def _initial_tensors(model: UniCL) -> dict[str, Tensor]:
     config = model.config.model
     tensors: dict[str, Tensor] = {}
     for option, given, image, text in (
@@ -142,73 +139,68 @@ def initial_tensors(model: UniCL) -> dict[str, Tensor]:
 
 
 class _Loading:
-    """One source on its way into a model."""
+    """Loads tensors of one source into a model."""
 
     def __init__(self, model: UniCL, source: Source, option: str, *, label: str) -> None:
         self._model, self._source, self._option, self._label = model, source, option, label
         self._own = model.state_dict()
         self.tensors: dict[str, Tensor] = {}
-        self._taken: list[str] = []
-        self._fresh: list[str] = []
-        self._left_out: list[str] = []
+        self._taken, self._fresh, self._left_out = list[str](), list[str](), list[str]()
 
     def take(self, *, image: bool, text: bool) -> None:
-        """Reads the encoders that are wanted, and logs them."""
+        """Reads the encoders that are wanted, and logs which weights were loaded."""
         self._given = self._source.read()
         if image:
-            self.take_image()
+            self._take_image()
         if text:
-            self.take_text()
+            self._take_text()
         if self._option == "init":
-            self.take_learnt()
-        self.say()
+            self._take_learnt()
+        said = f"{self._label}: loaded {'; '.join(self._taken)}"
+        for title, names in (("Fresh", self._fresh), ("Left out", self._left_out)):
+            said += f". {title}: {'; '.join(names)}" if names else ""
+        logger.info("%s", said)
 
     def check_settings(self, *, image: bool, text: bool) -> None:
-        """Refuses a source that needs other settings than the model's, and names all of them.
+        """Refuses a source that needs other settings, and names all of them.
 
-        Only `init` must agree on the shared space: the source of a single encoder may have another.
+        Only `init` must agree on the shared space: a source of one encoder can have another.
         """
         model, source = self._model, self._source
         has_text = text and model.text_encoder is not None
         if text and not has_text and self._option == "init_text":
             self._refuse(f"objective.name={model.config.objective.name} has no text encoder")
-        names = [*IMAGE_SETTINGS] if image else []
-        names += TEXT_SETTINGS if has_text else ()
-        if self._option == "init" and image and model.has_space:
-            names += ["embed_dim", "image_projection"]
-        if self._option == "init" and has_text:
-            names += ["text_projection"]
+        is_whole = self._option == "init"
+        names = [*(IMAGE_SETTINGS if image else ()), *(TEXT_SETTINGS if has_text else ())]
+        names += ["embed_dim", "image_projection"] if is_whole and image and model.has_space else []
+        names += ["text_projection"] if is_whole and has_text else []
         config, needed = model.config.model, source.settings
-        wrong = {
-            name: needed[name]
-            for name in names
-            if name in needed and not _means_the_same(name, getattr(config, name), needed[name])
-        }
+        pairs = {name: (getattr(config, name), needed[name]) for name in names if name in needed}
+        wrong = {name: both for name, both in pairs.items() if not _are_alike(name, *both)}
         if wrong:
-            phrases = [
-                f"model.{name} is {getattr(config, name)} and its is {value}"
-                for name, value in wrong.items()
-            ]
+            found = "; ".join(
+                f"model.{name} is {ours}, the source's is {theirs}"
+                for name, (ours, theirs) in wrong.items()
+            )
             flags = " ".join(f"--model.{name.replace('_', '-')}" for name in wrong)
             self._refuse(
-                f"it is of another model: {'; '.join(phrases)}. Leave out {flags}: "
-                "unicl-pretrain takes the architecture from the source"
+                f"it is another model: {found}. Leave out {flags}: unicl-pretrain uses the "
+                "architecture of the source"
             )
 
-    def take_image(self) -> None:
+    def _take_image(self) -> None:
         """Takes the image encoder, and its projection if it fits."""
         encoder, source = self._model.image_encoder, self._source
         name = self._model.config.model.image_encoder
-        pooling = _pooling_of(encoder)
-        if pooling and source.pooling not in ("", pooling):
+        if (pooling := _pooling_of(encoder)) and source.pooling not in ("", pooling):
             self._refuse(f"its image encoder pools by {source.pooling!r}, timm's by {pooling!r}")
         given = _after("image_encoder.", self._given)
         try:
             registered = timm.get_pretrained_cfg(name)
             layers = source.classifier or getattr(registered, "classifier", None) or ()
             layers = (layers,) if isinstance(layers, str) else layers
-            found = _as_timm_has_them_now(encoder, given, layers)
-        except Exception as error:  # of names or shapes that it does not expect
+            found = _converted_by_timm(encoder, given, layers)
+        except Exception as error:  # any kind, for unexpected names or shapes
             self._refuse(f"timm cannot read it as {name}: {error!r}")
         kind = f"image encoder {name}"
         size = self._model.config.data.image_size
@@ -219,7 +211,7 @@ class _Loading:
             self._take_projection("image_projection")
         self._warn_of_other_images()
 
-    def take_text(self) -> None:
+    def _take_text(self) -> None:
         """Takes the text encoder, and its projection if it fits, if the model has one."""
         encoder, source = self._model.text_encoder, self._source
         if encoder is None:
@@ -236,13 +228,13 @@ class _Loading:
             causal = self._model.config.model.text_causal
             found["positional_embedding"] = resize_positions(table, length, causal=causal)
             kind += f", its positions resized from {len(table)} to {length}"
-        if (table := found.get(POSITIONS)) is not None:  # texts that fit stay as they are
+        if (table := found.get(POSITIONS)) is not None:  # features of texts that fit do not change
             found[POSITIONS] = table[: len(encoder.state_dict()[POSITIONS])]
         self._take("text_encoder.", found, kind)
         self._take_projection("text_projection")
 
-    def take_learnt(self) -> None:
-        """Takes the objective's parameters: the logit scale, rows for the same classes."""
+    def _take_learnt(self) -> None:
+        """Takes the parameters of the objective: the logit scale, rows for the same classes."""
         given, own = self._given, self._model.learnt
         for name, tensor in own.items():
             if name not in given:
@@ -257,15 +249,8 @@ class _Loading:
             if name in given and name not in own
         ]
 
-    def say(self) -> None:
-        """Logs the tensors that were loaded, stay fresh or were left out."""
-        text = f"{self._label}: loaded {'; '.join(self._taken)}"
-        for kind, names in (("fresh", self._fresh), ("left out", self._left_out)):
-            text += f". {kind.capitalize()}: {'; '.join(names)}" if names else ""
-        logger.info("%s", text)
-
     def _take_projection(self, name: str) -> None:
-        """Takes a projection, or keeps the fresh one if the source's is of another shape."""
+        """Takes a projection, or keeps the fresh one if the source's has another shape."""
         names = [one for one in (name, f"{name}_bias") if one in self._own]
         given = self._given
         if not names:
@@ -274,15 +259,15 @@ class _Loading:
         if all(fits) and (f"{name}_bias" in given) == (f"{name}_bias" in names):
             self._take("", {one: given[one] for one in names}, name)
             return
-        found = f"[{', '.join(map(str, given[name].shape))}]" if name in given else "none"
-        wanted = f"[{', '.join(map(str, self._own[name].shape))}]"
+        found = list(given[name].shape) if name in given else "none"
+        wanted = list(self._own[name].shape)
         self._fresh.append(f"{name}, since the source has {found} and {wanted} is needed")
 
     def _take(self, prefix: str, found: Mapping[str, Tensor], kind: str) -> None:
         """Takes all tensors of a part, or refuses them if a name, shape or value is wrong."""
         own = _after(prefix, self._own) if prefix else {name: self._own[name] for name in found}
         if faults := misfits(own, found, shown=_SHOWN):
-            self._refuse(f"its {kind} is another one: {'; '.join(faults)}")
+            self._refuse(f"its {kind} does not fit: {'; '.join(faults)}")
         for name, tensor in found.items():
             self.tensors[prefix + name] = tensor.to(own[name].dtype).contiguous()
         size = f" ({count_of(len(found), 'tensor')})" if len(found) > 1 else ""
@@ -296,7 +281,7 @@ class _Loading:
         for name in ("mean", "std", "interpolation", "evaluation_resize"):
             known, present = theirs.get(name), getattr(ours, name)
             if isinstance(known, int) and isinstance(present, int):
-                # a number of pixels goes with the image size
+                # the number of pixels depends on the image size
                 known = known if theirs["image_size"] == ours.image_size else present
             if known is not None and _shown(known) != _shown(present):
                 logger.warning(
@@ -307,15 +292,15 @@ class _Loading:
 
 
 def _shown(value: Any) -> Any:
-    """Rounds statistics, since libraries store different numbers of digits."""
+    """Rounds statistics: libraries store different numbers of digits."""
     return value if isinstance(value, str | int) else [round(number, 3) for number in value]
 
 
 def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:
     """Resizes a table of positions [l w] for another context length, to [length w].
 
-    For a shorter context a causal encoder's table is cut, which does not change texts that fit. Any
-    other is interpolated, as in open_clip.
+    For a shorter context a causal encoder's table is cut, which does not change texts that fit; any
+    other table is interpolated, as in open_clip.
     """
     if causal and length <= len(table):
         return table[:length]
@@ -323,14 +308,11 @@ def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:
     return rows[0].T.to(table.dtype)
 
 
-def _as_timm_has_them_now(
+def _converted_by_timm(
     encoder: nn.Module, given: Mapping[str, Tensor], classifier: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Renames and resizes an image encoder's tensors for timm's present code and this image size.
-
-    timm has a function for this in each architecture.
-    """
-    module = sys.modules[type(encoder).__module__]
+    """Renames and resizes an image encoder's tensors for timm's present code and our image size."""
+    module = sys.modules[type(encoder).__module__]  # timm has a function for each architecture
     convert: Callable[..., dict[str, Tensor]] | None = getattr(module, "checkpoint_filter_fn", None)
     found = dict(given)
     if convert is not None:
@@ -340,36 +322,26 @@ def _as_timm_has_them_now(
     table = found.get("head.pos_embed")
     if isinstance(head, AttentionPool2d) and table is not None and table.ndim == 2:
         found["head.pos_embed"] = resample_abs_pos_embed(table[None], list(head.feat_size))[0]
-    own = encoder.state_dict()
-    layers = [f"{name}." for name in classifier]
-    return {
-        name: tensor
-        for name, tensor in found.items()
-        if name in own or not any(name.startswith(layer) for layer in layers)
-    }
+    own, layers = encoder.state_dict(), tuple(f"{name}." for name in classifier)
+    return {name: one for name, one in found.items() if name in own or not name.startswith(layers)}
 
 
 def _pooling_of(encoder: nn.Module) -> str:
     """Timm's name for the pooling of an image encoder; empty if it is not known."""
     for holder in (encoder, getattr(encoder, "head", None)):
         found = getattr(holder, "global_pool", "")
-        found = getattr(found, "pool_type", found)  # of a module
+        found = getattr(found, "pool_type", found)  # if it is a module
         if isinstance(found, str) and found:
             return found
     return ""
 
 
 def _after(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    return {name[len(prefix) :]: one for name, one in tensors.items() if name.startswith(prefix)}
 
 
-def _means_the_same(name: str, ours: Any, theirs: Any) -> bool:
-    """Whether a setting needs no change; an encoder may be known for several image sizes."""
+def _are_alike(name: str, ours: Any, theirs: Any) -> bool:
+    """Whether a setting needs no change; an encoder can have names for several image sizes."""
     if name == "image_encoder":
-        stems = {_WINDOW_AND_SIZE.sub("", one.split(".")[0]) for one in (ours, theirs)}
-        return len(stems) == 1
+        ours, theirs = (_WINDOW_AND_SIZE.sub("", one.split(".")[0]) for one in (ours, theirs))
     return bool(ours == theirs)

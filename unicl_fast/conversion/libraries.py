@@ -1,6 +1,6 @@
 """Writes folders for timm (the image encoder), ONNX runtimes and torch.export (two programs).
 
-Before a folder appears, its library reads it and its features are compared with ours.
+Each library reads its files, and its features are compared with ours, before the folder appears.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.output import (
-    logits_of,
     new_folder,
     require_equal,
     sample_images,
@@ -35,12 +34,12 @@ from unicl_fast.system.installation import install_command
 
 _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
 _OTHER_SIZE = 7
-"""A third batch size: exported programs can be fixed to one sample or the traced number."""
-_OPSET = 18  # from 2022, so all current runtimes have it
+"""A third batch size: an exported program can be fixed to one sample or the traced number."""
+_OPSET = 18  # of 2022: all current runtimes have it
 
 
 def is_of_timm(name: str) -> bool:
-    """Whether timm itself has an encoder of that name; others register theirs with it."""
+    """Whether an encoder is timm's own, and not one that another package registers with timm."""
     return module_of_encoder(name).startswith("timm.")
 
 
@@ -50,18 +49,17 @@ def module_of_encoder(name: str) -> str:
 
 
 def fixed_size(name: str) -> int | None:
-    """The image size that timm's encoder has tables for; None if it takes any size."""
+    """The image size that a timm encoder has tables for; None if it works at any size."""
     registered = timm.get_pretrained_cfg(name)
-    if registered is None or not registered.fixed_input_size:
-        return None
-    return int(registered.input_size[-1])
+    is_fixed = registered is not None and registered.fixed_input_size
+    return int(registered.input_size[-1]) if is_fixed else None
 
 
 @torch.no_grad()
 def write_timm(model: UniCL, folder: Path) -> float:
     """Writes a new folder with the image encoder of a model in fp32 and evaluation mode.
 
-    Returns the largest difference between coordinates of timm's features and ours; raises
+    Returns the largest difference between coordinates of timm's features and ours. Raises
     RuntimeError if they differ, ValueError if the folder exists.
     """
     name, arguments = model.config.model.image_encoder, timm_arguments(model)
@@ -83,29 +81,27 @@ def write_timm(model: UniCL, folder: Path) -> float:
         write_tensors(weights, model.image_encoder.state_dict())
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(weights), **arguments)
         images = sample_images(model)
-        found = theirs.eval()(images)
-        return require_equal(model.image_encoder(images), found, what="image features")
+        expected, found = model.image_encoder(images), theirs.eval()(images)
+        return require_equal(expected, found, name="image features")
 
 
 def timm_arguments(model: UniCL) -> dict[str, Any]:
-    """Further arguments for timm.create_model: the image size, if it is not timm's own."""
-    size = model.config.data.image_size
-    known = fixed_size(model.config.model.image_encoder)
-    return {} if known in (None, size) else {"img_size": size}
+    """More arguments for timm.create_model: the image size, if it is not timm's own."""
+    size, fixed = model.config.data.image_size, fixed_size(model.config.model.image_encoder)
+    return {} if fixed in (None, size) else {"img_size": size}
 
 
 class Tower(nn.Module):
     """Encodes normalised images [b 3 h w], or token rows [b l], as unit-norm features [b d].
 
-    Exporters take modules of one input and one output.
+    Exporters need modules of one input and one output.
     """
 
     def __init__(
         self, encoder: nn.Module, projection: nn.Parameter | None, bias: nn.Parameter | None
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.projection, self.bias = projection, bias
+        self.encoder, self.projection, self.bias = encoder, projection, bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.normalize(project(self.encoder(inputs), self.projection, self.bias), dim=-1)
@@ -116,10 +112,9 @@ Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
 
 
 def write_onnx(model: UniCL, folder: Path) -> float:
-    """Writes both encoders, and compares onnxruntime's features with ours at three batch sizes.
+    """As `write_timm`, with both encoders for onnxruntime, compared at three batch sizes.
 
-    As `write_timm`; also raises ValueError if a package is missing, and RuntimeError if an encoder
-    cannot be exported.
+    Also raises ValueError if a package is missing, RuntimeError if an encoder cannot be exported.
     """
     require_packages()
     return _write_towers(model, folder, ".onnx", export=_export_onnx)
@@ -128,23 +123,18 @@ def write_onnx(model: UniCL, folder: Path) -> float:
 def require_packages() -> None:
     """Raises ValueError if packages for exporting to ONNX and checking the result are missing."""
     needed = ("onnx", "onnxscript", "onnxruntime")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"converting to ONNX takes {', '.join(missing)}, which "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: "
-            f"{install_command('convert')}"
-        )
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        names = ", ".join(missing)
+        raise ValueError(f"converting to ONNX needs {names}: {install_command('convert')}")
 
 
 @torch.no_grad()
 def write_exported_programs(model: UniCL, folder: Path) -> float:
-    """Writes both encoders for torch.export, read back and compared as in `write_onnx`."""
+    """As `write_onnx`, for torch.export."""
     return _write_towers(model, folder, ".pt2", export=_export_program)
 
 
 def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) -> float:
-    """Writes a file for each tower, and compares its features at three batch sizes."""
     assert model.text_encoder is not None
     image = Tower(model.image_encoder, model.image_projection, model.image_projection_bias).eval()
     text = Tower(model.text_encoder, model.text_projection, model.text_projection_bias).eval()
@@ -159,9 +149,10 @@ def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) ->
             for size in (1, len(inputs), _OTHER_SIZE):
                 rows = torch.arange(size) % len(inputs)
                 found = run(inputs[rows])
-                differences.append(require_equal(features[rows], found, what=f"{name}_features"))
-        described = preprocessing.in_words(model.config.data, model.config.model) | logits_of(model)
-        write_json(aside / "preprocessing.json", described)
+                differences.append(require_equal(features[rows], found, name=f"{name}_features"))
+        described = preprocessing.in_words(model.config.data, model.config.model)
+        logits = {name: one.item() for name, one in model.learnt.items() if one.ndim == 0}
+        write_json(aside / "preprocessing.json", described | logits)
     return max(differences)
 
 
@@ -179,8 +170,7 @@ def _export_onnx(tower: Tower, inputs: Tensor, path: Path) -> Callable[[Tensor],
     output_name = f"{path.stem}_features"
     before = logging.root.manager.disable
     try:
-        # the exporter prints its progress and warns of functions of its own
-        logging.disable(logging.WARNING)
+        logging.disable(logging.WARNING)  # the exporter logs, prints and warns
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(

@@ -1,7 +1,7 @@
 """Converts microsoft/UniCL's checkpoints to ours and back.
 
 Their image encoder is the original Swin: downsampling ends a stage, while in timm it begins the
-next one, and tables that depend on the window size are stored. Their text encoder has our names.
+next one, and tables that depend on the window size are stored. Texts have the same names.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from unicl_fast.objectives.unicl import UniCLObjective
 from unicl_fast.presets import build_preset
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
-"""The image encoder's width to the model's name and our preset."""
+"""Width of the image encoder to the model's name and our preset."""
 _PATCHES = "image_encoder.patch_embed.proj.weight"
 _OLD_NAMES = (
-    ("module.", ""),  # of a model wrapped for several GPUs
+    ("module.", ""),  # a model wrapped for several GPUs
     ("visual.", "image_encoder."),
     ("lang_encoder.", "text_encoder."),
     ("text.", "text_encoder."),
@@ -35,14 +35,14 @@ _OLD_NAMES = (
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _OTHER_TABLES = "tables of other windows than 7 x 7 patches in images of 224 pixels"
-_DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
+_LAYERS = "image_encoder.layers."
+_DOWNSAMPLE = re.compile(rf"^{re.escape(_LAYERS)}(\d+)\.downsample\.")
 _OF_THE_PAPER = (
     *("text_activation", "text_causal", "text_pool", "text_mlp_ratio", "text_norm_eps"),
     *("image_projection", "text_projection"),
 )
-"""Settings that are fixed in their code, to our defaults."""
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Settings that their code fixes to our defaults."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """The released models use ImageNet's statistics, ours CLIP's."""
 
 
@@ -50,8 +50,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     """Builds our model with the weights of a released one, in fp32 and evaluation mode.
 
-    Raises ValueError for no Swin-T or Swin-B in this layout, naming all entries of `source` that
-    are missing, left over, or of a wrong shape or content.
+    Raises ValueError if `source` is no Swin-T or Swin-B in this layout; the error names all entries
+    that are missing, left over, or have a wrong shape or content.
     """
     entries = _with_present_names(entries, source=source)
     model = _fresh_model(entries, source=source)
@@ -77,40 +77,37 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
 
 
 def official_entries(model: UniCL) -> dict[str, Tensor]:
-    """Maps names in a released file to the model's own tensors (no copies).
+    """Maps names in a released file to the model's tensors, without copies.
 
     Raises ValueError if their code has no such image encoder, logit bias or text encoder.
     """
     config, defaults = model.config.model, ModelConfig()
     known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
     others = [
-        f"model.{field}={getattr(config, field)}"
-        for field in _OF_THE_PAPER
-        if getattr(config, field) != getattr(defaults, field)
+        f"model.{name}={found}"
+        for name in _OF_THE_PAPER
+        if (found := getattr(config, name)) != getattr(defaults, name)
     ]
     reason = ""
     if config.image_encoder not in known:
-        reason = (
-            f"files hold {' or '.join(known)}, this model's image encoder is {config.image_encoder}"
-        )
+        found = config.image_encoder
+        reason = f"files hold {' or '.join(known)}, but this model's image encoder is {found}"
     elif "logit_bias" in model.learnt:
-        reason = "code knows no bias of the logits, which the sigmoid form trains"
+        reason = "code has no bias of the logits, which the sigmoid form trains"
     elif others:
-        reason = f"code knows no {', '.join(others)}"
+        reason = f"code does not know {', '.join(others)}"
     if reason:
         raise ValueError(f"microsoft/UniCL's {reason}: convert it to open_clip, hf or onnx")
 
     def official_name(name: str) -> str:
-        return _DOWNSAMPLE.sub(
-            lambda match: f"image_encoder.layers.{int(match[1]) - 1}.downsample.", name
-        )
+        return _DOWNSAMPLE.sub(lambda match: f"{_LAYERS}{int(match[1]) - 1}.downsample.", name)
 
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {official_name(name): tensor.detach() for name, tensor in tensors}
 
 
 def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
-    """Renames entries of older files, which have visual, text, lang_encoder and so on."""
+    """Renames entries of older files, such as visual, text and lang_encoder."""
     renamed: dict[str, Tensor] = {}
     for original, tensor in entries.items():
         name = original
@@ -118,13 +115,13 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
             if name.startswith(old):
                 name = new + name[len(old) :]
         if name in renamed:
-            raise ValueError(f"{source} has {name} twice, under its present and an older name")
+            raise ValueError(f"{source} has {name} twice, by its present and by an older name")
         renamed[name] = tensor
     return renamed
 
 
 def _fresh_model(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
-    """Builds a model of the shapes in a file, which are checked first."""
+    """Builds a model of the shapes in a file, after checking them."""
     if _PATCHES not in entries:
         first_words = sorted({name.split(".")[0] for name in entries})
         raise ValueError(
@@ -133,10 +130,8 @@ def _fresh_model(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
         )
     width = entries[_PATCHES].shape[0] if entries[_PATCHES].ndim else 0
     if width not in _MODELS:
-        raise ValueError(
-            f"{source} has an image encoder of width {width}; known are "
-            + " and ".join(f"{known} ({name})" for known, (name, _) in _MODELS.items())
-        )
+        known = " and ".join(f"{one} ({name})" for one, (name, _) in _MODELS.items())
+        raise ValueError(f"{source} has an image encoder of width {width}; known are {known}")
     preset = build_preset(_MODELS[width][1])
     model = preset.model
     for entry, expected in {
@@ -146,8 +141,8 @@ def _fresh_model(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     }.items():
         if entry in entries and tuple(entries[entry].shape) != expected:
             raise ValueError(
-                f"{source}: {entry} has shape {list(entries[entry].shape)}, that of the released "
-                f"models has {list(expected)}: models of another width are not converted"
+                f"{source}: {entry} has shape {list(entries[entry].shape)}, not {list(expected)} "
+                "as in the released models: models of another width are not converted"
             )
     # fp32, as in the published figures. The trained scale must not be clamped; a missing or odd
     # one is reported with the other entries.

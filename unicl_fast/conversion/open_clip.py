@@ -1,15 +1,14 @@
 """Translates open_clip's configs and names of tensors to ours and back.
 
-Text encoders differ in a few settings, which `ModelConfig` has. Our image encoders are timm's, so
-open_clip's own (CLIP's ViT and ResNet) become timm's of the same architecture, for which timm
-renames the tensors. In the other direction every image encoder is written as timm's.
+Our image encoders are timm's: open_clip's own (CLIP's ViT and ResNet) are read as timm's of the
+same architecture, for which timm renames the tensors, and every encoder is written as timm's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
@@ -19,7 +18,7 @@ from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.conversion.output import (
     new_folder,
-    require_equal,
+    require_equal_features,
     sample_images,
     sample_tokens,
     write_json,
@@ -35,7 +34,7 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _NATIVE_EPS = 1e-5
 
-# Settings that do not decide whether ours can be the same encoder; some are only for training.
+# settings that an equal encoder of ours does not need; some are only for training
 _IGNORED = {
     *("image_size", "head_width", "patch_dropout", "output_tokens", "pos_embed_type"),
     *("attn_pooler_queries", "attn_pooler_heads"),
@@ -66,11 +65,11 @@ _LINEARS = {
     **dict.fromkeys(("visual.head.proj", "visual.attnpool.c_proj"), "image_projection"),
     **dict.fromkeys(("text_projection", "text.text_projection"), "text_projection"),
 }
-"""Linear layers that project; their weights are [out in]."""
+"""Linear projections; their weights are [out in]."""
 
 
 class UnknownArchitectureError(ValueError):
-    """A model of open_clip has a setting that ours do not support."""
+    """A model has a setting that ours do not support."""
 
 
 def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_others("vision_cfg", vision)
     if vision.get("timm_model_name"):
         if vision.get("timm_proj") == "mlp" or pooling(model_cfg) in ("abs_attn", "rot_attn"):
-            _refuse("vision_cfg", vision, ("timm_proj", "timm_pool"))
-        # without a projection of its own, open_clip takes timm's classifier
+            refuse_settings("vision_cfg", vision, ("timm_proj", "timm_pool"))
+        # without timm_proj, open_clip projects with timm's classifier
         has_bias = vision.get("timm_proj_bias") or not vision.get("timm_proj", "linear")
         projection = "biased" if has_bias else "linear"
         projection = "none" if vision.get("timm_proj") == "none" else projection
@@ -92,12 +91,12 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(layers, list | tuple):
         name = _RESNETS.get((width, *layers))
         if name is None:
-            _refuse("vision_cfg", vision, ("width", "layers"))
+            refuse_settings("vision_cfg", vision, ("width", "layers"))
         return {"image_encoder": name, "image_projection": "biased"}
     if vision.get("pool_type", "tok") != "tok" or vision.get("act_kwargs"):
-        _refuse("vision_cfg", vision, ("pool_type", "act_kwargs"))
+        refuse_settings("vision_cfg", vision, ("pool_type", "act_kwargs"))
     if (vision.get("norm_kwargs") or {}).get("eps", _NATIVE_EPS) != _NATIVE_EPS:
-        _refuse("vision_cfg", vision, ("norm_kwargs",))
+        refuse_settings("vision_cfg", vision, ("norm_kwargs",))
     vit = ViT(
         kind="clip",
         patch_size=vision.get("patch_size", 16),
@@ -117,9 +116,11 @@ def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_others("text_cfg", text)
     pools = {"argmax": "end", "last": "last"}
     activations = {None: "gelu", "none": "gelu", "tanh": "gelu_tanh"}
-    pool, approximate = text.get("pool_type", "argmax"), (text.get("act_kwargs") or {})
-    if pool not in pools or approximate.get("approximate") not in activations:
-        _refuse("text_cfg", text, ("pool_type", "act_kwargs"))
+    pool = text.get("pool_type", "argmax")
+    approximate = (text.get("act_kwargs") or {}).get("approximate")
+    if pool not in pools or approximate not in activations:
+        refuse_settings("text_cfg", text, ("pool_type", "act_kwargs"))
+    projection = "biased" if text.get("proj_bias") else "linear"
     return {
         "text_width": text.get("width", 512),
         "text_layers": text.get("layers", 12),
@@ -127,31 +128,23 @@ def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": text.get("vocab_size", 49408),
         "context_length": text.get("context_length", 77),
         "text_activation": (
-            "quick_gelu"
-            if model_cfg.get("quick_gelu")
-            else activations[approximate.get("approximate")]
+            "quick_gelu" if model_cfg.get("quick_gelu") else activations[approximate]
         ),
         "text_causal": not text.get("no_causal_mask", False),
         "text_pool": pools[pool],
         "text_mlp_ratio": float(text.get("mlp_ratio", 4.0)),
         "text_norm_eps": float((text.get("norm_kwargs") or {}).get("eps", _NATIVE_EPS)),
-        "text_projection": (
-            "none"
-            if text.get("proj_type") == "none"
-            else "biased"
-            if text.get("proj_bias")
-            else "linear"
-        ),
+        "text_projection": "none" if text.get("proj_type") == "none" else projection,
     }
 
 
 def tokenizer(model_cfg: Mapping[str, Any], place: str) -> str:
     """The tokenizer of a `model_cfg` as `model.tokenizer` names it; empty for CLIP's.
 
-    `place` has its files, where they are known; else it is the hub's repository of its name.
+    `place` has its files; if empty, they are in the hub's repository of its name.
     """
     text = model_cfg["text_cfg"]
-    # where the end token is read, padding with it, as others do, would be read too
+    # encoders that pool at the end token would read padding with it, which others use
     if not text.get("hf_tokenizer_name") or text.get("pool_type") != "last":
         return ""
     clean = (text.get("tokenizer_kwargs") or {}).get("clean")
@@ -171,7 +164,7 @@ def side_of(size: Any) -> Any:
     """
     sides = set(size[-2:]) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1:
-        raise UnknownArchitectureError(f"ours takes square images, not of {size}")
+        raise UnknownArchitectureError(f"ours needs square images, not {size}")
     return sides.pop()
 
 
@@ -179,10 +172,11 @@ def _refuse_others(group: str, values: Mapping[str, Any]) -> None:
     """Refuses enabled settings that we do not know, such as attentional_pool."""
     others = [name for name, value in values.items() if value and name not in _READ | _IGNORED]
     if others:
-        _refuse(group, values, others)
+        refuse_settings(group, values, others)
 
 
-def _refuse(group: str, values: Mapping[str, Any], names: Any) -> None:
+def refuse_settings(group: str, values: Mapping[str, Any], names: Iterable[str]) -> NoReturn:
+    """Raises UnknownArchitectureError, which names the settings of a group and their values."""
     found = ", ".join(f"{name}={values[name]!r}" for name in names if name in values)
     raise UnknownArchitectureError(f"ours has no encoder with {group} {found}")
 
@@ -190,7 +184,7 @@ def _refuse(group: str, values: Mapping[str, Any], names: Any) -> None:
 def from_open_clip(
     model_cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Renames an open_clip model's tensors to ours, without what are none of its weights.
+    """Renames an open_clip model's weights to ours.
 
     Names of open_clip's own image encoders only get the prefix `image_encoder.`: timm renames them.
     """
@@ -251,19 +245,14 @@ def write_open_clip(model: UniCL, folder: Path) -> float:
         write_own_tokenizer(model, aside)
         theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
         theirs.eval()
-        images, tokens = sample_images(model), sample_tokens(model)
-        pairs = {
-            "image features": (model.encode_image(images), theirs.encode_image(images)),
-            "text features": (model.encode_text(tokens), theirs.encode_text(tokens)),
-        }
-        return max(require_equal(*pair, what=what) for what, pair in pairs.items())
+        images, texts = sample_images(model), sample_tokens(model)
+        return require_equal_features(model, theirs.encode_image(images), theirs.encode_text(texts))
 
 
 def _require_convertible(model: UniCL) -> None:
-    """Refuses an image encoder that open_clip cannot build.
+    """Refuses an encoder that open_clip cannot build.
 
-    It builds timm's encoders only at timm's own image size, and assumes that their features have
-    width num_features.
+    It builds timm's encoders only at timm's image size, and expects features of num_features.
     """
     name, size = model.config.model.image_encoder, model.config.data.image_size
     if model.config.model.text_kind:
@@ -273,13 +262,13 @@ def _require_convertible(model: UniCL) -> None:
         )
     if (own_size := fixed_size(name)) not in (None, size):
         raise ValueError(
-            f"open_clip builds {name} for images of {own_size} pixels alone, this model was "
+            f"open_clip builds {name} only for images of {own_size} pixels, but this model was "
             f"trained at {size}: convert it to timm, hf or onnx instead"
         )
     width = feature_width(model.image_encoder)
     if width != int(model.image_encoder.num_features):  # type: ignore[arg-type]
         raise ValueError(
-            f"{name} returns features of width {width}, open_clip expects "
+            f"{name} returns features of width {width}, but open_clip expects "
             f"{model.image_encoder.num_features}: convert it to timm, hf or onnx instead"
         )
 
@@ -294,11 +283,9 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
         "timm_proj_bias": config.image_projection == "biased",
         "image_size": model.config.data.image_size,
     }
-    if config.image_projection == "none":  # open_clip asks for the pooling by name then
-        vision |= {
-            "timm_proj": "none",
-            "timm_pool": getattr(model.image_encoder, "global_pool", ""),
-        }
+    if config.image_projection == "none":  # open_clip then needs the pooling by name
+        pool = getattr(model.image_encoder, "global_pool", "")
+        vision |= {"timm_proj": "none", "timm_pool": pool}
     text: dict[str, Any] = {
         "context_length": config.context_length,
         "vocab_size": config.vocab_size,
@@ -312,7 +299,7 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
         "proj_bias": config.text_projection == "biased",
         "proj_type": "none" if config.text_projection == "none" else "linear",
     }
-    if place := config.tokenizer:  # open_clip reads the files in a folder under any name
+    if place := config.tokenizer:  # open_clip reads a folder's files whichever name this is
         name = place.removesuffix(CANONICAL)
         text["hf_tokenizer_name"] = name[7:] if name.startswith("hf-hub:") else TOKENIZER_FILES[0]
         text["tokenizer_kwargs"] = {"clean": "canonicalize"} if name != place else {}
@@ -323,7 +310,7 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
     return {
         "embed_dim": config.embed_dim,
         **bias,
-        # only for the text encoder; timm's models have their own activation
+        # only for texts; timm's models have their own activation
         "quick_gelu": config.text_activation == "quick_gelu",
         "vision_cfg": vision,
         "text_cfg": text,
@@ -334,7 +321,7 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
     """Renames the model's tensors to open_clip's."""
     names = {"image_projection_bias": "visual.head.proj.bias",
              "text_projection_bias": "text_projection.bias"}  # fmt: skip
-    linears = {"image_projection": "visual.head.proj.weight"}  # whose weights are [out in]
+    linears = {"image_projection": "visual.head.proj.weight"}  # [out in]
     if model.text_projection_bias is not None:
         linears["text_projection"] = "text_projection.weight"
     tensors = {}

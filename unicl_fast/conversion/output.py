@@ -1,7 +1,6 @@
 """Writes converted models, whole or not at all, after comparing their features with ours.
 
-Features are compared for the same tensors, without preprocessing, since libraries resize
-differently.
+The same tensors are encoded, without preprocessing, since libraries resize differently.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def require_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path that is renamed to `path`, a new one, if the block raises nothing."""
+    """Yields a path that is renamed to `path`, which must be new, if the block raises nothing."""
     require_new(path)
     make_folder(path.parent)
     with (
@@ -59,7 +58,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder, which is renamed to `path`; otherwise as `new_file`."""
+    """As `new_file`, for a folder."""
     with new_file(path) as aside:
         aside.mkdir()
         yield aside
@@ -85,19 +84,13 @@ def write_own_tokenizer(model: UniCL, folder: Path) -> None:
     """Writes the files of a model's tokenizer, if it is not CLIP's and they can be found."""
     place = model.config.model.tokenizer
     if place and model.text_encoder is not None:
-        # its texts need them, its weights do not
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # texts need them, weights do not
             FileTokenizer(place, model.config.model.context_length).write(folder)
 
 
 def num_parameters(model: nn.Module) -> int:
     """Counts the parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def logits_of(model: UniCL) -> dict[str, Any]:
-    """The logarithm of the scale of the logits, and their bias, where the model learns them."""
-    return {name: one.item() for name, one in model.learnt.items() if one.ndim == 0}
 
 
 def sample_images(model: UniCL) -> Tensor:
@@ -109,25 +102,34 @@ def sample_images(model: UniCL) -> Tensor:
 def sample_tokens(model: UniCL) -> Tensor:
     """Token rows of a short, an empty, a usual and a cut text: int64 [4 l]."""
     tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
-    # a model of another tokenizer may have a smaller vocabulary
-    return tokens.clamp_(max=model.config.model.vocab_size - 1)
+    return tokens.clamp_(max=model.config.model.vocab_size - 1)  # it can be smaller than CLIP's
 
 
-def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
+def require_equal_features(model: UniCL, image_features: Tensor, text_features: Tensor) -> float:
+    """As `require_equal`, of another library's features of `sample_images` and `sample_tokens`."""
+    images = model.encode_image(sample_images(model))
+    texts = model.encode_text(sample_tokens(model))
+    return max(
+        require_equal(images, image_features, name="image features"),
+        require_equal(texts, text_features, name="text features"),
+    )
+
+
+def require_equal(expected: Tensor, found: Tensor, *, name: str) -> float:
     """Returns the largest difference between coordinates of ours and theirs [n d], of unit norm.
 
     Raises RuntimeError if shapes differ, or values by more than `TOLERANCE`.
     """
     if expected.shape != found.shape:
         raise RuntimeError(
-            f"{what} of the converted model have shape {list(found.shape)}, ours "
+            f"{name} of the converted model have shape {list(found.shape)}, ours have "
             f"{list(expected.shape)}: nothing was written; please report this"
         )
     difference = (F.normalize(expected, dim=-1) - F.normalize(found, dim=-1)).abs().max().item()
     if not difference <= TOLERANCE:  # also refuses NaN
         raise RuntimeError(
-            f"{what} of the converted model differ from ours by {difference:.1e}, where "
-            f"{TOLERANCE:.0e} is allowed: nothing was written; please report this with the "
-            "model's config and the versions of the libraries"
+            f"{name} of the converted model differ from ours by {difference:.1e}, more than "
+            f"{TOLERANCE:.0e}: nothing was written; please report this with the model's config and "
+            "the versions of the libraries"
         )
     return difference

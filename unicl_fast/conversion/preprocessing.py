@@ -1,6 +1,6 @@
-"""Describes our preprocessing in each format's terms, and theirs in ours.
+"""Translates preprocessing between `DataConfig` and the formats of other libraries.
 
-It goes with the weights, since a wrong mean costs accuracy and raises no error.
+It must accompany the weights: a wrong mean costs accuracy and raises no error.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ from typing import Any, get_args
 from unicl_fast.config import DataConfig, Interpolation, ModelConfig
 from unicl_fast.pipelines.plan.crop import padding_level
 
-_PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers stores
+_PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # transformers stores Pillow's numbers
 
 
 def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
-    """The content of `preprocessing.json`, for people who write their own preprocessing."""
+    """The content of `preprocessing.json`, for those who write their own preprocessing."""
     size: dict[str, Any] = {
         "longest": {"resize_longer_side_to": data.image_size, "pad_to": data.image_size,
                     "padding": padding_level(data)},
         "squash": {"resize_both_sides_to": data.image_size},
     }.get(str(data.evaluation_resize), {"resize_shorter_side_to": data.evaluation_resize,
                                         "center_crop": data.image_size})  # fmt: skip
+    tokens: dict[str, Any] = {
+        "tokenizer": "CLIP byte-pair encoding, lower case",
+        "start_token": model.vocab_size - 2,
+        "end_token": model.vocab_size - 1,
+        "padding_token": 0,
+    }
+    if model.tokenizer:
+        tokens = {"tokenizer": "the source's own"}
     return {
         "image": {
             "color": "RGB",
@@ -39,21 +47,8 @@ def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
             "context_length": model.context_length,
             "vocab_size": model.vocab_size,
             "type": "int64",
-            **(
-                _of_clips_tokens(model)
-                if not model.tokenizer
-                else {"tokenizer": "the source's own"}
-            ),
+            **tokens,
         },
-    }
-
-
-def _of_clips_tokens(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "tokenizer": "CLIP byte-pair encoding, lower case",
-        "start_token": model.vocab_size - 2,
-        "end_token": model.vocab_size - 1,
-        "padding_token": 0,
     }
 
 
@@ -61,24 +56,23 @@ def for_timm(data: DataConfig) -> dict[str, Any]:
     """The fields of a timm `pretrained_cfg`."""
     fraction = 1.0
     if isinstance(data.evaluation_resize, int):
-        # timm divides by the fraction and rounds down, which must give evaluation_resize
+        # timm's image_size / fraction, rounded down, must be evaluation_resize
         fraction = data.image_size / data.evaluation_resize
         while math.floor(data.image_size / fraction) < data.evaluation_resize:
             fraction = math.nextafter(fraction, 0)
+    modes = {"longest": "border", "squash": "squash"}
     return {
         "input_size": [3, data.image_size, data.image_size],
         "interpolation": data.interpolation,
         "crop_pct": fraction,
-        "crop_mode": {"longest": "border", "squash": "squash"}.get(
-            str(data.evaluation_resize), "center"
-        ),
+        "crop_mode": modes.get(str(data.evaluation_resize), "center"),
         "mean": list(data.mean),
         "std": list(data.std),
     }
 
 
 def for_open_clip(data: DataConfig) -> dict[str, Any]:
-    """The `preprocess_cfg` of open_clip, which always scales to the size that it crops."""
+    """The `preprocess_cfg` of open_clip, which always scales to the size of the crop."""
     mode = data.evaluation_resize
     return {
         "mode": "RGB",
@@ -113,10 +107,10 @@ def for_transformers(data: DataConfig) -> dict[str, Any] | None:
 
 
 def of_library(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
-    """The fields of `DataConfig` that open_clip's or timm's settings state.
+    """The fields of `DataConfig` that are in open_clip's or timm's settings.
 
-    `image_size` is the side of theirs, or None. open_clip scales to the size that it crops, timm to
-    that divided by `crop_pct`.
+    `image_size` is the side of their images, or None. open_clip scales to this size, timm to it
+    divided by `crop_pct`.
     """
     found = _statistics(values.get("mean"), values.get("std"))
     if values.get("interpolation") in get_args(Interpolation):
@@ -132,11 +126,8 @@ def of_library(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
 
 
 def of_transformers(values: Mapping[str, Any], image_size: int, kind: str) -> dict[str, Any]:
-    """The same for a `preprocessor_config.json`, which may lack anything.
-
-    The classes' defaults are CLIP's and SigLIP's, which squashes.
-    """
-    is_siglip = kind == "siglip"
+    """The same for a `preprocessor_config.json`, with the defaults of `kind`."""
+    is_siglip = kind == "siglip"  # its images are squashed
     default = [0.5] * 3 if is_siglip else None
     found = _statistics(values.get("image_mean", default), values.get("image_std", default))
     filters = {number: name for name, number in _PILLOW_FILTERS.items()}

@@ -1,4 +1,4 @@
-"""Weights in several safetensors files that an index beside them lists, as transformers has it."""
+"""Weights in several safetensors files and the index that lists them, in transformers' format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHARD = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 
 
 def shards_of(index: Path) -> dict[str, set[str]]:
-    """The names of the tensors in each file; raises ValueError for an index that is damaged."""
+    """The names of the tensors in each file; raises ValueError for a damaged index."""
     values = read_json(index)
     listed = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(listed, dict) or not listed:
@@ -33,29 +33,28 @@ def shards_of(index: Path) -> dict[str, set[str]]:
 
 
 def read_shard_shapes(index: Path) -> dict[str, Tensor]:
-    """All tensors on the device meta, from the beginnings of the files.
+    """All tensors on the device meta, from the headers of the files.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the index is damaged, or a file has other tensors than it says.
+    Raises FileNotFoundError if a file is missing, ValueError if the index is damaged or does not
+    list the tensors of a file.
     """
     found: dict[str, Tensor] = {}
     for name, expected in shards_of(index).items():
         path = index.parent / name
         if not path.is_file():
-            raise FileNotFoundError(f"{index} names {name}, which is not there: copy it, too")
+            raise FileNotFoundError(f"{index} names {name}, which is not there: copy it too")
         shapes = read_shapes(path)
         if wrong := sorted(shapes.keys() ^ expected):
             raise ValueError(
-                f"{path} and {index.name} do not agree on {wrong[0]}: each tensor is in the one "
-                "file that the index says; copy both again"
+                f"{path} and {index.name} do not agree on {wrong[0]}: the index must list each "
+                "tensor of each file; copy both again"
             )
         found |= shapes
     return found
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors; raises as `read_shard_shapes`, before any is read."""
+    """All tensors; raises as `read_shard_shapes`, before it reads any."""
     read_shard_shapes(index)
     return {
         name: tensor

