@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from pack_runs import jpeg, run_pack
+from pack_runs import Pack, build_set, jpeg
 from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat
-from unicl_fast.packing.build import BuildSummary, build_dataset
-
-run = functools.partial(run_pack, "build", "--workers", 1)
+from unicl_fast.packing.build import BuildSummary
 
 pytestmark = pytest.mark.dist
 
@@ -52,7 +49,7 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """The folder in every format."""
     out = tmp_path_factory.mktemp("packed")
     for format in get_args(ImageFormat):
-        build_dataset([folder], out / format, format=format, workers=1, progress=False)
+        build_set([folder], out / format, format=format)
     return {format: out / format for format in get_args(ImageFormat)}
 
 
@@ -84,34 +81,34 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
 
 
 def test_verify_inspect_and_build_take_every_format(
-    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    packed: dict[str, Path], tmp_path: Path, pack: Pack
 ) -> None:
     sets = [packed[format] for format in FILES]
-    code, text = run(*sets, "--out", tmp_path / "all", capsys=capsys)
+    code, text = pack("build", "--workers", 1, *sets, "--out", tmp_path / "all")
     assert code == 0, text
     with PackedDataset(tmp_path / "all") as dataset:
         assert len(dataset) == 60
     assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "ppm", "json"}
-    code, text = run_pack("verify", tmp_path / "all", "--workers", 1, capsys=capsys)
+    code, text = pack("verify", tmp_path / "all", "--workers", 1)
     assert code == 0, text
     assert "60 decoded" in text
     assert Manifest.load(tmp_path / "all").version == 5
     page = tmp_path / "page.html"
-    code, text = run_pack(
-        *("inspect", packed["webp"], "--workers", 1, "--html", page), capsys=capsys
-    )
+    code, text = pack(*("inspect", packed["webp"], "--workers", 1, "--html", page))
     assert code == 0, text
     assert page.read_text().count("<img") >= 15
 
 
 def test_the_program_scales_counts_and_writes_what_it_did(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, pack: Pack
 ) -> None:
     told = tmp_path / "told.json"
-    code, text = run(
+    code, text = pack(
+        "build",
+        "--workers",
+        1,
         *(folder, "--out", tmp_path / "out", "--format", "webp", "--resize", "short:12"),
         *("--quality", 40, "--json", told),
-        capsys=capsys,
     )
     assert code == 0
     assert "15 re-encoded as WebP q40, 0 copied unchanged" in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import os
 from pathlib import Path
@@ -12,15 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_entries import CrashingOnce
-from pack_runs import run_pack
+from pack_runs import Pack, build_set
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import check_image
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
-
-run = functools.partial(run_pack, "build", "--workers", 1, "--format", "raw")
 
 pytestmark = pytest.mark.dist
 
@@ -68,9 +64,7 @@ def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_p
     folders = []
     for workers in (1, 3):
         folders.append(tmp_path / f"out {workers}")
-        summary = build_dataset(
-            [tmp_path / "in"], folders[-1], format="raw", workers=workers, progress=False
-        )
+        summary = build_set([tmp_path / "in"], folders[-1], format="raw", workers=workers)
         assert (summary.num_samples, summary.num_quarantined) == (len(shown), 1)
         assert summary.image_size == (20, 24)
         assert summary.num_reencoded == 0
@@ -85,18 +79,29 @@ def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_p
 
 
 def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pack: Pack
 ) -> None:
     for number, (height, width) in enumerate([(20, 20), (20, 21), (50, 33), (1, 300), (8, 8)]):
         save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
-    code, text = run(tmp_path / "in", "--out", tmp_path / "out", capsys=capsys)
+    code, text = pack(
+        "build", "--workers", 1, "--format", "raw", tmp_path / "in", "--out", tmp_path / "out"
+    )
     assert code == 2
     assert "--format raw needs images of one size" in text
     assert text.count("cat/") == 2
     assert "--resize square:" in text
     assert os.listdir(tmp_path) == ["in"]
-    code, text = run(
-        tmp_path / "in", "--out", tmp_path / "out", "--resize", "square:20", capsys=capsys
+    code, text = pack(
+        "build",
+        "--workers",
+        1,
+        "--format",
+        "raw",
+        tmp_path / "in",
+        "--out",
+        tmp_path / "out",
+        "--resize",
+        "square:20",
     )
     assert code == 0
     assert "decoded, 20 x 20 pixels each" in text

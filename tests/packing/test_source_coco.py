@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_sources import outcomes, read, texts, write_zip
+from foreign_sources import outcomes, read, read_source, texts, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import jpeg
 from property_tests import examples
 
 from unicl_fast.packing.sources.json_pieces import iter_elements
-from unicl_fast.packing.sources.read_sources import read_source, read_sources
+from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.rows import ListOptions
 
 CAPTIONS = {
@@ -110,7 +110,7 @@ def test_entries_that_lie_are_named(coco: Path) -> None:
     ]
     path = coco / "annotations" / "captions_val2017.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    source = read_source(str(path))
+    source = read_source(path)
     assert outcomes(source) == {
         **{"1.jpg": "read", "2.jpg": "ambiguous", "3.jpg": "bad row", "gone.jpg": "missing"},
         **{"../annotations/x.json": "outside", "image [6]": "bad row", "image 7": "bad row"},
@@ -139,14 +139,14 @@ def test_what_is_no_coco_file_is_refused_in_a_sentence(coco: Path, text: str, me
     path = coco / "annotations" / "captions_val2017.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
-        read_source(str(path))
+        read_source(path)
     assert "captions_val2017.json" in str(caught.value)
 
 
 def test_a_json_array_is_a_list_like_any_other(coco: Path) -> None:
     rows = [{"image": "1.jpg", "caption": ["a", "b"]}, {"image": "2.jpg", "label": "x"}, 3]
     (coco / "list.json").write_text(json.dumps(rows))
-    source = read_source(str(coco / "list.json"), ListOptions(image_root=str(coco / "val2017")))
+    source = read_source(coco / "list.json", ListOptions(image_root=str(coco / "val2017")))
     assert texts(source) == {"1.jpg": (["a", "b"], []), "2.jpg": ([], ["x"])}
     assert outcomes(source)["line 3"] == "bad row"
 
@@ -163,7 +163,7 @@ def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> N
         "n01440764/gone.JPEG\t3\n"
         "no label\n"
     )
-    source = read_source(str(tmp_path / "train_map.txt"))
+    source = read_source(tmp_path / "train_map.txt")
     assert texts(source) == {
         "n01440764/a b1.JPEG": ([], [0]),
         "00001.zip@/n01440764/a b2.JPEG": ([], [999]),
@@ -173,10 +173,10 @@ def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> N
         *("no text", "missing", "outside", "missing", "bad row")
     ]
     elsewhere = ListOptions(image_root=str(tmp_path / "00001.zip"))
-    assert outcomes(read_source(str(tmp_path / "train_map.txt"), elsewhere)) == outcomes(source)
+    assert outcomes(read_source(tmp_path / "train_map.txt", elsewhere)) == outcomes(source)
     (tmp_path / "train.zip").unlink()
     with pytest.raises(FileNotFoundError, match=r"train\.zip"):
-        read_source(str(tmp_path / "train_map.txt"))
+        read_source(tmp_path / "train_map.txt")
 
 
 VALUES = st.recursive(

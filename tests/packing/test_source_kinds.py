@@ -11,12 +11,10 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import write_tar, write_zip
-from pack_runs import jpeg, samples_of
+from foreign_sources import read_source, write_tar, write_zip
+from pack_runs import build_set, jpeg, samples_of
 
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import read_sources as registry
-from unicl_fast.packing.sources.read_sources import read_source
 
 CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
@@ -37,7 +35,7 @@ def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join(CIFAR_NAMES))
     sources = [tmp_path / name for name in ("test-00000-of-00001.parquet", "0.tar", "val_map.txt")]
     out, names = tmp_path / "out", str(tmp_path / "names.txt")
-    build_dataset(sources, out, class_names=names, workers=1, progress=False)
+    build_set(sources, out, class_names=names)
     assert not list(tmp_path.glob("out.*"))  # what was unpacked is gone
     found = sorted((one.image, one.labels) for one in samples_of(out))
     assert found == sorted((file, [CIFAR_NAMES[n]]) for n, file in enumerate(files) for _ in "123")
@@ -51,7 +49,7 @@ def test_class_folders_with_other_things_in_them_stay_class_folders(
     (tmp_path / "cat" / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / extra).write_bytes(b"{}")
     (tmp_path / "self").symlink_to("self")
-    source = read_source(str(tmp_path))
+    source = read_source(tmp_path)
     assert [item.name for item in source.items] == ["cat/1.jpg", "self"]
     assert sum(source.passed_over.values()) == 1
 
@@ -81,7 +79,7 @@ def test_a_kind_is_a_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(registry, "SOURCES", ("pairs", *registry.SOURCES))
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "list.pairs").write_text("1.jpg = a cat")
-    build_dataset([tmp_path / "list.pairs"], tmp_path / "out", workers=1, progress=False)
+    build_set([tmp_path / "list.pairs"], tmp_path / "out")
     assert [(one.image, one.captions) for one in samples_of(tmp_path / "out")] == [
         (jpeg(1), ("a cat",))
     ]

@@ -386,7 +386,11 @@ def _read(
         require_in_place(read, spool)
     packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, works)
-    templates = _choose_templates(options, space, packed)
+    templates: tuple[str, ...] = ()
+    if space.names and options.templates:
+        templates = read_templates(options.templates)
+    elif space.names:
+        templates = join_templates(packed) or templates_for(space.names)
     hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     notes = sum((source.notes + source.items.notes() for source in read), count_shared(packed))
@@ -411,17 +415,6 @@ def _read(
         passed_over=+passed_over,  # `+` drops the zeros
         notes=+notes,
     )
-
-
-def _choose_templates(
-    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
-) -> tuple[str, ...]:
-    """Prompt templates: by --templates, else by packed sources, which must agree, else by names."""
-    if not space.names:
-        return ()
-    if options.templates:
-        return read_templates(options.templates)
-    return join_templates(packed) or templates_for(space.names)
 
 
 def _choose_hierarchy(

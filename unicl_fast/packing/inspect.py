@@ -113,7 +113,7 @@ class ConceptRow:
     images_per_concept: float
     """0 without concepts."""
     kind: str
-    """What counts as a concept, in words."""
+    """The things counted as concepts, in words."""
 
 
 _OF_MANIFEST = (
