@@ -16,6 +16,7 @@ from property_tests import examples
 from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.spool import Spool
 
 CAPTIONS = {
     "info": {"year": 2017},
@@ -55,7 +56,7 @@ def coco(tmp_path: Path) -> Path:
 
 def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
     places = [str(path) for path in sorted((coco / "annotations").iterdir())]
-    (source,) = read_sources(places)
+    (source,) = read_sources(places, ListOptions(), Spool(None))
     assert source.name == "captions_val2017.json+instances_val2017.json"
     assert texts(source) == {
         "1.jpg": (["one", "eins"], []),
@@ -65,7 +66,8 @@ def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
     assert [read(item) for item in source.items] == [jpeg(1), jpeg(2), jpeg(3)]
     alone = read_source(places[1], ListOptions(image_root=str(coco / "val2017")))
     assert texts(alone).keys() == {"2.jpg", "3.jpg"}
-    (once,) = read_sources([places[0], *places, places[0]])  # named several times, read once
+    again = [places[0], *places, places[0]]  # named several times, read once
+    (once,) = read_sources(again, ListOptions(), Spool(None))
     assert (once.name, len(once.items)) == (source.name, 3)
 
 

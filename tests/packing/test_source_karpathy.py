@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_sources import read_source
 
-from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.rows import LEFT_OUT, ListOptions
 
 SPLITS = ("train", "val", "test", "restval")
@@ -48,7 +48,7 @@ def test_a_split_has_its_images_with_all_their_captions(
 ) -> None:
     flickr = shared_data / "captions" / "flickr8k"
     options = ListOptions(image_root=str(flickr / folder), where=where)
-    (source,) = read_sources([str(file)], options)
+    source = read_source(file, options)
     lines = (flickr / "captions.jsonl").read_text().splitlines()[:16]
     expected = [json.loads(lines[number]) for number in numbers]
     assert [item.captions for item in source.items] == [one["captions"] for one in expected]
@@ -61,7 +61,7 @@ def test_a_split_has_its_images_with_all_their_captions(
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(file: Path) -> None:
     with pytest.raises(ValueError, match=r"split=dev; its splits are train \(4\), val \(4\)"):
-        read_sources([str(file)], ListOptions(where=("split=dev",)))
+        read_source(file, ListOptions(where=("split=dev",)))
 
 
 def test_what_cannot_be_packed_is_named(file: Path) -> None:
@@ -79,6 +79,6 @@ def test_what_cannot_be_packed_is_named(file: Path) -> None:
     content["images"][1]["filepath"] = ""
     content["images"].append(None)
     file.write_text(json.dumps(content))
-    (source,) = read_sources([str(file)])
+    source = read_source(file)
     kinds = [item.problem.kind for item in source.items if item.problem]
     assert kinds == ["bad row", "no text", "bad row", "outside", "bad row"]

@@ -244,4 +244,4 @@ def test_an_inspection_names_the_url_and_not_its_copy(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     code, text = pack("inspect", url)
     assert code == 2
-    assert re.search(r"takes [\d,]+ bytes more, and 1,000 are free in \S+staging-\S+, where", text)
+    assert re.search(r"need [\d,]+ bytes more, and 1,000 are free in \S+staging-\S+: make", text)
