@@ -106,10 +106,7 @@ def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
     sources = [str(photos), str(path)]
     build_set(sources, tmp_path / "here", image_root=str(photos))
     subprocess.run(
-        [
-            *(*PROGRAM, *sources, "--image-root", photos),
-            *("--workers", "1", "--out", tmp_path / "there"),
-        ],
+        [*PROGRAM, *sources, "--image-root", photos, "--workers", "1", "--out", tmp_path / "there"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         check=True,
         timeout=120,
