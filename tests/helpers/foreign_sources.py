@@ -10,7 +10,19 @@ from pathlib import Path
 
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Item
-from unicl_fast.packing.sources.spool import Source
+from unicl_fast.packing.sources.read_sources import read_sources
+from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.spool import Source, Spool
+
+_NO_OPTIONS = ListOptions()
+
+
+def read_source(
+    place: object, options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
+) -> Source:
+    """One source by itself; without a spool nothing can be unpacked."""
+    (source,) = read_sources([str(place)], options, spool or Spool(None))
+    return source
 
 
 def write_tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> Path:

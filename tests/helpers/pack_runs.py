@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import simplejpeg
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import MADE_OF_NAME, DatasetWriter, PackedSample
+from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.tools.pack.__main__ import main
@@ -36,8 +37,17 @@ def write_photos(root: Path, numbers: Iterable[int], classes: tuple[str, ...] = 
     return root
 
 
+def build_set(sources: Sequence[Any], out: str | Path, **options: Any) -> BuildSummary:
+    """A build without bars, by one worker unless the options say otherwise."""
+    return build_dataset(sources, out, **({"workers": 1, "progress": False} | options))
+
+
+Pack = Callable[..., tuple[int, str]]
+"""The fixture `pack`."""
+
+
 def run_pack(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code, and all that was printed."""
+    """unicl-pack in this process: the exit code, and all that was printed."""
     try:
         main([*map(str, arguments)])
         code = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -16,25 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inline_checks import check_inline
-from pack_runs import contents, jpeg, left_out, run_pack, samples_of, write_photos
+from pack_runs import Pack, build_set, contents, jpeg, left_out, samples_of, write_photos
 from PIL import Image
 from waiting import wait_until
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
 from unicl_fast.tools.pack.__main__ import main
 
-run = functools.partial(run_pack, "build")
 PROGRAM = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
-
-
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: what workers do is tested elsewhere."""
-    check_inline(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
     out = tmp_path_factory.mktemp("packed") / "set"
-    build_dataset([folder], out, workers=2, progress=False)
+    build_set([folder], out, workers=2)
     with PackedDataset(out) as dataset:
         yield dataset
 
@@ -98,7 +88,7 @@ def test_the_order_in_which_the_system_lists_leaves_no_trace(
         outs.append(tmp_path / f"{backwards}")
         with monkeypatch.context() as patch:
             patch.setattr(os, "scandir", scandir)
-            build_dataset(sources, outs[-1], progress=False)
+            build_set(sources, outs[-1])
     assert contents(outs[0]) == contents(outs[1])
 
 
@@ -114,12 +104,9 @@ def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
     path = photos.parent / "list.jsonl"
     path.write_text(json.dumps(rows[0], ensure_ascii=False), encoding="utf-8")
     sources = [str(photos), str(path)]
-    build_dataset(sources, tmp_path / "here", image_root=str(photos), workers=1, progress=False)
+    build_set(sources, tmp_path / "here", image_root=str(photos))
     subprocess.run(
-        [
-            *(*PROGRAM, *sources, "--image-root", photos),
-            *("--workers", "1", "--out", tmp_path / "there"),
-        ],
+        [*PROGRAM, *sources, "--image-root", photos, "--workers", "1", "--out", tmp_path / "there"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         check=True,
         timeout=120,
@@ -130,13 +117,13 @@ def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
 def test_the_number_of_workers_leaves_no_trace(
     packed: PackedDataset, folder: Path, tmp_path: Path
 ) -> None:
-    build_dataset([folder], tmp_path / "one", workers=1, progress=False)
+    build_set([folder], tmp_path / "one")
     assert contents(tmp_path / "one") == contents(packed.folder)
 
 
 @pytest.mark.usefixtures("checked")
 def test_the_seed_decides_the_order(packed: PackedDataset, folder: Path, tmp_path: Path) -> None:
-    build_dataset([folder], tmp_path / "set", seed=1, workers=1, progress=False)
+    build_set([folder], tmp_path / "set", seed=1)
     with PackedDataset(tmp_path / "set") as other:
         here = [packed.image_bytes(index).tobytes() for index in range(len(packed))]
         there = [other.image_bytes(index).tobytes() for index in range(len(other))]
@@ -145,11 +132,11 @@ def test_the_seed_decides_the_order(packed: PackedDataset, folder: Path, tmp_pat
 
 
 def test_the_program_says_what_it_did_and_what_comes_next(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, pack: Pack
 ) -> None:
     out = str(tmp_path / "set")
     options = ("--out", out, "--workers", "1", "--license", "CC-BY-4.0")
-    code, text = run(folder, *options, capsys=capsys)
+    code, text = pack("build", folder, *options)
     assert code == 0
     assert Manifest.load(out).license == "CC-BY-4.0"
     assert "91 images, 0 captions, 91 labels of 3 classes" in text
@@ -160,35 +147,33 @@ def test_the_program_says_what_it_did_and_what_comes_next(
 
 
 @pytest.mark.usefixtures("checked")
-def test_what_is_repeated_or_held_out_is_said(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_repeated_or_held_out_is_said(folder: Path, tmp_path: Path, pack: Pack) -> None:
     out = tmp_path / "held-out Äpfel"
-    _, text = run(folder, folder, "--out", out, capsys=capsys)
+    _, text = pack("build", folder, folder, "--out", out)
     assert f"note: 91 images of {out} that an earlier sample has too, byte for byte: " in text
     assert f"next: unicl-pretrain --preset auto --data.train TRAIN --data.evaluate '{out}'" in text
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "cat").symlink_to(folder / "cat")
-    run(tmp_path / "some", "--out", tmp_path / "cats", capsys=capsys)
-    _, text = run(out, tmp_path / "cats", "--out", tmp_path / "all", capsys=capsys)
+    pack("build", tmp_path / "some", "--out", tmp_path / "cats")
+    _, text = pack("build", out, tmp_path / "cats", "--out", tmp_path / "all")
     assert f"note: 31 images of {tmp_path}/cats that are in {out} too\n" in text
 
 
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize(("names", "warns"), [(("00", "42"), True), (("00", "cat"), False)])
 def test_class_names_that_are_numbers_are_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...], warns: bool
+    tmp_path: Path, pack: Pack, names: tuple[str, ...], warns: bool
 ) -> None:
     for name in names:
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
     arguments = (str(tmp_path / "in"), "--workers", "1", "--out")
-    _, text = run(*arguments, str(tmp_path / "set"), capsys=capsys)
+    _, text = pack("build", *arguments, str(tmp_path / "set"))
     assert ("WARNING: the class names are numbers (00, 42)" in text) == warns
     assert ("--class-names FILE" in text) == warns
     (tmp_path / "names").write_text("".join(f"{name}\tclass {name}\n" for name in names))
     named = ("--class-names", str(tmp_path / "names"))
-    _, text = run(*arguments, str(tmp_path / "named"), *named, capsys=capsys)
+    _, text = pack("build", *arguments, str(tmp_path / "named"), *named)
     assert "2 classes" in text
     assert "WARNING" not in text
 
@@ -219,16 +204,12 @@ def test_class_names_that_are_numbers_are_warned_of(
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    folder: Path, tmp_path: Path, pack: Pack, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "names").write_text("bird\n")
     places = {"FOLDER": folder, "OUT": tmp_path / "out", "NAMES": tmp_path / "names"}
     places["NAMES/set"] = tmp_path / "names" / "set"
-    code, errors = run(*(places.get(word, word) for word in arguments), capsys=capsys)
+    code, errors = pack("build", *(places.get(word, word) for word in arguments))
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
@@ -236,13 +217,11 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.usefixtures("checked")
-def test_nothing_to_pack_is_an_error_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path: Path, pack: Pack) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "1.jpg").write_text("no image")
     (tmp_path / "in" / "0.tar").touch()
-    code, errors = run(tmp_path / "in", "--out", tmp_path / "out", capsys=capsys)
+    code, errors = pack("build", tmp_path / "in", "--out", tmp_path / "out")
     assert code == 2
     assert "nothing could be packed: 1 not an image" in errors
     assert "passed over: 1 .tar file beside folders (name them to pack them)" in errors
@@ -327,5 +306,5 @@ def test_a_hierarchy_of_other_classes_is_refused_before_anything_is_packed(
         (tmp_path / "tree.json").write_text(options["hierarchy"])
         options = {"hierarchy": str(tmp_path / "tree.json")}
     with pytest.raises(ValueError, match=message):
-        build_dataset([folder], tmp_path / "set", workers=1, progress=False, **options)
+        build_set([folder], tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()

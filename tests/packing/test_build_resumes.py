@@ -21,7 +21,7 @@ import pytest
 import xxhash
 from inline_checks import check_inline
 from object_stores import FaultyStore, empty
-from pack_runs import contents, jpeg, left_out, run_pack, write_photos
+from pack_runs import Pack, contents, jpeg, left_out, write_photos
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
@@ -31,6 +31,8 @@ from unicl_fast.packing import build as build_module
 from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.sources import tables as source_tables
+
+pytestmark = pytest.mark.usefixtures("checked")
 
 SHARD_BYTES = 30_000
 Kill = Callable[[], None]
@@ -55,11 +57,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def build(sources: list[Path], out: Path, **options: Any) -> BuildSummary:
     options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False} | options
     return build_dataset(sources, out, **options)
-
-
-@pytest.fixture(autouse=True)
-def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return check_inline(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +137,7 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
     unbroken: dict[str, bytes],
     checked: list[str],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pack: Pack,
     place: str,
 ) -> None:
     """A scheduler that starts the job again must not hear of wrong usage."""
@@ -152,17 +149,17 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
             at_call(patch, work_folder.WorkFolder, "remove", 1, after=True)
         killed(lambda: build(sources, out))
     command = ("build", *sources, "--out", out, "--shard-bytes", SHARD_BYTES)
-    code, printed = run_pack(*command, "--workers", 2, capsys=capsys)
+    code, printed = pack(*command, "--workers", 2)
     assert (code, "complete already" in printed) == (0, True), printed
     assert "left out: 13, listed in" in printed
     assert not checked
     assert contents(out) == unbroken
     assert os.listdir(tmp_path) == ["set"]
-    code, printed = run_pack(*command, "--seed", 1, capsys=capsys)
+    code, printed = pack(*command, "--seed", 1)
     assert code == 2
     assert "already holds a packed data set, made with other options:\n  --seed was" in printed
     (out / "manifest.json").write_bytes(unbroken["manifest.json"] + b" ")
-    code, printed = run_pack(*command, capsys=capsys)
+    code, printed = pack(*command)
     assert (code, "already holds a packed data set; name" in printed) == (2, True)
     assert os.listdir(tmp_path) == ["set"]
 
@@ -499,7 +496,7 @@ def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
     unbroken: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pack: Pack,
 ) -> None:
     command = ("build", *sources, "--out", tmp_path / "set", "--shard-bytes", SHARD_BYTES)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -513,13 +510,13 @@ def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
 
     monkeypatch.setattr(ShardJournal, "append", append)
     try:
-        code, printed = run_pack(*command, capsys=capsys)
+        code, printed = pack(*command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1, printed
     assert f"File too large: '{tmp_path}/set.partial/set'\nmake room there, then" in printed
     assert "set.partial keeps 2 finished shards" in printed
-    code, printed = run_pack(*command, capsys=capsys)
+    code, printed = pack(*command)
     assert (code, "images had been packed before this run" in printed) == (0, True)
     assert contents(tmp_path / "set") == unbroken
 

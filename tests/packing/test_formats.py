@@ -1,24 +1,25 @@
-"""`unicl-pack build --format jpeg|webp|png|ppm`, and the other sub-commands on what it makes."""
+"""`unicl-pack build --format`: files, and pixels (raw); the other sub-commands on what it makes."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
-from pack_runs import jpeg, run_pack
+from bad_entries import CrashingOnce
+from pack_runs import Pack, build_set, jpeg
 from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import ImageFormat
-from unicl_fast.packing.build import BuildSummary, build_dataset
-
-run = functools.partial(run_pack, "build", "--workers", 1)
+from unicl_fast.images.check import ImageFormat, check_image
+from unicl_fast.packing.build import BuildSummary
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
 
 pytestmark = pytest.mark.dist
 
@@ -52,7 +53,7 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """The folder in every format."""
     out = tmp_path_factory.mktemp("packed")
     for format in get_args(ImageFormat):
-        build_dataset([folder], out / format, format=format, workers=1, progress=False)
+        build_set([folder], out / format, format=format)
     return {format: out / format for format in get_args(ImageFormat)}
 
 
@@ -84,34 +85,34 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
 
 
 def test_verify_inspect_and_build_take_every_format(
-    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    packed: dict[str, Path], tmp_path: Path, pack: Pack
 ) -> None:
     sets = [packed[format] for format in FILES]
-    code, text = run(*sets, "--out", tmp_path / "all", capsys=capsys)
+    code, text = pack("build", "--workers", 1, *sets, "--out", tmp_path / "all")
     assert code == 0, text
     with PackedDataset(tmp_path / "all") as dataset:
         assert len(dataset) == 60
     assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "ppm", "json"}
-    code, text = run_pack("verify", tmp_path / "all", "--workers", 1, capsys=capsys)
+    code, text = pack("verify", tmp_path / "all", "--workers", 1)
     assert code == 0, text
     assert "60 decoded" in text
     assert Manifest.load(tmp_path / "all").version == 5
     page = tmp_path / "page.html"
-    code, text = run_pack(
-        *("inspect", packed["webp"], "--workers", 1, "--html", page), capsys=capsys
-    )
+    code, text = pack(*("inspect", packed["webp"], "--workers", 1, "--html", page))
     assert code == 0, text
     assert page.read_text().count("<img") >= 15
 
 
 def test_the_program_scales_counts_and_writes_what_it_did(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, pack: Pack
 ) -> None:
     told = tmp_path / "told.json"
-    code, text = run(
+    code, text = pack(
+        "build",
+        "--workers",
+        1,
         *(folder, "--out", tmp_path / "out", "--format", "webp", "--resize", "short:12"),
         *("--quality", 40, "--json", told),
-        capsys=capsys,
     )
     assert code == 0
     assert "15 re-encoded as WebP q40, 0 copied unchanged" in text
@@ -121,3 +122,160 @@ def test_the_program_scales_counts_and_writes_what_it_did(
     assert summary["num_quarantined"] == 1
     with PackedDataset(tmp_path / "out") as dataset:
         assert set(dataset.samples["height"].tolist()) == {12}
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(height * 1000 + width)
+    return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def kinds_of_images(root: Path) -> dict[str, Image.Image]:
+    """Files of one size and every kind; what each of them shows."""
+    rgb = Image.fromarray(noise(20, 24))
+    grey = Image.fromarray(noise(20, 24, 1)[..., 0])
+    clear = rgb.copy()
+    clear.putalpha(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees clockwise
+    save(root / "cat" / "rgb.png", rgb)
+    save(root / "cat" / "grey.png", grey)
+    save(root / "dog" / "photo.jpg", rgb, quality=90)
+    save(root / "dog" / "grey.jpg", grey, quality=90)
+    save(root / "dog" / "clear.png", clear)
+    save(root / "yak" / "palette.gif", grey)
+    save(root / "yak" / "turned.jpg", Image.fromarray(noise(24, 20)), exif=turned, quality=90)
+    (root / "yak" / "broken.jpg").write_bytes((root / "dog" / "photo.jpg").read_bytes()[:300])
+    shown = {
+        "cat/rgb.png": rgb,
+        "cat/grey.png": grey,
+        "dog/clear.png": Image.new("RGB", (24, 20), "white"),
+        "yak/palette.gif": grey,
+    }
+    for name in ("dog/photo.jpg", "dog/grey.jpg"):
+        shown[name] = Image.open(root / name)
+    upright = Image.open(root / "yak" / "turned.jpg").transpose(Image.Transpose.ROTATE_270)
+    return shown | {"yak/turned.jpg": upright}
+
+
+def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path: Path) -> None:
+    shown = kinds_of_images(tmp_path / "in")
+    folders = []
+    for workers in (1, 3):
+        folders.append(tmp_path / f"out {workers}")
+        summary = build_set([tmp_path / "in"], folders[-1], format="raw", workers=workers)
+        assert (summary.num_samples, summary.num_quarantined) == (len(shown), 1)
+        assert summary.image_size == (20, 24)
+        assert summary.num_reencoded == 0
+    one, three = ({p.name: p.read_bytes() for p in out.iterdir()} for out in folders)
+    assert one == three
+    expected = sorted(np.asarray(image.convert("RGB")).tobytes() for image in shown.values())
+    assert sorted(map(np.ndarray.tobytes, np.load(folders[0] / "pixels.npy"))) == expected
+    with PackedDataset(folders[0]) as dataset:
+        for index in range(len(dataset)):
+            dataset.image_bytes(index, verify=True)
+            assert len(dataset.labels_of(index)) == 1
+
+
+def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
+    tmp_path: Path, pack: Pack
+) -> None:
+    for number, (height, width) in enumerate([(20, 20), (20, 21), (50, 33), (1, 300), (8, 8)]):
+        save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
+    code, text = pack(
+        "build", "--workers", 1, "--format", "raw", tmp_path / "in", "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "--format raw needs images of one size" in text
+    assert text.count("cat/") == 2
+    assert "--resize square:" in text
+    assert os.listdir(tmp_path) == ["in"]
+    code, text = pack(
+        "build",
+        "--workers",
+        1,
+        "--format",
+        "raw",
+        tmp_path / "in",
+        "--out",
+        tmp_path / "out",
+        "--resize",
+        "square:20",
+    )
+    assert code == 0
+    assert "decoded, 20 x 20 pixels each" in text
+    pixels = np.load(tmp_path / "out" / "pixels.npy")
+    assert pixels.shape == (5, 20, 20, 3)
+    assert any(np.array_equal(image, noise(20, 20)) for image in pixels)
+    assert any(np.array_equal(image, noise(20, 21)[:, :20]) for image in pixels)
+
+
+def saved(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_pixels_of_another_size_stay_in_the_worker() -> None:
+    """Or a chunk of images that are larger than they look would fill the memory."""
+    options = ImageOptions(short_side=0, quality=90, max_pixels=10_000, seconds=0, format="raw")
+    entries = [CrashingOnce("/", saved(noise(*size))) for size in ((9, 8), (90, 80))]
+    tasks = [Task(name="", entry=entry, size=(9, 8)) for entry in entries]
+    results = list(check_in_order(tasks, options=options, context_length=77, workers=1))
+    assert all(isinstance(result, Checked) for result in results)
+    sizes = [(result.height, len(result.data)) for result in results if isinstance(result, Checked)]
+    assert sizes == [(9, 216), (90, 0)]
+
+
+def test_chunks_are_as_small_as_answers_are_large() -> None:
+    entry = CrashingOnce("/", b"")
+    options = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
+    for answer_bytes, longest in ((3072, 128), (150_000, 27), (4_000_000, 1), (10**9, 1)):
+        tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(200))
+        assert max(map(len, make_chunks(tasks, options))) == longest
+    files = (Task(name="", entry=CrashingOnce("/", b"", num_bytes=100_000)) for _ in range(50))
+    assert max(map(len, make_chunks(files, dataclasses.replace(options, format="png")))) == 5
+
+
+@pytest.mark.parametrize("size", [(40, 40), (10, 10), (31, 64), (64, 31), (20, 20)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
+    pixels = noise(*size, channels)
+    data = saved(pixels if channels == 3 else pixels[..., 0])
+    image = check_image(data, square_side=20, format="raw")
+    assert (image.height, image.width) == (20, 20)
+    found = np.frombuffer(image.data, np.uint8).reshape(20, 20, 3)
+    edge = min(size)
+    top, left = ((side - edge) // 2 for side in size)
+    middle = Image.fromarray(pixels.squeeze()).convert("RGB")
+    twin = middle.crop((left, top, left + edge, top + edge)).resize(
+        (20, 20), Image.Resampling.BICUBIC
+    )
+    inner = slice(3, -3)  # nearer to the edge the filter sees what lies beyond the square
+    gap = np.abs(found[inner, inner].astype(int) - np.asarray(twin)[inner, inner])
+    assert gap.max() <= 1
+    if size == (20, 20):
+        assert np.array_equal(found, np.broadcast_to(pixels, found.shape))
+
+
+def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None:
+    """That would be 26 million pixels wide."""
+    pixels = noise(1, 65_000)
+    found = check_image(saved(pixels), square_side=400, format="raw")
+    # as if it had been scaled whole and cut then: the filter looks at its neighbours
+    near = Image.fromarray(pixels[:, 32_489:32_510]).resize(
+        (21 * 400, 400), Image.Resampling.BICUBIC
+    )
+    twin = np.asarray(near)[:, 10 * 400 : 11 * 400].astype(int)
+    assert np.abs(twin - np.frombuffer(found.data, np.uint8).reshape(400, 400, 3)).max() <= 1
+
+
+def test_squares_of_files_are_encoded_anew_unless_they_are_squares() -> None:
+    large = check_image(saved(noise(60, 40)), square_side=20)
+    assert (large.extension, large.height, large.width, large.reencoded) == ("jpg", 20, 20, True)
+    data = saved(noise(20, 20))
+    assert check_image(data, square_side=20).data is data

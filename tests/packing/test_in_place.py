@@ -16,11 +16,12 @@ from damage import flip_byte
 from foreign_sources import write_tar
 from inline_checks import check_inline
 from pack_runs import (
+    Pack,
+    build_set,
     contents,
     faults_of,
     jpeg,
     left_out,
-    run_pack,
     samples_of,
     stop_at,
     write_photos,
@@ -32,7 +33,7 @@ from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.images.check import CheckedImage
 from unicl_fast.packing import build as building
 from unicl_fast.packing import verify, workers
-from unicl_fast.packing.build import BuildSummary, build_dataset
+from unicl_fast.packing.build import BuildSummary
 
 PER_TAR = 6
 
@@ -79,7 +80,7 @@ def check_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def build(source: object, out: Path, **options: Any) -> BuildSummary:
-    return build_dataset([str(source)], out, progress=False, in_place=True, **options)
+    return build_set([str(source)], out, in_place=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         check_here(patched)
         build(place / "tars", place / "index")
-        build_dataset([str(place / "tars")], place / "packed", progress=False)
+        build_set([str(place / "tars")], place / "packed")
     return place
 
 
@@ -132,7 +133,7 @@ def test_class_folders_are_indexed_and_found_from_the_data_set_if_named_so(
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", range(12), ("dog", "cat"))
     build("photos", Path("sets/index"))
-    build_dataset(["photos"], Path("sets/packed"), progress=False)
+    build_set(["photos"], Path("sets/packed"))
     # files are shuffled as samples are
     images = [set_images(Path(f"sets/{name}")) for name in ("index", "packed")]
     assert images[0] == images[1]
@@ -180,7 +181,9 @@ def test_a_changed_source_is_found_and_named(place: Path) -> None:
 def test_a_grown_source_is_looked_at_where_it_is_new(place: Path, looked_at: list[str]) -> None:
     write_shard(place / "tars", 3)
     looked_at.clear()
-    with pytest.raises(ValueError, match="Name another folder and --known .*only what is new"):
+    with pytest.raises(
+        ValueError, match="Name another folder and --known .*skips images checked before"
+    ):
         build(place / "tars", place / "index")
     grown = build(place / "tars", place / "grown", known=str(place / "index"))
     assert list(grown.notes.values()) == [3 * (PER_TAR - 2)]
@@ -202,15 +205,13 @@ def test_an_index_is_a_source_of_indexes_and_of_packed_data_sets(place: Path) ->
     expected = sorted(samples_of(place / "index") + samples_of(place / "second"))
     for name, in_place in (("merged", True), ("copied", False)):
         out = place / name
-        build_dataset(both, out, progress=False, in_place=in_place)
+        build_set(both, out, in_place=in_place)
         assert samples_of(out) == expected
         assert faults_of(out, decode=True) == []
         assert (PackedDataset(out).sources is None) != in_place
 
 
-def test_what_is_no_file_as_it_is_is_refused(
-    shared: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_file_as_it_is_is_refused(shared: Path, place: Path, pack: Pack) -> None:
     (place / "photos/cat").mkdir(parents=True)
     (place / "photos/cat/1.jpg").write_bytes(jpeg(1))
     zipped = shutil.make_archive(str(place / "photos"), "zip", place / "photos")
@@ -222,11 +223,9 @@ def test_what_is_no_file_as_it_is_is_refused(
         (("https://user:word@host/a.tar",), "https://host/a.tar: a URL with a password"),
         ((place / "tars", "--resize", "short:16"), "--resize"),
         ((place / "tars", "--known", place / "tars"), "not a packed data set"),
-        ((place / "tars", "--known", shared / "packed"), "takes a data set of build --in-place"),
+        ((place / "tars", "--known", shared / "packed"), "needs a data set of build --in-place"),
     ):
-        code, printed = run_pack(
-            "build", "--in-place", *arguments, "--out", place / "out", capsys=capsys
-        )
+        code, printed = pack("build", "--in-place", *arguments, "--out", place / "out")
         assert code == 2, printed
         assert words in printed, printed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import functools
 import importlib.util
 import io
 import json
@@ -17,19 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import look_at
-from pack_runs import run_pack
+from pack_runs import Pack, build_set
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing import inspect as inspect_module
 from unicl_fast.packing import near_duplicates
 from unicl_fast.packing import page as inspect_page
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.inspect import Inspection, count_concepts, inspect_dataset
 from unicl_fast.system.installation import install_command
 from unicl_fast.tools.pack.__main__ import main
-
-run = functools.partial(run_pack, "inspect")
 
 HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
 CLASSES = ["cat", "Cat", "dog & fox", '"><svg onload=parent.broken=true>', "empty"]
@@ -63,10 +59,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     with (root / "list.jsonl").open("a") as file:
         file.write('\n{"image": "cut.jpg", "label": "cat"}')
-    build_dataset(
-        *([root / "list.jsonl"], root / "set"), class_names=str(root / "names"),
-        templates="simple", workers=1, progress=False,
-    )  # fmt: skip
+    options = {"class_names": str(root / "names"), "templates": "simple"}
+    build_set([root / "list.jsonl"], root / "set", **options)
     return root / "set"
 
 
@@ -214,8 +208,8 @@ def test_a_browser_shows_all_parts(written: Path, tmp_path: Path) -> None:
         assert text in found["text"]
 
 
-def test_the_program_prints_table_1(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = run(packed, "--no-near", "--concepts", "words", capsys=capsys)
+def test_the_program_prints_table_1(packed: Path, pack: Pack) -> None:
+    code, text = pack("inspect", packed, "--no-near", "--concepts", "words")
     assert code == 0
     rows = [line for line in text.splitlines() if line.startswith("| image-")]
     table = [line.replace("|", "").split() for line in rows]
@@ -227,17 +221,14 @@ def test_the_program_prints_table_1(packed: Path, capsys: pytest.CaptureFixture[
 
 
 def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for(
-    packed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Pack
 ) -> None:
     """`pip install unicl_fast` does not bring it, and is all that the first steps ask for."""
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "imagehash" else real(name)
     )
-    code, text = run(packed, "--concepts", "words", "--html", tmp_path / "a.html", capsys=capsys)
+    code, text = pack("inspect", packed, "--concepts", "words", "--html", tmp_path / "a.html")
     assert code == 0, text
     assert "exact copies: 3 in 3 groups" in text
     assert (
@@ -245,10 +236,10 @@ def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for
     )
     assert "near copies: not looked for, which needs the package ImageHash: pip install" in text
     for asking in (("--near-distance", 8), ("--duplicates-list", tmp_path / "list.csv")):
-        code, text = run(packed, *asking, capsys=capsys)
+        code, text = pack("inspect", packed, *asking)
         assert code == 2
         assert f"{install_command('inspect')}, or leave them out by --no-near" in text
-        code, text = run(packed, *asking, "--no-near", capsys=capsys)
+        code, text = pack("inspect", packed, *asking, "--no-near")
         assert code == 0, text
         assert "not looked for" not in text
 
@@ -262,20 +253,18 @@ def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(
         near_duplicates._hash(0, 1)
 
 
-def test_a_raw_set_is_described_by_its_pixels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_raw_set_is_described_by_its_pixels(tmp_path: Path, pack: Pack) -> None:
     """Files of different bytes and names of different lengths, but the same pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), np.uint8)
     for name, content, level in (("cat/1", 0, 1), ("dog/a longer name", 0, 9), ("dog/2", 1, 1)):
         path = tmp_path / "in" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[content]).save(path, compress_level=level)
-    build_dataset([tmp_path / "in"], tmp_path / "set", format="raw", workers=1, progress=False)
-    code, text = run(
+    build_set([tmp_path / "in"], tmp_path / "set", format="raw")
+    code, text = pack(
+        "inspect",
         *(tmp_path / "set", "--workers", 1, "--html", tmp_path / "page.html"),
         *("--json", tmp_path / "all.json", "--duplicates-list", tmp_path / "list.csv"),
-        capsys=capsys,
     )
     assert code == 0
     assert "MB, kept as pixels" in text

@@ -8,15 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from inline_checks import check_inline
-from pack_runs import jpeg, run_pack, samples_of
+from pack_runs import Pack, build_set, jpeg, samples_of
 
 from unicl_fast.packing.build import build_dataset
 
-
-@pytest.fixture(autouse=True)
-def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_inline(monkeypatch)
+pytestmark = pytest.mark.usefixtures("checked")
 
 
 @pytest.fixture
@@ -40,19 +36,17 @@ def sources(tmp_path: Path) -> list[Path]:
 
 def test_what_a_list_names_is_passed_over(sources: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
-    summary = build_dataset(
-        sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"), workers=1, progress=False
-    )
+    summary = build_set(sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"))
     assert {one.name for one in samples_of(tmp_path / "set")} == {
         "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
     }  # fmt: skip
     assert summary.passed_over[f"images named in {tmp_path / 'out.csv'}"] == 1
     with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
-        build_dataset(sources, tmp_path / "no", leave_out="s3://bucket/list.csv", progress=False)
+        build_set(sources, tmp_path / "no", leave_out="s3://bucket/list.csv")
 
 
 def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pack: Pack
 ) -> None:
     """Else a copy's row would take the image that stays as well, and nobody would notice."""
     places = [tmp_path / folder / "train" for folder in "ab"]
@@ -61,21 +55,19 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
         for name in ("1", "2"):  # four equal images, and one of their own
             (place / "cat" / f"{name}.jpg").write_bytes(jpeg(1))
         (place / "cat" / f"own{number}.jpg").write_bytes(jpeg(2 + number))
-    build_dataset(places, tmp_path / "all", workers=1, progress=False)
-    code, said = run_pack(
-        *("inspect", tmp_path / "all", "--no-near", "--duplicates-list", tmp_path / "copies.csv"),
-        capsys=capsys,
+    build_set(places, tmp_path / "all")
+    code, said = pack(
+        *("inspect", tmp_path / "all", "--no-near", "--duplicates-list", tmp_path / "copies.csv")
     )
     assert code == 0
     assert "note: --leave-out will refuse" in said
-    assert "names in it that images which stay have too: 1," in said
+    assert "names in it that images to keep have too: 1," in said
     rows = (tmp_path / "copies.csv").read_text().splitlines()
     assert len(rows) == 1 + 3
     before = set(os.listdir(tmp_path))
     for sources in (places, [tmp_path / "all"]):
-        code, said = run_pack(
-            *("build", *sources, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x"),
-            capsys=capsys,
+        code, said = pack(
+            *("build", *sources, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x")
         )
         assert code == 2
         assert "of train in 1 row, and more samples are called so" in said
@@ -97,7 +89,7 @@ def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
             file.write(jpeg(number))
     (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
     options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
-    build_dataset([tmp_path / "in"], tmp_path / "all", workers=1, progress=False)
+    build_set([tmp_path / "in"], tmp_path / "all")
     assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
     for name in ("in", "all"):
         build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)  # type: ignore[arg-type]

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 from bad_entries import Crashing, Faulty, KillsParentOnce
-from pack_runs import jpeg, run_pack
+from pack_runs import Pack, build_set, jpeg
 
 from unicl_fast.packing import ray_engine
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.sources.entries import FileEntry
 from unicl_fast.packing.sources.items import Problem
@@ -43,11 +42,11 @@ def cluster() -> Iterator[None]:
 
 
 def test_a_build_on_ray_without_ray_says_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     words = ("build", tmp_path, "--out", tmp_path / "o", "--engine", "ray")
-    code, text = run_pack(*words, capsys=capsys)
+    code, text = pack(*words)
     assert code == 2
     assert install_command("ray") in text
 
@@ -131,7 +130,7 @@ def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: 
     source = shared_data / "captions" / "flickr8k" / "captions.jsonl"
     for engine in ("local", "ray"):
         options = {"engine": engine, "resize": "short:96", "shard_bytes": 500_000, "workers": 2}
-        build_dataset([source], tmp_path / engine, progress=False, **options)  # type: ignore[arg-type]
+        build_set([source], tmp_path / engine, **options)  # type: ignore[arg-type]
     local, on_ray = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("local", "ray")

@@ -1,4 +1,4 @@
-"""COCO's JSON files, JSON arrays as lists, maps of zips, and JSON in pieces."""
+"""COCO's JSON files, Karpathy's splits, JSON arrays as lists, maps of zips, and JSON in pieces."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_sources import outcomes, read, texts, write_zip
+from foreign_sources import outcomes, read, read_source, texts, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import jpeg
 from property_tests import examples
 
 from unicl_fast.packing.sources.json_pieces import iter_elements
-from unicl_fast.packing.sources.read_sources import read_source, read_sources
-from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.read_sources import read_sources
+from unicl_fast.packing.sources.rows import LEFT_OUT, ListOptions
+from unicl_fast.packing.sources.spool import Spool
 
 CAPTIONS = {
     "info": {"year": 2017},
@@ -55,7 +56,7 @@ def coco(tmp_path: Path) -> Path:
 
 def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
     places = [str(path) for path in sorted((coco / "annotations").iterdir())]
-    (source,) = read_sources(places)
+    (source,) = read_sources(places, ListOptions(), Spool(None))
     assert source.name == "captions_val2017.json+instances_val2017.json"
     assert texts(source) == {
         "1.jpg": (["one", "eins"], []),
@@ -65,7 +66,8 @@ def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
     assert [read(item) for item in source.items] == [jpeg(1), jpeg(2), jpeg(3)]
     alone = read_source(places[1], ListOptions(image_root=str(coco / "val2017")))
     assert texts(alone).keys() == {"2.jpg", "3.jpg"}
-    (once,) = read_sources([places[0], *places, places[0]])  # named several times, read once
+    again = [places[0], *places, places[0]]  # named several times, read once
+    (once,) = read_sources(again, ListOptions(), Spool(None))
     assert (once.name, len(once.items)) == (source.name, 3)
 
 
@@ -110,7 +112,7 @@ def test_entries_that_lie_are_named(coco: Path) -> None:
     ]
     path = coco / "annotations" / "captions_val2017.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    source = read_source(str(path))
+    source = read_source(path)
     assert outcomes(source) == {
         **{"1.jpg": "read", "2.jpg": "ambiguous", "3.jpg": "bad row", "gone.jpg": "missing"},
         **{"../annotations/x.json": "outside", "image [6]": "bad row", "image 7": "bad row"},
@@ -139,14 +141,14 @@ def test_what_is_no_coco_file_is_refused_in_a_sentence(coco: Path, text: str, me
     path = coco / "annotations" / "captions_val2017.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
-        read_source(str(path))
+        read_source(path)
     assert "captions_val2017.json" in str(caught.value)
 
 
 def test_a_json_array_is_a_list_like_any_other(coco: Path) -> None:
     rows = [{"image": "1.jpg", "caption": ["a", "b"]}, {"image": "2.jpg", "label": "x"}, 3]
     (coco / "list.json").write_text(json.dumps(rows))
-    source = read_source(str(coco / "list.json"), ListOptions(image_root=str(coco / "val2017")))
+    source = read_source(coco / "list.json", ListOptions(image_root=str(coco / "val2017")))
     assert texts(source) == {"1.jpg": (["a", "b"], []), "2.jpg": ([], ["x"])}
     assert outcomes(source)["line 3"] == "bad row"
 
@@ -163,7 +165,7 @@ def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> N
         "n01440764/gone.JPEG\t3\n"
         "no label\n"
     )
-    source = read_source(str(tmp_path / "train_map.txt"))
+    source = read_source(tmp_path / "train_map.txt")
     assert texts(source) == {
         "n01440764/a b1.JPEG": ([], [0]),
         "00001.zip@/n01440764/a b2.JPEG": ([], [999]),
@@ -173,10 +175,10 @@ def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> N
         *("no text", "missing", "outside", "missing", "bad row")
     ]
     elsewhere = ListOptions(image_root=str(tmp_path / "00001.zip"))
-    assert outcomes(read_source(str(tmp_path / "train_map.txt"), elsewhere)) == outcomes(source)
+    assert outcomes(read_source(tmp_path / "train_map.txt", elsewhere)) == outcomes(source)
     (tmp_path / "train.zip").unlink()
     with pytest.raises(FileNotFoundError, match=r"train\.zip"):
-        read_source(str(tmp_path / "train_map.txt"))
+        read_source(tmp_path / "train_map.txt")
 
 
 VALUES = st.recursive(
@@ -217,3 +219,76 @@ def test_json_in_pieces_is_json(
     path.write_text(text[: int(cut * len(text))], encoding="utf-8", errors="surrogatepass")
     with pytest.raises(ValueError, match=r"a\.json"):
         list(iter_elements(path))
+
+
+SPLITS = ("train", "val", "test", "restval")
+
+
+@pytest.fixture
+def file(tmp_path: Path, shared_data: Path) -> Path:
+    """Sixteen images of Flickr8k, four of each split, in the form of dataset_coco.json."""
+    flickr = shared_data / "captions" / "flickr8k"
+    lines = (flickr / "captions.jsonl").read_text().splitlines()[:16]
+    images: list[dict[str, Any]] = []
+    for number, sample in enumerate(map(json.loads, lines)):
+        sentences = [
+            {"tokens": text.lower().split(), "raw": text, "imgid": number, "sentid": n}
+            for n, text in enumerate(sample["captions"])
+        ]
+        place = {"filepath": "images", "filename": Path(sample["image"]).name}
+        own = {"imgid": number, "split": SPLITS[number % 4], "sentences": sentences}
+        images.append(place | own)
+    path = tmp_path / "dataset_flickr8k.json"
+    path.write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("where", "numbers"),
+    [
+        ((), range(16)),
+        (("split=test",), range(2, 16, 4)),
+        (("split=train",), [n for n in range(16) if n % 4 in (0, 3)]),
+        (("split=restval",), range(3, 16, 4)),
+    ],
+)
+@pytest.mark.parametrize("folder", ["", "images"])
+def test_a_split_has_its_images_with_all_their_captions(
+    file: Path, shared_data: Path, where: tuple[str, ...], numbers: list[int], folder: str
+) -> None:
+    flickr = shared_data / "captions" / "flickr8k"
+    options = ListOptions(image_root=str(flickr / folder), where=where)
+    source = read_source(file, options)
+    lines = (flickr / "captions.jsonl").read_text().splitlines()[:16]
+    expected = [json.loads(lines[number]) for number in numbers]
+    assert [item.captions for item in source.items] == [one["captions"] for one in expected]
+    for item, one in zip(source.items, expected, strict=True):
+        assert item.problem is None
+        assert item.entry is not None
+        assert item.entry.read() == (flickr / one["image"]).read_bytes()
+    assert source.passed_over[LEFT_OUT] == 16 - len(expected)
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"split=dev; its splits are train \(4\), val \(4\)"):
+        read_source(file, ListOptions(where=("split=dev",)))
+
+
+def test_what_cannot_be_packed_is_named(file: Path) -> None:
+    content = json.loads(file.read_text())
+    content["images"] = content["images"][:4]
+    changes: list[dict[str, Any]] = [
+        {"filename": 7},
+        {"sentences": []},
+        {"sentences": [{"raw": ["x", 3]}]},
+        {"filename": "../x"},
+    ]
+    for image, changed in zip(content["images"], changes, strict=True):
+        image |= changed
+    content["images"][1]["filename"] = file.name  # something that is there
+    content["images"][1]["filepath"] = ""
+    content["images"].append(None)
+    file.write_text(json.dumps(content))
+    source = read_source(file)
+    kinds = [item.problem.kind for item in source.items if item.problem]
+    assert kinds == ["bad row", "no text", "bad row", "outside", "bad row"]

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from damage import copy_of, flip_byte, mend_checksums
 from inline_checks import check_inline
-from pack_runs import faults_of, jpeg, run_pack, samples_of, stop_at, write_photos
+from pack_runs import Pack, build_set, faults_of, jpeg, samples_of, stop_at, write_photos
 from packed_sets import sample_of, write_set
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.images import check as check_module
-from unicl_fast.packing.build import BuildSummary, build_dataset
+from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.label_space import collect_label_space
 from unicl_fast.packing.sources.items import spell_classes
 from unicl_fast.text.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def build(*places: Path, out: Path, **options: Any) -> BuildSummary:
-    return build_dataset(places, out, progress=False, **options)
+    return build_set(places, out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def change_manifest(folder: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({"templates": ["only {}"]}, [], "say by --templates which to take"),
+        ({"templates": ["only {}"]}, [], "say by --templates which to use"),
         ({"num_labels": 3}, [], "labels.npy"),
         ({}, ["--where", "a=b"], "a packed data set, which has no columns: leave --where"),
         ("manifest.json", [], "is not a packed data set"),
@@ -259,7 +259,7 @@ def test_what_is_damaged_or_does_not_go_together_is_refused_in_a_sentence(
     change: dict[str, object] | str,
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    pack: Pack,
 ) -> None:
     with PackedDataset(packed["photos"]) as dataset:
         other = copy_of(dataset, tmp_path / "other")
@@ -270,7 +270,7 @@ def test_what_is_damaged_or_does_not_go_together_is_refused_in_a_sentence(
     else:
         (other / change).unlink()
     words = (packed["photos"], other, *arguments, "--out", tmp_path / "set")
-    code, said = run_pack("build", *words, capsys=capsys)
+    code, said = pack("build", *words)
     assert (code, message in said) == (2, True), said
     assert "Traceback" not in said
     assert os.listdir(tmp_path) == ["other"]

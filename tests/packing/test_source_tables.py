@@ -13,16 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import outcomes, read, texts, write_zip
+from foreign_sources import outcomes, read, read_source, texts, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import jpeg, run_pack
+from pack_runs import Pack, jpeg
 from property_tests import examples
 
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.parquet_rows import TableResult, TableTask, convert
-from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import ZipTree
@@ -63,16 +62,16 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
 def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) -> None:
     found = described(table(tags=[[0], [1, 0], None, [], [1], [1]]))
     pq.write_table(found, tmp_path / "a.parquet", row_group_size=4)
-    source = read_source(str(tmp_path / "a.parquet"), spool=spool)
+    source = read_source(tmp_path / "a.parquet", spool=spool)
     assert texts(source)["a.parquet:1"] == ([], ["cat"])
     assert source.labels_are_names  # though one is "0"
     assert [read(item) for item in source.items] == [jpeg(number) for number in range(6)]
     tags = ListOptions(label_column="tags", where=["label=1"])
-    source = read_source(str(tmp_path / "a.parquet"), tags, spool)
+    source = read_source(tmp_path / "a.parquet", tags, spool)
     assert texts(source) == {"a.parquet:1": ([], ["small", "big"]), "a.parquet:5": ([], ["small"])}
     assert outcomes(source)["a.parquet:3"] == "no text"
     assert source.passed_over == {"rows that --where left out": 3}
-    source = read_source(str(tmp_path / "a.parquet"), ListOptions(min_score=["label=1"]), spool)
+    source = read_source(tmp_path / "a.parquet", ListOptions(min_score=["label=1"]), spool)
     assert sorted(outcomes(source).values()) == ["low score"] * 3 + ["read"] * 3
 
 
@@ -85,7 +84,7 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
         "label": [3, -1, 3, 3, 3, 3, 3],
     }
     pq.write_table(pa.table(rows), tmp_path / "list.parquet")
-    source = read_source(str(tmp_path / "list.parquet"), spool=spool)
+    source = read_source(tmp_path / "list.parquet", spool=spool)
     assert texts(source) == {"1.jpg": (["one", "eins"], [3]), "2.jpg": (["two"], [])}
     assert list(outcomes(source).values()) == [
         *("read", "read", "outside", "missing", "missing", "missing")
@@ -123,12 +122,12 @@ def test_a_zip_of_images_is_opened_once_for_all_files(
         rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
         pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
     options = ListOptions(image_root=str(tmp_path / "p.zip"))
-    source = read_source(str(tmp_path / "set"), options, spool)
+    source = read_source(tmp_path / "set", options, spool)
     assert outcomes(source) == {"1.jpg": "read", "2.jpg": "read"}
     assert opened == [tmp_path / "p.zip"]
     (tmp_path / "p.zip").unlink()
     with pytest.raises(FileNotFoundError, match=r"p\.zip: no such folder or zip"):
-        read_source(str(tmp_path / "set"), options, spool)
+        read_source(tmp_path / "set", options, spool)
 
 
 def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: Spool) -> None:
@@ -141,16 +140,16 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
         "url": ["http://x", "http://y"],
     }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    source = read_source(str(tmp_path / "a.parquet"), spool=spool)
+    source = read_source(tmp_path / "a.parquet", spool=spool)
     assert texts(source) == {"a.parquet:0": (["one"], [])}
     assert source.passed_over == {"failed downloads of img2dataset": 1}
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="They are addresses: download them with img2dataset"):
-        read_source(str(tmp_path / "a.parquet"), spool=spool)
+        read_source(tmp_path / "a.parquet", spool=spool)
     odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
     pq.write_table(odd, tmp_path / "a.parquet")
     options = ListOptions(image_column="image", caption_column="say")
-    found = outcomes(read_source(str(tmp_path / "a.parquet"), options, spool))
+    found = outcomes(read_source(tmp_path / "a.parquet", options, spool))
     assert found == {"a.parquet:0": "read", "a.parquet:1": "missing"}
 
 
@@ -166,7 +165,7 @@ def test_tables_without_the_columns_say_what_they_have(
 ) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
-        read_source(str(tmp_path / "a.parquet"), options, spool)
+        read_source(tmp_path / "a.parquet", options, spool)
 
 
 def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: Spool) -> None:
@@ -176,17 +175,17 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
         pq.write_table(described(table(count)), path)
     path.rename(path.with_name("test-00000-of-00001.parquet"))
     with pytest.raises(ValueError, match=r"several splits: test, train; name one, .*set/train"):
-        read_source(str(tmp_path / "set"), spool=spool)
-    source = read_source(str(tmp_path / "set" / "train"), spool=spool)
+        read_source(tmp_path / "set", spool=spool)
+    source = read_source(tmp_path / "set" / "train", spool=spool)
     assert source.name == "set/train"
     assert len(source.items) == 5
     with pytest.raises(ValueError, match="no split 'val'; it has test, train"):
-        read_source(str(tmp_path / "set" / "val"), spool=spool)
+        read_source(tmp_path / "set" / "val", spool=spool)
     # a pattern is no split of the folder that its files lie in
     assert len(read_source(f"{path.parent}/*.parquet", spool=spool).items) == 6
     assert len(read_source(f"{path.parent}/test*", spool=spool).items) == 1
     path.with_name("test-00000-of-00001.parquet").unlink()
-    assert len(read_source(str(tmp_path / "set"), spool=spool).items) == 5
+    assert len(read_source(tmp_path / "set", spool=spool).items) == 5
 
 
 def test_labels_beyond_the_names_and_values_of_other_types_are_named(
@@ -194,13 +193,13 @@ def test_labels_beyond_the_names_and_values_of_other_types_are_named(
 ) -> None:
     found = described(pa.table({"image": images(*range(5)), "label": [0, 2, -2, 2**40, -1]}))
     pq.write_table(found, tmp_path / "a.parquet")
-    source = read_source(str(tmp_path / "a.parquet"), spool=spool)
+    source = read_source(tmp_path / "a.parquet", spool=spool)
     assert list(outcomes(source).values()) == ["read", *["bad row"] * 3, "no text"]
     copied = (tmp_path / "spool" / "000002").stat().st_size
     assert copied == len(jpeg(0)) + len(jpeg(4))  # not those of bad rows
     odd = pa.table({"image": images(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
     pq.write_table(odd, tmp_path / "a.parquet")
-    found = outcomes(read_source(str(tmp_path / "a.parquet"), spool=spool))
+    found = outcomes(read_source(tmp_path / "a.parquet", spool=spool))
     assert set(found.values()) == {"bad row"}
 
 
@@ -219,7 +218,7 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
         pq.write_table(table(9), tmp_path / f"{name}.parquet", row_group_size=3)
     break_page(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-10])
-    found = outcomes(read_source(str(tmp_path), spool=spool))
+    found = outcomes(read_source(tmp_path, spool=spool))
     assert found.pop("a.parquet rows 3 to 5") == "damaged"
     assert found.pop("b.parquet from row 0") == "damaged"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(9)} - {
@@ -227,17 +226,17 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     }
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
-        read_source(str(tmp_path / "b.parquet"), spool=spool)
+        read_source(tmp_path / "b.parquet", spool=spool)
 
 
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_build_of_nothing_but_a_damaged_file_ends_with_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+    tmp_path: Path, pack: Pack, size: int
 ) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(described(table()), path)
     path.write_bytes(path.read_bytes()[:size])
-    code, text = run_pack("build", path, "--out", tmp_path / "set", capsys=capsys)
+    code, text = pack("build", path, "--out", tmp_path / "set")
     assert code == 2
     why = r"\w+" if size else "the file is empty"
     assert re.search(rf"a.parquet has no rows that can be read: {why}", text)
@@ -256,7 +255,7 @@ def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
     rows = pa.table({"path": paths, "label": [1, 2, 1, 1]})
     pq.write_table(rows, tmp_path / "a.parquet", row_group_size=3)
     options = ListOptions(where=["label=1"])
-    source = read_source(str(tmp_path / "a.parquet"), options, spool)
+    source = read_source(tmp_path / "a.parquet", options, spool)
     assert outcomes(source) == {"3.jpg": "read", "a.parquet rows 0 to 2": "damaged"}
     assert not source.passed_over
 
@@ -306,7 +305,7 @@ def test_a_build_with_where_remembers_what_it_left_out(tmp_path: Path, spool: Sp
     stays = Spool(tmp_path / "spool")
     again = Spool(tmp_path / "spool")
     for each in (stays, again):
-        source = read_source(str(tmp_path / "a.parquet"), ListOptions(where=["set=b"]), each)
+        source = read_source(tmp_path / "a.parquet", ListOptions(where=["set=b"]), each)
         assert source.passed_over == {"rows that --where left out": 4}
         assert [read(item) for item in source.items] == [jpeg(2), jpeg(5)]
 
@@ -322,7 +321,7 @@ def test_a_file_that_ends_its_process_costs_what_comes_after(
     pq.write_table(pa.table({"image": column, "label": [1] * 1000}), tmp_path / "b.parquet")
     pq.write_table(table(3), tmp_path / "a.parquet")
     pq.write_table(table(3), tmp_path / "c.parquet")
-    source = read_source(str(tmp_path), spool=spool)
+    source = read_source(tmp_path, spool=spool)
     found = outcomes(source)
     assert found.pop("b.parquet from row 0") == "too large"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
@@ -349,7 +348,7 @@ def test_a_full_disk_is_told_by_what_it_is_needed_for(
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
     with pytest.raises(OSError, match="no room left for .*unpacked images need their full size"):
-        read_source(str(tmp_path / "a.parquet"), spool=spool)
+        read_source(tmp_path / "a.parquet", spool=spool)
 
 
 def test_without_pyarrow_the_extra_is_named(
@@ -358,4 +357,4 @@ def test_without_pyarrow_the_extra_is_named(
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install .*\[sources\]"):
-        read_source(str(tmp_path / "a.parquet"), spool=spool)
+        read_source(tmp_path / "a.parquet", spool=spool)

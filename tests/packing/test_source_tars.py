@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from foreign_sources import outcomes, read, texts, write_tar
+from foreign_sources import outcomes, read, read_source, texts, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import jpeg
 from property_tests import examples
 
-from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
@@ -55,7 +54,7 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
         for number in range(5):
             sample = {"__key__": f"{number:06d}", "jpg": jpeg(number), "txt": f"square {number}"}
             writer.write(sample | {"json": {"label": f"class {number % 2}"}})
-    source = read_source(str(tmp_path / "a.tar"))
+    source = read_source(tmp_path / "a.tar")
     assert texts(source)["a.tar/000003"] == (["square 3"], ["class 1"])
     assert [read(item) for item in source.items] == [jpeg(number) for number in range(5)]
 
@@ -85,16 +84,16 @@ def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path: Path) -
     one, two = three_samples(tmp_path / "s-08.tar"), write_tar(tmp_path / "x", {"9.jpg": jpeg(9)})
     (tmp_path / "s-09.tar").write_bytes(one.read_bytes() + two.read_bytes())
     two.unlink()
-    folder = read_source(str(tmp_path))
+    folder = read_source(tmp_path)
     assert len(folder.items) == 7
     assert {len(read(item)) > 100 for item in folder.items} == {True}
     assert outcomes(folder)["s-09.tar/9"] == "no text"
-    braces = read_source(str(tmp_path / "s-{08..09}.tar"))
+    braces = read_source(tmp_path / "s-{08..09}.tar")
     assert len(braces.items) == 7
     with pytest.raises(FileNotFoundError, match="1 of 3 tars.*s-07"):
-        read_source(str(tmp_path / "s-{07..09}.tar"))
+        read_source(tmp_path / "s-{07..09}.tar")
     with pytest.raises(ValueError, match="no range"):
-        read_source(str(tmp_path / "s-{09..07}.tar"))
+        read_source(tmp_path / "s-{09..07}.tar")
 
 
 @pytest.mark.parametrize("place", ["b.tgz", "B.TAR.GZ", ""])
@@ -102,7 +101,7 @@ def test_compressed_tars_are_refused_not_passed_over(tmp_path: Path, place: str)
     three_samples(tmp_path / "a.tar")
     (tmp_path / (place or "b.tar.gz")).write_bytes(b"")
     with pytest.raises(ValueError, match="compressed.*unpack it to a .tar first: gunzip"):
-        read_source(str(tmp_path / place))
+        read_source(tmp_path / place)
 
 
 def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
@@ -110,16 +109,16 @@ def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
     for folder in ("_tmp", "__MACOSX"):
         (tmp_path / folder).mkdir()
     (tmp_path / "_tmp" / "0.feather").write_bytes(b"x")
-    source = read_source(str(tmp_path))
+    source = read_source(tmp_path)
     assert len(source.items) == 3
     assert source.passed_over["folder _tmp"] == source.passed_over["folder __MACOSX"] == 1
     (tmp_path / "notes").mkdir()
     beside = "tar files beside folders (name them to pack them)"
-    assert read_source(str(tmp_path)).passed_over == {f".{beside}": 1}
+    assert read_source(tmp_path).passed_over == {f".{beside}": 1}
     (tmp_path / "_tmp" / "0.feather").unlink()
-    message = r"holds no images; .* a\.tar lie there too, and are not read .*: name the files"
+    message = r"holds no images; .* a\.tar beside folders are not read: name the files"
     with pytest.raises(ValueError, match=message):
-        read_source(str(tmp_path))
+        read_source(tmp_path)
 
 
 def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> None:
@@ -128,18 +127,18 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> Non
         members = list(iter_members(file))
     cut = members[3].offset_data + 100  # in the image of the second, whose label is before it
     (tmp_path / "a.tar").write_bytes(data[:cut])
-    found = outcomes(read_source(str(tmp_path / "a.tar")))
+    found = outcomes(read_source(tmp_path / "a.tar"))
     expected = {"a.tar/000": "read", "a.tar/001": "damaged"}
     assert found == expected | {f"a.tar from byte {members[3].offset}": "damaged"}
     # cut where a member ends: the last sample may have had more files
     (tmp_path / "a.tar").write_bytes(data[: members[1].offset])
-    found = outcomes(read_source(str(tmp_path / "a.tar")))
+    found = outcomes(read_source(tmp_path / "a.tar"))
     assert found == {"a.tar/000": "damaged", f"a.tar from byte {members[1].offset}": "damaged"}
     (tmp_path / "a.tar").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"a\.tar holds no images .*without its end mark"):
-        read_source(str(tmp_path / "a.tar"))
+        read_source(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(data[: members[2].offset] + b"\xff" * 2048)
-    found = outcomes(read_source(str(three_samples(tmp_path / "b.tar").parent)))
+    found = outcomes(read_source(three_samples(tmp_path / "b.tar").parent))
     assert found[f"a.tar from byte {members[2].offset}"] == "damaged"
     assert sum(name.startswith("b.tar") for name in found) == 3
 
@@ -174,7 +173,7 @@ def test_odd_samples_are_refused_by_name(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
-    source = read_source(str(path))
+    source = read_source(path)
     assert {name.removeprefix("a.tar/"): kind for name, kind in outcomes(source).items()} == {
         **{"one": "ambiguous", "two": "ambiguous", "alone": "missing", "list": "bad row"},
         **{"latin": "bad row", "long": "bad row", "none": "no text", "good": "read"},
@@ -199,7 +198,7 @@ def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> No
         + good[:end]
         + block
     )
-    found = outcomes(read_source(str(tmp_path / "a.tar")))
+    found = outcomes(read_source(tmp_path / "a.tar"))
     assert found == {
         **{"a.tar/0": "read", "a.tar/1": "damaged", f"a.tar from byte {2 * end}": "damaged"}
     }
@@ -246,7 +245,7 @@ def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        source = read_source(str(path))
+        source = read_source(path)
     except ValueError as error:
         assert "a.tar" in str(error)  # noqa: PT017
         return
@@ -260,7 +259,7 @@ def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:
     statistics = {"count": 10, "successes": 3, "failed_to_download": 6, "failed_to_resize": 1}
     (tmp_path / "00000_stats.json").write_text(json.dumps(statistics))
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
-    source = read_source(str(tmp_path))
+    source = read_source(tmp_path)
     assert len(source.items) == 3
     assert source.passed_over == {"failed downloads of img2dataset": 7}
 
@@ -276,6 +275,6 @@ def test_img2dataset_in_files(tmp_path: Path) -> None:
         if status == "success":
             stem.with_suffix(".jpg").write_bytes(jpeg(number))
             stem.with_suffix(".txt").write_text(f"square {number}")
-    source = read_source(str(tmp_path))
+    source = read_source(tmp_path)
     assert texts(source) == {f"00000/{n:09d}": ([f"square {n}"], []) for n in range(2)}
     assert source.passed_over == {"failed downloads of img2dataset": 1}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import zipfile
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import outcomes, texts, write_tar, write_zip
+from foreign_sources import outcomes, read_source, texts, write_tar, write_zip
+from pack_runs import build_set, jpeg, samples_of
 
 from unicl_fast.packing.label_space import (
     LabelSpace,
@@ -19,9 +23,9 @@ from unicl_fast.packing.label_space import (
     read_label_space,
     refuse_numbers,
 )
+from unicl_fast.packing.sources import read_sources as registry
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError, FileEntry
 from unicl_fast.packing.sources.items import Item, Problem
-from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 
@@ -60,7 +64,7 @@ def test_a_file_is_read_whole_however_the_kernel_hands_it_out(
 
 def test_class_is_the_folder_that_holds_the_image(tmp_path: Path) -> None:
     make_files(tmp_path, "old/big_cat/1.jpg", "old/dog/2.PNG", "new/dog/3", "dog/4.odd")
-    items = by_name(read_source(str(tmp_path)))
+    items = by_name(read_source(tmp_path))
     assert {name: item.labels for name, item in items.items()} == {
         "old/big_cat/1.jpg": ["big_cat"],
         "old/dog/2.PNG": ["dog"],
@@ -68,13 +72,11 @@ def test_class_is_the_folder_that_holds_the_image(tmp_path: Path) -> None:
         "dog/4.odd": ["dog"],
     }
     assert read(items["new/dog/3"].entry) == b"new/dog/3"
-
-
-def test_what_is_no_image_is_passed_over_and_counted(tmp_path: Path) -> None:
-    make_files(tmp_path, "a/1.jpg", "a/notes.txt", "b/list.CSV", "a/.hidden", ".git/x.jpg", "2.jpg")
-    source = read_source(str(tmp_path))
+    # other files are counted
+    make_files(tmp_path, "dog/notes.txt", "b/list.CSV", "dog/.hidden", ".git/x.jpg", "2.jpg")
+    source = read_source(tmp_path)
     assert source.passed_over == {".txt files": 1, ".csv files": 1, "hidden files": 2}
-    assert outcomes(source) == {"a/1.jpg": "read", "2.jpg": "no class"}
+    assert outcomes(source) == dict.fromkeys(items, "read") | {"2.jpg": "no class"}
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "dog").symlink_to(tmp_path / "real")
     (tmp_path / "set" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    items = by_name(read_source(str(tmp_path / "set")))
+    items = by_name(read_source(tmp_path / "set"))
     assert set(items) == {"dog/1.jpg", "cat/gone.jpg"}
     with pytest.raises(EntryError, match="No such file"):
         read(items["cat/gone.jpg"].entry)
@@ -94,14 +96,14 @@ def test_a_list_follows_links_as_class_folders_do(tmp_path: Path) -> None:
     root = tmp_path / "set"
     (root / "cat").symlink_to(tmp_path / "far" / "cat")
     (root / "dog" / "1.jpg").symlink_to(tmp_path / "far" / "1.jpg")
-    names = {item.name for item in read_source(str(root)).items}
+    names = {item.name for item in read_source(root).items}
     assert names == {"cat/2.jpg", "dog/1.jpg", "dog/3.jpg"}
     # names that leave the root by themselves, through a link or not, are another matter
     outside = [f"{tmp_path}/far/1.jpg", "../far/1.jpg", "cat/../1.jpg", f"{root}/cat/../1.jpg"]
     named = [*names, f"{root}/cat/2.jpg"]
     rows = [json.dumps({"image": name, "caption": "x"}) for name in [*named, *outside]]
     (root / "list.jsonl").write_text("\n".join(rows))
-    assert outcomes(read_source(str(root / "list.jsonl"))) == {
+    assert outcomes(read_source(root / "list.jsonl")) == {
         **dict.fromkeys(named, "read"),
         **dict.fromkeys(outside, "outside"),
     }
@@ -111,9 +113,9 @@ def test_a_list_follows_links_as_class_folders_do(tmp_path: Path) -> None:
 def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, method: int) -> None:
     names = ["train/cat/1.jpg", "train/dog/2.jpg", "zoo/dog/3.jpg", "__MACOSX/cat/_1.jpg"]
     write_zip(tmp_path / "set.zip", {name: name.encode() * 50 for name in names}, method)
-    whole = read_source(str(tmp_path / "set.zip"))
+    whole = read_source(tmp_path / "set.zip")
     assert [item.name for item in whole.items] == names[:3]
-    part = by_name(read_source(str(tmp_path / "set.zip" / "train")))
+    part = by_name(read_source(tmp_path / "set.zip" / "train"))
     assert {name: item.labels for name, item in part.items()} == {
         "cat/1.jpg": ["cat"],
         "dog/2.jpg": ["dog"],
@@ -124,7 +126,7 @@ def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, method: int) -> Non
     else:
         assert read(part["dog/2.jpg"].entry) == b"train/dog/2.jpg" * 50
     with pytest.raises(FileNotFoundError, match="at its top are: __MACOSX, train, zoo"):
-        read_source(str(tmp_path / "set.zip" / "trian"))
+        read_source(tmp_path / "set.zip" / "trian")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -137,7 +139,7 @@ def test_an_imagefolder_is_read_as_its_metadata_says(tmp_path: Path, kind: str) 
     else:
         text = "\n".join(map(",".join, [("file_name", "text", "label"), *rows]))
     (tmp_path / "train" / f"metadata.{kind}").write_text(text)
-    source = read_source(str(tmp_path / "train"))
+    source = read_source(tmp_path / "train")
     assert [(item.name, item.captions, item.labels) for item in source.items] == [
         (name, [text], [label]) for name, text, label in rows
     ]
@@ -147,24 +149,24 @@ def test_an_imagefolder_is_read_as_its_metadata_says(tmp_path: Path, kind: str) 
     with (tmp_path / "train" / f"metadata.{kind}").open("a") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # large lists are lists too, though no image is so large
     with pytest.raises(ValueError, match="holds train/metadata"):
-        read_source(str(tmp_path))
+        read_source(tmp_path)
     (tmp_path / "train" / f"metadata.{kind}").write_text(text)
     # one floor too high: its only class would be "train"
     with pytest.raises(ValueError, match=f"unicl-pack build {tmp_path}/train --out"):
-        read_source(str(tmp_path))
+        read_source(tmp_path)
 
 
 def test_other_files_called_metadata_leave_class_folders_alone(tmp_path: Path) -> None:
     make_files(tmp_path, "cat/1.jpg", "dog/2.jpg")
     (tmp_path / "metadata.csv").write_text("old_file_name,licence\n1.jpg,CC\n")
     (tmp_path / "cat" / "metadata.jsonl").write_text('{"width": 3}')
-    source = read_source(str(tmp_path))
+    source = read_source(tmp_path)
     assert [item.labels for item in source.items] == [["cat"], ["dog"]]
     assert source.passed_over == {".csv files": 1, ".jsonl files": 1}
     for name in ("metadata.csv", "metadata.jsonl"):  # of two that are, neither is chosen
         (tmp_path / name).write_text('file_name,"text"\n')
     with pytest.raises(ValueError, match="name one of them"):
-        read_source(str(tmp_path))
+        read_source(tmp_path)
 
 
 def test_texts_beside_the_images_of_a_flat_folder_are_their_captions(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_texts_beside_the_images_of_a_flat_folder_are_their_captions(tmp_path: P
     for name, text in (("a.b", "\ufeffa cat\n"), ("2", "two"), ("3", " "), ("9", "nothing")):
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     (tmp_path / "4.txt").write_bytes(b"\xff\xfe")
-    source = read_source(str(tmp_path))
+    source = read_source(tmp_path)
     captions = {item.name: item.captions for item in source.items if item.problem is None}
     assert captions == {"a.b.jpg": ["a cat"], "2.PNG": ["two"]}
     problems = {item.name: item.problem.kind for item in source.items if item.problem}
@@ -187,13 +189,7 @@ def test_texts_beside_the_images_of_a_flat_folder_are_their_captions(tmp_path: P
 
 @pytest.mark.parametrize(
     ("content", "packed"),
-    [
-        ("cat/1.jpg", "folder"),
-        ("cat/1.jpg", "zip"),
-        ("1.jpg", "folder"),
-        ("1.jpg", "zip"),
-        ("metadata.jsonl", "folder"),
-    ],
+    [*product(("cat/1.jpg", "1.jpg"), ("folder", "zip")), ("metadata.jsonl", "folder")],
 )
 def test_several_splits_are_not_joined(tmp_path: Path, content: str, packed: str) -> None:
     names = [f"{split}/{content}" for split in ("test", "train", "Validation")]
@@ -202,25 +198,22 @@ def test_several_splits_are_not_joined(tmp_path: Path, content: str, packed: str
     if packed == "zip":
         place = write_zip(tmp_path / "photos.zip", {name: name.encode() for name in names})
     with pytest.raises(ValueError, match="Validation, test, train") as caught:
-        read_source(str(place))
+        read_source(place)
     assert f"unicl-pack build {place}/train --out" in str(caught.value)
     if content == "cat/1.jpg":
         assert [item.labels for item in read_source(f"{place}/train").items] == [["cat"]]
 
 
-def test_a_split_alone_is_read_and_is_no_class(tmp_path: Path) -> None:
+def test_a_split_alone_or_a_list_in_a_zip_is_no_class(tmp_path: Path) -> None:
     make_files(tmp_path / "a", "train/cat/1.jpg", "other/dog/2.jpg")
-    assert [item.labels for item in read_source(str(tmp_path / "a")).items] == [["dog"], ["cat"]]
+    assert [item.labels for item in read_source(tmp_path / "a").items] == [["dog"], ["cat"]]
     make_files(tmp_path / "b", "train/1.jpg", "train/2.jpg")
     with pytest.raises(ValueError, match=r"'train', .* split.*train/cat/1\.jpg"):
-        read_source(str(tmp_path / "b"))
-
-
-def test_a_list_in_a_zip_is_not_taken_for_class_folders(tmp_path: Path) -> None:
+        read_source(tmp_path / "b")
     metadata = b'{"file_name": "1.jpg", "text": "x"}'
     write_zip(tmp_path / "p.zip", {"in/1.jpg": b"one", "in/metadata.jsonl": metadata})
     with pytest.raises(ValueError, match="unpack it"):
-        read_source(str(tmp_path / "p.zip"))
+        read_source(tmp_path / "p.zip")
 
 
 def test_patterns_in_quotes_name_files_or_are_refused_with_what_to_write(tmp_path: Path) -> None:
@@ -249,7 +242,7 @@ def test_csv_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
         "im/1.jpg,a sleeping cat,animal\n",
         encoding="utf-8",
     )
-    source = read_source(str(tmp_path / "list.csv"))
+    source = read_source(tmp_path / "list.csv")
     assert texts(source) == {
         "im/1.jpg": (["a cat, asleep", "a sleeping cat"], ["cat", "animal"]),
         "im/2.jpg": ([], ["dog"]),
@@ -265,7 +258,7 @@ def test_a_caption_of_too_many_bytes_is_refused_by_name_and_kept_nowhere(tmp_pat
         {"image": "2.jpg", "caption": longest},
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    items = by_name(read_source(str(tmp_path / "list.jsonl")))
+    items = by_name(read_source(tmp_path / "list.jsonl"))
     assert items["1.jpg"].captions == ["a dog"]
     message = "line 1: captions holds 100,001 bytes; captions of at most 100,000 are read"
     assert items["1.jpg"].problem == Problem("too long", message)
@@ -274,7 +267,7 @@ def test_a_caption_of_too_many_bytes_is_refused_by_name_and_kept_nowhere(tmp_pat
     (tmp_path / "list.jsonl").unlink()
     (tmp_path / "1.txt").write_text(longest + "!", encoding="utf-8")
     (tmp_path / "2.txt").write_text(longest, encoding="utf-8")
-    items = by_name(read_source(str(tmp_path)))
+    items = by_name(read_source(tmp_path))
     assert items["2.jpg"].captions == [longest]
     problem = items["1.jpg"].problem
     assert problem is not None
@@ -291,7 +284,7 @@ def test_jsonl_takes_lists_and_single_values(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     options = ListOptions(image_root=str(tmp_path / "images"))
-    source = read_source(str(tmp_path / "list.jsonl"), options)
+    source = read_source(tmp_path / "list.jsonl", options)
     assert texts(source) == {
         **{"1.jpg": (["one", "eins"], []), "2.jpg": (["two"], [0]), "3.jpg": ([], ["x", "y"])}
     }
@@ -307,7 +300,7 @@ def test_columns_conditions_and_a_zip_as_root(tmp_path: Path) -> None:
         where=["split=val"],
         image_root=str(tmp_path / "p.zip" / "in"),
     )
-    source = read_source(str(tmp_path / "list.tsv"), options)
+    source = read_source(tmp_path / "list.tsv", options)
     (item,) = source.items
     assert (item.name, item.captions, read(item.entry)) == ("2.jpg", ["two"], b"two")
     assert source.passed_over == {"rows that --where left out": 1}
@@ -321,7 +314,7 @@ def test_rows_of_a_low_score_are_listed_unless_another_row_keeps_their_image(
     rows = [{"image": f"{n}.jpg", "caption": f"{n}: {clip}", "clip": clip} for n, clip in scores]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ListOptions(min_score=["clip=0.15"])
-    source = read_source(str(tmp_path / "list.jsonl"), options)
+    source = read_source(tmp_path / "list.jsonl", options)
     found = {item.name: item.problem and item.problem.message for item in source.items}
     assert found == {
         **{"0.jpg": None, "3.jpg": None, "1.jpg": "clip is 0.1, below 0.15"},
@@ -337,7 +330,7 @@ def test_columns_may_be_several_and_rows_are_counted(tmp_path: Path) -> None:
     options = ListOptions(
         caption_column=["title", "more"], label_column=("kind", "place"), group_column="place"
     )
-    source = read_source(str(tmp_path / "list.csv"), options)
+    source = read_source(tmp_path / "list.csv", options)
     assert texts(source) == {
         "1.jpg": (["one", "eins"], ["cat", "home"]),
         "2.jpg": ([], ["dog", "home"]),
@@ -359,7 +352,7 @@ def test_paths_of_windows_are_read_and_counted(tmp_path: Path, kind: str) -> Non
     else:
         pq.write_table(pa.table({"path": names, "label": ["x"] * 4}), tmp_path / "list.parquet")
     with Spool(tmp_path / "spool") as spool:
-        source = read_source(str(tmp_path / f"list.{kind}"), spool=spool)
+        source = read_source(tmp_path / f"list.{kind}", spool=spool)
         assert list(outcomes(source)) == names
         assert list(outcomes(source).values()) == ["read", "read", "read", "missing"]
     assert source.notes == {"paths with \\ read as if it were /": 2}
@@ -371,7 +364,7 @@ def test_paths_of_windows_are_read_and_counted(tmp_path: Path, kind: str) -> Non
         ("{n}.jpg", "It is in ROOT/set/photos: add --image-root ROOT/set/photos"),
         ("set\\photos\\{n}.jpg", "It is in ROOT: add --image-root ROOT"),
         ("ROOT/far/{n}.jpg", "It is in /: add --image-root /"),
-        ("C:\\me\\photos\\{n}.jpg", "photos/0.jpg' is there: take 'C:/me' away from"),
+        ("C:\\me\\photos\\{n}.jpg", "photos/0.jpg' is there: remove 'C:/me' from"),
         ("../photos/{n}.jpg", "Write the paths without .."),
         ("https://host/{n}.jpg", "They are addresses: download them with img2dataset"),
         ("elsewhere/x{n}.jpg", "Give the folder or zip in which the paths start: --image-root"),
@@ -386,7 +379,7 @@ def test_a_list_of_missing_images_ends_after_a_thousand_with_advice(
         rows = (json.dumps({"image": name.format(n=n), "label": "x"}) for n in range(count))
         (tmp_path / "set" / "list.jsonl").write_text("\n".join(rows))
         with pytest.raises(ValueError, match=re.escape(advice)) as caught:
-            read_source(str(tmp_path / "set" / "list.jsonl"))
+            read_source(tmp_path / "set" / "list.jsonl")
         assert f"list.jsonl: not one of {said} is there, such as" in str(caught.value)
 
 
@@ -395,7 +388,7 @@ def test_a_condition_is_compared_with_values_nested_to_any_depth(tmp_path: Path)
     rows = [("1.jpg", "[" * 900 + '"x"' + "]" * 900), ("2.jpg", '{"a":' * 900 + "1" + "}" * 900)]
     lines = (f'{{"image": "{name}", "label": "x", "deep": {value}}}' for name, value in rows)
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    source = read_source(str(tmp_path / "list.jsonl"), ListOptions(where=["deep=x"]))
+    source = read_source(tmp_path / "list.jsonl", ListOptions(where=["deep=x"]))
     assert list(texts(source)) == ["1.jpg"]
 
 
@@ -421,17 +414,17 @@ def test_lists_that_cannot_be_read_say_what_to_do(
 ) -> None:
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_source(str(tmp_path / "list.csv"), options)
+        read_source(tmp_path / "list.csv", options)
 
 
 def test_places_that_are_no_source_say_so(tmp_path: Path) -> None:
     make_files(tmp_path, "letter.txt", "empty/letter.txt")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_source(str(tmp_path / "nowhere"))
+        read_source(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="neither a folder nor a zip"):
-        read_source(str(tmp_path / "letter.txt"))
+        read_source(tmp_path / "letter.txt")
     with pytest.raises(ValueError, match="no images"):
-        read_source(str(tmp_path / "empty"))
+        read_source(tmp_path / "empty")
 
 
 def test_labels_are_found_by_key_name_folder_spelling_and_number(tmp_path: Path) -> None:
@@ -443,6 +436,10 @@ def test_labels_are_found_by_key_name_folder_spelling_and_number(tmp_path: Path)
     for label in ("cow", "3", 3, -5):
         with pytest.raises(ValueError, match=str(label)):
             space.number_of(label)
+    for text, message in (("n1\tcat\ndog\n", "1 of 2 lines"), ("n1\tcat\nn1\tdog\n", "twice")):
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_label_space(str(tmp_path / "names.txt"))
 
 
 def test_imagenets_names_are_built_in_and_names_that_occur_twice_need_keys() -> None:
@@ -452,15 +449,6 @@ def test_imagenets_names_are_built_in_and_names_that_occur_twice_need_keys() -> 
     assert space.number_of("machine") == 1
     with pytest.raises(ValueError, match="crane"):
         space.number_of("crane")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("n1\tcat\ndog\n", "1 of 2 lines"), ("n1\tcat\nn1\tdog\n", "twice")]
-)
-def test_names_with_keys_on_some_lines_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "names.txt").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_label_space(str(tmp_path / "names.txt"))
 
 
 def test_labels_found_become_names_in_sorted_order_but_for_numbers_of_lists() -> None:
@@ -473,3 +461,72 @@ def test_labels_found_become_names_in_sorted_order_but_for_numbers_of_lists() ->
     assert collect_label_space(["0", "1"]).names == ("0", "1")
     with pytest.raises(ValueError, match="rename"):
         collect_label_space(["caf\udce9"])
+
+
+CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+
+
+def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
+    """Ten images of CIFAR-10 as Parquet, tar, and map of a zip, byte for byte."""
+    with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
+        files = [archive.read(f"test/{name}/0001.jpg") for name in CIFAR_NAMES]
+    features = {"label": {"_type": "ClassLabel", "names": CIFAR_NAMES}}
+    table = pa.table({"img": files, "label": list(range(10))}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    pq.write_table(table, tmp_path / "test-00000-of-00001.parquet", row_group_size=4)
+    members = {f"{number}.jpg": file for number, file in enumerate(files)}
+    write_tar(tmp_path / "0.tar", members | {f"{n}.cls": b"%d" % n for n in range(10)})
+    write_zip(tmp_path / "val.zip", members)
+    (tmp_path / "val_map.txt").write_text("".join(f"{n}.jpg\t{n}\n" for n in range(10)))
+    (tmp_path / "names.txt").write_text("\n".join(CIFAR_NAMES))
+    sources = [tmp_path / name for name in ("test-00000-of-00001.parquet", "0.tar", "val_map.txt")]
+    out, names = tmp_path / "out", str(tmp_path / "names.txt")
+    build_set(sources, out, class_names=names)
+    assert not list(tmp_path.glob("out.*"))  # what was unpacked is gone
+    found = sorted((one.image, one.labels) for one in samples_of(out))
+    assert found == sorted((file, [CIFAR_NAMES[n]]) for n, file in enumerate(files) for _ in "123")
+
+
+@pytest.mark.parametrize("extra", ["a.tar", "cat.parquet", "train_map.txt"])
+def test_class_folders_with_other_things_in_them_stay_class_folders(
+    tmp_path: Path, extra: str
+) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / extra).write_bytes(b"{}")
+    (tmp_path / "self").symlink_to("self")
+    source = read_source(tmp_path)
+    assert [item.name for item in source.items] == ["cat/1.jpg", "self"]
+    assert sum(source.passed_over.values()) == 1
+
+
+OWN = """
+from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.source_kind import SourceKind
+from unicl_fast.packing.sources.spool import Source
+from unicl_fast.packing.sources.trees import open_tree
+
+def read(place, options, spool):
+    source = Source(name=place.name, items=spool.new_items(), labels_are_names=False)
+    tree = open_tree(place.path.parent)
+    for line in place.path.read_text().splitlines():
+        name, caption = line.split(" = ")
+        source.items.append(Item(name, tree.find(name), [caption]))
+    return source
+
+KIND = SourceKind(recognises=lambda place: place.name.endswith(".pairs"), read=read)
+"""
+
+
+def test_a_kind_is_a_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("unicl_fast.packing.sources.pairs")
+    exec(OWN, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "SOURCES", ("pairs", *registry.SOURCES))
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.pairs").write_text("1.jpg = a cat")
+    build_set([tmp_path / "list.pairs"], tmp_path / "out")
+    assert [(one.image, one.captions) for one in samples_of(tmp_path / "out")] == [
+        (jpeg(1), ("a cat",))
+    ]

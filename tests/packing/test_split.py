@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inline_checks import check_inline
-from pack_runs import contents, jpeg, run_pack, samples_of
+from pack_runs import Pack, build_set, contents, jpeg, samples_of
 from property_tests import examples
 
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.split import _choose, _Groups
 
-
-@pytest.fixture(autouse=True)
-def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_inline(monkeypatch)
+pytestmark = pytest.mark.usefixtures("checked")
 
 
 @given(
@@ -78,15 +73,13 @@ def shop(tmp_path: Path) -> Path:
 COLUMNS = {"caption_column": ["title"], "label_column": ["category", "department"]}
 
 
-def test_both_sides_share_classes_and_no_image(
-    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_sides_share_classes_and_no_image(shop: Path, tmp_path: Path, pack: Pack) -> None:
     out = tmp_path / "packed"
     arguments = [
         *("--caption-column", "title", "--label-column", "category", "department"),
         *("--group-column", "product", "--split", "0.8", "--json", tmp_path / "told.json"),
     ]
-    code, text = run_pack("build", shop, "--out", out, *arguments, capsys=capsys)
+    code, text = pack("build", shop, "--out", out, *arguments)
     assert code == 0, text
     assert sorted(os.listdir(out)) == ["held-out", "train"]
     train, held_out = (samples_of(out / side) for side in ("train", "held-out"))
@@ -110,11 +103,11 @@ def test_both_sides_share_classes_and_no_image(
     assert f"next: unicl-pretrain --preset auto {command}" in text
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["held_out"]["num_samples"] == len(held_out)
-    code, text = run_pack("build", shop, "--out", out, *arguments, capsys=capsys)
+    code, text = pack("build", shop, "--out", out, *arguments)
     assert (code, text.count("complete already")) == (0, 1), text
-    code, text = run_pack("build", out, "--out", tmp_path / "again", capsys=capsys)
+    code, text = pack("build", out, "--out", tmp_path / "again")
     assert (code, f"name one, or each: {out}/held-out {out}/train" in text) == (2, True)
-    code, text = run_pack("inspect", out, capsys=capsys)
+    code, text = pack("inspect", out)
     assert (code, f"it holds some; name {out}/held-out or {out}/train" in text) == (2, True)
 
 
@@ -122,7 +115,7 @@ def test_the_seed_decides_what_is_held_out(shop: Path, tmp_path: Path) -> None:
     found = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         options = {**COLUMNS, "split": 0.9, "seed": seed}
-        summary = build_dataset([shop], tmp_path / name, progress=False, **options)
+        summary = build_set([shop], tmp_path / name, **options)
         assert summary.held_out is not None
         assert summary.num_shared == 0
         found.append(contents(tmp_path / name / "held-out"))
@@ -130,8 +123,8 @@ def test_the_seed_decides_what_is_held_out(shop: Path, tmp_path: Path) -> None:
 
 
 def test_packed_sets_are_divided_by_their_checksums(shop: Path, tmp_path: Path) -> None:
-    build_dataset([shop], tmp_path / "whole", progress=False, **COLUMNS)
-    summary = build_dataset([tmp_path / "whole"], tmp_path / "set", split=0.8, progress=False)
+    build_set([shop], tmp_path / "whole", **COLUMNS)
+    summary = build_set([tmp_path / "whole"], tmp_path / "set", split=0.8)
     assert summary.held_out is not None
     assert summary.num_samples + summary.held_out.num_samples == 120
     assert (summary.num_quarantined, summary.held_out.num_quarantined) == (1, 0)
@@ -155,11 +148,11 @@ def test_what_cannot_be_divided_is_refused_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    pack: Pack,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir(tmp_path))
     words = ["build", "shop.jsonl", "--label-column", "category", "--out", "set", *arguments]
-    code, text = run_pack(*words, capsys=capsys)
+    code, text = pack(*words)
     assert (code, message in text) == (2, True), text
     assert sorted(os.listdir(tmp_path)) == before

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from foreign_sources import read_source
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unicl_fast.packing.samples import Samples
 from unicl_fast.packing.sources.entries import FileEntry, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, require_text
-from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
 from unicl_fast.packing.sources.trees import ZipEntry, open_tree
@@ -167,9 +167,9 @@ def test_memory_does_not_hold_what_is_read(tmp_path: Path, kind: str) -> None:
             file.write(json.dumps({"image": name, "caption": f"an image that is {name}"}) + "\n")
     place = tmp_path / "in" / ("list.jsonl" if kind == "jsonl" else "")
     spool = Spool(tmp_path / "spool")
-    read_source(str(place), spool=spool)  # what is loaded once
+    read_source(place, spool=spool)  # what is loaded once
     tracemalloc.start()
-    found = read_source(str(place), spool=spool)
+    found = read_source(place, spool=spool)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.items) == count

@@ -16,7 +16,7 @@ import pytest
 from foreign_sources import write_tar
 from inline_checks import check_inline
 from object_stores import put
-from pack_runs import jpeg, run_pack, stop_at, write_photos
+from pack_runs import Pack, build_set, jpeg, stop_at, write_photos
 from werkzeug.serving import make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
@@ -55,7 +55,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def build(photos: Path, url: str) -> None:
-    build_dataset([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, progress=False)
+    build_set([str(photos)], url, shard_bytes=SHARD_BYTES)
 
 
 def raising(error: BaseException) -> Callable[..., None]:
@@ -75,24 +75,24 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     error: BaseException,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pack: Pack,
 ) -> None:
     arguments = ("build", photos, "--out", url, "--shard-bytes", SHARD_BYTES)
     with monkeypatch.context() as patch:
         stop_at(patch, 3, error)
-        found, text = run_pack(*arguments, capsys=capsys)
+        found, text = pack(*arguments)
     assert (found, "stopped; this run has written nothing" in text) == (code, True), text
     assert not os.listdir(work), "of a build that kept nothing"
     with monkeypatch.context() as patch:
         stop_at(patch, 40, error)
-        found, text = run_pack(*arguments, capsys=capsys)
+        found, text = pack(*arguments)
     assert found == code
     kept = rf"stopped; {re.escape(str(work))}/\w+/set\.partial keeps \d finished shards"
     assert re.search(kept, text), text
 
     with monkeypatch.context() as patch:
         patch.setattr(upload, "_send", raising(error))
-        found, text = run_pack(*arguments, capsys=capsys)
+        found, text = pack(*arguments)
     assert found == code
     (packed,) = work.glob("*/set")
     assert "stopped; uploaded files stay" in text
@@ -100,10 +100,10 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(upload, "_send", raising(error))
-        found, text = run_pack("upload", packed, "--out", url, capsys=capsys)
+        found, text = pack("upload", packed, "--out", url)
     assert found == code
     assert f"stopped; uploaded files stay under {url}" in text
-    assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
+    assert pack("upload", packed, "--out", url)[0] == 0
 
 
 def test_the_same_build_resumes_an_upload_that_was_cut_off(
@@ -147,7 +147,7 @@ def test_a_build_to_a_url_that_cannot_be_leaves_nothing(
 
 @pytest.mark.parametrize("name", ["photos.tar", "photos.zip", "photos-{0..1}.tar"])
 def test_the_query_of_a_source_is_in_no_name_and_no_file(
-    name: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, photos: Path, tmp_path: Path, pack: Pack
 ) -> None:
     secret = "?X-Sig=SE/CRET"
     for number, one in enumerate(expand_braces(name)):
@@ -159,24 +159,24 @@ def test_the_query_of_a_source_is_in_no_name_and_no_file(
         else:
             write_tar(place, {"1.jpg": jpeg(number), "1.txt": b"x"})
     url = f"file://{tmp_path}/store/{name}{secret}"
-    code, text = run_pack("build", url, "--out", tmp_path / "set", capsys=capsys)
+    code, text = pack("build", url, "--out", tmp_path / "set")
     assert (code, "CRET" in text) == (0, False), text
     for path in (tmp_path / "set").iterdir():
         assert b"CRET" not in path.read_bytes(), path
     assert f'"source":"{name}'.encode() in (tmp_path / "set" / "shard-000000.tar").read_bytes()
-    code, text = run_pack("build", f"{url}2", "--out", tmp_path / "new", capsys=capsys)
+    code, text = pack("build", f"{url}2", "--out", tmp_path / "new")
     assert (code, "CRET" in text) == (2, False), text
 
 
 def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_path: Path) -> None:
     build(photos, url)
-    build_dataset([url], str(tmp_path / "again"), workers=1, progress=False)
+    build_set([url], str(tmp_path / "again"))
     assert Manifest.load(tmp_path / "again").num_samples == 60
     assert Manifest.load(tmp_path / "again").source == (url,)
 
 
 def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, pack: Pack
 ) -> None:
     """Though nobody lists its files but the data set itself."""
     build(photos, str(tmp_path / "set"))
@@ -192,13 +192,13 @@ def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.port}/set"
-        code, text = run_pack("verify", url, capsys=capsys)
+        code, text = pack("verify", url)
         assert code == 0, text
         assert "60" in text
-        build_dataset([url], str(tmp_path / "again"), workers=1, progress=False)
+        build_set([url], str(tmp_path / "again"))
         assert Manifest.load(tmp_path / "again").num_samples == 60
         (tmp_path / "set" / "samples.npy").unlink()
-        code, text = run_pack("verify", url, capsys=capsys)
+        code, text = pack("verify", url)
         assert code == 1
         assert "samples.npy" in text
     finally:
@@ -207,7 +207,7 @@ def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(
 
 
 def test_advice_about_a_damaged_url_can_be_followed(
-    photos: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, url: str, tmp_path: Path, pack: Pack
 ) -> None:
     build(photos, url)
     build(photos, str(tmp_path / "sound"))
@@ -215,28 +215,23 @@ def test_advice_about_a_damaged_url_can_be_followed(
     data = bytearray(store.read_whole("shard-000000.tar") or b"")
     data[600] ^= 1
     put(store, "shard-000000.tar", bytes(data))
-    code, text = run_pack("verify", url, "--no-decode", capsys=capsys)
+    code, text = pack("verify", url, "--no-decode")
     assert code == 1
     assert f"unicl-pack upload DIR --out {url}" in text
     assert f"build {url}" not in text
-    code, text = run_pack("upload", tmp_path / "sound", "--out", url, capsys=capsys)
+    code, text = pack("upload", tmp_path / "sound", "--out", url)
     assert code == 0, text
-    assert run_pack("verify", url, "--no-decode", capsys=capsys)[0] == 0
+    assert pack("verify", url, "--no-decode")[0] == 0
 
 
 def test_an_inspection_names_the_url_and_not_its_copy(
-    photos: Path,
-    url: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    photos: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Pack
 ) -> None:
     build(photos, url)
     places = {kind: tmp_path / f"all.{kind}" for kind in ("json", "html", "csv")}
-    code, text = run_pack(
+    code, text = pack(
         *("inspect", url, "--no-near", "--workers", 1, "--json", places["json"]),
         *("--html", places["html"], "--duplicates-list", places["csv"]),
-        capsys=capsys,
     )
     assert code == 0, text
     assert f"{url}: 60 images" in text
@@ -247,6 +242,6 @@ def test_an_inspection_names_the_url_and_not_its_copy(
     for place in places.values():
         assert "staging-" not in place.read_text(encoding="utf-8")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    code, text = run_pack("inspect", url, capsys=capsys)
+    code, text = pack("inspect", url)
     assert code == 2
-    assert re.search(r"takes [\d,]+ bytes more, and 1,000 are free in \S+staging-\S+, where", text)
+    assert re.search(r"need [\d,]+ bytes more, and 1,000 are free in \S+staging-\S+: make", text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import simplejpeg
 from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import faults_of, run_pack
+from pack_runs import Pack, faults_of
 from packed_sets import sample_of, write_set
 from PIL import Image
 from property_tests import examples
@@ -31,8 +30,6 @@ from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import PackedSample
 from unicl_fast.images.check import check_image
 from unicl_fast.text.tokenizer import Tokenizer
-
-run = functools.partial(run_pack, "verify")
 
 TOKENIZER = Tokenizer()
 
@@ -234,7 +231,7 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     }
     assert "libjpeg" in found[1][1]
     assert "22 x 24 pixels, samples.npy says 22 x 25" in found[3][1]
-    assert "would have encoded it anew" in found[4][1]
+    assert "would have encoded it again" in found[4][1]
     assert found[8][1] == "its bytes are those of a .jpg, not of a .webp"
     assert set(psutil.Process().children()) <= set(others)
     quick = {fault.sample for fault in faults_of(out)}
@@ -257,7 +254,7 @@ def test_pixels_are_compared_without_checksums_of_files_too(
 
 
 def test_pixels_that_are_missing_or_cut_are_named(
-    raw: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    raw: Path, caplog: pytest.LogCaptureFixture, pack: Pack
 ) -> None:
     path = raw / "pixels.npy"
     whole = path.read_bytes()
@@ -270,7 +267,7 @@ def test_pixels_that_are_missing_or_cut_are_named(
         assert [fault.kind for fault in found][:2] == ["checksum", "array"]
         assert [fault.sample for fault in found][2:] == list(range(num_whole, 9))
     assert not caplog.records
-    assert run(raw, capsys=capsys)[0] == 1
+    assert pack("verify", raw)[0] == 1
     assert not caplog.records  # of what training would feed instead
     # which whoever opens it afterwards in this process is told all the same
     PackedDataset(raw, max_bad_fraction=1.0).close()
@@ -298,16 +295,16 @@ def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path)
 
 
 def test_the_program_prints_some_and_lists_all(
-    packed: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    packed: Path, copy: Path, tmp_path: Path, pack: Pack
 ) -> None:
-    code, text = run(packed, "--no-decode", capsys=capsys)
+    code, text = pack("verify", packed, "--no-decode")
     assert code == 0
     assert f"{packed}: sound; 9 images (0 decoded), 9 captions" in text
     with Damaged(copy, "samples.npy", 520, 255), Damaged(copy, "shard-000000.tar", 600, 1):
-        code, text = run(
+        code, text = pack(
+            "verify",
             *(copy, "--no-decode", "--show", 1),
             *("--list", tmp_path / "all.csv", "--json", tmp_path / "all.json"),
-            capsys=capsys,
         )
     assert code == 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open(newline="")))

@@ -11,12 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, KillingAtStart
-from pack_runs import jpeg, left_out, write_photos
+from pack_runs import build_set, jpeg, left_out, write_photos
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing import build as build_module
-from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources.entries import Entry, RefusedEntry
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -78,7 +77,7 @@ def build(
         return sources
 
     monkeypatch.setattr(build_module, "read_sources", replaced)
-    build_dataset([folder], out, workers=workers, image_seconds=8, progress=False)
+    build_set([folder], out, workers=workers, image_seconds=8)
     monkeypatch.undo()
     (out / MADE_OF_NAME).unlink()  # which knows the entries, and is no part of the data set
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}

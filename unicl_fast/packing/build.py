@@ -147,13 +147,13 @@ def build_dataset(
             "machines of the cluster see under the same path: copied and unpacked files lie there, "
             f"and by default in {default_work_folder()} of this machine"
         )
-    images = chosen.check()
+    chosen.check()
     paths = [os.fspath(source) for source in sources]
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     require_utf8_names()
     if not is_url(out):
-        return _build(paths, Path(out), chosen, images, takes_loose=takes_loose, progress=progress)
+        return _build(paths, Path(out), chosen, takes_loose=takes_loose, progress=progress)
     if chosen.split is not None:
         raise ValueError("--split needs a folder as --out; unicl-pack upload copies both sides")
     url, shown = str(out), without_secrets(str(out)).rstrip("/")
@@ -161,7 +161,7 @@ def build_dataset(
     folder = holder / shown.rpartition("/")[2]
     require_free_url(url, folder)
     try:
-        summary = _build(paths, folder, chosen, images, takes_loose=takes_loose, progress=progress)
+        summary = _build(paths, folder, chosen, takes_loose=takes_loose, progress=progress)
     except BaseException:
         with contextlib.suppress(OSError):  # it holds finished shards, or is not there
             holder.rmdir()
@@ -176,13 +176,7 @@ def build_dataset(
 
 
 def _build(
-    sources: list[str],
-    out: Path,
-    options: BuildOptions,
-    images: ImageOptions,
-    *,
-    takes_loose: bool,
-    progress: bool,
+    sources: list[str], out: Path, options: BuildOptions, *, takes_loose: bool, progress: bool
 ) -> BuildSummary:
     """Packs sources into a folder, or into one for each side of a split."""
     started = time.perf_counter()
@@ -196,7 +190,7 @@ def _build(
             stack.enter_context(_frozen_garbage())
             works = [stack.enter_context(work_folder(one, restart=options.restart)) for one in outs]
             outcomes = _pack_all(
-                sources, works, options, images, takes_loose=takes_loose, progress=progress
+                sources, works, options, takes_loose=takes_loose, progress=progress
             )
             summaries = [
                 _summarize(work, outcome, started=started)
@@ -229,7 +223,6 @@ def _pack_all(
     sources: list[str],
     works: Sequence[WorkFolder],
     options: BuildOptions,
-    images: ImageOptions,
     *,
     takes_loose: bool,
     progress: bool,
@@ -254,7 +247,7 @@ def _pack_all(
         with Spool(place.spool, takes_loose=takes_loose) as spool:
             contents = _read(paths, options, spool, works, progress=progress)
             return [
-                _pack(contents, side, work, options, images, progress=progress)
+                _pack(contents, side, work, options, progress=progress)
                 for side, work in enumerate(works)
             ]
     return [dict(work.record["summary"]) for work in works]
@@ -302,17 +295,12 @@ class _Contents:
 
 
 def _pack(
-    contents: _Contents,
-    side: int,
-    work: WorkFolder,
-    options: BuildOptions,
-    images: ImageOptions,
-    *,
-    progress: bool,
+    contents: _Contents, side: int, work: WorkFolder, options: BuildOptions, *, progress: bool
 ) -> dict[str, Any]:
     """Writes a data set, or the rest of one; returns what it does not record."""
     if work.is_complete:
         return dict(work.record["summary"])
+    images = options.check()
     places = Places(work.out) if options.in_place else None
     known = KnownImages(options.known, work.out) if options.known else None
     # samples that were left out before cannot be packed now; the first side lists them
@@ -386,7 +374,11 @@ def _read(
         require_in_place(read, spool)
     packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, works)
-    templates = _choose_templates(options, space, packed)
+    templates: tuple[str, ...] = ()
+    if space.names and options.templates:
+        templates = read_templates(options.templates)
+    elif space.names:
+        templates = join_templates(packed) or templates_for(space.names)
     hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     notes = sum((source.notes + source.items.notes() for source in read), count_shared(packed))
@@ -411,17 +403,6 @@ def _read(
         passed_over=+passed_over,  # `+` drops the zeros
         notes=+notes,
     )
-
-
-def _choose_templates(
-    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
-) -> tuple[str, ...]:
-    """Prompt templates: by --templates, else by packed sources, which must agree, else by names."""
-    if not space.names:
-        return ()
-    if options.templates:
-        return read_templates(options.templates)
-    return join_templates(packed) or templates_for(space.names)
 
 
 def _choose_hierarchy(

@@ -89,9 +89,7 @@ class FaultLog:
 def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDataset | None:
     """Checks all but the contents of samples; raises FileNotFoundError if there is no data set.
 
-    Returns:
-        The data set, if its samples can be read; rows of its arrays can still refer to missing
-        data, which is noted.
+    Returns the data set if its samples can be read; its arrays can still refer to missing data.
     """
     if not (folder / MANIFEST_NAME).is_file() and not (folder / CHECKSUMS_NAME).is_file():
         Manifest.load(folder)  # raises, and says how to make a data set
@@ -228,14 +226,14 @@ def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool
     """Checks size and header of decoded images; returns whether the manifest is consistent."""
     if manifest.pixels is None:
         return True
-    is_consistent = False
+    agrees = False
     with faults.catch(MANIFEST_NAME, "manifest"):
         layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
         found = find_pixel_fault(LocalFiles(folder), layout)
+        agrees = True
         if found is not None and isinstance(found[0], ValueError):  # a missing file is noted
             faults.add(PIXELS_NAME, "array", str(found[0]))
-        is_consistent = True
-    return is_consistent
+    return agrees
 
 
 def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:

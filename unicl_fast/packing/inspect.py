@@ -23,7 +23,14 @@ import numpy.typing as npt
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
-from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
+from unicl_fast.packing.near_duplicates import (
+    Hashes,
+    Indices,
+    count_bits,
+    find_leaders,
+    has_imagehash,
+    hash_images,
+)
 from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.installation import install_command
@@ -113,7 +120,7 @@ class ConceptRow:
     images_per_concept: float
     """0 without concepts."""
     kind: str
-    """The meaning of a concept, in words."""
+    """The things counted as concepts, in words."""
 
 
 _OF_MANIFEST = (
@@ -354,11 +361,7 @@ def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
     )
 
 
-def _copies(
-    dataset: PackedDataset,
-    leaders: npt.NDArray[np.int64],
-    hashes: npt.NDArray[np.uint64] | None = None,
-) -> Copies:
+def _copies(dataset: PackedDataset, leaders: Indices, hashes: Hashes | None = None) -> Copies:
     groups: dict[int, list[int]] = {}
     for follower in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
         groups.setdefault(int(leaders[follower]), []).append(follower)
@@ -379,10 +382,7 @@ def _copies(
 
 
 def _near_copies(
-    dataset: PackedDataset,
-    hashes: npt.NDArray[np.uint64],
-    exact: npt.NDArray[np.int64],
-    max_distance: int,
+    dataset: PackedDataset, hashes: Hashes, exact: Indices, max_distance: int
 ) -> Copies:
     """Groups of images that look alike, without exact copies."""
     kept = np.flatnonzero(exact == np.arange(len(exact)))

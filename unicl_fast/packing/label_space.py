@@ -108,10 +108,8 @@ def place_classes(
     """The classes' hierarchy; a class that `parents` does not name has no place in it.
 
     Keys of `parents` and `names` are keys or names of classes; `origin` names `parents` in errors.
-
-    Raises:
-        ValueError: no class has a place, one is above itself, or several keys have the name of a
-            class without a key.
+    Raises ValueError if no class has a place, one is above itself, or several keys have the name
+    of a class without a key.
     """
     keys = dict.fromkeys([*parents, *parents.values()])
     numbers = {key: number for key in keys if (number := space.find(key)) is not None}

@@ -37,24 +37,25 @@ class ShownGroup(NamedTuple):
 
 def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
     """Reads samples for a page; raises ValueError for a damaged one."""
-    shown = []
+    shown: list[ShownImage] = []
     with contextlib.closing(SampleReader(dataset)) as reader:
         for index in indices:
             row, text = dataset.samples[index], reader.read_description(index)
             height, width = int(row["height"]), int(row["width"])
             names = dataset.manifest.class_names
-            image: ShownImage = {
-                "key": sample_key(index),
-                "uri": _thumbnail(dataset.image_bytes(index, verify=True).data),
-                "height": height,
-                "width": width,
-                "is_tiny": max(height, width) <= 100,  # shown with sharp pixels
-                "class_names": [names[label] for label in dataset.labels_of(index)],
-                "captions": text.captions,
-                "source": text.source,
-                "name": text.name,
-            }
-            shown.append(image)
+            shown.append(
+                {
+                    "key": sample_key(index),
+                    "uri": _thumbnail(dataset.image_bytes(index, verify=True).data),
+                    "height": height,
+                    "width": width,
+                    "is_tiny": max(height, width) <= 100,  # shown with sharp pixels
+                    "class_names": [names[label] for label in dataset.labels_of(index)],
+                    "captions": text.captions,
+                    "source": text.source,
+                    "name": text.name,
+                }
+            )
     return shown
 
 

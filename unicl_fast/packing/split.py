@@ -43,11 +43,8 @@ def split_samples(
     A sample's class is its first label's; samples without labels form one more class. A class with
     a single group is for training, and so are samples that cannot be packed.
 
-    Returns:
-        Samples for training, samples held out, and how many samples share a group.
-
-    Raises:
-        ValueError: nothing would be held out.
+    Returns samples for training, samples held out, and how many samples share a group; raises
+    ValueError if nothing would be held out.
     """
     strata = np.full(len(samples), -1)
     sizes = np.zeros(len(samples), np.int64)

@@ -30,11 +30,10 @@ from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Span
 from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.packed import encode_all
+from unicl_fast.packing.sources.packed import encode_all, text_faults
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
-from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _TOKENISE_TOGETHER = 1024
@@ -278,8 +277,6 @@ class _SampleChecks:
         except DamagedSampleError as error:
             self.fault(index, "shard", _without_name(error))
             return None
-        row, text = self._dataset.samples[index], sample.description
-        labels, count = tuple(self._dataset.labels_of(index).tolist()), int(row["captions_count"])
         faults: dict[str, str] = {}
         if self._dataset.sources is not None:
             try:
@@ -287,14 +284,10 @@ class _SampleChecks:
             except DamagedSampleError as error:
                 faults["source"] = _without_name(error)
         # a raw data set's image was compared already
-        if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
+        xxh3 = int(self._dataset.samples[index]["xxh3"])
+        if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != xxh3:
             faults["checksum"] = "the image's bytes are not those that were packed"
-        if text.labels != labels:
-            other = f"{labels[:9]} in labels.npy"
-            faults["labels"] = f"labels are {text.labels[:9]} in its JSON, {other}"
-        if len(text.captions) != count:
-            found_captions = count_of(len(text.captions), "caption")
-            faults["captions"] = f"{found_captions} in its JSON, {count} in samples.npy"
+        faults |= text_faults(self._dataset, index, sample.description)
         for kind, message in faults.items():
             self.fault(index, kind, message)
         return None if faults else sample

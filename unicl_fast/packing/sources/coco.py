@@ -20,6 +20,7 @@ from unicl_fast.packing.sources.trees import open_tree
 _COLUMNS = Columns("", ("caption",), ("category",))
 
 Id = int | str
+_Items = dict[Entry | str, Item]
 
 
 def _read_together(places: Sequence[Place], options: ListOptions, spool: Spool) -> Source:
@@ -29,11 +30,11 @@ def _read_together(places: Sequence[Place], options: ListOptions, spool: Spool) 
         raise ValueError(f"{names}: COCO's files have no scores: leave --min-score out")
     if options.conditions():
         raise ValueError(f"{names}: COCO's files have no columns: leave --where out")
-    items: dict[Entry | str, Item] = {}
+    items: _Items = {}
     broken: list[Item] = []
     name = "+".join(place.name for place in places)
     source = Source(name=name, items=spool.new_items(), labels_are_names=True)
-    open_once = functools.cache(open_tree)  # a zip may have a long directory
+    open_once = functools.cache(open_tree)  # a zip can have a long directory
     for path in (place.path for place in places):
         found = _read_file(path)
         tree = open_once(Path(options.image_root) if options.image_root else _image_folder(path))
@@ -113,12 +114,7 @@ def _is_id(value: Any) -> TypeGuard[Id]:
 
 
 def _add_image(
-    number: Any,
-    name: Any,
-    found: _File,
-    named: NamedImages,
-    items: dict[Entry | str, Item],
-    broken: list[Item],
+    number: Any, name: Any, found: _File, named: NamedImages, items: _Items, broken: list[Item]
 ) -> None:
     """Makes an image's item, or adds to the item that another file has made."""
     if not _is_id(number) or not isinstance(name, str) or not name:

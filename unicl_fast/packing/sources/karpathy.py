@@ -38,9 +38,10 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         if kind != "images":
             continue
         fields = image if isinstance(image, dict) else {}
-        splits[str(fields.get("split"))] += 1
-        row = {**fields, "split": _splits_of(fields)}
-        if not meets(row, conditions):
+        split = fields.get("split")
+        splits[str(split)] += 1
+        also = ["train"] if split == "restval" else []
+        if not meets(fields | {"split": [split, *also]}, conditions):
             source.passed_over[LEFT_OUT] += 1
             continue
         source.items.append(_item_of(fields, named, number=splits.total()))
@@ -50,11 +51,6 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         raise ValueError(f"{path} has no image with {asked}; its splits are {known or 'none'}")
     named.finish(source)
     return source
-
-
-def _splits_of(fields: dict[str, Any]) -> list[Any]:
-    split = fields.get("split")
-    return [split, "train"] if split == "restval" else [split]
 
 
 def _item_of(fields: dict[str, Any], named: NamedImages, *, number: int) -> Item:

@@ -9,7 +9,7 @@ import csv
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from unicl_fast.system.untrusted_files import open_file
 
 Row = dict[str, Any] | Problem
 """The fields by column, or the problem of a row that cannot be read."""
+Rows = Iterator[tuple[int, Row]]
+"""Numbered rows."""
+Find = Callable[[str], Item]
+"""Makes the item of an image, by its name."""
 
 
 def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
@@ -50,14 +54,9 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
 
 
 def collect_rows(
-    path: Path,
-    rows: Iterable[tuple[int, Row]],
-    columns: Columns,
-    options: ListOptions,
-    find: Callable[[str], Item],
-    spool: Spool,
+    path: Path, rows: Rows, columns: Columns, options: ListOptions, find: Find, spool: Spool
 ) -> Source:
-    """Makes samples of numbered rows; `find` makes an image's item at its first row."""
+    """Makes samples of rows; calls `find` at an image's first row."""
     conditions, scores = options.conditions(), options.scores()
     items, broken, low_rows = spool.new_items(), spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
@@ -88,12 +87,7 @@ def collect_rows(
 
 
 def add_named(
-    items: ItemStore,
-    name: str,
-    row: dict[str, Any],
-    columns: Columns,
-    where: str,
-    find: Callable[[str], Item],
+    items: ItemStore, name: str, row: dict[str, Any], columns: Columns, where: str, find: Find
 ) -> None:
     """Adds a row, called `where`, to the item of its image, which `find` makes if it is new."""
     number = items.find(name)
@@ -105,7 +99,7 @@ def add_named(
         items.add_row(number, item)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path) -> Rows:
     """Yields rows with their line numbers; the first line names the columns."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
@@ -132,7 +126,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(path: Path) -> Rows:
     """Yields one JSON object a line."""
     with open_file(path) as file:
         for number, line in enumerate(file, start=1):
@@ -143,7 +137,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
                     yield number, Problem("bad row", f"not JSON: {error}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path) -> Rows:
     """Yields the objects of one JSON array, numbered from 1."""
     for number, (_, row) in enumerate(iter_elements(path), start=1):
         yield number, _object_in(row)
@@ -153,11 +147,9 @@ def _object_in(value: Any) -> Row:
     return value if isinstance(value, dict) else Problem("bad row", "not a JSON object")
 
 
-_ROW_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
-    ".csv": _csv_rows,
-    ".tsv": _csv_rows,
-    ".jsonl": _jsonl_rows,
-    ".ndjson": _jsonl_rows,
+_ROW_READERS: dict[str, Callable[[Path], Rows]] = {
+    **dict.fromkeys((".csv", ".tsv"), _csv_rows),
+    **dict.fromkeys((".jsonl", ".ndjson"), _jsonl_rows),
     ".json": _json_rows,
 }
 LIST_SUFFIXES = tuple(_ROW_READERS)

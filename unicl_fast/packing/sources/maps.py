@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 from unicl_fast.packing.sources.items import Item, Problem, refused
-from unicl_fast.packing.sources.lists import Row, collect_rows
+from unicl_fast.packing.sources.lists import Rows, collect_rows
 from unicl_fast.packing.sources.rows import Columns, ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -46,7 +45,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     return collect_rows(path, _map_rows(path), columns, options, find, spool)
 
 
-def _map_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _map_rows(path: Path) -> Rows:
     """Yields lines PATH<TAB>NUMBER; a path can hold blanks."""
     with open_file(path) as file:
         for number, line in enumerate(file, start=1):

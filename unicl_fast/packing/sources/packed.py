@@ -141,14 +141,9 @@ class _Samples:
         self, index: int, text: Description, tokens: Sequence[npt.NDArray[np.uint16]] | None
     ) -> str:
         """How the texts differ from the packed ones; empty if they do not."""
-        count = int(self._dataset.samples[index]["captions_count"])
-        fault = ""
-        if text.labels != tuple(self._dataset.labels_of(index).tolist()):
-            fault = "its JSON has other labels than labels.npy"
-        elif len(text.captions) != count:
-            fault = f"{count_of(len(text.captions), 'caption')} in its JSON, {count} in the arrays"
-        elif tokens is not None:
-            stored = (self._dataset.caption_tokens(index, which) for which in range(count))
+        fault = next(iter(text_faults(self._dataset, index, text).values()), "")
+        if tokens is not None and not fault:
+            stored = (self._dataset.caption_tokens(index, which) for which in range(len(tokens)))
             if not all(map(np.array_equal, tokens, stored)) and self._is_damaged(index):
                 fault = "its captions are not those that were packed (tokens)"
         return f"{self._dataset.describe(index, 'members')}: {fault}" if fault else ""
@@ -160,6 +155,18 @@ class _Samples:
             found = file_checksum(self._dataset.folder / shard.name)
             self._damaged[shard.name] = found != shard.xxh3
         return self._damaged[shard.name]
+
+
+def text_faults(dataset: PackedDataset, index: int, text: Description) -> dict[str, str]:
+    """How labels and captions in a sample's JSON contradict the arrays, by kind."""
+    labels = tuple(dataset.labels_of(index).tolist())
+    found, count = len(text.captions), int(dataset.samples[index]["captions_count"])
+    faults = {}
+    if text.labels != labels:
+        faults["labels"] = f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
+    if found != count:
+        faults["captions"] = f"{count_of(found, 'caption')} in its JSON, {count} in samples.npy"
+    return faults
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:

@@ -28,29 +28,20 @@ SOURCES = (
 )
 """The file of each kind; the first kind that recognises a path reads it."""
 
-_NO_OPTIONS = ListOptions()
 
-
-def kind_of(place: Place) -> SourceKind:
-    """The first kind that recognises a place; the last kind recognises every place."""
-    kinds: list[SourceKind] = [import_module(f"{__package__}.{name}").KIND for name in SOURCES]
-    return next(kind for kind in kinds if kind.recognises(place))
-
-
-def read_sources(
-    paths: Sequence[str], options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
-) -> list[Source]:
+def read_sources(paths: Sequence[str], options: ListOptions, spool: Spool) -> list[Source]:
     """Reads all sources of a build, in order; sources read together come with the first.
 
-    Sources that cannot be read in place are unpacked into the spool, which must outlive the items;
-    without a spool they are refused.
+    Sources that cannot be read in place are unpacked into the spool, which must outlive the items.
 
     Raises:
         FileNotFoundError: a source is missing.
         ValueError: a source is of no known kind (docs/sources.md), or holds nothing.
     """
-    spool = spool or Spool(None)
-    places = {place: kind_of(place) for place in map(Place, paths)}
+    kinds: list[SourceKind] = [import_module(f"{__package__}.{name}").KIND for name in SOURCES]
+    places = {
+        place: next(kind for kind in kinds if kind.recognises(place)) for place in map(Place, paths)
+    }
     sources = []
     joined = set[SourceKind]()
     for place, kind in places.items():
@@ -61,11 +52,3 @@ def read_sources(
             sources.append(kind.read_together(list(same.values()), options, spool))
             joined.add(kind)
     return sources
-
-
-def read_source(
-    path: str, options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
-) -> Source:
-    """Reads one source; see `read_sources` for arguments and errors."""
-    (source,) = read_sources([path], options, spool)
-    return source

@@ -98,8 +98,7 @@ class ListOptions:
 def choose_columns(path: object, header: Sequence[str], options: ListOptions) -> Columns:
     """Chooses the columns of a list: by the options, else by usual names.
 
-    Raises:
-        ValueError: there is no column of an option's name, with images, or with texts.
+    Raises ValueError without a column of an option's name, with images, or with texts.
     """
     named = {
         what: names_of(getattr(options, f"{what}_column"))

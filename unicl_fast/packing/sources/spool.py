@@ -33,6 +33,7 @@ READ_ITEMS = 256
 _WRITE_ROWS = 64
 _MOST_PENDING_BYTES = 1_000_000
 _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
+Values = tuple[Any, ...]
 
 
 class Spool:
@@ -101,7 +102,7 @@ def stamp(path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
-def _encode(record: tuple[Any, ...]) -> bytes:
+def _encode(record: Values) -> bytes:
     """A record as MessagePack, five times as fast as JSON; equal records give equal bytes."""
     try:
         return _pack(record)
@@ -201,8 +202,8 @@ class ItemStore:
     def append(self, item: Item) -> int:
         """Adds an item; returns its number."""
         number, entry, kind = self._count, item.entry, -1
-        fields: tuple[Any, ...] = ()
-        spelled: tuple[Any, ...] = ()
+        fields: Values = ()
+        spelled: Values = ()
         if entry is not None:
             if type(entry) not in self._kinds:
                 self._kinds.append(type(entry))
@@ -265,7 +266,7 @@ class ItemStore:
         digest.update(ascii([[kind.__name__ for kind in self._kinds], stamps]).encode("ascii"))
         return f"{count_of(self._count, 'sample')}, checksum {digest.hexdigest()}"
 
-    def _spell(self, entry: Entry, fields: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _spell(self, entry: Entry, fields: Values) -> Values:
         """The fields, equal in every build; notes the file that holds the image."""
         spelled = list(fields)
         for place, name in enumerate(field_names(type(entry))):
@@ -278,12 +279,7 @@ class ItemStore:
         return tuple(spelled)
 
     def _write(
-        self,
-        number: int,
-        item: Item,
-        head: tuple[Any, ...],
-        fields: tuple[Any, ...] = (),
-        spelled: tuple[Any, ...] = (),
+        self, number: int, item: Item, head: Values, fields: Values = (), spelled: Values = ()
     ) -> None:
         """Writes a row: an item's texts and problem, and in its first row its other fields."""
         problem = item.problem and (item.problem.kind, item.problem.message)

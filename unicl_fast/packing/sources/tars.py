@@ -231,26 +231,10 @@ class SampleMaker:
 def _read_tar(path: str, maker: SampleMaker) -> None:
     """Adds the samples of one tar; from a cut tar, the samples that must be complete."""
     name = os.path.basename(path)
-    try:
-        groups, damage = _group_members(path, maker)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        maker.append(refused(f"{name} from byte 0", "unreadable", reason))
-        return
-    for key, group in groups.items():
-        maker.add(f"{name}/{key}", group)
-    if damage is not None:
-        maker.append(refused(f"{name} from byte {damage.offset}", "damaged", str(damage)))
-
-
-def _group_members(
-    path: str, maker: SampleMaker
-) -> tuple[dict[str, Group], DamagedTarError | None]:
-    """The samples of a tar in order, and the error if its end could not be read."""
     groups: dict[str, Group] = {}
-    group = None
-    with open_source(path) as file:
-        try:
+    group, rest = None, None
+    try:
+        with open_source(path) as file:
             for member in iter_members(file):
                 key, extension = split_name(member.name)
                 if extension is None:
@@ -262,12 +246,19 @@ def _group_members(
                     entry = RefusedEntry("unreadable", _NOT_REGULAR)
                 read = functools.partial(_read_text, file, member)
                 maker.add_file(group, extension, entry, read)
-        except DamagedTarError as error:
-            if group is not None:
-                message = "the tar is cut after it, and some of its files may be lost"
-                group.problem = Problem("damaged", message)
-            return groups, error
-    return groups, None
+    except DamagedTarError as error:
+        if group is not None:
+            message = "the tar is cut after it, and some of its files can be lost"
+            group.problem = Problem("damaged", message)
+        rest = refused(f"{name} from byte {error.offset}", "damaged", str(error))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        maker.append(refused(f"{name} from byte 0", "unreadable", reason))
+        return
+    for key, group in groups.items():
+        maker.add(f"{name}/{key}", group)
+    if rest is not None:
+        maker.append(rest)
 
 
 def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
