@@ -19,21 +19,16 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_loader_s_figures_are_of_decoded_images_too_where_there_are_some(
-    figures: ModuleType, tmp_path: Path
-) -> None:
-    for name, raw in (("decode-full", "decode-full-raw"), ("cifar10-simple", None)):
-        (tmp_path / name).mkdir()
-        (tmp_path / f"{name}-raw").mkdir()
-        settings = {"data": f"elsewhere/{name}", "raw_data": None}
-        located = figures._located(settings, tmp_path, tmp_path)
-        assert located["raw_data"] == (raw and str(tmp_path / raw))
-
-
 def test_data_of_all_results_is_found(
     figures: ModuleType, shared_data: Path, tmp_path: Path
 ) -> None:
-    """What is packed is known by its name; all else is there."""
+    """Packed data is known by its name, decoded images with it; all else is there."""
+    for name, raw in (("decode-full", "decode-full-raw"), ("cifar10-simple", None)):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        (tmp_path / "few" / f"{name}-raw").mkdir()
+        settings = {"data": f"elsewhere/{name}", "raw_data": None}
+        located = figures._located(settings, tmp_path / "few", tmp_path / "few")
+        assert located["raw_data"] == (raw and str(tmp_path / "few" / raw))
     for name in figures.PACKED:
         (tmp_path / name).mkdir()
     for _, path, result in figures.results():

@@ -1,4 +1,4 @@
-"""`unicl-bench gpu` without a GPU: its checks on a CPU, and work that was not done on a GPU."""
+"""`unicl-bench gpu` without a GPU: its checks on a CPU, and its refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_checks_run_on_a_cpu(name: str, figure: str) -> None:
-    command = [*gpu._CHECK, name, "cpu"]  # in its own process, which it changes
+    command = [*gpu._CHECK, name, "cpu"]  # in its own process, whose settings it changes
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=200)
     assert figure in done.stdout
 

@@ -45,7 +45,7 @@ def images(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def _img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the package, which itself imports much that is not installed."""
+    """A stand-in for the package, which imports much that is not installed."""
     package = tmp_path / "site" / "img2dataset"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import albumentations_of_another_year")
@@ -78,9 +78,8 @@ def test_a_writer_that_is_not_installed_is_named_with_its_install(
         importlib.util, "find_spec", lambda name: None if name == "img2dataset" else found(name)
     )
     assert packing._missing("webdataset") == ""
-    assert packing._missing("img2dataset") == (
-        "img2dataset not installed; to have it: pip install --no-deps img2dataset"
-    )
+    said = "img2dataset not installed; to have it: pip install --no-deps img2dataset"
+    assert packing._missing("img2dataset") == said
     assert "img2dataset" not in sys.modules
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from packed_sets import Sample, pack
-from PIL import Image
 
 from benchmarks.input.contenders import ContenderError, MissingPackageError
 from benchmarks.resume import run as program
@@ -20,6 +19,7 @@ from benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_ch
 from benchmarks.resume.contenders import RESUMERS, Resumer, Task
 from benchmarks.resume.report import Counts, count, table
 from benchmarks.resume.run import Resume
+from unicl_fast.images.codec import encode_png
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -140,14 +140,10 @@ def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path:
 
 @pytest.mark.timeout(300)
 def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: Path) -> None:
-    samples = []
-    for one in range(96):
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8), (0, one, 0)).save(file, "PNG")
-        samples.append(Sample(file.getvalue(), labels=[0]))
-    pack(
-        tmp_path / "0", samples, class_names=["record"], tokenizer=Tokenizer(), format="raw"
-    ).close()
+    images = [encode_png(np.full((8, 8, 3), (0, one, 0), np.uint8)) for one in range(96)]
+    samples = [Sample(image, labels=[0]) for image in images]
+    options = {"class_names": ["record"], "tokenizer": Tokenizer(), "format": "raw"}
+    pack(tmp_path / "0", samples, **options).close()
     broken, _ = chain_of(process, RESUMERS[0], tmp_path, TWO, ONE, kills=2)
     whole, _ = chain_of(process, RESUMERS[0], tmp_path, ONE, kills=0)
     assert count(broken.steps, whole.steps, 96) == Counts(0, 0, 0, 24)

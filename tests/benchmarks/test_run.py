@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from object_stores import upload
+from program_runs import refusal_of
 
 from benchmarks import harness
 from benchmarks.harness import NotOnDeviceError, busy_part
@@ -19,6 +20,7 @@ from benchmarks.step.parts import build_trainer, step_config
 from benchmarks.step.switches import switches_of
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools import bench
 from unicl_fast.tools.bench import PROGRAMS, main
 from unicl_fast.tools.pack.__main__ import main as pack
 
@@ -73,10 +75,7 @@ def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> Non
     options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
     parts = ("--parts", "open-clip", "switches", "profile")
     found = check(tmp_path / "step.json", "step", *options, *parts)
-    assert {
-        "ratio", "two micro-batches, times as long",
-        "whole step, times its floor",
-    } <= found  # fmt: skip
+    assert {"ratio", "two micro-batches, times as long", "whole step, times its floor"} <= found
 
 
 @pytest.mark.dali
@@ -121,34 +120,22 @@ def test_every_program_explains_its_options(
     assert f"unicl-bench {program}" in capsys.readouterr().out
 
 
-def test_data_that_is_not_there_is_said_in_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_missing_data_is_reported_in_a_sentence(tmp_path: Path) -> None:
+    words = ("loss", "--parts", "text", "--data", tmp_path / "nowhere")
+    assert "nowhere" in refusal_of(bench, *words)
+
+
+def test_turns_alternate_and_end_when_a_gpu_has_done_its_work(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["loss", "--parts", "text", "--data", str(tmp_path / "nowhere")])
-    assert stopped.value.code == 2
-    assert "nowhere" in capsys.readouterr().err
-
-
-@pytest.fixture
-def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of garbage, which takes half a second in a process that has run tests."""
-    monkeypatch.setattr(harness.gc, "collect", lambda: 0)
-
-
-@pytest.mark.usefixtures("_no_collection")
-def test_turns_alternate() -> None:
+    monkeypatch.setattr(harness.gc, "collect", lambda: 0)  # half a second in a test run
     seen: list[str] = []
     turns = harness.take_turns(
         {name: lambda name=name: seen.append(name) for name in "ab"}, rounds=2, warm_up=1
     )
     assert seen == ["a", "b"] * 3
     assert [len(taken) for taken in turns.values()] == [2, 2]
-
-
-@pytest.mark.usefixtures("_no_collection")
-def test_a_turn_ends_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+    seen.clear()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("waits"))
     harness.timed(lambda: seen.append("works"))
     assert seen == ["works"]
@@ -161,9 +148,8 @@ def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = {"text_width": 64, "text_heads": 1, "text_layers": 1, "embed_dim": 16}
-    config = step_config(
-        "test_vit", image_size=160, batch_size=4, device="cpu", text=text, precision="fp32"
-    )
+    settings = {"device": "cpu", "text": text, "precision": "fp32"}
+    config = step_config("test_vit", image_size=160, batch_size=4, **settings)
     images = torch.randint(256, (4, 160, 160, 3), dtype=torch.uint8)
     tokens = Tokenizer()(["a photo of a cat", "a drawing of a cat", "a dog", "a photo of a dog"])
     for labels, has_losses in (([0, 0, 1, 1], False), ([0, 1, 2, 3], True)):
@@ -175,7 +161,7 @@ def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
 ON_CARD = SimpleNamespace(device=torch.device("cuda:0"))
 
 
-def test_what_computes_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real profiler sees no kernel of its products, and the results lie in host memory."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(harness.gc, "collect", lambda: 0)  # a tenth of a second in a test run

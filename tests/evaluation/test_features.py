@@ -53,7 +53,7 @@ def model() -> UniCL:
 def test_all_that_decides_features_and_nothing_else_changes_their_key(
     model: UniCL, tmp_path: Path
 ) -> None:
-    """Weights of the image encoder and its projection, and how images are seen."""
+    """Weights of the image encoder and its projection, settings, images, their order, the layer."""
     with packed(tmp_path / "set", [0, 1]) as dataset:
         keys = {key_of(model, dataset)}
         assert {key_of(build_model(tiny_config()), dataset)} == keys
@@ -71,24 +71,19 @@ def test_all_that_decides_features_and_nothing_else_changes_their_key(
             keys.add(key_of(model, dataset))
             assert len(keys) == count, change
         model.config = config.changed(efficiency={"precision": "bf16"})
-        assert key_of(model, dataset) not in keys
-
-
-def test_other_images_another_order_or_layer_change_the_key(model: UniCL, tmp_path: Path) -> None:
-    with (
-        packed(tmp_path / "set", [0, 1]) as dataset,
-        packed(tmp_path / "renamed", [0, 1], caption="two") as renamed,
-        packed(tmp_path / "turned", [1, 0]) as turned,
-        packed(tmp_path / "other", [0, 2]) as other,
-        packed(tmp_path / "more", [0, 1, 2]) as more,
-    ):
-        assert key_of(model, renamed) == key_of(model, dataset)
-        keys = {key_of(model, one) for one in (dataset, turned, other, more)}
-        assert len(keys | {key_of(model, dataset, layer="projection")}) == 5
+        key = key_of(model, dataset)
+        assert key not in keys
+        with packed(tmp_path / "renamed", [0, 1], caption="two") as renamed:
+            assert key_of(model, renamed) == key
+        keys = {key, key_of(model, dataset, layer="projection")}
+    for numbers in ([1, 0], [0, 2], [0, 1, 2]):
+        with packed(tmp_path / str(numbers), numbers) as other:
+            keys.add(key_of(model, other))
+    assert len(keys) == 5
 
 
 @pytest.mark.parametrize("decode_device", ["auto", "gpu"])
-def test_it_is_settled_where_images_are_decoded_before_a_model_is_evaluated(
+def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
     monkeypatch: pytest.MonkeyPatch, model: UniCL, decode_device: str
 ) -> None:
     """A GPU's run is evaluated on the CPU, too."""
@@ -160,13 +155,10 @@ def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_ranks_wait_for_rank_0_to_pack_longer_than_a_collective_may_last(data: Path) -> None:
+def test_ranks_wait_longer_than_a_collective_for_rank_0_to_pack_and_notice_its_end(
+    data: Path,
+) -> None:
     run_on_ranks(open_class_folders, 2, str(data / "classes"), 3.0, False)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_that_wait_for_rank_0_say_that_it_has_ended(data: Path) -> None:
     with ranks_of(open_class_folders, 2, str(data / "classes"), 60.0, True) as processes:
         for process in processes:
             process.join(50)

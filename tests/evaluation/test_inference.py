@@ -65,32 +65,28 @@ def test_classes_are_ranked_by_probability(model: Model, photos: list[Path]) -> 
     for answer, row in zip(found, expected.tolist(), strict=True):
         assert list(answer.values()) == sorted(answer.values(), reverse=True)
         assert answer == pytest.approx(dict(zip(NAMES, row, strict=True)), rel=1e-4)
-    assert [next(iter(one)) for one in found] == [
-        next(iter(one)) for one in model.classify(photos, NAMES, top=1)
-    ]
+    best = [next(iter(one)) for one in model.classify(photos, NAMES, top=1)]
+    assert [next(iter(one)) for one in found] == best
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_what_cannot_be_used_is_named(model: Model, photos: list[Path], tmp_path: Path) -> None:
+def test_unusable_arguments_are_named(model: Model, photos: list[Path], tmp_path: Path) -> None:
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(photos[0].read_bytes()[:3000])
-    with pytest.raises(ImageError, match=r"cut\.jpg: .*truncated"):
-        model.embed_images([photos[1], cut])
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        model.embed_images([tmp_path / "nowhere.jpg"])
-    with pytest.raises(ImageError, match=r"uint8 .*, not float32 \[4, 4, 3\]"):
-        model.embed_images([np.zeros((4, 4, 3), np.float32)])
-    with pytest.raises(ValueError, match="list of paths"):
-        model.embed_images(str(photos[0]))
+    for images, kind, said in (
+        ([photos[1], cut], ImageError, r"cut\.jpg: .*truncated"),
+        ([tmp_path / "nowhere.jpg"], FileNotFoundError, "nowhere"),
+        ([np.zeros((4, 4, 3), np.float32)], ImageError, r"uint8 .*, not float32 \[4, 4, 3\]"),
+        (str(photos[0]), ValueError, "list of paths"),
+    ):
+        with pytest.raises(kind, match=said):
+            model.embed_images(images)
     with pytest.raises(ValueError, match=r"two or more class names .*\['dog', 'dog'\]"):
         model.classify(photos, ["dog", "dog"])
     with pytest.raises(ValueError, match="exactly one"):
         model.classify(photos, NAMES, templates=["a photo"])
     with pytest.raises(ValueError, match="list of texts"):
         model.embed_texts("a dog")
-
-
-def test_a_model_without_texts_embeds_images_alone(photos: list[Path]) -> None:
     without = Model(build_model(objective_config("supcon")).double())
     assert without.embed_images(photos[:2]).shape == (2, 8)
     with pytest.raises(ValueError, match="no text encoder"):

@@ -1,4 +1,4 @@
-"""Linear probe and nearest neighbours, on features whose answers are known."""
+"""Linear probe, its splits, and nearest neighbours, on features with known answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from unicl_fast.evaluation import probes
 from unicl_fast.evaluation.labelled import LabelledFeatures, with_labels
-from unicl_fast.evaluation.probes import (
-    C_GRID,
-    DEFAULT_C,
-    few_shot_probes,
-    linear_probe,
-    nearest_neighbours,
-)
+from unicl_fast.evaluation.probes import C_GRID, few_shot_probes, linear_probe, nearest_neighbours
 from unicl_fast.evaluation.report import ClassificationCounts
+from unicl_fast.evaluation.splits import draw_shots, hold_out
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 
@@ -43,7 +38,7 @@ def balanced(per_class: int, *, seed: int) -> LabelledFeatures:
 
 @pytest.fixture
 def few_cs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search takes six values of C, none of them where a fit takes a thousand iterations."""
+    """The search tries six values of C, none of them with a fit of a thousand iterations."""
     monkeypatch.setattr(probes, "C_GRID", C_GRID[2:18:3])
 
 
@@ -103,27 +98,22 @@ def test_the_search_ends_two_decades_after_the_best_c(
 
 
 @pytest.mark.usefixtures("few_cs")
-def test_c_follows_the_metric_that_is_asked_for() -> None:
-    common, rare = clusters(600, seed=0, spread=1.0), clusters(600, seed=3, spread=1.0)
-    rows = [
-        np.concatenate(
-            [np.flatnonzero(one.labels < 5)[:count], np.flatnonzero(one.labels == 5)[:8]]
-        )
-        for one, count in ((common, 300), (rare, 300))
-    ]
-    train, validation = common.take(rows[0]), rare.take(rows[1])
-    found = {
-        metric: linear_probe(train, validation, validation=validation, metric=metric)
-        for metric in ("top1", "mean_per_class")
-    }
-    for metric, result in found.items():
+def test_c_follows_the_metric() -> None:
+    train, validation = (
+        one.take(np.r_[np.flatnonzero(one.labels < 5)[:300], np.flatnonzero(one.labels == 5)[:8]])
+        for one in (clusters(600, seed=seed, spread=1.0) for seed in (0, 3))
+    )
+    for metric in ("top1", "mean_per_class"):
+        result = linear_probe(train, validation, validation=validation, metric=metric)
         assert result.validation[result.c] == max(result.validation.values())
         theirs = linear_probe(train, validation, c=result.c).classes
         assert result.validation[result.c] == pytest.approx(theirs.value(metric), abs=0.02)
 
 
 @pytest.mark.usefixtures("few_cs")
-def test_few_samples_choose_c_by_cross_validation() -> None:
+def test_few_samples_choose_c_by_cross_validation_and_one_a_class_not_at_all(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     result = linear_probe(balanced(5, seed=0), clusters(100, seed=1))
     assert (result.chosen_by, result.num_folds) == ("cross-validation", 5)
     assert (result.num_validation, result.num_fitted) == (0, 30)
@@ -131,15 +121,12 @@ def test_few_samples_choose_c_by_cross_validation() -> None:
     held_out = linear_probe(balanced(20, seed=0), clusters(100, seed=1))
     assert (held_out.chosen_by, held_out.num_folds) == ("validation", 0)
     assert (held_out.num_validation, held_out.num_fitted) == (24, 120)
-
-
-def test_one_sample_a_class_takes_the_default_c(caplog: pytest.LogCaptureFixture) -> None:
     train, test = balanced(1, seed=0), clusters(50, seed=1)
     given = linear_probe(train, test, c=3.0)
     assert (given.chosen_by, given.c) == ("given", 3.0)
     assert not caplog.text
     result = linear_probe(train, test)
-    assert (result.chosen_by, result.c, result.validation) == ("default", DEFAULT_C, {})
+    assert (result.chosen_by, result.c, result.validation) == ("default", probes.DEFAULT_C, {})
     assert "C IS NOT CHOSEN" in caplog.text
 
 
@@ -185,26 +172,22 @@ def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> No
         with_labels(np.eye(4), [[], [], [], []], name="this", class_names=NAMES)
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_unequal_features_and_a_missing_scikit_learn_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train, test = clusters(50, seed=0), clusters(30, seed=1)
     broken = dataclasses.replace(test, features=np.full_like(test.features, np.nan))
     others = dataclasses.replace(test, class_names=NAMES[::-1])
-    for learn in (
-        lambda one: linear_probe(train, one, c=1.0),
-        lambda one: nearest_neighbours(train, one),
-    ):
-        with pytest.raises(ValueError, match="not finite"):
-            learn(broken)
-        with pytest.raises(ValueError, match="have other classes"):
-            learn(others)
+    for one, said in ((broken, "not finite"), (others, "have other classes")):
+        with pytest.raises(ValueError, match=said):
+            linear_probe(train, one, c=1.0)
+        with pytest.raises(ValueError, match=said):
+            nearest_neighbours(train, one)
     with pytest.raises(ValueError, match="k must lie in 1 to the 50 training samples, not 51"):
         nearest_neighbours(train, test, ks=(51,))
-
-
-def test_a_missing_scikit_learn_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[evaluation\]"):
-        nearest_neighbours(clusters(50, seed=0), clusters(30, seed=1))
+        nearest_neighbours(train, test)
 
 
 @pytest.mark.parametrize("rows_at_once", [4096, 7])
@@ -225,3 +208,38 @@ def test_neighbours_vote_as_scikit_learns_do(
     assert results[15].num_correct_top5 > results[15].num_correct
     (cold,) = nearest_neighbours(train, test, ks=(15,), temperature=1e-4).values()
     assert cold.num_correct == results[1].num_correct, "the nearest outweighs all others"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "folds"),
+    [((20, 20), 1), ((19, 21), 1), ((9, 7, 6), 5), ((4, 3), 3), ((5, 2), 2), ((4, 1), 2),
+     ((60, 10, 1), 1), ((1, 1, 1), 0)],
+)  # fmt: skip
+def test_each_class_is_held_out_in_part_but_never_its_only_sample(
+    sizes: tuple[int, ...], folds: int
+) -> None:
+    """A fifth where that has four samples a class, or every sample once in one of the folds."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    found = hold_out(labels, seed=0)
+    assert len(found) == folds
+    for kept, aside in found:
+        assert sorted([*kept, *aside]) == list(range(len(labels)))
+        assert set(labels[kept]) == set(labels)
+    held_out = sorted(row for _, aside in found for row in aside)
+    if folds == 1:
+        expected = [round(size / 5) if size > 1 else 0 for size in sizes]
+        assert np.bincount(labels[held_out], minlength=len(sizes)).tolist() == expected
+    else:
+        assert held_out == [row for row, label in enumerate(labels) if sizes[label] > 1]
+    if len(labels) > 10:
+        assert not np.array_equal(hold_out(labels, seed=1)[0][1], found[0][1])
+
+
+def test_shots_are_drawn_of_each_class_and_others_to_choose_by() -> None:
+    labels = np.repeat([0, 1, 2], [50, 10, 2])
+    shots, others = draw_shots(labels, shots=8, seed=0)
+    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
+    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
+    assert not set(shots) & set(others)
+    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
+    assert [len(rows) for rows in draw_shots(labels, shots=64, seed=0)] == [62, 0]

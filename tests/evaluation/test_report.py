@@ -38,10 +38,8 @@ def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images(
     assert [count for _, count, _ in result.per_class] == truth.sum(axis=0).tolist()
     assert [one for _, _, one in result.per_class] == pytest.approx(expected)
     assert result.to_json()["mean"] == pytest.approx(np.mean(expected))
-    shuffled = [
-        average_precisions(torch.rand(40, 4, generator=generator), labels, "abcd").mean
-        for _ in range(1000)
-    ]
+    draws = (torch.rand(40, 4, generator=generator) for _ in range(1000))
+    shuffled = [average_precisions(draw, labels, "abcd").mean for draw in draws]
     assert np.mean(shuffled) == pytest.approx(result.chance, rel=0.02)
     assert f"of 3 classes over {len(kept)} samples" in result.to_table()
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
@@ -60,22 +58,20 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert wilson_interval(10, 10)[1] == 1
 
 
-def test_mistakes_are_listed_by_their_number_and_go_from_class_to_what_it_was_taken_for() -> None:
+def test_mistakes_are_listed_by_number_from_class_to_prediction() -> None:
     counts = ClassificationCounts(("dog", "cat", "hen"))
     for own, row in enumerate(([5, 3, 0], [1, 8, 1], [0, 4, 0])):
         for taken, number in enumerate(row):
             counts.add([[taken]] * number, [[own]] * number)
     result = counts.result(what="this")
     assert most_confused(result) == [
-        ("hen", "cat", 4, 1.0),
-        ("dog", "cat", 3, 3 / 8),
-        ("cat", "dog", 1, 1 / 10),
-        ("cat", "hen", 1, 1 / 10),
-    ]
+        ("hen", "cat", 4, 1.0), ("dog", "cat", 3, 3 / 8),
+        ("cat", "dog", 1, 1 / 10), ("cat", "hen", 1, 1 / 10),
+    ]  # fmt: skip
     assert [row[2] for row in most_confused(result, count=2)] == [4, 3]
 
 
-def test_texts_of_users_are_written_as_they_are(
+def test_texts_of_users_are_written_unchanged_and_are_no_markup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tests/training/test_figures.py has how they are drawn."""
@@ -94,9 +90,6 @@ def test_texts_of_users_are_written_as_they_are(
     assert [row["class"] for row in values["per_class"]] == list(names)
     assert table in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert len({line.count(" | ") for line in table.replace("\\|", "").splitlines()}) == 1
-
-
-def test_cells_of_a_table_hold_no_markup() -> None:
     table = markdown_table(["data set"], [["<b>a|b</b> $x$ *y* `z` [w] \\ &amp;\n1"]])
     cell = r"| \<b>a\|b\</b> \$x\$ \*y\* \`z\` \[w] \\ \&amp; 1 |"
     assert table.splitlines()[2] == cell

@@ -68,7 +68,7 @@ def test_all_captions_of_an_image_and_their_like_are_green_and_no_other(
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
-def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_retrieval_counts_as_a_sort_does(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr("unicl_fast.evaluation.retrieval._CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(30, 6, generator=generator, dtype=torch.float64), dim=1)
@@ -89,7 +89,7 @@ def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, ch
     assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
 
 
-def test_equal_captions_are_captions_of_all_their_images() -> None:
+def test_equal_captions_belong_to_all_their_images_and_other_ties_count_against_us() -> None:
     """As many different captions as classes: each image finds one, and each caption an image."""
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(4)
@@ -100,24 +100,20 @@ def test_equal_captions_are_captions_of_all_their_images() -> None:
     result = rank_captions(F.normalize(texts + noise, dim=1), texts, image_of_text, text_ids)
     assert (result.num_captions, result.num_texts) == (40, 4)
     assert [recall.rate for recall in (*result.image_to_text, *result.text_to_image)] == [1.0] * 6
-    for recalls in (result.image_to_text, result.text_to_image):
-        assert recalls[1].chance == pytest.approx(1 - math.comb(30, 5) / math.comb(40, 5))
+    chance = pytest.approx(1 - math.comb(30, 5) / math.comb(40, 5))
+    assert result.image_to_text[1].chance == result.text_to_image[1].chance == chance
     apart = rank_captions(F.normalize(texts + noise, dim=1), texts, image_of_text)
     assert apart.image_to_text[0].rate == 0  # ten captions of each tie
-
-
-def test_a_collapsed_model_finds_nothing() -> None:
-    same = torch.ones(20, 4) / 2
+    same = torch.ones(20, 4) / 2  # a collapsed model finds nothing
     result = rank_captions(same, same, torch.arange(20))
-    assert [recall.num_found for recall in result.image_to_text] == [0, 0, 0]
-    assert [recall.num_found for recall in result.text_to_image] == [0, 0, 0]
+    assert [one.num_found for one in (*result.image_to_text, *result.text_to_image)] == [0] * 6
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(4, [(0, 4), (4, 8)]), (100, [(0, 10)])])
 def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
     batch_size: int, batches: list[tuple[int, int]]
 ) -> None:
-    """Ten images, of which two have the same first caption; what two batches leave is left out."""
+    """Two of the ten images have the same first caption; an incomplete batch is left out."""
     generator = torch.Generator().manual_seed(1)
     images, texts = (
         F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=1)
@@ -125,13 +121,11 @@ def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
     )
     image_of_text = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9, 9])
     first = [image_of_text.tolist().index(image) for image in range(10)]
-    class_ids = torch.tensor([0, 1, 2, 1, 4, 5, 6, 7, 8, 9])
-    texts[first[3]] = texts[first[1]]
-    text_ids = torch.arange(17)
-    text_ids[first[3]] = text_ids[first[1]]
-    loss = held_out_loss(
-        images, texts, image_of_text, text_ids=text_ids, scale=10.0, batch_size=batch_size
-    )
+    class_ids, text_ids = torch.tensor([0, 1, 2, 1, 4, 5, 6, 7, 8, 9]), torch.arange(17)
+    for rows in (texts, text_ids):
+        rows[first[3]] = rows[first[1]]
+    settings = {"text_ids": text_ids, "scale": 10.0, "batch_size": batch_size}
+    loss = held_out_loss(images, texts, image_of_text, **settings)
     expected = [
         reference_loss(images[a:b], texts[first][a:b], class_ids[a:b], 10.0) for a, b in batches
     ]
@@ -141,10 +135,7 @@ def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
 def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
     """Numbers count the captions of all images that have one; the second has a label only."""
     captions = [["a dog", "the same dog"], [], ["a cat"], ["a hen", "two hens", "three hens"]]
-    samples = [
-        Sample(jpeg(number), captions=own, labels=[] if own else [0])
-        for number, own in enumerate(captions)
-    ]
+    samples = [Sample(jpeg(n), captions=c, labels=[0] * (not c)) for n, c in enumerate(captions)]
     found = RetrievalFeatures(
         image_features=torch.eye(3),
         text_features=torch.zeros(6, 3),
@@ -157,7 +148,7 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
     assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
 
 
-def test_captions_are_cut_to_what_the_model_reads(
+def test_captions_are_cut_to_the_model_s_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
@@ -174,18 +165,17 @@ def test_captions_are_cut_to_what_the_model_reads(
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
-def test_messages_name_what_was_given_not_the_folder_it_is_packed_into(tmp_path: Path) -> None:
+def test_messages_name_the_given_source_not_its_packed_folder(tmp_path: Path) -> None:
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "one.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.jsonl").write_text('{"image": "photos/cat/one.jpg", "caption": "a cat"}\n')
     on_ranks = ModelOnRanks(Mock(spec=UniCL, text_encoder=object(), config=TrainConfig()))
-    with (
-        open_data(str(tmp_path / "photos"), ranks=Ranks()) as data,
-        pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/photos has no captions"),
+    for name, evaluate, missing in (
+        ("photos", encode_captioned, "captions"),
+        ("list.jsonl", evaluate_zero_shot, "classes"),
     ):
-        encode_captioned(on_ranks, data.dataset)
-    with (
-        open_data(str(tmp_path / "list.jsonl"), ranks=Ranks()) as data,
-        pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/list.jsonl has no classes"),
-    ):
-        evaluate_zero_shot(on_ranks, data.dataset)
+        said = pytest.raises(
+            ValueError, match=f"^{re.escape(str(tmp_path))}/{name} has no {missing}"
+        )
+        with open_data(str(tmp_path / name), ranks=Ranks()) as data, said:
+            evaluate(on_ranks, data.dataset)

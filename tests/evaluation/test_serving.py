@@ -28,17 +28,16 @@ NAMES = ("dog", "cat", "horse")
 
 
 class _Outer(_Handler):
-    """Also serves a page that uses the other one as a person does, and the photograph it takes."""
+    """Also serves a page that uses the other one as a person does, and a photograph for it."""
 
     photo: Path
 
     def do_GET(self) -> None:  # noqa: N802 - the name of its base
-        if self.path == "/photo":
-            self._send(self.photo.read_bytes(), kind="image/jpeg")
-        elif self.path == "/outer":
-            self._send(_USED.encode(), kind="text/html")
-        elif self.path == "/outer.js":
-            self._send(_USE.encode(), kind="text/javascript")
+        own = {"/photo": (self.photo.read_bytes(), "image/jpeg")}
+        own |= {"/outer": (_USED, "text/html"), "/outer.js": (_USE, "text/javascript")}
+        if self.path in own:
+            content, kind = own[self.path]
+            self._send(content if isinstance(content, bytes) else content.encode(), kind=kind)
         else:
             super().do_GET()
 
@@ -143,7 +142,9 @@ def answer(server: Server, path: str, question: str | dict[str, Any], image: byt
     return json.loads(content)
 
 
-def test_questions_about_classes_are_answered(server: Server, model: Model, photo: Path) -> None:
+def test_questions_about_classes_and_images_are_answered(
+    server: Server, model: Model, index: SearchIndex, photo: Path
+) -> None:
     question = {"classes": list(NAMES), "template": "a photo of a {}."}
     (expected,) = model.classify([photo], NAMES)
     found = answer(server, "/classify", question, photo.read_bytes())
@@ -155,11 +156,6 @@ def test_questions_about_classes_are_answered(server: Server, model: Model, phot
         (photo.read_bytes(), {"classes": ["dog"], "template": "{}"}),
     ):
         assert list(answer(server, "/classify", asked, image)) == ["error"]
-
-
-def test_questions_about_images_are_answered(
-    server: Server, index: SearchIndex, photo: Path
-) -> None:
     (by_text,), (by_image,) = index.by_texts(["a dog"], top=24), index.by_images([photo], top=24)
     for question, image, expected in (
         ({"text": "a dog"}, b"", by_text),
@@ -177,7 +173,9 @@ def test_questions_about_images_are_answered(
         assert list(answer(server, "/search", question, image)) == ["error"]
 
 
-def test_only_this_machine_and_known_files_are_served(server: Server) -> None:
+def test_only_this_machine_is_served_and_hostile_requests_print_nothing(
+    server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert server.server_address[0] == "127.0.0.1"
     assert ask(server, "GET", "/", Host="evil.example:80")[0] == 403
     assert ask(server, "POST", "/classify", b"{}\n", Origin="http://evil.example")[0] == 403
@@ -185,9 +183,6 @@ def test_only_this_machine_and_known_files_are_served(server: Server) -> None:
     assert ask(server, "GET", "/serving.py")[0] == 404
     assert ask(server, "GET", "/../serving.py")[0] == 404
     assert ask(server, "GET", "/")[0] == 200
-
-
-def test_hostile_requests_print_nothing(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     assert "is not JSON" in answer(server, "/classify", "[" * 100_000)["error"]
     assert ask(server, "POST", "/classify", **{"Content-Length": "9" * 5000})[0] == 404
     reset = struct.pack("ii", 1, 0)  # closing sends a reset

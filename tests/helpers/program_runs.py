@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.torch import load_file
+from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.metrics import read_metrics
 
 STEPS = 12
@@ -64,6 +67,19 @@ def refusal_of(program: ModuleType, *arguments: str | Path, code: int = 2) -> st
     return said.getvalue()
 
 
+def evaluated(kind: str, checkpoint: Path, *more: str | Path, nproc: int = 1) -> dict[str, Any]:
+    """The JSON that `unicl-eval` writes on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        words = [kind, "--checkpoint", checkpoint, "--json", path, "--device", "cpu", *more]
+        if nproc == 1:
+            call(evaluate, *words)
+        else:
+            run("evaluate", *words, "--nproc", str(nproc))
+        values: dict[str, Any] = json.loads(path.read_text())
+        return values
+
+
 def losses(run_folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
 
@@ -102,7 +118,15 @@ def processes_of(mark: str | Path) -> dict[int, str]:
 
 
 def wait_until_gone(out: Path) -> None:
-    deadline = time.monotonic() + 40
-    while processes_of(out) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_of(out)
+    wait_until(lambda: not processes_of(out), timeout=40)
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Waits for a checkpoint of at least this step."""
+
+    def has_come() -> bool:
+        assert process.poll() is None, f"no checkpoint of step {step}: {process.poll()}"
+        found = list_checkpoints(out / "checkpoints")
+        return bool(found) and int(found[-1].name[5:]) >= step
+
+    wait_until(has_come, timeout=150)

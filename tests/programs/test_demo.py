@@ -21,7 +21,7 @@ def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path: Path) -> 
     for name in ("contact-sheet.png", "curves.png"):
         assert Image.open(out / "run" / name).size[0] > 300
     assert (out / "run" / "metrics.jsonl").is_file()
-    # the closing lines can be followed where they are shown, whatever the machine
+    # the closing lines can be followed on any machine
     assert "unicl-pretrain --preset auto --data.train packed/labels packed/capt" in done.stdout
     for words in ("unicl-pack build", "unicl-eval"):
         assert words in done.stdout

@@ -1,4 +1,4 @@
-"""What becomes of a run, and of all its processes, when it is stopped, crashes or hangs."""
+"""A run and all its processes when it is stopped, crashes or hangs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from program_runs import SMALL, STEPS, processes_of
+from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 
@@ -38,24 +39,19 @@ class Program:
         self._shared_memory_before = set(SHARED_MEMORY.iterdir())
         launcher, ranks = ["-m"], ["--nproc", str(nproc)]
         if torchrun:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            launcher, ranks = [*launcher, str(nproc), "-m"], []
+            launcher, ranks = ["-m", "torch.distributed.run", "--standalone"], []
+            launcher += ["--nproc-per-node", str(nproc), "-m"]
         words = [*SETTINGS, "--data.train", str(data / "labels"), "--out", str(folder / "run")]
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "UNICL_TEST_RUN": self.mark,
-            "TMPDIR": str(self.temporary),
-            "UNICL_FAULT": "1",
-            "UNICL_FAULT_WHEN": str(folder / "fault"),
+            "OMP_NUM_THREADS": "1", "UNICL_TEST_RUN": self.mark, "TMPDIR": str(self.temporary),
+            "UNICL_FAULT": "1", "UNICL_FAULT_WHEN": str(folder / "fault"),
             "PYTHONPATH": f"{FAULTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        }
+        }  # fmt: skip
         with (folder / "messages").open("w") as messages:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, "unicl_fast.tools.pretrain", *words, *ranks, *more],
-                stdout=messages,
-                stderr=messages,
-                env=environment,
-            )
+                stdout=messages, stderr=messages, env=environment,
+            )  # fmt: skip
 
     @property
     def messages(self) -> str:
@@ -66,16 +62,17 @@ class Program:
         return processes_of(self.mark)
 
     def rank(self, rank: int) -> int:
-        """Process id of a rank."""
+        """A rank's process id."""
         (found,) = [number for number, name in self.processes().items() if name == str(rank)]
         return found
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert self.process.poll() is None, f"it ended too early:\n{self.messages}"
-            assert time.monotonic() < deadline, f"it takes too long:\n{self.messages}"
-            time.sleep(0.02)
+        def holds() -> object:
+            found = condition()
+            assert found or self.process.poll() is None, f"it ended too early:\n{self.messages}"
+            return found
+
+        wait_until(holds, timeout=240)
 
     def wait_until_it_trains(self) -> None:
         self.wait_for(lambda: list_checkpoints(self.folder / "run" / "checkpoints"))
@@ -116,7 +113,7 @@ class Program:
 
 @contextlib.contextmanager
 def running(*arguments: Path | str, **how: int) -> Iterator[Program]:
-    """A program of which nothing runs when the block is left."""
+    """A program that ends with the block."""
     program = Program(*arguments, **how)
     try:
         yield program

@@ -11,13 +11,22 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from hub_server import serve_hub
 from PIL import Image
-from program_runs import SMALL, STEPS, call, losses, refusal_of, run, start
+from program_runs import (
+    SMALL,
+    STEPS,
+    call,
+    evaluated,
+    losses,
+    refusal_of,
+    run,
+    start,
+    wait_for_step,
+)
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
@@ -41,7 +50,7 @@ def unbroken(data: Path) -> Path:
     return out
 
 
-def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
+def test_a_run_leaves_the_files_and_lines_of_the_readme(unbroken: Path) -> None:
     assert len(losses(unbroken)) == STEPS
     assert Image.open(unbroken / "contact-sheet.png").size[0] > 300
     assert Image.open(unbroken / "curves.png").size[0] > 300
@@ -53,10 +62,8 @@ def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
     assert "labels: 21 images, 10 classes; 51.2% of each batch, 2.3 epochs" in log
     assert "captions: 20 images, captions only; 48.8% of each batch" in log
     assert f"0 of {STEPS} steps done; 8 images a step at 32 pixels, 1 rank of 8 each" in log
-    assert (
-        f"{STEPS} steps done. Next: unicl-eval zero-shot --checkpoint {unbroken} --data {held_out}"
-        in log
-    )
+    next_one = f"Next: unicl-eval zero-shot --checkpoint {unbroken} --data {held_out}"
+    assert f"{STEPS} steps done. {next_one}" in log
 
 
 def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
@@ -72,10 +79,8 @@ def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
     assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == before
     assert f"run: {STEPS} of {STEPS} steps done" in caplog.text
     assert caplog.text.count("nothing was trained or written") == 2
-    said = refusal_of(
-        pretrain, *SMALL, "--data.train", data / "labels", "--out", unbroken, "--dry-run"
-    )
-    assert "--resume auto" in said
+    words = ["--data.train", data / "labels", "--out", unbroken, "--dry-run"]
+    assert "--resume auto" in refusal_of(pretrain, *SMALL, *words)
 
 
 def test_a_run_is_resumed_by_its_folder_alone(data: Path, tmp_path: Path) -> None:
@@ -100,16 +105,10 @@ def test_captions_are_evaluated_in_training_as_unicl_eval_does(data: Path, tmp_p
     assert 0 < seen["retrieval/captions/loss"] < 10
     assert any("zero_shot/labels/top1" in line for line in read_metrics(out))
     assert (out / "checkpoints" / "best.json").is_file()
-    result = tmp_path / "retrieval.json"
-    call(
-        *(evaluate, "retrieval", "--checkpoint", out, "--data", data / "captions"),
-        *("--json", result, "--device", "cpu"),
-    )
-    told = json.loads(result.read_text())
-    names = [f"{a}_recall_at_{k}" for a in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-    assert {name: seen[f"retrieval/captions/{name}"] for name in names} == {
-        name: told[name] for name in names
-    }
+    told = evaluated("retrieval", out, "--data", data / "captions")
+    for name in ("image_to_text", "text_to_image"):
+        for key in (f"{name}_recall_at_{k}" for k in (1, 5, 10)):
+            assert seen[f"retrieval/captions/{key}"] == told[key], key
     two = tmp_path / "two"
     run(
         *("pretrain", *SMALL, "--data.train", data / "captions", *sets[:2], "--out", two),
@@ -171,9 +170,7 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     sources = ["--data.train", data / "labels", data / "captions"]
     process = start(*LONG, *sources, "--out", out)
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(out / "checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_step(out, 1, process)
     config = (out / "config.json").read_bytes()
     more = ["--run.seed", "7", "--resume", "auto"]
     refused = run("pretrain", *LONG, *sources, "--out", out, *more, expect=2)
@@ -191,25 +188,24 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of_rank_1", "expected"),
     [
-        (["--run.seed", "7"], "run.seed is 0 on rank 0 and 7 on rank 1"),
-        (["--data.train", "{captions}", "{labels}"], "contents of data."),
+        ("--run.seed 7", "run.seed is 0 on rank 0 and 7 on rank 1"),
+        ("--data.train {captions} {labels}", "contents of data."),
     ],
-    ids=["seed", "order of data sets"],
 )
 def test_ranks_that_disagree_end_before_the_first_step(
-    data: Path, tmp_path: Path, of_rank_1: list[str], expected: str
+    data: Path, tmp_path: Path, of_rank_1: str, expected: str
 ) -> None:
     out = tmp_path / "run"
     train = ["--data.train", str(data / "labels"), str(data / "captions")]
-    others = [word.format(labels=data / "labels", captions=data / "captions") for word in of_rank_1]
+    others = of_rank_1.format(labels=data / "labels", captions=data / "captions").split()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = []
     for rank, more in enumerate(([], others)):
-        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        where |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(start(*SMALL, *train, "--out", out, *more, env=where))
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        env |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(start(*SMALL, *train, "--out", out, *more, env=env))
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], errors
     assert f"unicl-pretrain: ranks disagree: {expected}" in errors[0]
@@ -217,8 +213,8 @@ def test_ranks_that_disagree_end_before_the_first_step(
 
 
 @pytest.mark.slow
-def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
-    """Whatever the machine that resumes it computes fastest: here it begins in fp64."""
+def test_auto_keeps_its_meaning_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
+    """A run that began in fp64 resumes in fp64, even if this machine prefers another precision."""
     arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]
     call(pretrain, *arguments, "--efficiency.precision", "fp64", "--run.steps", "4")
     call(pretrain, *arguments, "--efficiency.precision", "auto", "--resume", "auto")
@@ -245,7 +241,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
 
 
 @pytest.mark.slow
-def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
+def test_the_average_of_the_weights_and_the_best_checkpoint_are_kept_and_evaluated(
     data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -254,18 +250,15 @@ def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
         *("--optim.ema-decay", "0.9", "--run.evaluate-every-steps", "3", "--out", out),
         *("--checkpoint.keep", "1"),
     )
-    numbers = {
-        line["step"]: line["zero_shot/labels/top1"]
-        for line in read_metrics(out)
-        if "zero_shot/labels/top1" in line
-    }
+    key = "zero_shot/labels/top1"
+    numbers = {line["step"]: line[key] for line in read_metrics(out) if key in line}
     best = max(numbers, key=lambda step: (numbers[step], -step))
     assert sorted(numbers) == [3, 6, 9, 12]
     assert {int(path.name[5:]) for path in list_checkpoints(out / "checkpoints")} == {best, 12}
-    path = tmp_path / "result.json"
-    assert zero_shot(out / "best", data / "labels", path)["top1"] == numbers[best]
-    assert zero_shot(out, data / "labels", path, "--weights", "ema")["top1"] == numbers[12]
-    zero_shot(out, data / "labels", path, "--weights", "model")
+    labels = ["--data", data / "labels"]
+    assert evaluated("zero-shot", out / "best", *labels)["top1"] == numbers[best]
+    assert evaluated("zero-shot", out, *labels, "--weights", "ema")["top1"] == numbers[12]
+    evaluated("zero-shot", out, *labels, "--weights", "model")
     said = refusal_of(
         *(pretrain, *SMALL, "--data.train", data / "labels", "--out", tmp_path / "other"),
         *("--checkpoint.best", "zero_shot/labels/top1"),
@@ -273,114 +266,55 @@ def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
     assert "no evaluation of this run gives that number" in said
 
 
-@pytest.fixture(scope="module")
-def packed_result(data: Path, unbroken: Path) -> dict:
-    return zero_shot(unbroken, data / "labels", data / "packed.json")
-
-
-def zero_shot(checkpoint: Path, source: Path, path: Path, *more: str, nproc: int = 1) -> dict:
-    arguments = ["--checkpoint", checkpoint, "--data", source, "--json", path, "--device", "cpu"]
-    if nproc == 1:
-        call(evaluate, "zero-shot", *arguments, *more)
-    else:
-        run("evaluate", "zero-shot", *arguments, *more, "--nproc", str(nproc))
-    return json.loads(path.read_text())
-
-
-@pytest.mark.parametrize(
-    ("source", "nproc", "more"),
-    [
-        ("classes", 1, []),
-        pytest.param(
-            *("classes", 2, ["--batch-size", "3"]), marks=[pytest.mark.dist, pytest.mark.slow]
-        ),
-    ],
-    ids=["class folders", "class folders on ranks"],
-)
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=[pytest.mark.dist, pytest.mark.slow])])
 def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
-    data: Path,
-    unbroken: Path,
-    packed_result: dict,
-    tmp_path: Path,
-    source: str,
-    nproc: int,
-    more: list[str],
+    data: Path, unbroken: Path, nproc: int
 ) -> None:
-    assert packed_result["num_samples"] == 21
-    assert packed_result["num_classes"] == 10
-    other = zero_shot(unbroken, data / source, tmp_path / "result.json", *more, nproc=nproc)
+    packed = evaluated("zero-shot", unbroken, "--data", data / "labels")
+    assert (packed["num_samples"], packed["num_classes"]) == (21, 10)
+    more = ["--batch-size", "3"] * (nproc > 1)
+    other = evaluated("zero-shot", unbroken, "--data", data / "classes", *more, nproc=nproc)
     for key in ("num_samples", "top1", "top5", "mean_per_class", "per_class"):
-        assert other[key] == packed_result[key], key
-
-
-def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) -> None:
-    path = tmp_path / "retrieval.json"
-    call(
-        *(evaluate, "retrieval", "--checkpoint", unbroken, "--data", data / "captions"),
-        *("--json", path, "--device", "cpu"),
-    )
-    values = json.loads(path.read_text())
-    assert (values["num_images"], values["num_captions"]) == (20, 100)
-    assert values["text_to_image_recall_at_5_chance"] == pytest.approx(5 / 20)
+        assert other[key] == packed[key], key
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "swin-tinny", "--out", "x"], "presets are swin-tiny"),
-        ([*SMALL, "--out", "x"], "give --data.train DIR"),
-        ([*SMALL, "--out", "x", "--data.train", "nowhere"], "nowhere"),
-        ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
-        ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
-        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "must be a number"),
-        (["--out", "nowhere", "--resume", "auto"], "nowhere holds no run to resume"),
-        ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
-        (
-            [
-                *(*SMALL, "--out", "x", "--nproc", "2", "--data.train", "{labels}"),
-                *("--data.evaluate", "nowhere"),
-            ],
-            "nowhere is not a packed data set",
-        ),
-        (
-            [*SMALL, "--out", "x", "--nproc", "3", "--data.train", "{labels}"],
-            "set run.global_batch_size to 6 or 9",
-        ),
+        ("--preset swin-tinny --out x", "presets are swin-tiny"),
+        ("SMALL --out x", "give --data.train DIR"),
+        ("SMALL --out x --data.train nowhere", "nowhere"),
+        ("SMALL --out x --data.train {labels}=0.5 {captions}", "or none"),
+        ("SMALL --out x --data.train {labels} --run.global-batch-size 64", "21"),
+        ("SMALL --out x --data.train {labels}=many", "must be a number"),
+        ("--out nowhere --resume auto", "nowhere holds no run to resume"),
+        ("SMALL --out x --nproc 0", "at least 1, not 0"),
+        ("SMALL --out x --nproc 2 --data.train {labels} --data.evaluate nowhere",
+         "nowhere is not a packed data set"),
+        ("SMALL --out x --nproc 3 --data.train {labels}", "set run.global_batch_size to 6 or 9"),
     ],
-    ids=[
-        *("preset", "no data", "no such data", "half the shares", "too few samples"),
-        *("no share", "no run", "no ranks", "no data to evaluate", "ranks that cannot share"),
-    ],
-)
-def test_wrong_input_ends_with_2_and_a_sentence(
-    data: Path, arguments: list[str], message: str
-) -> None:
-    filled = [
-        word.replace("{labels}", str(data / "labels")).replace("{captions}", str(data / "captions"))
-        for word in arguments
-    ]
-    assert message in refusal_of(pretrain, *filled)
+)  # fmt: skip
+def test_wrong_input_ends_with_2_and_a_sentence(data: Path, arguments: str, message: str) -> None:
+    words = arguments.format(labels=data / "labels", captions=data / "captions").split()
+    small = SMALL if words[0] == "SMALL" else []
+    assert message in refusal_of(pretrain, *small, *words[bool(small) :])
 
 
-def test_a_checkpoint_that_is_not_there_ends_ranks_before_they_start(
-    data: Path, unbroken: Path
-) -> None:
-    where = ("--checkpoint", f"{unbroken}x", "--data", data / "labels", "--nproc", "2")
-    said = refusal_of(evaluate, "zero-shot", *where)
+def test_a_missing_checkpoint_ends_ranks_before_they_start(data: Path, unbroken: Path) -> None:
+    words = ("--checkpoint", f"{unbroken}x", "--data", data / "labels", "--nproc", "2")
+    said = refusal_of(evaluate, "zero-shot", *words)
     assert f"there is no such folder; {unbroken} is there" in said
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["pretrain", "--data.train", "x", "--out", "y"],
-        pytest.param(["evaluate", "retrieval", "--checkpoint", "x", "--data", "y"],
-                     marks=pytest.mark.slow),
-        pytest.param(["convert", "hf", "x", "y"], marks=pytest.mark.slow),
+        "pretrain --data.train x --out y",
+        pytest.param("evaluate retrieval --checkpoint x --data y", marks=pytest.mark.slow),
+        pytest.param("convert hf x y", marks=pytest.mark.slow),
     ],
-    ids=lambda words: words[0],
-)  # fmt: skip
-def test_a_current_folder_that_was_removed_is_said(tmp_path: Path, words: list[str]) -> None:
+)
+def test_a_removed_current_folder_is_reported(tmp_path: Path, words: str) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
 
@@ -388,7 +322,7 @@ def test_a_current_folder_that_was_removed_is_said(tmp_path: Path, words: list[s
         os.chdir(gone)
         gone.rmdir()
 
-    done = run(*words, expect=2, preexec_fn=remove_and_stay)
+    done = run(*words.split(), expect=2, preexec_fn=remove_and_stay)
     assert "the current directory was removed or replaced" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -428,24 +362,22 @@ def test_a_read_only_machine_trains_and_evaluates(data: Path, tmp_path: Path) ->
     run_there("evaluate", "zero-shot", "--checkpoint", out, "--data", data / "labels")
 
 
-def test_the_short_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_short_help_shows_the_preset_and_help_all_every_setting(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         call(pretrain, "--preset", "cifar10-small", "-h")
     assert not stopped.value.code
     shown = capsys.readouterr().out
     for words in ("--data.image-size 28 ", "DIR=WEIGHT", "digits-small", "--help-all", "examples:"):
         assert words in shown
-
-
-def test_help_all_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for program, option in ((pretrain, "--help-all"), (evaluate, "--help")):
         with pytest.raises(SystemExit):
             call(program, option)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("DIR=WEIGHT", "cifar10-small", "Stochastic depth of the image enc", "retrieval"):
+        assert words in shown
+    shown = re.sub(r"(--\w+\.)no-", r"\1", shown)
     for group in dataclasses.fields(TrainConfig):
         for field in dataclasses.fields(getattr(TrainConfig(), group.name)):
-            assert f"--{group.name}.{field.name.replace('_', '-')}" in shown.replace(
-                f"--{group.name}.no-", f"--{group.name}."
-            ), field.name
-    words = ("DIR=WEIGHT", "cifar10-small", "Stochastic depth of the image encoder", "retrieval")
-    assert all(word in shown for word in words)
+            assert f"--{group.name}.{field.name.replace('_', '-')}" in shown, field.name

