@@ -17,7 +17,7 @@ from rank_workers import agree_on_a_precision, exchange_objects, run_on_ranks
 from unicl_fast.distributed import rendezvous
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.rendezvous import (
-    address_towards_rank_0,
+    address_towards,
     adopt_slurm_ranks,
     agree_on_session,
     claim_gpu,
@@ -73,11 +73,9 @@ def test_forty_ranks_meet() -> None:
     assert len(set(agree(store, late=20, world_size=40))) == 1
 
 
-def test_gloo_takes_the_interface_that_leads_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert interface_with(address_towards_rank_0()) == "lo"
-    monkeypatch.setenv("MASTER_ADDR", "no such host.invalid")
-    assert address_towards_rank_0() == "127.0.0.1"
+def test_gloo_takes_the_interface_that_leads_to_rank_0() -> None:
+    assert interface_with(address_towards("127.0.0.1")) == "lo"
+    assert address_towards("no such host.invalid") == "127.0.0.1"
     assert interface_with("192.0.2.1") is None  # reserved for documentation
 
 
@@ -96,13 +94,12 @@ def test_no_rank_of_several_machines_takes_loopback(
     monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
     monkeypatch.setenv("MASTER_ADDR", address)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    towards = rendezvous._address_towards
 
-    def address_towards(host: str) -> str:
+    def towards(host: str) -> str:
         outside = "10.7.7.7" if interface is not None else "127.0.0.1"
-        return outside if host == rendezvous._ELSEWHERE else towards(host)
+        return outside if host == rendezvous._ELSEWHERE else address_towards(host)
 
-    monkeypatch.setattr(rendezvous, "_address_towards", address_towards)
+    monkeypatch.setattr(rendezvous, "address_towards", towards)
     found = {"127.0.0.1": "lo", "10.7.7.7": "eth7"}
     monkeypatch.setattr(rendezvous, "interface_with", found.get)
     rendezvous._prepare_sockets(2)

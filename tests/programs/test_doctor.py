@@ -274,7 +274,7 @@ def test_folders_that_are_full_or_read_only(
     below = tmp_path / "not" / "there"
     assert machine.check_folder(below).state == "ok"
     roomy.free = 10**9
-    assert_found(machine.check_folder(below), "warning", "make room, or take another")
+    assert_found(machine.check_folder(below), "warning", "make room, or use another")
     roomy.total = 0
     assert_found(machine.check_folder(below), "warning", "cannot be written")
     roomy.total, roomy.free = 10**12, 0

@@ -44,7 +44,7 @@ def test_arguments_and_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> No
 
 def test_a_library_call_under_another_locale_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
-    with pytest.raises(ValueError, match="names for ascii .* start Python with PYTHONUTF8=1"):
+    with pytest.raises(ValueError, match="names as ascii .* start Python with PYTHONUTF8=1"):
         program.require_utf8_names()
 
 
