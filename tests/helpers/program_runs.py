@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -99,10 +98,3 @@ def processes_of(mark: str | Path) -> dict[int, str]:
             if str(mark) in [*process.cmdline(), *variables.values()]:
                 found[process.pid] = variables.get("RANK", "")
     return found
-
-
-def wait_until_gone(out: Path) -> None:
-    deadline = time.monotonic() + 40
-    while processes_of(out) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_of(out)

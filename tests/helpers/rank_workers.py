@@ -40,11 +40,7 @@ from unicl_fast.checkpoints.state import collect_tensors
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.distributed.launch import SharedRefusal, explain
-from unicl_fast.distributed.ranks import (
-    Ranks,
-    from_rank_0,
-    gather_objects,
-)
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
@@ -90,7 +86,7 @@ def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: objec
 
 @contextlib.contextmanager
 def ranks_of(worker: Callable[..., None], world_size: int, *arguments: object) -> Iterator[list]:
-    """The same processes, each for itself: one that fails ends no other. All end with the block."""
+    """The same processes, but a failure of one does not end the others. All end with the block."""
     port, context = _free_port(), mp.get_context("forkserver")
     processes = [
         context.Process(target=_enter, args=(rank, worker, world_size, port, arguments))
@@ -123,7 +119,7 @@ def _enter(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
+    with process_group(torch.device("cpu"), timeout_seconds=240) as ranks:
         worker(ranks, *arguments)
 
 
@@ -137,9 +133,27 @@ def trainer_of(
     **options: Any,
 ) -> Trainer:
     """A rank's trainer, by default with a `StepLoader` of its part of each batch."""
-    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
-    loader = loader or StepLoader(images, change=change, **mine)
+    loader = loader or StepLoader(images, change=change, **place_of(ranks))
     return make_trainer(config, loader, ranks=ranks, progress=False, **options)
+
+
+def place_of(ranks: Ranks) -> dict[str, int]:
+    return {"rank": ranks.rank, "world_size": ranks.world_size}
+
+
+def signalled(batch: Batch, *, number: int = signal.SIGTERM, here: bool = True) -> Batch:
+    """The batch; in step 2 this process gets a signal."""
+    if here and batch.step == 2:
+        os.kill(os.getpid(), number)
+    return batch
+
+
+def note_stop(trainer: Trainer, folder: Path) -> None:
+    """Trains, and writes the step at which the rank was stopped."""
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{trainer.ranks.rank}").write_text(str(trainer.step))
 
 
 NAMED = LedgerSource("images", 32)
@@ -154,14 +168,8 @@ def named(batch: Batch) -> Batch:
 
 
 def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
-    return Ledger(
-        run_folder / "ledger",
-        sources=[NAMED],
-        global_batch_size=12,
-        seed=0,
-        shares=[1],
-        ranks=ranks,
-    )
+    of_run = {"sources": [NAMED], "global_batch_size": 12, "seed": 0, "shares": [1]}
+    return Ledger(run_folder / "ledger", ranks=ranks, **of_run)
 
 
 def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
@@ -200,12 +208,9 @@ def write_objective_gradients(
     """Loss and parameter gradients of this rank under each objective, with both forms."""
     for objective in objectives:
         for form in ("dense", "tiled"):
-            result = first_gradients(
-                images,
-                ranks,
-                objective_config(objective, loss=form, **efficiency),
-                labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
-            )
+            config = objective_config(objective, loss=form, **efficiency)
+            loader = labelled_loader(images, objective, **place_of(ranks))
+            result = first_gradients(images, ranks, config, loader)
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
 
@@ -213,8 +218,8 @@ def write_objective_gradients(
 def write_feature_gradients(ranks, folder: str) -> None:
     """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
     images, texts, text_index, class_ids = ragged_features()
-    share = ranks.local_batch_size(len(images))
-    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    size = ranks.local_batch_size(len(images))
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
     text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
@@ -223,13 +228,11 @@ def write_feature_gradients(ranks, folder: str) -> None:
         inputs = [images[mine].clone().requires_grad_(), texts.clone().requires_grad_()]
         learnt = {"logit_scale": torch.tensor(40.0, dtype=torch.float64).log().requires_grad_()}
         if name == "sigmoid":
-            bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
-            learnt["logit_bias"] = bias
+            learnt["logit_bias"] = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
         columns = TextColumns(classes, ranks)
         all_texts = columns.receive(columns.send(inputs[1][distinct]))
-        loss = make_objective(name).loss(
-            Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
-        )
+        operands = Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
+        loss = make_objective(name).loss(operands)
         gradients = torch.autograd.grad(loss, [*inputs, *learnt.values()])
         torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
@@ -277,33 +280,25 @@ class PassesByRank:
 def train_each(
     ranks, images: torch.Tensor, folder: Path, runs: dict[str, tuple[TrainConfig, Path | None]]
 ) -> None:
-    """Trains runs of a name, a config and a checkpoint to resume from, each in a folder of its own.
+    """Trains runs of a name, a config and a checkpoint to resume from, each in its own folder.
 
-    Weights are compared over ranks after each step. Each rank adds its weights, and the bytes that
-    it holds of parameters and optimizer state.
+    Weights are compared over ranks after each step. Each rank writes its weights, and the bytes
+    that it has of parameters and optimizer state.
     """
-    place = {"rank": ranks.rank, "world_size": ranks.world_size}
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
-        trainer = trainer_of(
-            ranks,
-            images,
-            config,
-            loader=StepLoader(images, **place, make=make),
-            run_folder=folder / name,
-            evaluations={"passes": PassesByRank(images, ranks)},
-        )
+        loader = StepLoader(images, **place_of(ranks), make=make)
+        files = {"run_folder": folder / name}
+        evaluations = {"passes": PassesByRank(images, ranks)}
+        trainer = trainer_of(ranks, images, config, loader=loader, evaluations=evaluations, **files)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         trainer.fit()
         parameters = list(map(local_part, trainer.model.parameters()))
-        states = [
-            local_part(value)
-            for state in trainer.optimizer.state.values()
-            for value in state.values()
-        ]
-        sizes = [sum(tensor.nbytes for tensor in each) for each in (parameters, states)]
+        states = [one for state in trainer.optimizer.state.values() for one in state.values()]
+        held = parameters, map(local_part, states)
+        sizes = [sum(tensor.nbytes for tensor in each) for each in held]
         torch.save((sizes, parameters), folder / name / f"{ranks.rank}.pt")
         assert torch.is_autocast_cache_enabled()  # which evaluations of other models need
 
@@ -367,29 +362,17 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
 
 
 def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
-    trainer = trainer_of(ranks, images, tiny_config(steps=50), run_folder=folder / "run")
-    step_of = trainer.train_step
-
-    def train_step(batch):
-        if ranks.rank == 1 and batch.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(batch)
-
-    trainer.train_step = train_step
-    try:
-        trainer.fit()
-    except Interrupted:
-        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+    """Rank 1 gets SIGTERM in step 2; each rank writes down where it stopped."""
+    change = functools.partial(signalled, here=ranks.rank == 1)
+    config = tiny_config(steps=50)
+    note_stop(trainer_of(ranks, images, config, change=change, run_folder=folder / "run"), folder)
 
 
 def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
     """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
     ledger = ledger_in(folder, ranks)
-    keeper = [LedgerKeeper(ledger)]
-    trainer = trainer_of(
-        ranks, images, tiny_config(), change=named, run_folder=folder, observers=keeper
-    )
+    files = {"run_folder": folder, "observers": [LedgerKeeper(ledger)]}
+    trainer = trainer_of(ranks, images, tiny_config(), change=named, **files)
     write, found = ledger._write, []
 
     def write_late() -> None:
@@ -418,9 +401,7 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
         return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
 
     limits.LEAST_DRAWS = 30
-    config = tiny_config(steps=50)
-    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
-    config = dataclasses.replace(config, data=data)
+    config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
     trainer = trainer_of(ranks, images, config, change=replaced, run_folder=Path(folder))
     try:
         trainer.fit()
@@ -428,42 +409,18 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
         (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
 
 
-def train_watched(
-    ranks,
-    images: torch.Tensor,
-    folder: Path,
-    limit_seconds: float,
-    hangs_at: dict[int, int],
-    steps: int = 100_000,
-) -> None:
-    """Trains under a watchdog; what a rank says goes to stderr-RANK, its step to step-RANK.
+def train_watched(ranks, images: torch.Tensor, folder: Path, limit_seconds: float) -> None:
+    """Trains without end under a watchdog; writes stderr-RANK, and step-RANK after a step."""
+    os.dup2(os.open(folder / f"stderr-{ranks.rank}", os.O_WRONLY | os.O_CREAT), 2)
 
-    `hangs_at` has the step at which a rank's loader hangs.
-    """
-    descriptor = os.open(folder / f"stderr-{ranks.rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 2)
-    config = tiny_config(steps=steps)
-    config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
-    )
-
-    def hang(batch: Batch) -> Batch:
-        if batch.step == hangs_at.get(ranks.rank):
-            time.sleep(600)
+    def note(batch: Batch) -> Batch:
+        if batch.step == 2:
+            (folder / f"step-{ranks.rank}").touch()
         return batch
 
-    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
-    with Watchdog(limit_seconds=limit_seconds, **mine):
-        trainer = trainer_of(ranks, images, config, change=hang)
-        step_of = trainer.train_step
-
-        def train_step(batch):
-            result = step_of(batch)
-            (folder / f"step-{ranks.rank}").write_text(str(trainer.step))
-            return result
-
-        trainer.train_step = train_step
-        trainer.fit()
+    config = tiny_config(steps=100_000).changed(checkpoint={"every_steps": 0})
+    with Watchdog(limit_seconds=limit_seconds, **place_of(ranks)):
+        trainer_of(ranks, images, config, change=note).fit()
 
 
 def recorded(batch: Batch) -> Batch:
@@ -478,8 +435,7 @@ def recorded(batch: Batch) -> Batch:
 
 
 def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path, shard: str) -> None:
-    config = tiny_config(steps=4, shard=shard)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1))
+    config = tiny_config(steps=4, shard=shard).changed(run={"max_bad_steps": 1})
     trainer = trainer_of(ranks, images, config, change=recorded, run_folder=folder / "run")
     if ranks.rank == 1:
         poison_step(trainer, step=2)
@@ -517,11 +473,9 @@ class ZeroShotOfFour:
         classifier = torch.randn(3, width, dtype=torch.float64, generator=generator)
         on_ranks = ModelOnRanks(model=model, ranks=self.ranks)
         count = 12 * self.ranks.world_size
+        labels = [[sample % 3] for sample in range(count)]
         judge = functools.partial(
-            classify,
-            classifier=classifier,
-            labels=[[sample % 3] for sample in range(count)],
-            class_names=("a", "b", "c"),
+            classify, classifier=classifier, labels=labels, class_names=("a", "b", "c")
         )
         features = on_ranks.encode(self, num_samples=count)
         return {"top1": on_ranks.on_rank_0(judge, features, ClassificationResult).top1}
@@ -529,18 +483,10 @@ class ZeroShotOfFour:
 
 def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
     """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
-    config = tiny_config(steps=50)
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, evaluate_every_steps=3)
-    )
+    config = tiny_config(steps=50).changed(run={"evaluate_every_steps": 3})
     zero_shot = ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
-    trainer = trainer_of(
-        ranks, images, config, run_folder=folder / "run", evaluations={"some": zero_shot}
-    )
-    try:
-        trainer.fit()
-    except Interrupted:
-        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+    files = {"run_folder": folder / "run", "evaluations": {"some": zero_shot}}
+    note_stop(trainer_of(ranks, images, config, **files), folder)
 
 
 def described(
@@ -555,7 +501,7 @@ def described(
 
 def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
     """Each rank writes down what a `DatasetMeter` says of its slice of a batch of two sources."""
-    loader = labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size)
+    loader = labelled_loader(images, objective, **place_of(ranks))
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])

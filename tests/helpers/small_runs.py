@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -254,8 +255,11 @@ def labelled_loader(images: torch.Tensor, objective: str, **rank: int) -> StepLo
 
 
 def trainer_of(
-    images: torch.Tensor, config: TrainConfig | None = None, folder: Path | None = None
+    images: torch.Tensor,
+    config: TrainConfig | None = None,
+    folder: Path | None = None,
+    **options: Any,
 ) -> Trainer:
     """A trainer on the batches of a `StepLoader`; by default of `tiny_config` and without files."""
-    config = config or tiny_config()
-    return make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    options = {"loader": StepLoader(images), "progress": False, **options}
+    return make_trainer(config or tiny_config(), run_folder=folder, **options)

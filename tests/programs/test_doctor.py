@@ -190,7 +190,7 @@ def test_dali_decodes_or_is_a_fault(monkeypatch: Patch) -> None:
     monkeypatch.setattr(metadata, "distributions", lambda: two)
     assert_found(software.check_dali(), "fault", "overwrite each other")
     monkeypatch.setattr(metadata, "distributions", list)
-    monkeypatch.setattr(software, "_decode", lambda graph, name: 1 / (name != "WebP"))
+    monkeypatch.setattr(software, "_decode", lambda graph, running, name: 1 / (name != "WebP"))
     assert_found(software.check_dali(), "fault", "does not decode WebP: ")
 
 

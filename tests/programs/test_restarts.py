@@ -24,10 +24,10 @@ from program_runs import (
     refusal_of,
     run,
     start,
-    wait_until_gone,
     weights,
 )
 from safetensors.torch import load_file
+from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.evaluation.inference import load_model
@@ -134,7 +134,7 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     assert values["num_starts"] == 2
     assert values["segments"][1]["start_step"] >= 6
     assert values["num_different_from_plan"] == 0
-    wait_until_gone(out)
+    wait_until(lambda: not processes_of(out))
 
 
 def test_torchrun_has_a_flag_of_its_own_for_restarts(

@@ -27,7 +27,7 @@ from unicl_fast.system.atomic_files import (
     ("name", "message"),
     [
         ("file", "file is not a folder; name another one"),
-        ("file/a/b", "b cannot become one: .*file is a file; name another one"),
+        ("file/a/b", "b cannot be made: .*file is a file; name another one"),
         ("link", "link is not a folder; name another one"),
     ],
 )

@@ -27,8 +27,7 @@ def run(code: str, *words: str | bytes, **environment: str) -> subprocess.Comple
         [sys.executable, "-c", begin + code, *words],
         env=os.environ | environment,
         capture_output=True,
-        check=False,
-        timeout=60,
+        timeout=120,
     )
 
 
@@ -87,7 +86,7 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
     if traceback:
         assert "KeyboardInterrupt" in said
     else:
@@ -121,7 +120,7 @@ pathlib.Path(sys.argv[1]).touch(){ending}
         assert process.stdin is not None
         process.stdout.close()
         process.stdin.close()
-        assert process.wait(timeout=60) == (3 if "3" in ending else 0)
+        assert process.wait(timeout=120) == (3 if "3" in ending else 0)
     assert done.exists()
     assert not errors.read_bytes()
 
@@ -139,7 +138,7 @@ def test_help_breaks_lines_where_the_terminal_ends(tmp_path: Path) -> None:
         "tyro.cli(Options, args=begin_program())\n"
     )
     shown = subprocess.run(
-        [sys.executable, path, "--help"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, path, "--help"], capture_output=True, text=True, check=True, timeout=120
     ).stdout
     assert "Of the first line, and of the second." in shown
 

@@ -103,7 +103,7 @@ def check_dali() -> Found:
     failed = []
     for name in _FORMATS:
         try:
-            _decode(graph, name)
+            _decode(graph, running, name)
         except Exception as error:  # DALI's errors have several types
             failed.append(f"{name}: {running.reason_of(running.DecodingError(str(error)))}")
     if failed:
@@ -117,7 +117,7 @@ def check_dali() -> Found:
     return Found("ok", found)
 
 
-def _decode(graph: Any, name: str) -> None:
+def _decode(graph: Any, running: Any, name: str) -> None:
     """Decodes an image of a format to a crop on the CPU; raises DALI's errors."""
     import numpy as np
     import torch
@@ -133,7 +133,7 @@ def _decode(graph: Any, name: str) -> None:
     data = DataConfig(image_size=_SIDE, resample="dali")
     cpu = torch.device("cpu")
     build = functools.partial(graph.build_evaluation_graph, data=data, device=cpu)
-    for images, _ in graph.decode(build, (one for one in [batch]), batch_size=1, device=cpu):
+    for images, _ in running.decode(build, (one for one in [batch]), batch_size=1, device=cpu):
         if not (images.float().mean((0, 1, 2)) - torch.tensor([120, 130, 140])).abs().max() < 4:
             raise RuntimeError("other pixels than were encoded")
 

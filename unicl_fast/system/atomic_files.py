@@ -70,7 +70,7 @@ def make_folder(path: Path) -> None:
     """Makes a folder and its parents if needed; raises ValueError if a file is in the way."""
     there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
     if os.path.lexists(there) and not there.is_dir():
-        what = "is not a folder" if there == path else f"cannot become one: {there} is a file"
+        what = "is not a folder" if there == path else f"cannot be made: {there} is a file"
         raise ValueError(f"{path} {what}; name another one, or move that file away")
     path.mkdir(parents=True, exist_ok=True)
 
