@@ -5,14 +5,15 @@ from __future__ import annotations
 import datetime
 import operator
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_workers import agree_on_a_precision, exchange_objects, run_on_ranks
+from waiting import wait_until
 
 from unicl_fast.distributed import rendezvous
 from unicl_fast.distributed.launch import SharedRefusal
@@ -42,9 +43,12 @@ def agree(store: dist.Store, *, late: int, world_size: int = 3) -> list[str]:
     keys = [f"unicl_fast/hello/{rank}" for rank in range(1, world_size) if rank != late]
     before = [read(store, key) for key in keys]
 
+    def others_are_there() -> bool:
+        return all(map(operator.ne, before, [read(store, key) for key in keys]))
+
     def enter(rank: int) -> str:
-        while rank == late and any(map(operator.eq, before, [read(store, key) for key in keys])):
-            time.sleep(0.01)  # until all others have come
+        if rank == late:
+            wait_until(others_are_there)
         return agree_on_session(store, rank=rank, world_size=world_size, timeout=SOON)
 
     with ThreadPoolExecutor(world_size) as pool:
@@ -89,7 +93,7 @@ def test_no_rank_of_several_machines_takes_loopback(
     interface: str | None,
 ) -> None:
     """Not even on the machine that MASTER_ADDR names; the default route leads to the others."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set here is taken back
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that monkeypatch restores it
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
     monkeypatch.setenv("MASTER_ADDR", address)
@@ -109,10 +113,8 @@ def test_no_rank_of_several_machines_takes_loopback(
 
 def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a machine showed one GPU to all its ranks; two machines have two."""
-    names = iter(["GPU-a", "GPU-b", "GPU-a", "GPU-a"])
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(names))
-    )
+    gpus = [SimpleNamespace(uuid=f"GPU-{name}") for name in "abaa"]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", mock.Mock(side_effect=gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     store, gpu = dist.HashStore(), torch.device("cuda", 0)
     for _ in range(2):
@@ -187,19 +189,12 @@ def test_slurm_tasks_become_ranks(
     monkeypatch: pytest.MonkeyPatch, tasks_per_node: str, local: str
 ) -> None:
     for name in TORCHRUN:
-        monkeypatch.setenv(name, "")  # so that what is set here is taken back afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node}).items():
         monkeypatch.setenv(name, value)
     adopt_slurm_ranks()
-    taken = {name: os.environ[name] for name in TORCHRUN[:5]}
-    assert taken == {
-        "RANK": "5",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "8",
-        "LOCAL_WORLD_SIZE": local,
-        "MASTER_ADDR": "n1",
-    }
+    assert [os.environ[name] for name in TORCHRUN[:5]] == ["5", "1", "8", local, "n1"]
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
     for name in TORCHRUN:
         monkeypatch.delenv(name)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.system.phases import WaitingForRanks, current_phase, mark, mark_progress
 from unicl_fast.training import run
+
+FAIL = mock.Mock(side_effect=MemoryError("nothing left"))
 
 
 @pytest.fixture(autouse=True)
@@ -166,14 +169,10 @@ def test_one_failed_tick_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     watchdog = Watchdog(limit_seconds=100)
     for _ in range(50):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unicl_fast.distributed.watchdog.current_phase", fail)
+            patch.setattr("unicl_fast.distributed.watchdog.current_phase", FAIL)
             watchdog._tick_or_log(time.monotonic())
         watchdog._tick_or_log(time.monotonic())
     assert caplog.text.count("THE WATCHDOG FAILED with MemoryError") == 1
-
-
-def fail(*_: object) -> None:
-    raise MemoryError("nothing left")
 
 
 def test_a_watchdog_that_cannot_watch_ends_the_process(
@@ -181,7 +180,7 @@ def test_a_watchdog_that_cannot_watch_ends_the_process(
 ) -> None:
     codes: list[int] = []
     watchdog = Watchdog(limit_seconds=0.5, end=codes.append)
-    monkeypatch.setattr("unicl_fast.distributed.watchdog.current_phase", fail)
+    monkeypatch.setattr("unicl_fast.distributed.watchdog.current_phase", FAIL)
     with watchdog:
         wait_until(lambda: codes)
     assert codes == [EXIT_HUNG]
@@ -193,12 +192,9 @@ def test_a_watchdog_that_cannot_watch_ends_the_process(
 def test_a_process_whose_messages_nobody_reads_is_ended_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(descriptor: int, text: bytes) -> None:
-        raise BrokenPipeError
-
     codes: list[int] = []
     with Watchdog(limit_seconds=0.5, end=codes.append):
-        monkeypatch.setattr(os, "write", refuse)
+        monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
         wait_until(lambda: codes)
     assert codes[0] == EXIT_HUNG
 

@@ -56,7 +56,7 @@ def call(program: ModuleType, *arguments: str | Path) -> None:
 
 
 def refusal_of(program: ModuleType, *arguments: str | Path, code: int = 2) -> str:
-    """What a program that exits with `code` prints to standard error."""
+    """The standard error of a program that exits with `code`."""
     with pytest.raises(SystemExit) as stopped, redirect_stderr(io.StringIO()) as said:
         call(program, *arguments)
     assert stopped.value.code == code, said.getvalue()

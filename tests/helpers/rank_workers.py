@@ -160,7 +160,7 @@ NAMED = LedgerSource("images", 32)
 
 
 def named(batch: Batch) -> Batch:
-    """The batch with samples said to be those of one source, one after another."""
+    """The batch, with consecutive samples of one source."""
     ids = (batch.step * 12 + batch.global_index) % NAMED.num_samples
     return dataclasses.replace(
         batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
@@ -339,16 +339,16 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 )
 def train_each_compiled(ranks, *arguments) -> None:
     """The same, with torch's own kernels in the graphs."""
-    from torch._dynamo.utils import counters  # takes a second to import
+    from torch._dynamo.utils import counters  # its import lasts a second
 
     train_each(ranks, *arguments)
     assert counters["stats"]["unique_graphs"] >= 2
 
 
 def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], config) -> None:
-    """Each rank writes what it resumed with, or the error, beside a checkpoint.
+    """Each rank writes its state after resuming, or the error, beside a checkpoint.
 
-    Rank 1 looks for the checkpoint on a disk where there is none.
+    Rank 1 looks for the checkpoint on a disk without one.
     """
     for checkpoint in checkpoints:
         trainer = trainer_of(ranks, images, config)
@@ -362,14 +362,14 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
 
 
 def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 gets SIGTERM in step 2; each rank writes down where it stopped."""
+    """Rank 1 gets SIGTERM in step 2; each rank writes its last step."""
     change = functools.partial(signalled, here=ranks.rank == 1)
     config = tiny_config(steps=50)
     note_stop(trainer_of(ranks, images, config, change=change, run_folder=folder / "run"), folder)
 
 
 def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
-    """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
+    """Six steps; rank 1 can be slow to write its records. Writes the steps at each checkpoint."""
     ledger = ledger_in(folder, ranks)
     files = {"run_folder": folder, "observers": [LedgerKeeper(ledger)]}
     trainer = trainer_of(ranks, images, tiny_config(), change=named, **files)
@@ -482,7 +482,7 @@ class ZeroShotOfFour:
 
 
 def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
+    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes its last step."""
     config = tiny_config(steps=50).changed(run={"evaluate_every_steps": 3})
     zero_shot = ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
     files = {"run_folder": folder / "run", "evaluations": {"some": zero_shot}}
@@ -492,7 +492,7 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
 def described(
     meter: DatasetMeter, batch: Batch, ranks: Ranks | None = None, *, num_steps: int
 ) -> dict[str, float]:
-    """What a trainer on the ranks finds of its batch."""
+    """A trainer's figures of its batch."""
     ranks = ranks or Ranks()
     sums = meter.count(batch, ranks)
     totals = add_up(sums, ranks, torch.device("cpu")).tolist()
@@ -500,7 +500,7 @@ def described(
 
 
 def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
-    """Each rank writes down what a `DatasetMeter` says of its slice of a batch of two sources."""
+    """Each rank writes the figures of its slice of a batch of two sources."""
     loader = labelled_loader(images, objective, **place_of(ranks))
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
@@ -570,7 +570,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
     """Rank 0 packs longer than a collective may last; or ends instead, and rank 1 explains it."""
     timeout = datetime.timedelta(seconds=seconds)
     ranks = dataclasses.replace(ranks, host_group=dist.new_group(backend="gloo", timeout=timeout))
-    dist.barrier(ranks.host_group)  # connects them, as those of a run are
+    dist.barrier(ranks.host_group)  # connects them, as in a run
     pack = data.build_dataset
 
     def pack_slowly(*arguments: object, **settings: object) -> None:
@@ -588,7 +588,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
 
 
 def gather_features_of_slices(ranks, path: str) -> None:
-    """Each rank has rows r, r + w, ... of a table; rank 0 writes what it got of all of them."""
+    """Each rank has rows r, r + w, ... of a table; rank 0 writes the whole tables."""
     tables = []
     for count in (1, 7):  # of a single row, one rank has none
         table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
@@ -609,7 +609,7 @@ def gather_features_of_slices(ranks, path: str) -> None:
 
 
 def share_prompts(ranks: Ranks, class_names: list[str], templates: list[str]) -> None:
-    """Each rank encodes a part of the prompts, and has what one that encodes all of them has."""
+    """Each rank encodes a part of the prompts, and has the same result as one that encodes all."""
     model = build_model(tiny_config()).double().eval()
     whole = zero_shot_classifier(model, class_names, templates=templates)
     with mock.patch.object(zero_shot, "encode_token_rows", wraps=encode_token_rows) as encode:
@@ -624,7 +624,7 @@ def refuse(value: ClassificationResult) -> ClassificationResult:
 
 
 def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:
-    """Rank 1 has each of the descriptions, rank 0 the same one; writes what each rank raises."""
+    """Rank 1 has each of the descriptions, rank 0 the same one; writes the errors of each rank."""
     check_ranks_agree(same, ranks)
     said = []
     for other in descriptions:

@@ -50,7 +50,7 @@ def tiny_config(
     optimizer: str = "adamw",
     **efficiency: object,
 ) -> TrainConfig:
-    """fp64 and free of BatchNorm by default, with drop path on where there are branches."""
+    """By default fp64 and without BatchNorm; with drop path if there are branches."""
     return TrainConfig(
         data=DataConfig(image_size=IMAGE_SIZE, evaluation_resize=IMAGE_SIZE),
         model=ModelConfig(
@@ -138,7 +138,7 @@ def finish_writing(trainer: Trainer) -> None:
 
 
 def poison_step(trainer: Trainer, *, step: int) -> None:
-    """In that step the features of the first image, and what BatchNorm sees, are not numbers."""
+    """In that step the first image is NaN, for BatchNorm and in its features."""
 
     def poison(module: torch.nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor:
         if not module.training or trainer.step != step:
@@ -191,7 +191,7 @@ def labelled_batch(
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
-    Where images are mixed by UniCL or have several labels, the last ones have captions. Of several
+    If images are mixed by UniCL or have several labels, the last ones have captions. Of several
     labels an image has none to three, the one of its prompt among them.
     """
     which = (torch.arange(12) * 7 + step) % 5
@@ -227,8 +227,8 @@ def labelled_batch(
 class StepLoader:
     """The tests' one loader: a rank's slice of the global batch of each step, from any step on.
 
-    `make` gives the batch of a step; `change` returns it as the trainer shall see it, and may do
-    what it likes meanwhile: hang, send a signal.
+    `make` returns the batch of a step; `change` returns it as the trainer sees it, and can do
+    anything meanwhile: hang, send a signal.
     """
 
     def __init__(

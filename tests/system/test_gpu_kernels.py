@@ -49,7 +49,7 @@ def test_what_was_found_right_is_tried_once_on_a_machine(
         return len(runs)
 
     monkeypatch.setattr(gpu_kernels, "fault_of", fault_of)
-    assert [starts(), starts()] == [1, 2]  # what was found wrong is tried again
+    assert [starts(), starts()] == [1, 2]  # a fault is tried again
     assert not caplog.messages
     fault = ""
     assert [starts(), starts()] == [3, 3]

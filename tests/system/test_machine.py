@@ -213,11 +213,7 @@ def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: Patch) -> No
 
     monkeypatch.setattr(Path, "read_text", read_stat)
     assert cpu_times().busy == 10 + 20 + 2 * 2
-
-    def fail(*arguments: object, **options: object) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=FileNotFoundError))
     assert cpu_times()[1:] == (0, 0)  # a sandbox whose kernel says nothing
 
 

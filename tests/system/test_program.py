@@ -66,7 +66,7 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
 
 @pytest.mark.parametrize("module", sorted(set(SCRIPTS.values())))
 def test_every_program_begins_as_all_do(module: str) -> None:
-    """So that what is tested here of one is true of all."""
+    """So that the tests of one program hold for all."""
     spec = importlib.util.find_spec(module.partition(":")[0])
     assert spec is not None
     assert "begin_program() if " in Path(str(spec.origin)).read_text(encoding="utf-8")
@@ -126,7 +126,7 @@ pathlib.Path(sys.argv[1]).touch(){ending}
 
 
 def test_help_breaks_lines_where_the_terminal_ends(tmp_path: Path) -> None:
-    """Not where the lines of a docstring do."""
+    """Not at the line breaks of a docstring."""
     path = tmp_path / "options.py"
     path.write_text(
         "import dataclasses, tyro\n"

@@ -62,7 +62,7 @@ def test_only_regular_files_are_opened_and_links_only_for_reading(
 def test_a_link_in_a_run_folder_leads_nowhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run folder may come from a stranger; what a run writes must stay inside it."""
+    """A run folder can come from a stranger; a run must write only inside it."""
     caplog.set_level(logging.INFO)
     precious, run = tmp_path / "precious", tmp_path / "run"
     precious.write_text("precious")
@@ -109,7 +109,7 @@ def test_a_file_larger_than_memory_and_a_pipe_are_refused_by_name(
     except (ValueError, OSError) as error:
         assert str(path) in str(error) or f"{tmp_path} is not a" in str(error)  # noqa: PT017
     else:
-        assert (found, kind) == (None, "pipe")  # what is no file is no list of checksums either
+        assert (found, kind) == (None, "pipe")  # a pipe is no list of checksums
 
 
 def test_settings_may_come_out_of_a_pipe_that_the_user_names(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ ALLOWED = {
     "unicl_fast/training/agreement.py": PACKAGE,
     "unicl_fast/training/metrics.py": ROW,
 }
-"""Files of the product that open or parse by themselves, and what of."""
+"""Files of the product that open or parse files, and whose."""
 DIRECT = {
     *("read_text", "read_bytes", "write_text", "write_bytes", "open", "fdopen", "FileIO"),
     *("load", "loads", "safe_load", "reader", "DictReader"),
@@ -243,7 +243,7 @@ def opens_or_parses(node: ast.AST) -> bool:
 
 
 def test_no_other_file_of_the_product_opens_or_parses_files_by_itself() -> None:
-    """A new one goes through `untrusted_files`; what benchmarks read, they wrote themselves."""
+    """New ones use `untrusted_files`; benchmarks only read their own files."""
     found = {
         path.relative_to(CHECKOUT).as_posix()
         for room in ("unicl_fast", "pipelines", "tools")
