@@ -159,7 +159,7 @@ def in_words(proof: LedgerProof) -> str:
         f"{'is' if proof.steps == 1 else 'are'} covered, "
         f"by {count_of(len(sizes), 'start')} of the program on "
         f"{', then '.join(count_of(size, 'rank') for size, _ in itertools.groupby(sizes))}; "
-        f"{count_of(proof.num_superseded, 'step')} of them were done twice, after resuming",
+        f"{count_of(proof.num_superseded, 'step')} of them were done twice, after resuming"
     ]
     lines += [
         f"{source.name}: {count_of(source.draws, 'draw')} "

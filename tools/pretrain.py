@@ -130,7 +130,6 @@ def _main(argv: Sequence[str]) -> None:
     if arguments.print_config:
         print(as_yaml(config), end="")
         return
-    _refuse_shortened_urls(config)
     nproc, max_restarts = arguments.nproc, arguments.max_restarts
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
@@ -140,7 +139,7 @@ def _main(argv: Sequence[str]) -> None:
         bool(config.data.train) or resume != "auto",
         f"{run_folder} holds no run to resume: correct --out, or give --data.train DIR",
     )
-    _refuse_missing_data(config)
+    _refuse_wrong_data(config)
     from unicl_fast.conversion.initial import initialise
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.train_loader import TrainLoader
@@ -173,19 +172,14 @@ def _main(argv: Sequence[str]) -> None:
     )
 
 
-def _refuse_shortened_urls(config: TrainConfig) -> None:
-    """Refuses URLs from a config.json, which leaves out their queries."""
-    for url in (*config.data.train, *config.data.evaluate):
-        require(
-            not url.endswith("?..."),
-            f"{url} is a URL without its query, which files of settings do not keep: give "
-            "--data.train and --data.evaluate again",
-        )
-
-
-def _refuse_missing_data(config: TrainConfig) -> None:
+def _refuse_wrong_data(config: TrainConfig) -> None:
     """Refuses paths that are not packed data sets before torch is imported, which is slow."""
     for place in (*config.data.train, *config.data.evaluate):
+        require(
+            not place.endswith("?..."),
+            f"{place} is a URL without its query, which files of settings do not keep: give "
+            "--data.train and --data.evaluate again",
+        )
         folder, equals, _ = place.rpartition("=")  # DIR=WEIGHT
         if not is_url(place) and not (equals and Path(folder).exists()):
             Manifest.load(place)

@@ -148,9 +148,7 @@ def test_no_limit_watches_nothing() -> None:
     assert group_timeout(600) > 6 * 600
 
 
-def test_a_rank_that_waits_for_others_has_twice_the_time(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_rank_that_waits_for_others_has_twice_the_time(capfd: pytest.CaptureFixture[str]) -> None:
     """So the rank at fault, which can hang in its own work, ends first."""
     clock = Clock(world_size=3)
     mark("step: encoding", 8)

@@ -108,8 +108,7 @@ def inductor_for_h100() -> Iterator[list[Lowered]]:
 @contextlib.contextmanager
 def _driver_of_h100() -> Iterator[None]:
     driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
     )
     before = runtime.driver._active
     runtime.driver.set_active(driver)

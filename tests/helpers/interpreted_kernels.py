@@ -89,12 +89,7 @@ def loss_of_two_ranks(
     inputs = [x.detach().clone().requires_grad_() for x in (images, texts)]
     options = {name: arguments[name] for name in ("text_counts", "form")}
     rows, columns = logit_statistics(
-        inputs[0][half:],
-        inputs[1],
-        class_ids[half:],
-        arguments["text_class_ids"],
-        scale,
-        **options,
+        inputs[0][half:], inputs[1], class_ids[half:], arguments["text_class_ids"], scale, **options
     )
 
     def all_reduce(

@@ -288,10 +288,9 @@ def train_each(
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
-        loader = StepLoader(images, **place_of(ranks), make=make)
-        files = {"run_folder": folder / name}
-        evaluations = {"passes": PassesByRank(images, ranks)}
-        trainer = trainer_of(ranks, images, config, loader=loader, evaluations=evaluations, **files)
+        options = {"loader": StepLoader(images, **place_of(ranks), make=make)}
+        options |= {"evaluations": {"passes": PassesByRank(images, ranks)}}
+        trainer = trainer_of(ranks, images, config, run_folder=folder / name, **options)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         trainer.fit()

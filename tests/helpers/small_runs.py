@@ -91,12 +91,7 @@ def global_batch(
 
 
 def staged_batch(
-    images: torch.Tensor,
-    *,
-    config: TrainConfig,
-    step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    images: torch.Tensor, *, config: TrainConfig, step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Batch:
     """A batch as the stage of its step has it: so many images of its size, and texts as short."""
     stage = config.stages[span_at(config.run.spans, step).number].config
