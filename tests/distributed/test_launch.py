@@ -1,4 +1,4 @@
-"""How a launcher ends, given how its ranks do; and what a program logs into a file."""
+"""How a launcher ends, given how its ranks end; and the log file."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def launch(
 
 
 def launched(program: str, *ranks: str, restarts: int = 0) -> tuple[int, str, str]:
-    """The code, and what all wrote to stdout and to stderr."""
+    """The exit code, and all of stdout and stderr."""
     with launch(program, *ranks, restarts=restarts) as process:
-        out, errors = process.communicate(timeout=100)
+        out, errors = process.communicate(timeout=120)
     return process.returncode, out, errors
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
-    """Neither the store of the ranks nor their gloo connections."""
+    """Neither the ranks' store nor their gloo connections."""
     code, _, errors = launched("listening_program", "-", "-")
     assert code == 0, errors
 
@@ -103,7 +103,7 @@ def test_a_program_that_resumes_nothing_ends_with_130_after_ctrl_c() -> None:
         assert process.stdout is not None
         assert {process.stdout.readline() for _ in range(4)} == {"started\n", "asleep\n"}
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "\nunicl_fast: stopped by Ctrl-C\n")
 
 
@@ -113,7 +113,7 @@ def test_ranks_that_a_signal_ended_are_not_started_again() -> None:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["started\n", "asleep\n"]
         process.terminate()
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=120)
     assert (process.returncode, out) == (9, "")
 
 

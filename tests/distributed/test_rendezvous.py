@@ -5,19 +5,20 @@ from __future__ import annotations
 import datetime
 import operator
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_workers import agree_on_a_precision, exchange_objects, run_on_ranks
+from waiting import wait_until
 
 from unicl_fast.distributed import rendezvous
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.rendezvous import (
-    address_towards_rank_0,
+    address_towards,
     adopt_slurm_ranks,
     agree_on_session,
     claim_gpu,
@@ -42,9 +43,12 @@ def agree(store: dist.Store, *, late: int, world_size: int = 3) -> list[str]:
     keys = [f"unicl_fast/hello/{rank}" for rank in range(1, world_size) if rank != late]
     before = [read(store, key) for key in keys]
 
+    def others_are_there() -> bool:
+        return all(map(operator.ne, before, [read(store, key) for key in keys]))
+
     def enter(rank: int) -> str:
-        while rank == late and any(map(operator.eq, before, [read(store, key) for key in keys])):
-            time.sleep(0.01)  # until all others have come
+        if rank == late:
+            wait_until(others_are_there)
         return agree_on_session(store, rank=rank, world_size=world_size, timeout=SOON)
 
     with ThreadPoolExecutor(world_size) as pool:
@@ -73,11 +77,9 @@ def test_forty_ranks_meet() -> None:
     assert len(set(agree(store, late=20, world_size=40))) == 1
 
 
-def test_gloo_takes_the_interface_that_leads_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert interface_with(address_towards_rank_0()) == "lo"
-    monkeypatch.setenv("MASTER_ADDR", "no such host.invalid")
-    assert address_towards_rank_0() == "127.0.0.1"
+def test_gloo_takes_the_interface_that_leads_to_rank_0() -> None:
+    assert interface_with(address_towards("127.0.0.1")) == "lo"
+    assert address_towards("no such host.invalid") == "127.0.0.1"
     assert interface_with("192.0.2.1") is None  # reserved for documentation
 
 
@@ -91,18 +93,17 @@ def test_no_rank_of_several_machines_takes_loopback(
     interface: str | None,
 ) -> None:
     """Not even on the machine that MASTER_ADDR names; the default route leads to the others."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set here is taken back
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that monkeypatch restores it
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
     monkeypatch.setenv("MASTER_ADDR", address)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    towards = rendezvous._address_towards
 
-    def address_towards(host: str) -> str:
+    def towards(host: str) -> str:
         outside = "10.7.7.7" if interface is not None else "127.0.0.1"
-        return outside if host == rendezvous._ELSEWHERE else towards(host)
+        return outside if host == rendezvous._ELSEWHERE else address_towards(host)
 
-    monkeypatch.setattr(rendezvous, "_address_towards", address_towards)
+    monkeypatch.setattr(rendezvous, "address_towards", towards)
     found = {"127.0.0.1": "lo", "10.7.7.7": "eth7"}
     monkeypatch.setattr(rendezvous, "interface_with", found.get)
     rendezvous._prepare_sockets(2)
@@ -112,10 +113,8 @@ def test_no_rank_of_several_machines_takes_loopback(
 
 def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a machine showed one GPU to all its ranks; two machines have two."""
-    names = iter(["GPU-a", "GPU-b", "GPU-a", "GPU-a"])
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(names))
-    )
+    gpus = [SimpleNamespace(uuid=f"GPU-{name}") for name in "abaa"]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", mock.Mock(side_effect=gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     store, gpu = dist.HashStore(), torch.device("cuda", 0)
     for _ in range(2):
@@ -190,19 +189,12 @@ def test_slurm_tasks_become_ranks(
     monkeypatch: pytest.MonkeyPatch, tasks_per_node: str, local: str
 ) -> None:
     for name in TORCHRUN:
-        monkeypatch.setenv(name, "")  # so that what is set here is taken back afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node}).items():
         monkeypatch.setenv(name, value)
     adopt_slurm_ranks()
-    taken = {name: os.environ[name] for name in TORCHRUN[:5]}
-    assert taken == {
-        "RANK": "5",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "8",
-        "LOCAL_WORLD_SIZE": local,
-        "MASTER_ADDR": "n1",
-    }
+    assert [os.environ[name] for name in TORCHRUN[:5]] == ["5", "1", "8", local, "n1"]
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
     for name in TORCHRUN:
         monkeypatch.delenv(name)

@@ -1,15 +1,16 @@
-"""Signals that ask a run to stop: it stops where it can go on, on all ranks at once."""
+"""Signals that stop a run: all ranks stop after the same step, and it can resume."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,16 +18,16 @@ from rank_workers import (
     ZeroShotOfFour,
     evaluate_until_rank_1_is_signalled,
     run_on_ranks,
+    signalled,
     train_until_rank_1_is_signalled,
 )
-from small_runs import StepLoader, tiny_config
+from small_runs import StepLoader, tiny_config, trainer_of
+from waiting import wait_until
 
-from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.distributed.signals import Interrupted, Interruption
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -37,17 +38,6 @@ def _interrupts_are_heard() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def signalling_loader(images: torch.Tensor, *, number: signal.Signals) -> StepLoader:
-    """The loader sends this process a signal while the batch of step 2 is fetched."""
-
-    def send(batch: Batch) -> Batch:
-        if batch.step == 2:
-            os.kill(os.getpid(), number)
-        return batch
-
-    return StepLoader(images, change=send)
 
 
 @pytest.mark.parametrize(
@@ -61,21 +51,17 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     images: torch.Tensor, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = tiny_config(steps=6)
-    unbroken = make_trainer(config, StepLoader(images), progress=False)
+    unbroken = trainer_of(images, config)
     unbroken.fit()
     before = signal.getsignal(number)
-    stopped = make_trainer(
-        config,
-        signalling_loader(images, number=number),
-        run_folder=tmp_path,
-        progress=False,
-    )
+    loader = StepLoader(images, change=functools.partial(signalled, number=number))
+    stopped = trainer_of(images, config, tmp_path, loader=loader)
     with pytest.raises(Interrupted, match=f"{number.name} after step 3 of 6"):
         stopped.fit()
     assert signal.getsignal(number) is before
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert newest.name == "step-00000003"
-    resumed = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    resumed = trainer_of(images, config, tmp_path)
     resumed.resume(newest)
     resumed.fit()
     for name, weight in unbroken.model.state_dict().items():
@@ -87,8 +73,7 @@ def test_a_signal_during_a_save_waits_for_the_save(
     images: torch.Tensor, tmp_path: Path, steps: int, expected: int
 ) -> None:
     """The run ends well if it was the last one, and otherwise after one more step."""
-    config = tiny_config(steps=steps)  # saves in every second
-    trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer = trainer_of(images, tiny_config(steps=steps), tmp_path)  # saves in every second
     state_dict = trainer.scaler.state_dict
 
     def signal_in_between() -> dict[str, object]:
@@ -185,11 +170,13 @@ def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=2)
             return
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
+
+        def ended() -> bool:
             if len(signals) > 1:  # two that wait are one to the kernel: it may have missed one
                 process.send_signal(signals[-1])
+            return process.poll() is not None
+
+        wait_until(ended)
         assert process.returncode == code
         assert process.stderr.read().decode().count(said) == 1
     finally:
@@ -199,15 +186,10 @@ def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
 
 def evaluating(images: torch.Tensor, folder: Path, evaluation: ZeroShotOfFour) -> Trainer:
     """Evaluates in steps 3 and 6 of 6, and saves in step 6."""
-    config = tiny_config(steps=6)
-    config = config.changed(run={"evaluate_every_steps": 3}, checkpoint={"every_steps": 0})
-    return make_trainer(
-        config,
-        StepLoader(images),
-        run_folder=folder,
-        evaluations={"first": ZeroShotOfFour(images), "second": evaluation},
-        progress=False,
-    )
+    changes = {"run": {"evaluate_every_steps": 3}, "checkpoint": {"every_steps": 0}}
+    config = tiny_config(steps=6).changed(**changes)
+    evaluations = {"first": ZeroShotOfFour(images), "second": evaluation}
+    return trainer_of(images, config, folder, evaluations=evaluations)
 
 
 def evaluations_of(folder: Path) -> list[tuple[float, str, float]]:
@@ -270,13 +252,9 @@ def test_a_stop_in_an_evaluation_writes_the_checkpoint_that_failed_before(
 def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    def crash(model: torch.nn.Module) -> dict[str, float]:
-        raise RuntimeError("out of memory")
-
     crashing = evaluating(images, tmp_path, ZeroShotOfFour(images))
-    crashing.evaluations["second"] = crash
-    config = crashing.config
-    crashing.config = config.changed(checkpoint={"every_steps": 3})
+    crashing.evaluations["second"] = mock.Mock(side_effect=RuntimeError("out of memory"))
+    crashing.config = crashing.config.changed(checkpoint={"every_steps": 3})
     with pytest.raises(RuntimeError, match="out of memory"):
         crashing.fit()
     resumed = evaluating(images, tmp_path, ZeroShotOfFour(images))

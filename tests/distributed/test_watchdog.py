@@ -9,17 +9,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_workers import ranks_of, train_watched
+from waiting import wait_until
 
 from unicl_fast.config import RunConfig, TrainConfig
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.system.phases import WaitingForRanks, current_phase, mark, mark_progress
 from unicl_fast.training import run
+
+FAIL = mock.Mock(side_effect=MemoryError("nothing left"))
 
 
 @pytest.fixture(autouse=True)
@@ -119,10 +123,7 @@ def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
     config = TrainConfig(run=RunConfig(timeout_seconds=0, device="cpu"))
     with pytest.raises(ValueError, match="enough"):
         run.pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
-    assert [stage.name for stage in stages] == [
-        "reading checkpoints",
-        "opening the data",
-    ]
+    assert [stage.name for stage in stages] == ["reading checkpoints", "opening the data"]
     assert all(stage.patience == 3 for stage in stages)
     clock = Clock()
     mark("reading checkpoints", patience=3)
@@ -147,9 +148,7 @@ def test_no_limit_watches_nothing() -> None:
     assert group_timeout(600) > 6 * 600
 
 
-def test_a_rank_that_waits_for_others_has_twice_the_time(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_rank_that_waits_for_others_has_twice_the_time(capfd: pytest.CaptureFixture[str]) -> None:
     """So the rank at fault, which can hang in its own work, ends first."""
     clock = Clock(world_size=3)
     mark("step: encoding", 8)
@@ -168,23 +167,20 @@ def test_one_failed_tick_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     watchdog = Watchdog(limit_seconds=100)
     for _ in range(50):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unicl_fast.distributed.watchdog.current_phase", fail)
+            patch.setattr("unicl_fast.distributed.watchdog.current_phase", FAIL)
             watchdog._tick_or_log(time.monotonic())
         watchdog._tick_or_log(time.monotonic())
     assert caplog.text.count("THE WATCHDOG FAILED with MemoryError") == 1
-
-
-def fail(*_: object) -> None:
-    raise MemoryError("nothing left")
 
 
 def test_a_watchdog_that_cannot_watch_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     codes: list[int] = []
-    with Watchdog(limit_seconds=0.5, end=codes.append):
-        monkeypatch.setattr("unicl_fast.distributed.watchdog.current_phase", fail)
-        wait_for(lambda: codes)
+    watchdog = Watchdog(limit_seconds=0.5, end=codes.append)
+    monkeypatch.setattr("unicl_fast.distributed.watchdog.current_phase", FAIL)
+    with watchdog:
+        wait_until(lambda: codes)
     assert codes == [EXIT_HUNG]
     said = capfd.readouterr().err
     assert "THE WATCHDOG CANNOT CONTINUE" in said
@@ -194,39 +190,23 @@ def test_a_watchdog_that_cannot_watch_ends_the_process(
 def test_a_process_whose_messages_nobody_reads_is_ended_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(descriptor: int, text: bytes) -> None:
-        raise BrokenPipeError
-
     codes: list[int] = []
     with Watchdog(limit_seconds=0.5, end=codes.append):
-        monkeypatch.setattr(os, "write", refuse)
-        wait_for(lambda: codes)
+        monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
+        wait_until(lambda: codes)
     assert codes[0] == EXIT_HUNG
-
-
-def wait_for(condition, *, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it has not happened"
-        time.sleep(0.05)
-
-
-def said_by(folder: Path, rank: int) -> str:
-    return (folder / f"stderr-{rank}").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.timeout(200)
 def test_ranks_that_wait_for_a_stopped_one_name_the_collective(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    with ranks_of(train_watched, 2, images, tmp_path, 5.0, {}) as processes:
-        wait_for(lambda: (tmp_path / "step-0").exists() and (tmp_path / "step-1").exists())
+    with ranks_of(train_watched, 2, images, tmp_path, 30.0) as processes:
+        wait_until(lambda: all((tmp_path / f"step-{rank}").exists() for rank in range(2)))
         os.kill(processes[1].pid, signal.SIGSTOP)
         processes[0].join(150)
         assert processes[0].exitcode == EXIT_HUNG
-    said = said_by(tmp_path, 0)
-    # a collective of the step, or the one of its figures: where the other was stopped decides
+    # a collective of the step or of its figures: that depends on when the other was stopped
     hangs = r"rank 0 of 2 HANGS: '(step|reading the loss)[^']*waiting for other ranks' in step"
-    assert re.search(hangs, said)
+    assert re.search(hangs, (tmp_path / "stderr-0").read_text())

@@ -20,8 +20,7 @@ _HOW = "; if that is meant, run the test with UNICL_WRITE_BUDGETS=1 and commit t
 def compare(file: str, name: str, found: Any, *, versions: dict[str, str] | None = None) -> None:
     """Compares figures, or nested ones, with those that a file in tests/golden has under a name.
 
-    `versions` are those of the libraries that the figures depend on: what other versions do is
-    another figure, which is not compared.
+    The figures depend on the `versions` of libraries; those of other versions are not compared.
     """
     path = _FOLDER / file
     content = json.loads(path.read_text()) if path.exists() else {}

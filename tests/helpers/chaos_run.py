@@ -34,8 +34,9 @@ from typing import Any
 
 import numpy as np
 from damage import flip_byte
-from program_runs import SMALL, losses, processes_of, wait_until_gone
+from program_runs import SMALL, losses, processes_of
 from safetensors.numpy import load_file
+from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.dataset.reader import PackedDataset
@@ -44,7 +45,7 @@ from unicl_fast.tools.pack import __main__ as pack_dataset
 
 GLOBAL_BATCH_SIZE = 48  # 1, 2, 3 and 4 ranks share it
 STEPS_OF_A_LIFE = (10, 40)
-SECONDS_TO_START = 180.0
+SECONDS_TO_START = 240.0
 DAMAGED_SHARDS = (("labelled", 1), ("labelled", 3), ("captioned", 2))
 DAMAGED_SAMPLES = 4  # of each damaged shard
 TOLERANCE = (1e-6, 1e-8)
@@ -186,8 +187,8 @@ class Chaos:
         for number in victims[victim]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        process.wait(timeout=90)
-        wait_until_gone(self.run_folder)
+        process.wait(timeout=240)
+        wait_until(lambda: not processes_of(self.run_folder))
         self.kills_of[victim] += 1
         self.kills_during_a_checkpoint += bool(self.unfinished_checkpoints())
         return self.steps_done()

@@ -1,7 +1,7 @@
-"""What Inductor makes of a model's blocks for an H100 that is not there.
+"""Inductor's code for a model's blocks, for an H100 that is not there.
 
-Inside `inductor_for_h100` torch.compile lowers what it traces as it does on that device, and hands
-over the code, which `execute` runs on the CPU: products by torch, Triton's kernels as PTX.
+Inside `inductor_for_h100` torch.compile lowers graphs as it does on that device, and hands over
+the code, which `execute` runs on the CPU: products by torch, Triton's kernels as PTX.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Lowered:
         return self.code.count("async_compile.triton(")
 
     def call(self, inputs: list[Tensor]) -> list[Tensor | None]:
-        """Takes the place of the compiled code, whose inputs are a list that it empties."""
+        """Stands in for the compiled code, which empties the list of its inputs."""
         self.inputs[:] = inputs
         inputs.clear()
         self.outputs[:] = [None if one is None else _alike(one) for one in self.shapes]
@@ -67,7 +67,7 @@ class Lowered:
 
 @contextlib.contextmanager
 def inductor_for_h100() -> Iterator[list[Lowered]]:
-    """Collects what is lowered inside; call it inside of `fake_gpu`."""
+    """Collects lowered graphs; call it inside `fake_gpu`."""
     found: list[Lowered] = []
 
     def keep(graph: Any) -> Lowered:
@@ -108,8 +108,7 @@ def inductor_for_h100() -> Iterator[list[Lowered]]:
 @contextlib.contextmanager
 def _driver_of_h100() -> Iterator[None]:
     driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
     )
     before = runtime.driver._active
     runtime.driver.set_active(driver)

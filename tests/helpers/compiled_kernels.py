@@ -32,7 +32,7 @@ def compile_ahead(
     folder: Path,
     multiples_of_16: tuple[str, ...] = (),
 ) -> Any:
-    """What a launch with arguments of these types would compile; pointers are multiples of 16."""
+    """Compiles as a launch with these types would; pointers are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -65,7 +65,7 @@ def compile_loss(
     with_columns: bool = True,
     precision: str | None = None,
 ) -> Any:
-    """What a launch with such features would compile."""
+    """Compiles as a launch with such features would."""
     from unicl_fast.objectives.loss_triton import _precision, blocks_for
 
     blocks = blocks_for(dtype, capability=capability)._asdict()
@@ -95,7 +95,7 @@ def compile_loss(
 def compile_window(
     kernel: Any, capability: int, dtype: torch.dtype, *, shift: int, folder: Path
 ) -> Any:
-    """What a launch for the windows of the presets' models would compile."""
+    """Compiles as a launch for the windows of the presets' models would."""
     from unicl_fast.models import window_attention
 
     sizes = {"window_height": 7, "window_width": 7, "head_width": 32, "block": 64, "depth": 32}

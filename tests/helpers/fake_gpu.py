@@ -1,8 +1,8 @@
 """Steps on a GPU that is not there: tensors have shapes and the device `cuda:0`, and no memory.
 
-Torch's FakeTensorMode knows what every operator makes on a GPU. On a machine without one it cannot
+Torch's FakeTensorMode knows the results of all GPU operators. On a machine without a GPU it cannot
 back-propagate, since the autograd engine asks the device for its streams: a few lines of C++
-answer for it. `Kernels` watches what a step does: it counts, and refuses what makes the host wait.
+answer for it. `Kernels` counts what a step does, and refuses operations for which the host waits.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ extern "C" void end() {
 
 
 def build_stand_in(folder: Path) -> ctypes.CDLL:
-    """Compiles what answers for the device, in about three seconds."""
+    """Compiles the stand-in for the device, in about three seconds."""
     source, library = folder / "stand_in.cpp", folder / "stand_in.so"
     source.write_text(_STAND_IN)
     paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
@@ -153,7 +153,7 @@ class FakeEvent:
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **options: object
 ) -> Tensor:
-    """The kernel that CUDA takes; without it, torch would trace its steps one by one."""
+    """The kernel that CUDA uses; without it, torch would trace its steps one by one."""
     assert not any(options.values()), options
     if query.dtype in (torch.float16, torch.bfloat16):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -178,7 +178,7 @@ def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.
 
 def fake_trainer(mode: FakeTensorMode, config: TrainConfig, batch: Batch) -> tuple[Trainer, Batch]:
     """A trainer on the GPU, and the batch on a host of fake tensors; call it inside `fake_gpu`."""
-    # nobody reads the weights: meta tensors take no time
+    # nobody reads the weights: meta tensors cost no time
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_model(config)
     model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
@@ -211,7 +211,7 @@ class Kernels(TorchDispatchMode):
     """Counts operators that launch kernels and their bytes, and copies; raises `HostWaitsError`.
 
     An operator counts as one launch, though some make several and the fused optimizer one for each
-    few dozen weights. Bytes are those of all tensors that it reads or writes, each once.
+    few dozen weights. All tensors that it reads or writes count, each once.
     """
 
     def __init__(self, *, may_wait: bool = False) -> None:
@@ -220,7 +220,7 @@ class Kernels(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.num_bytes = 0
         self.seconds = 0.0
-        """A roofline: each operator takes the time of its bytes or of its products on an H100."""
+        """A roofline: each operator lasts as long as its bytes or its products on an H100."""
         self.shapes: set[tuple[int, ...]] = set()
         """Of all tensors that were made."""
         self.copies_to_device: Counter[str] = Counter()
@@ -305,7 +305,7 @@ def _written(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> list
 
 
 def _bytes_of(tensor: Tensor) -> int:
-    """Bytes of what is on the device; what is broadcast counts once."""
+    """Bytes on the device; broadcast elements count once."""
     if tensor.device.type != "cuda":
         return 0
     sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]

@@ -1,4 +1,4 @@
-"""What kernels compute, in a process whose Triton kernels are interpreted on the CPU.
+"""Results of kernels, in a process that interprets Triton on the CPU.
 
 Triton reads TRITON_INTERPRET as it is imported, and torch imports triton: a process that has begun
 without the variable cannot turn to it.
@@ -18,7 +18,7 @@ from unicl_fast.objectives.loss import LogitStatistics, logit_statistics, unifie
 from unicl_fast.objectives.positives import Membership
 
 Compute = Callable[..., list[torch.Tensor]]
-"""Calls a function of this file where the kernels run, and returns what it returns."""
+"""Calls a function of this file in the process in which the kernels run."""
 
 
 def call_on(device: str, function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:
@@ -48,7 +48,7 @@ def loss_and_gradients(
 
 
 def loss_in_tf32(*call: Any, rounds: bool = True) -> list[torch.Tensor]:
-    """The loss and its gradients, where products cut off what TF32 lacks."""
+    """The loss and its gradients, with products in TF32."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from unicl_fast.objectives import loss_triton
@@ -84,17 +84,12 @@ def loss_of_two_ranks(
     scale: float,
     **arguments: Any,
 ) -> list[torch.Tensor]:
-    """The same, where another rank has half of the images and the columns are all-reduced."""
+    """The same, but another rank has half of the images, and columns are all-reduced."""
     half = len(images) // 2
     inputs = [x.detach().clone().requires_grad_() for x in (images, texts)]
     options = {name: arguments[name] for name in ("text_counts", "form")}
     rows, columns = logit_statistics(
-        inputs[0][half:],
-        inputs[1],
-        class_ids[half:],
-        arguments["text_class_ids"],
-        scale,
-        **options,
+        inputs[0][half:], inputs[1], class_ids[half:], arguments["text_class_ids"], scale, **options
     )
 
     def all_reduce(
@@ -116,7 +111,7 @@ def loss_of_two_ranks(
 def attention_and_gradients(
     block: nn.Module, x: torch.Tensor, grad: torch.Tensor, *, fused: bool, autocast: bool = False
 ) -> list[torch.Tensor]:
-    """Attention of a block of Swin, and its gradients of x and of what is trained, by name."""
+    """Attention of a Swin block, and its gradients of x and the weights, by name."""
     from unicl_fast.models import window_trial
 
     block = copy.deepcopy(block)
@@ -183,7 +178,7 @@ def set_up_interpreter() -> None:
 
 
 def _mend_bf16() -> None:
-    """Triton 3.9 interprets bf16 as integers: it multiplies them, and cuts off where GPUs round."""
+    """Triton 3.9 interprets bf16 as integers: it multiplies them, and truncates; GPUs round."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

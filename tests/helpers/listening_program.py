@@ -27,7 +27,7 @@ def open_to_others() -> list[str]:
 
 
 if __name__ == "__main__":
-    with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
+    with process_group(torch.device("cpu"), timeout_seconds=240) as ranks:
         gather_integers(ranks.rank, ranks)
         if addresses := open_to_others():
             print(f"rank {ranks.rank} listens at", *addresses, file=sys.stderr)

@@ -60,7 +60,7 @@ def call(program: ModuleType, *arguments: str | Path) -> None:
 
 
 def refusal_of(program: ModuleType, *arguments: str | Path, code: int = 2) -> str:
-    """What a program that exits with `code` prints to standard error."""
+    """The standard error of a program that exits with `code`."""
     with pytest.raises(SystemExit) as stopped, redirect_stderr(io.StringIO()) as said:
         call(program, *arguments)
     assert stopped.value.code == code, said.getvalue()
@@ -118,7 +118,7 @@ def processes_of(mark: str | Path) -> dict[int, str]:
 
 
 def wait_until_gone(out: Path) -> None:
-    wait_until(lambda: not processes_of(out), timeout=40)
+    wait_until(lambda: not processes_of(out))
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -129,4 +129,4 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
         found = list_checkpoints(out / "checkpoints")
         return bool(found) and int(found[-1].name[5:]) >= step
 
-    wait_until(has_come, timeout=150)
+    wait_until(has_come, timeout=300)

@@ -40,11 +40,7 @@ from unicl_fast.checkpoints.state import collect_tensors
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.distributed.launch import SharedRefusal, explain
-from unicl_fast.distributed.ranks import (
-    Ranks,
-    from_rank_0,
-    gather_objects,
-)
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
@@ -90,7 +86,7 @@ def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: objec
 
 @contextlib.contextmanager
 def ranks_of(worker: Callable[..., None], world_size: int, *arguments: object) -> Iterator[list]:
-    """The same processes, each for itself: one that fails ends no other. All end with the block."""
+    """The same processes, but a failure of one does not end the others. All end with the block."""
     port, context = _free_port(), mp.get_context("forkserver")
     processes = [
         context.Process(target=_enter, args=(rank, worker, world_size, port, arguments))
@@ -123,7 +119,7 @@ def _enter(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
+    with process_group(torch.device("cpu"), timeout_seconds=240) as ranks:
         worker(ranks, *arguments)
 
 
@@ -137,16 +133,34 @@ def trainer_of(
     **options: Any,
 ) -> Trainer:
     """A rank's trainer, by default with a `StepLoader` of its part of each batch."""
-    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
-    loader = loader or StepLoader(images, change=change, **mine)
+    loader = loader or StepLoader(images, change=change, **place_of(ranks))
     return make_trainer(config, loader, ranks=ranks, progress=False, **options)
+
+
+def place_of(ranks: Ranks) -> dict[str, int]:
+    return {"rank": ranks.rank, "world_size": ranks.world_size}
+
+
+def signalled(batch: Batch, *, number: int = signal.SIGTERM, here: bool = True) -> Batch:
+    """The batch; in step 2 this process gets a signal."""
+    if here and batch.step == 2:
+        os.kill(os.getpid(), number)
+    return batch
+
+
+def note_stop(trainer: Trainer, folder: Path) -> None:
+    """Trains, and writes the step at which the rank was stopped."""
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{trainer.ranks.rank}").write_text(str(trainer.step))
 
 
 NAMED = LedgerSource("images", 32)
 
 
 def named(batch: Batch) -> Batch:
-    """The batch with samples said to be those of one source, one after another."""
+    """The batch, with consecutive samples of one source."""
     ids = (batch.step * 12 + batch.global_index) % NAMED.num_samples
     return dataclasses.replace(
         batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
@@ -154,14 +168,8 @@ def named(batch: Batch) -> Batch:
 
 
 def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
-    return Ledger(
-        run_folder / "ledger",
-        sources=[NAMED],
-        global_batch_size=12,
-        seed=0,
-        shares=[1],
-        ranks=ranks,
-    )
+    of_run = {"sources": [NAMED], "global_batch_size": 12, "seed": 0, "shares": [1]}
+    return Ledger(run_folder / "ledger", ranks=ranks, **of_run)
 
 
 def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
@@ -200,12 +208,9 @@ def write_objective_gradients(
     """Loss and parameter gradients of this rank under each objective, with both forms."""
     for objective in objectives:
         for form in ("dense", "tiled"):
-            result = first_gradients(
-                images,
-                ranks,
-                objective_config(objective, loss=form, **efficiency),
-                labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
-            )
+            config = objective_config(objective, loss=form, **efficiency)
+            loader = labelled_loader(images, objective, **place_of(ranks))
+            result = first_gradients(images, ranks, config, loader)
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
 
@@ -213,8 +218,8 @@ def write_objective_gradients(
 def write_feature_gradients(ranks, folder: str) -> None:
     """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
     images, texts, text_index, class_ids = ragged_features()
-    share = ranks.local_batch_size(len(images))
-    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    size = ranks.local_batch_size(len(images))
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
     text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
@@ -223,13 +228,11 @@ def write_feature_gradients(ranks, folder: str) -> None:
         inputs = [images[mine].clone().requires_grad_(), texts.clone().requires_grad_()]
         learnt = {"logit_scale": torch.tensor(40.0, dtype=torch.float64).log().requires_grad_()}
         if name == "sigmoid":
-            bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
-            learnt["logit_bias"] = bias
+            learnt["logit_bias"] = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
         columns = TextColumns(classes, ranks)
         all_texts = columns.receive(columns.send(inputs[1][distinct]))
-        loss = make_objective(name).loss(
-            Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
-        )
+        operands = Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
+        loss = make_objective(name).loss(operands)
         gradients = torch.autograd.grad(loss, [*inputs, *learnt.values()])
         torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
@@ -277,33 +280,24 @@ class PassesByRank:
 def train_each(
     ranks, images: torch.Tensor, folder: Path, runs: dict[str, tuple[TrainConfig, Path | None]]
 ) -> None:
-    """Trains runs of a name, a config and a checkpoint to resume from, each in a folder of its own.
+    """Trains runs of a name, a config and a checkpoint to resume from, each in its own folder.
 
-    Weights are compared over ranks after each step. Each rank adds its weights, and the bytes that
-    it holds of parameters and optimizer state.
+    Weights are compared over ranks after each step. Each rank writes its weights, and the bytes
+    that it has of parameters and optimizer state.
     """
-    place = {"rank": ranks.rank, "world_size": ranks.world_size}
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
-        trainer = trainer_of(
-            ranks,
-            images,
-            config,
-            loader=StepLoader(images, **place, make=make),
-            run_folder=folder / name,
-            evaluations={"passes": PassesByRank(images, ranks)},
-        )
+        options = {"loader": StepLoader(images, **place_of(ranks), make=make)}
+        options |= {"evaluations": {"passes": PassesByRank(images, ranks)}}
+        trainer = trainer_of(ranks, images, config, run_folder=folder / name, **options)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         trainer.fit()
         parameters = list(map(local_part, trainer.model.parameters()))
-        states = [
-            local_part(value)
-            for state in trainer.optimizer.state.values()
-            for value in state.values()
-        ]
-        sizes = [sum(tensor.nbytes for tensor in each) for each in (parameters, states)]
+        states = [one for state in trainer.optimizer.state.values() for one in state.values()]
+        held = parameters, map(local_part, states)
+        sizes = [sum(tensor.nbytes for tensor in each) for each in held]
         torch.save((sizes, parameters), folder / name / f"{ranks.rank}.pt")
         assert torch.is_autocast_cache_enabled()  # which evaluations of other models need
 
@@ -344,16 +338,16 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 )
 def train_each_compiled(ranks, *arguments) -> None:
     """The same, with torch's own kernels in the graphs."""
-    from torch._dynamo.utils import counters  # takes a second to import
+    from torch._dynamo.utils import counters  # its import lasts a second
 
     train_each(ranks, *arguments)
     assert counters["stats"]["unique_graphs"] >= 2
 
 
 def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], config) -> None:
-    """Each rank writes what it resumed with, or the error, beside a checkpoint.
+    """Each rank writes its state after resuming, or the error, beside a checkpoint.
 
-    Rank 1 looks for the checkpoint on a disk where there is none.
+    Rank 1 looks for the checkpoint on a disk without one.
     """
     for checkpoint in checkpoints:
         trainer = trainer_of(ranks, images, config)
@@ -367,29 +361,17 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
 
 
 def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
-    trainer = trainer_of(ranks, images, tiny_config(steps=50), run_folder=folder / "run")
-    step_of = trainer.train_step
-
-    def train_step(batch):
-        if ranks.rank == 1 and batch.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(batch)
-
-    trainer.train_step = train_step
-    try:
-        trainer.fit()
-    except Interrupted:
-        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+    """Rank 1 gets SIGTERM in step 2; each rank writes its last step."""
+    change = functools.partial(signalled, here=ranks.rank == 1)
+    config = tiny_config(steps=50)
+    note_stop(trainer_of(ranks, images, config, change=change, run_folder=folder / "run"), folder)
 
 
 def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
-    """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
+    """Six steps; rank 1 can be slow to write its records. Writes the steps at each checkpoint."""
     ledger = ledger_in(folder, ranks)
-    keeper = [LedgerKeeper(ledger)]
-    trainer = trainer_of(
-        ranks, images, tiny_config(), change=named, run_folder=folder, observers=keeper
-    )
+    files = {"run_folder": folder, "observers": [LedgerKeeper(ledger)]}
+    trainer = trainer_of(ranks, images, tiny_config(), change=named, **files)
     write, found = ledger._write, []
 
     def write_late() -> None:
@@ -418,9 +400,7 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
         return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
 
     limits.LEAST_DRAWS = 30
-    config = tiny_config(steps=50)
-    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
-    config = dataclasses.replace(config, data=data)
+    config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
     trainer = trainer_of(ranks, images, config, change=replaced, run_folder=Path(folder))
     try:
         trainer.fit()
@@ -428,42 +408,18 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
         (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
 
 
-def train_watched(
-    ranks,
-    images: torch.Tensor,
-    folder: Path,
-    limit_seconds: float,
-    hangs_at: dict[int, int],
-    steps: int = 100_000,
-) -> None:
-    """Trains under a watchdog; what a rank says goes to stderr-RANK, its step to step-RANK.
+def train_watched(ranks, images: torch.Tensor, folder: Path, limit_seconds: float) -> None:
+    """Trains without end under a watchdog; writes stderr-RANK, and step-RANK after a step."""
+    os.dup2(os.open(folder / f"stderr-{ranks.rank}", os.O_WRONLY | os.O_CREAT), 2)
 
-    `hangs_at` has the step at which a rank's loader hangs.
-    """
-    descriptor = os.open(folder / f"stderr-{ranks.rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 2)
-    config = tiny_config(steps=steps)
-    config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
-    )
-
-    def hang(batch: Batch) -> Batch:
-        if batch.step == hangs_at.get(ranks.rank):
-            time.sleep(600)
+    def note(batch: Batch) -> Batch:
+        if batch.step == 2:
+            (folder / f"step-{ranks.rank}").touch()
         return batch
 
-    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
-    with Watchdog(limit_seconds=limit_seconds, **mine):
-        trainer = trainer_of(ranks, images, config, change=hang)
-        step_of = trainer.train_step
-
-        def train_step(batch):
-            result = step_of(batch)
-            (folder / f"step-{ranks.rank}").write_text(str(trainer.step))
-            return result
-
-        trainer.train_step = train_step
-        trainer.fit()
+    config = tiny_config(steps=100_000).changed(checkpoint={"every_steps": 0})
+    with Watchdog(limit_seconds=limit_seconds, **place_of(ranks)):
+        trainer_of(ranks, images, config, change=note).fit()
 
 
 def recorded(batch: Batch) -> Batch:
@@ -478,8 +434,7 @@ def recorded(batch: Batch) -> Batch:
 
 
 def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path, shard: str) -> None:
-    config = tiny_config(steps=4, shard=shard)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1))
+    config = tiny_config(steps=4, shard=shard).changed(run={"max_bad_steps": 1})
     trainer = trainer_of(ranks, images, config, change=recorded, run_folder=folder / "run")
     if ranks.rank == 1:
         poison_step(trainer, step=2)
@@ -517,36 +472,26 @@ class ZeroShotOfFour:
         classifier = torch.randn(3, width, dtype=torch.float64, generator=generator)
         on_ranks = ModelOnRanks(model=model, ranks=self.ranks)
         count = 12 * self.ranks.world_size
+        labels = [[sample % 3] for sample in range(count)]
         judge = functools.partial(
-            classify,
-            classifier=classifier,
-            labels=[[sample % 3] for sample in range(count)],
-            class_names=("a", "b", "c"),
+            classify, classifier=classifier, labels=labels, class_names=("a", "b", "c")
         )
         features = on_ranks.encode(self, num_samples=count)
         return {"top1": on_ranks.on_rank_0(judge, features, ClassificationResult).top1}
 
 
 def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
-    config = tiny_config(steps=50)
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, evaluate_every_steps=3)
-    )
+    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes its last step."""
+    config = tiny_config(steps=50).changed(run={"evaluate_every_steps": 3})
     zero_shot = ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
-    trainer = trainer_of(
-        ranks, images, config, run_folder=folder / "run", evaluations={"some": zero_shot}
-    )
-    try:
-        trainer.fit()
-    except Interrupted:
-        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+    files = {"run_folder": folder / "run", "evaluations": {"some": zero_shot}}
+    note_stop(trainer_of(ranks, images, config, **files), folder)
 
 
 def described(
     meter: DatasetMeter, batch: Batch, ranks: Ranks | None = None, *, num_steps: int
 ) -> dict[str, float]:
-    """What a trainer on the ranks finds of its batch."""
+    """A trainer's figures of its batch."""
     ranks = ranks or Ranks()
     sums = meter.count(batch, ranks)
     totals = add_up(sums, ranks, torch.device("cpu")).tolist()
@@ -554,8 +499,8 @@ def described(
 
 
 def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
-    """Each rank writes down what a `DatasetMeter` says of its slice of a batch of two sources."""
-    loader = labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size)
+    """Each rank writes the figures of its slice of a batch of two sources."""
+    loader = labelled_loader(images, objective, **place_of(ranks))
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
@@ -624,7 +569,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
     """Rank 0 packs longer than a collective may last; or ends instead, and rank 1 explains it."""
     timeout = datetime.timedelta(seconds=seconds)
     ranks = dataclasses.replace(ranks, host_group=dist.new_group(backend="gloo", timeout=timeout))
-    dist.barrier(ranks.host_group)  # connects them, as those of a run are
+    dist.barrier(ranks.host_group)  # connects them, as in a run
     pack = data.build_dataset
 
     def pack_slowly(*arguments: object, **settings: object) -> None:
@@ -642,7 +587,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
 
 
 def gather_features_of_slices(ranks, path: str) -> None:
-    """Each rank has rows r, r + w, ... of a table; rank 0 writes what it got of all of them."""
+    """Each rank has rows r, r + w, ... of a table; rank 0 writes the whole tables."""
     tables = []
     for count in (1, 7):  # of a single row, one rank has none
         table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
@@ -663,7 +608,7 @@ def gather_features_of_slices(ranks, path: str) -> None:
 
 
 def share_prompts(ranks: Ranks, class_names: list[str], templates: list[str]) -> None:
-    """Each rank encodes a part of the prompts, and has what one that encodes all of them has."""
+    """Each rank encodes a part of the prompts, and has the same result as one that encodes all."""
     model = build_model(tiny_config()).double().eval()
     whole = zero_shot_classifier(model, class_names, templates=templates)
     with mock.patch.object(zero_shot, "encode_token_rows", wraps=encode_token_rows) as encode:
@@ -678,7 +623,7 @@ def refuse(value: ClassificationResult) -> ClassificationResult:
 
 
 def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:
-    """Rank 1 has each of the descriptions, rank 0 the same one; writes what each rank raises."""
+    """Rank 1 has each of the descriptions, rank 0 the same one; writes the errors of each rank."""
     check_ranks_agree(same, ranks)
     said = []
     for other in descriptions:

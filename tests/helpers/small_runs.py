@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def tiny_config(
     optimizer: str = "adamw",
     **efficiency: object,
 ) -> TrainConfig:
-    """fp64 and free of BatchNorm by default, with drop path on where there are branches."""
+    """By default fp64 and without BatchNorm; with drop path if there are branches."""
     return TrainConfig(
         data=DataConfig(image_size=IMAGE_SIZE, evaluation_resize=IMAGE_SIZE),
         model=ModelConfig(
@@ -90,12 +91,7 @@ def global_batch(
 
 
 def staged_batch(
-    images: torch.Tensor,
-    *,
-    config: TrainConfig,
-    step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    images: torch.Tensor, *, config: TrainConfig, step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Batch:
     """A batch as the stage of its step has it: so many images of its size, and texts as short."""
     stage = config.stages[span_at(config.run.spans, step).number].config
@@ -137,7 +133,7 @@ def finish_writing(trainer: Trainer) -> None:
 
 
 def poison_step(trainer: Trainer, *, step: int) -> None:
-    """In that step the features of the first image, and what BatchNorm sees, are not numbers."""
+    """In that step the first image is NaN, for BatchNorm and in its features."""
 
     def poison(module: torch.nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor:
         if not module.training or trainer.step != step:
@@ -190,7 +186,7 @@ def labelled_batch(
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
-    Where images are mixed by UniCL or have several labels, the last ones have captions. Of several
+    If images are mixed by UniCL or have several labels, the last ones have captions. Of several
     labels an image has none to three, the one of its prompt among them.
     """
     which = (torch.arange(12) * 7 + step) % 5
@@ -226,8 +222,8 @@ def labelled_batch(
 class StepLoader:
     """The tests' one loader: a rank's slice of the global batch of each step, from any step on.
 
-    `make` gives the batch of a step; `change` returns it as the trainer shall see it, and may do
-    what it likes meanwhile: hang, send a signal.
+    `make` returns the batch of a step; `change` returns it as the trainer sees it, and can do
+    anything meanwhile: hang, send a signal.
     """
 
     def __init__(
@@ -254,8 +250,11 @@ def labelled_loader(images: torch.Tensor, objective: str, **rank: int) -> StepLo
 
 
 def trainer_of(
-    images: torch.Tensor, config: TrainConfig | None = None, folder: Path | None = None
+    images: torch.Tensor,
+    config: TrainConfig | None = None,
+    folder: Path | None = None,
+    **options: Any,
 ) -> Trainer:
     """A trainer on the batches of a `StepLoader`; by default of `tiny_config` and without files."""
-    config = config or tiny_config()
-    return make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    options = {"loader": StepLoader(images), "progress": False, **options}
+    return make_trainer(config or tiny_config(), run_folder=folder, **options)

@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -45,9 +46,6 @@ def _plain_environment(monkeypatch: Patch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-# The rows, which no check can break.
-
-
 def raises() -> Found:
     raise KeyError("no such field")
 
@@ -74,9 +72,6 @@ def test_checks_that_raise_or_end_the_process_are_faults_and_the_others_run() ->
 def test_a_check_that_blocks_is_a_fault() -> None:
     rows = dict(run_checks([Check("blocks", signal.pause)], seconds=0.5))
     assert_found(rows["blocks"], "fault", "did not end within 0.5 s")
-
-
-# The program.
 
 
 @pytest.mark.parametrize(("state", "code"), [("warning", 0), ("fault", 1)])
@@ -128,14 +123,6 @@ def test_the_program_runs_here_and_without_a_home(monkeypatch: Patch) -> None:
     assert "WARNING disks" in shown
 
 
-# What is installed.
-
-
-def pip_says(monkeypatch: Patch, code: int, *lines: str) -> None:
-    done = SimpleNamespace(returncode=code, stdout="".join(f"{line}\n" for line in lines))
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-
-
 def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch: Patch) -> None:
     other = "spacy 3.8 requires thinc, which is not installed."
     ours = "unicl-fast 0.2.0 has requirement timm>=1.0.15, but you have timm 0.9."
@@ -145,7 +132,8 @@ def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch: Patch
         (1, [other, ours], "fault", ours),
         (1, [], "ok", "uv pip check"),
     ):
-        pip_says(monkeypatch, code, *lines)
+        done = SimpleNamespace(returncode=code, stdout="".join(f"{line}\n" for line in lines))
+        monkeypatch.setattr(subprocess, "run", mock.Mock(return_value=done))
         assert_found(software.check_requirements(), state, said)
 
 
@@ -175,10 +163,7 @@ def test_a_device_that_does_not_compute_is_a_fault(monkeypatch: Patch) -> None:
     assert_found(software.check_torch(), "ok", "; H100")
     monkeypatch.setattr(software, "obstacle_to_triton", lambda index, oldest: "Triton is missing")
     assert_found(software.check_torch(), "warning", "Triton is missing: no fused kernels")
-
-    def fails(size: int, device: torch.device) -> None:
-        raise RuntimeError("no kernel image is available")
-
+    fails = mock.Mock(side_effect=RuntimeError("no kernel image is available"))
     monkeypatch.setattr(torch, "ones", fails)
     assert_found(software.check_torch(), "fault", "no kernel image is available")
 
@@ -218,9 +203,6 @@ def test_where_kernels_are_kept(monkeypatch: Patch, tmp_path: Path) -> None:
     assert software.check_kernels().state == "fault"
 
 
-# The machine.
-
-
 def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
@@ -231,7 +213,7 @@ def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
 
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch: Patch) -> None:
-    """MKL keeps torch to two threads of OMP_NUM_THREADS=64 there; other libraries take them."""
+    """MKL limits torch to two threads of OMP_NUM_THREADS=64; other libraries use them all."""
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert_found(machine.check_threads(), "ok", "2 threads for 2 cores")
@@ -274,7 +256,7 @@ def test_folders_that_are_full_or_read_only(
     below = tmp_path / "not" / "there"
     assert machine.check_folder(below).state == "ok"
     roomy.free = 10**9
-    assert_found(machine.check_folder(below), "warning", "make room, or take another")
+    assert_found(machine.check_folder(below), "warning", "make room, or use another")
     roomy.total = 0
     assert_found(machine.check_folder(below), "warning", "cannot be written")
     roomy.total, roomy.free = 10**12, 0
@@ -286,20 +268,15 @@ def test_folders_that_are_full_or_read_only(
 def test_folders_that_a_user_may_lack(
     monkeypatch: Patch, tmp_path: Path, roomy: SimpleNamespace
 ) -> None:
-    def fails() -> str:
-        raise FileNotFoundError("No usable temporary directory found")
-
-    def homeless() -> Path:
-        raise RuntimeError("no home")
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
     assert machine.check_disks().state == "ok"
     status = SimpleNamespace(f_files=0, f_favail=0, f_flag=os.ST_NOEXEC)
     monkeypatch.setattr(os, "statvfs", lambda path: status)
     assert_found(machine.check_disks(), "warning", "noexec")
+    fails = mock.Mock(side_effect=FileNotFoundError("No usable temporary directory found"))
     monkeypatch.setattr(machine.tempfile, "gettempdir", fails)
     assert machine.check_disks().state == "fault"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home")))
     assert_found(machine.check_disks(), "warning", "no home")

@@ -26,9 +26,9 @@ from unicl_fast.system.atomic_files import (
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file", "file is no folder; name another one"),
-        ("file/a/b", "b cannot be made a folder: .*file is none; name another one"),
-        ("link", "link is no folder; name another one"),
+        ("file", "file is not a folder; name another one"),
+        ("file/a/b", "b cannot be made: .*file is a file; name another one"),
+        ("link", "link is not a folder; name another one"),
     ],
 )
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str, message: str) -> None:

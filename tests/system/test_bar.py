@@ -1,4 +1,4 @@
-"""The bar of work that can be counted: what takes long is shown, also if the clock is set back."""
+"""The progress bar: only long work is shown, also if the clock is set back."""
 
 from __future__ import annotations
 

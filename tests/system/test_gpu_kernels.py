@@ -16,8 +16,6 @@ pytest.importorskip("triton")
 CPU = torch.device("cpu")
 WINDOWS = "unicl_fast.models.window_trial", "unicl_fast.models.window_attention"
 LOSS = "unicl_fast.objectives.loss_trial", "unicl_fast.objectives.loss_triton"
-
-
 _KEYS = "grad_tokens + channels + place, by_key.to(given.dtype)"
 
 
@@ -29,8 +27,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start_again() -> None:
+def fault_after_a_start(*arguments: object) -> str:
     fault_in_trial.cache_clear()
+    return fault_in_trial(*arguments)
 
 
 def test_what_was_found_right_is_tried_once_on_a_machine(
@@ -45,13 +44,12 @@ def test_what_was_found_right_is_tried_once_on_a_machine(
         return fault
 
     def starts() -> int:
-        start_again()
-        found = fault_in_trial("faulty_trials", CPU, "float32")
+        found = fault_after_a_start("faulty_trials", CPU, "float32")
         assert found == (fault and f"faulty_trials float32: the trial {fault}")
         return len(runs)
 
     monkeypatch.setattr(gpu_kernels, "fault_of", fault_of)
-    assert [starts(), starts()] == [1, 2]  # what was found wrong is tried again
+    assert [starts(), starts()] == [1, 2]  # a fault is tried again
     assert not caplog.messages
     fault = ""
     assert [starts(), starts()] == [3, 3]
@@ -69,20 +67,17 @@ def test_what_was_found_right_is_tried_once_on_a_machine(
 
 
 def test_a_crash_or_a_hang_is_a_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start_again()
-    fault = fault_in_trial("faulty_trials", CPU, "crashes")
+    fault = fault_after_a_start("faulty_trials", CPU, "crashes")
     assert fault == "faulty_trials crashes: the trial crashed (SIGSEGV)"
     monkeypatch.setattr(gpu_kernels, "TRIAL_SECONDS", 0.01)
-    start_again()
-    assert "did not end within" in fault_in_trial("faulty_trials", CPU, "crashes")
+    assert "did not end within" in fault_after_a_start("faulty_trials", CPU, "crashes")
     assert not list(cache.rglob("right-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", [WINDOWS[0], LOSS[0]])
 def test_our_kernels_pass_their_trials(trial: str) -> None:
-    start_again()
-    assert fault_in_trial(trial, CPU, "float32") == ""
+    assert fault_after_a_start(trial, CPU, "float32") == ""
 
 
 @pytest.mark.slow
@@ -101,8 +96,7 @@ def test_our_kernels_pass_their_trials(trial: str) -> None:
 def test_wrong_kernels_fail_their_trials(
     modules: tuple[str, str], old: str, new: str, expected: str
 ) -> None:
-    start_again()
-    fault = fault_in_trial("faulty_trials", CPU, "mutated", *modules, old, new, "float32")
+    fault = fault_after_a_start("faulty_trials", CPU, "mutated", *modules, old, new, "float32")
     assert expected in fault
     assert "ArithmeticError: " in fault
 
@@ -114,5 +108,4 @@ def test_our_kernels_pass_their_trials_on_a_gpu(
     trial: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    start_again()
-    assert fault_in_trial(trial, torch.device("cuda"), dtype) == ""
+    assert fault_after_a_start(trial, torch.device("cuda"), dtype) == ""

@@ -48,10 +48,10 @@ def seen_on_a_terminal(code: str, **environment: str) -> str:
     assert process.stdout
     for asked in process.stdout:
         while not re.search(asked.strip(), seen.decode()):
-            assert came.wait(60), f"{asked} does not come; so far: {seen!r}"
+            assert came.wait(120), f"{asked} does not come; so far: {seen!r}"
             came.clear()
         print(file=process.stdin, flush=True)
-    assert process.wait(60) == 0, seen
+    assert process.wait(120) == 0, seen
     reader.join()
     os.close(terminal)
     return seen.decode()

@@ -1,4 +1,4 @@
-"""How many cores a rank takes for its own, and what of the machine computes what."""
+"""How many cores a rank has, which device decodes, and how much memory is free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from unicl_fast.system import machine
 from unicl_fast.system.machine import (
     LAUNCHED_BY_US,
     choose_decode_device,
-    choose_environment,
     cores_of_rank,
     cpu_times,
     describe_cores,
@@ -26,9 +25,11 @@ from unicl_fast.system.machine import (
     usable_cores,
 )
 
+Patch = pytest.MonkeyPatch
+
 
 @pytest.fixture(autouse=True)
-def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _twelve_cores(monkeypatch: Patch, tmp_path: Path) -> None:
     """Of 64, for this process and the one that started it; no quota."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
@@ -68,7 +69,7 @@ def test_a_core_is_shared_by_the_ranks_that_may_run_on_it(
 
 
 def test_ranks_of_other_machines_and_containers_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: Patch, tmp_path: Path
 ) -> None:
     machines = [(kernel, kernel, range(56)) for kernel in "abab"]
     assert cores_of_rank(1, machines, quota=inf) == 28
@@ -98,7 +99,7 @@ def test_a_quota_of_the_first_control_groups_counts(
     assert usable_cores() == expected
 
 
-def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: Patch) -> None:
     assert quota_of_cores() == inf
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -122,12 +123,7 @@ def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_gpu_decodes_images_only_if_it_is_asked_to(
-    monkeypatch: pytest.MonkeyPatch,
-    requested: str,
-    device: str,
-    threads: int,
-    expected: str,
-    reason: str,
+    monkeypatch: Patch, requested: str, device: str, threads: int, expected: str, reason: str
 ) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 6)
     chosen, why = choose_decode_device(requested, device=torch.device(device), threads=threads)
@@ -159,18 +155,13 @@ def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
     ],
 )
 def test_threads_sleep_on_a_cpu_and_the_memory_of_a_gpu_grows(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    device: str,
-    gpus: list[str],
-    chosen: dict[str, str],
-    expected: dict[str, str],
+    monkeypatch: Patch, tmp_path: Path, device: str, gpus: list[str], chosen: dict, expected: dict
 ) -> None:
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)
     for name in gpus:
         (tmp_path / name).touch()
     with mock.patch.dict(os.environ, chosen, clear=True):
-        choose_environment(device)
+        machine.choose_environment(device)
         assert dict(os.environ) == chosen | expected
 
 
@@ -194,7 +185,7 @@ def test_programs_choose_their_environment_before_torch_is_imported(
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 7
 
 
-def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch: Patch) -> None:
     monkeypatch.undo()  # the real cores
     if not Path("/proc/self/schedstat").exists():
         pytest.skip("this kernel does not tell how long threads wait for a core")
@@ -208,7 +199,7 @@ def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch: pytest.M
     assert after.busy - before.busy >= after.own - before.own - 2 * tick * usable_cores()
 
 
-def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: Patch) -> None:
     ticks = os.sysconf("SC_CLK_TCK")
     per_core = {0: 10, 5: 20, 12: 400}  # the process may run on the first twelve
     lines = [
@@ -216,17 +207,13 @@ def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: pytest.Monke
     ]
     stat = "\n".join(["cpu  1 2 3 4 5 6 7 8 9 10", *lines, "intr 5 0 0"])
     read = Path.read_text
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda path, **how: stat if path == Path("/proc/stat") else read(path, **how),
-    )
+
+    def read_stat(path: Path, **how: str) -> str:
+        return stat if path == Path("/proc/stat") else read(path, **how)
+
+    monkeypatch.setattr(Path, "read_text", read_stat)
     assert cpu_times().busy == 10 + 20 + 2 * 2
-
-    def fail(*arguments: object, **options: object) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=FileNotFoundError))
     assert cpu_times()[1:] == (0, 0)  # a sandbox whose kernel says nothing
 
 
@@ -238,7 +225,7 @@ def test_memory_is_what_lies_in_ram() -> None:
         assert resident_bytes() - before > 0.9 * len(content)
 
 
-def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: Patch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = machine.free_memory(torch.device("cpu"))
     assert 1e8 < whole < 1e14
@@ -253,13 +240,7 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) ->
 )
 @pytest.mark.parametrize(("limit", "expected"), [("1000", 670), (str(2**63 - 4096), None)])
 def test_a_control_group_s_limit_counts_and_files_that_were_read_are_no_obstacle(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    controller: str,
-    names: tuple[str, str],
-    prefix: str,
-    limit: str,
-    expected: int | None,
+    monkeypatch: Patch, tmp_path: Path, controller: str, names: tuple, prefix: str, limit, expected
 ) -> None:
     for name, value in zip(names, (limit, "900"), strict=True):
         (tmp_path / f"memory.{name}").write_text(f"{value}\n")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -49,11 +50,9 @@ def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_pat
 def test_a_folder_where_nobody_can_write_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(code, os.strerror(code))
-
+    refuse = mock.Mock(side_effect=OSError(code, os.strerror(code)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "mkdir", refuse)  # tests may be root, who may write anywhere
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as tests can be, can write anywhere
     refusal = f"{tmp_path}/run cannot be written to .{os.strerror(code)}.: choose a folder"
     with pytest.raises(ValueError, match=refusal), sole_writer(Path("run")):
         pass
@@ -75,10 +74,7 @@ def test_without_locks_the_first_notices_that_a_second_has_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on network drives that are mounted without a lock service."""
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
+    refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
     monkeypatch.setattr(atomic_files.fcntl, "flock", refuse)
     with sole_writer(tmp_path) as first:
         first()

@@ -12,6 +12,7 @@ from unicl_fast.system.wording import (
     count_of_kind,
     refuse_differences,
     shorten,
+    visible_text,
     without_secrets,
 )
 
@@ -46,6 +47,10 @@ def test_urls_are_shown_without_their_secrets(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
 
 
+def test_characters_that_cannot_be_seen_are_escaped() -> None:
+    assert visible_text("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
+
+
 def test_one_thing_is_no_plural() -> None:
     assert count_of(1, "image") == "1 image"
     assert count_of(0, "class") == "0 classes"
@@ -69,21 +74,19 @@ def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (
-            {"class_names": [["ant", "bee", "dog"], []]},
-            "class_names[0][2] was 'cat' and is now 'dog'",
-        ),
-        (
-            {"class_names": [["ant", "bat", "bee", "cat"], []]},
-            "class_names[0] had 3 elements and now has 4, and class_names[0][1] was 'bee' and is "
-            "now 'bat'",
-        ),
+        ({"class_names": [["ant", "bee", "dog"], []]},
+         "class_names[0][2] was 'cat' and is now 'dog'"),
+        ({"class_names": [["ant", "bat", "bee", "cat"], []]},
+         "class_names[0] had 3 elements and now has 4, and class_names[0][1] was 'bee' and is now "
+         "'bat'"),
+        ({"shares": [0.5]},
+         "shares had 2 elements and now has 1, and shares[1] was 0.5 and is now not there"),
         ({"shares": None}, "shares was [0.5, 0.5] and is now None"),
         ({"shares": [0.75, 0.25]}, "shares[0] was 0.5 and is now 0.75 (1 more difference)"),
         ({"vocabulary_hash": ["1234", "5678"]}, "vocabulary_hash[1] was '1234' and is now '5678'"),
         ({"augmentation": 3}, "augmentation was not there and is now 3"),
     ],
-)
+)  # fmt: skip
 def test_data_that_differ_are_refused_with_the_element_that_does(
     change: dict[str, Any], difference: str
 ) -> None:

@@ -1,7 +1,6 @@
 """`unicl-doctor`: the environment on one screen, with a remedy for each fault.
 
-Reads the arguments, prints the rows and ends with the exit code. It needs neither torch nor tyro,
-since it has to run if they are broken.
+Needs neither torch nor tyro, since it has to run if they are broken.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from . import machine, software
 from .rows import Found, run_checks
 
 CHECKS = [*software.CHECKS, *machine.CHECKS]
-"""The checks in the order of the screen."""
 _PROGRAM = "unicl-doctor"
 _WORDS = {"ok": "ok", "warning": "WARNING", "fault": "FAULT"}
 _INDENT = 26  # columns before the text of a row
@@ -54,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_row(name: str, row: Found) -> None:
-    """Prints a line or more for a row, as wide as the terminal."""
+    """Prints a row, wrapped at the terminal's width."""
     width = max(60, shutil.get_terminal_size((80, 24)).columns) - _INDENT
     wrap = functools.partial(textwrap.wrap, width=width, break_on_hyphens=False)
     lines = wrap(row.found) + (wrap(f"-> {row.fix}") if row.fix else [])

@@ -18,13 +18,12 @@ _SHARED_MEMORY = Path("/dev/shm")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _GB = 10**9
 _LITTLE_SHARED_MEMORY = _GB
-"""Ranks of one machine keep NCCL's buffers there, and Docker gives them 64 MB in all."""
+"""NCCL's buffers for the ranks of one machine are there; Docker's default is 64 MB in all."""
 _LITTLE_DISK = 2 * _GB
-"""One checkpoint of Swin-B: 150 million parameters with AdamW's state, 12 bytes each."""
+"""A checkpoint of Swin-B: 150 million parameters with AdamW's state, 12 bytes each."""
 
 
 def check_cores() -> Found:
-    """Counts the cores of this process."""
     there, mine, quota = os.cpu_count() or 1, len(os.sched_getaffinity(0)), cpu_quota()
     found = f"{there} in the machine, {mine} for this process"
     found += "" if quota == math.inf else f", a quota of {quota:g}"
@@ -35,7 +34,6 @@ def check_cores() -> Found:
 
 
 def check_threads() -> Found:
-    """Compares numbers of threads with the cores."""
     import torch
 
     cores = usable_cores()
@@ -64,7 +62,7 @@ def check_shared_memory() -> Found:
 
 
 def check_disks() -> Found:
-    """Checks the current folder, the temporary one and that of caches and kernels."""
+    """Checks the current folder, the cache folder and the temporary folder."""
     try:
         folders = Path.cwd(), CacheOptions().place, Path(tempfile.gettempdir())
     except RuntimeError:
@@ -82,17 +80,17 @@ def check_disks() -> Found:
 
 
 def check_folder(folder: Path) -> Found:
-    """Checks that a folder, or the one that would contain it, has room and can be written."""
+    """Checks that a folder, or its nearest existing parent, has room and can be written."""
     there = next(each for each in (folder, *folder.parents) if each.exists())
     usage, inodes = shutil.disk_usage(there), os.statvfs(there)
     found = f"{folder}: {usage.free / _GB:.3g} GB free"
     if not os.access(there, os.W_OK | os.X_OK) or not usage.total:  # /proc has no blocks
-        fix = f"chown or chmod {there}, or take another"
+        fix = f"chown or chmod {there}, or use another"
         return Found("warning", f"{folder} cannot be written", fix)
     if usage.free == 0 or (inodes.f_files and not inodes.f_favail):
         return Found("fault", f"{found}: the disk is full", "make room, of files too: df -h, df -i")
     if usage.free < _LITTLE_DISK:
-        return Found("warning", found, "make room, or take another")
+        return Found("warning", found, "make room, or use another")
     return Found("ok", found)
 
 

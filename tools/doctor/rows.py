@@ -1,7 +1,7 @@
-"""The rows of the screen: checks, each made in a child that it may end or block.
+"""The rows of the screen: checks, each run in a child process, which it can crash or block.
 
-A library built for another processor ends the process that imports it, and a driver that is gone
-blocks it for ever. Such a check is a fault, and the others are still made.
+A library for another processor crashes the process that imports it, and a missing driver blocks it
+for ever. Such a check is a fault, and the others still run.
 """
 
 from __future__ import annotations
@@ -16,36 +16,32 @@ from unicl_fast.system.child import Death, run_limited
 from unicl_fast.system.wording import shorten
 
 _SECONDS = 600.0
-"""The longest time for a check: on a busy machine importing torch takes minutes."""
+"""Limit of a check: on a busy machine importing torch needs minutes."""
 
 
 class Found(NamedTuple):
     """The result of a check."""
 
     state: Literal["ok", "warning", "fault"]
-    """ok; warning: something is slow, or an option is not available; fault: runs will fail."""
+    """warning: something is slow, or an option is not available; fault: runs will fail."""
     found: str
     fix: str = ""
-    """The remedy, if one is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """An importable function that looks at one thing."""
+    """An importable function that checks one thing."""
 
     name: str
     look: Callable[[], Found]
     needs: tuple[str, ...] = ()
-    """Earlier checks; if one of them failed, this one is left out."""
+    """Earlier checks; if one of them fails, this one is skipped."""
 
 
 def run_checks(
     checks: Sequence[Check], *, seconds: float = _SECONDS
 ) -> Iterator[tuple[str, Found]]:
-    """Runs checks in order, each for at most `seconds`; yields each result as soon as it is known.
-
-    Checks that need one that failed are left out.
-    """
+    """Runs checks in order, each for at most `seconds`; yields names and results as they come."""
     failed: set[str] = set()
     begun: list[str] = []
 
@@ -73,4 +69,4 @@ def _look(check: Check) -> Found:
         return check.look()
     except Exception as error:
         text = f"the check failed: {shorten(error, limit=300)}"
-        return Found("fault", text, "mend what the error names, and start again")
+        return Found("fault", text, "correct the error, and start again")

@@ -19,7 +19,7 @@ from .rows import Check, Found
 
 _DEVICES = Path("/dev")
 _FORMATS = ("JPEG", "PNG", "WebP")
-_SIDE = 32  # pixels of a side of the images that DALI is shown
+_SIDE = 32  # pixels of the images that DALI decodes
 _TORCH_AGAIN = (
     "install torch for the CUDA of the driver (nvidia-smi) as "
     "https://pytorch.org/get-started/locally says; python -m torch.utils.collect_env has the facts"
@@ -28,7 +28,7 @@ _OLDEST_FOR_TRITON = (8, 0)  # an A100, as efficiency.loss and efficiency.window
 
 
 def check_requirements() -> Found:
-    """Asks pip whether the installed packages fit each other."""
+    """Asks pip whether the installed packages are compatible."""
     command = [sys.executable, "-m", "pip", "check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
@@ -41,7 +41,7 @@ def check_requirements() -> Found:
 
 
 def check_torch() -> Found:
-    """Imports torch and torchvision, and has each GPU that torch sees compute a sum."""
+    """Imports torch and torchvision, and computes a sum on each GPU that torch sees."""
     try:
         import torch
         import torchvision
@@ -67,7 +67,7 @@ def check_torch() -> Found:
 
 
 def check_kernels() -> Found:
-    """Looks for the folder of compiled kernels as every program does."""
+    """Checks the folder of compiled kernels."""
     import numba
 
     from unicl_fast.system import kernels
@@ -88,7 +88,7 @@ def check_kernels() -> Found:
 
 
 def check_dali() -> Found:
-    """Decodes small images by the graph of a run, and says where images for a GPU are decoded."""
+    """Decodes small images as a run does, and names the device that decodes images for a GPU."""
     every = (str(one.name) for one in metadata.distributions())
     installed = sorted(name for name in every if name.startswith("nvidia-dali-cuda"))
     again = f"pip install --force-reinstall {(installed or ['nvidia-dali-cuda120'])[0]}"
@@ -104,7 +104,7 @@ def check_dali() -> Found:
     for name in _FORMATS:
         try:
             _decode(graph, running, name)
-        except Exception as error:  # DALI's are of several types
+        except Exception as error:  # DALI's errors have several types
             failed.append(f"{name}: {running.reason_of(running.DecodingError(str(error)))}")
     if failed:
         return Found("fault", f"DALI does not decode {'; '.join(failed)}", again)
@@ -118,7 +118,7 @@ def check_dali() -> Found:
 
 
 def _decode(graph: Any, running: Any, name: str) -> None:
-    """Decodes an image of a format to a crop on the CPU; raises what DALI raises."""
+    """Decodes an image of a format to a crop on the CPU; raises DALI's errors."""
     import numpy as np
     import torch
     from PIL import Image

@@ -1,7 +1,7 @@
-"""How a program becomes ranks of one group on this machine, and how ranks report errors.
+"""Starts a program as ranks of one group on this machine; how ranks log and report errors.
 
 torch's elastic launcher (2.13) restarts after 2 (wrong input) and 75 (stopped), its ranks outlive
-SIGKILL, and their codes are lost after a signal or when one only lost its peer.
+it after SIGKILL, and their exit codes are lost after a signal or if a rank only lost its peer.
 """
 
 from __future__ import annotations
@@ -40,27 +40,22 @@ from unicl_fast.system.wording import print_text, without_secrets
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.distributed.ranks import Ranks
 
-_RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
+_RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # as torchrun sets it
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
 def start_ranks(
-    module: str,
-    *,
-    nproc: int,
-    argv: Sequence[str],
-    max_restarts: int = 0,
-    resumes: bool = True,
+    module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0, resumes: bool = True
 ) -> NoReturn:
     """Starts a program `nproc` times on this machine as ranks of one group, and ends as they do.
 
     Signals are passed on to all ranks. If a rank fails, the others are ended too; ranks do not
-    outlive this process. After a rank has died all are started again, up to `max_restarts` times,
-    and see `is_restarted`; never after wrong input or a signal that asked for an end. After Ctrl-C
-    a program that `resumes` has the exit code that says so.
+    outlive this process. After a failure all are started again (`is_restarted`), up to
+    `max_restarts` times, but not after wrong input or a stop signal. A program that `resumes` ends
+    with its own code after Ctrl-C.
     """
-    mark("")  # rank 0 says what it does
+    mark("")  # rank 0 shows its own phases
     launcher = _Launcher(resumes=resumes)
     for attempt in range(max_restarts + 1):
         launcher.start(module, nproc=nproc, argv=argv, attempt=attempt)
@@ -76,11 +71,11 @@ def start_ranks(
             _say(f"{ended}, and all {max_restarts} restarts are used up")
     if signal.SIGINT in launcher.forwarded and not resumes:
         raise KeyboardInterrupt
-    sys.exit(code if code >= 0 else 128 - code)  # as a shell has it
+    sys.exit(code if code >= 0 else 128 - code)  # as shells do
 
 
 def is_restarted() -> bool:
-    """Returns whether this rank was started again after a failure, by us or by torchrun."""
+    """Returns whether we or torchrun have started this rank again after a failure."""
     return int(os.environ.get(_RESTART_COUNT, "0")) > 0
 
 
@@ -93,13 +88,13 @@ def _say(text: str) -> None:
 
 
 def end_with_torchrun() -> None:
-    """Under torchrun, ends this rank when torchrun is gone, as those of `start_ranks` do."""
+    """Under torchrun, ends this rank when torchrun is gone, as `start_ranks` does."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
 
 
 def _end_with(parent: int) -> None:
-    """Asks the kernel to end this process when its parent is gone, however that happens."""
+    """Asks the kernel to end this process when its parent is gone."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -114,43 +109,42 @@ class _Launcher:
         self._deadline = math.inf
         self._num_interrupts = 0
         self.forwarded: set[int] = set()
-        """Signals that asked for an end."""
+        """Stop signals that came."""
         handle_stop_signals(self._forward)
-        defer_signals(True)  # the ranks decide; not before their signals are passed on
+        defer_signals(True)  # from now on the ranks decide
 
     def start(self, module: str, *, nproc: int, argv: Sequence[str], attempt: int) -> None:
-        # rank 0 takes the socket over: a port that was only looked up could be taken meanwhile
+        # rank 0 inherits the socket: another program could take a port that is only looked up
         listening = socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc))
         port = listening.getsockname()[1]
         # without OMP_NUM_THREADS every rank would start as many threads as the machine has cores
         shared = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))}
-        shared |= {"GLOO_SOCKET_IFNAME": "lo"}  # ranks of one machine listen to nobody else
+        shared |= {"GLOO_SOCKET_IFNAME": "lo"}  # ranks of one machine are not open to others
         shared |= os.environ
         shared |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared |= {_RESTART_COUNT: str(attempt), LAUNCHED_BY_US: "1"}
         sys.stdout.flush()
         self._deadline = math.inf
-        store = {STORE_SOCKET: str(listening.fileno())}
         launcher = os.getpid()
 
         def begin() -> None:
-            handle_stop_signals(signal.SIG_DFL)  # until the rank handles them itself, they end it
+            handle_stop_signals(signal.SIG_DFL)  # they end a rank until it handles them itself
             _end_with(launcher)
 
+        def start_rank(rank: int) -> subprocess.Popen[bytes]:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own |= {} if rank else {STORE_SOCKET: str(listening.fileno())}
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *argv],
+                env=shared | own,
+                pass_fds=() if rank else (listening.fileno(),),
+                start_new_session=True,  # Ctrl-C reaches them once, through this process
+                preexec_fn=begin,
+            )
+
         with listening:
-            self._ranks = [
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *argv],
-                    env=shared
-                    | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                    | ({} if rank else store),
-                    pass_fds=() if rank else (listening.fileno(),),
-                    start_new_session=True,  # Ctrl-C reaches them once, through this process
-                    preexec_fn=begin,
-                )
-                for rank in range(nproc)
-            ]
+            self._ranks = list(map(start_rank, range(nproc)))
         if self.forwarded:  # while they were being started
             self._send(signal.SIGTERM)
 
@@ -158,7 +152,7 @@ class _Launcher:
         self.forwarded.add(number)
         self._send(number)
         self._num_interrupts += number == signal.SIGINT
-        if self._num_interrupts == 2:  # a rank in the middle of a collective does not notice it
+        if self._num_interrupts == 2:  # a rank inside a collective does not notice it
             self._deadline = time.monotonic() + 5
 
     def _send(self, number: int) -> None:
@@ -169,56 +163,51 @@ class _Launcher:
     def wait(self) -> tuple[int, int]:
         """Waits for all ranks, ends them after the first failure; returns its rank and code."""
         cause, follow_until = (0, 0), math.inf
-        while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
+        while [rank for rank in self._ranks if rank.poll() is None]:  # polls all of them
             now = time.monotonic()
-            if self._deadline == math.inf:  # later failures are the launcher's own doing
+            if self._deadline == math.inf:  # later failures are the launcher's doing
                 cause = self._root_cause()
                 if cause[1] and follow_until == math.inf:
-                    # one may be seen before its cause; asked to stop, all save after the same step
+                    # a failure can be seen before its cause; after a stop, all ranks save
                     follow_until = now + (10 if cause[1] == EXIT_INTERRUPTED else 2)
                 if now >= follow_until:
                     self._send(signal.SIGTERM)  # a rank that waits for a hung one says so, and ends
                     self._deadline = now + (10 if cause[1] == EXIT_HUNG else 30)
             if now > self._deadline:
-                self._send(signal.SIGKILL)  # stopped ones end by it too
+                self._send(signal.SIGKILL)  # also ends stopped ones
             time.sleep(0.05)
         killed_by = -self._ranks[0].returncode
-        if killed_by in self.forwarded and self._resumes:  # it would have said so itself
+        if killed_by in self.forwarded and self._resumes:  # before it could say so itself
             _say(f"stopped by {signal.Signals(killed_by).name}; {AT_NO_RISK}")
         if not cause[1] or self._deadline == math.inf:
             cause = self._root_cause()
         if any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks):
-            return 0, EXIT_WRONG_INPUT  # whatever became of the others
+            return 0, EXIT_WRONG_INPUT  # however the others ended
         return cause
 
     def _root_cause(self) -> tuple[int, int]:
-        """Finds the failed rank that explains how the others ended, and its code."""
+        """Returns the failed rank that explains how the others ended, and its code."""
         ends = [
-            # killed by a signal that was passed on: it did not handle signals yet
+            # a rank that does not handle signals yet is killed by one that was passed on
             (number, EXIT_INTERRUPTED if -rank.returncode in self.forwarded else rank.returncode)
             for number, rank in enumerate(self._ranks)
             if rank.returncode
         ]
+        # A fault can be the lost peer of a collective, of a rank that was stopped, crashed or hung.
 
-        # One that ended immediately when asked to may have torn another out of a collective; so may
-        # one that crashed or hung: the other has lost its peer, which is a fault.
-        return min(
-            ends,
-            key=lambda end: (
-                not (self.forwarded and end[1] == EXIT_INTERRUPTED),
-                end[1] == EXIT_FAULT,
-            ),
-            default=(0, 0),
-        )
+        def order(end: tuple[int, int]) -> tuple[bool, bool]:
+            return not self.forwarded or end[1] != EXIT_INTERRUPTED, end[1] == EXIT_FAULT
+
+        return min(ends, key=order, default=(0, 0))
 
 
 class SharedRefusal(ValueError):  # noqa: N818 - the error is its cause
-    """An error that some or all ranks found, raised on all of them; rank 0 says it."""
+    """An error that some or all ranks found, raised on all of them; rank 0 reports it."""
 
 
 @contextlib.contextmanager
 def refused_together(ranks: Ranks) -> Iterator[None]:
-    """All ranks pass, or none: the first rank's error inside the block is raised on all."""
+    """Raises the first rank's error in this context on all ranks."""
     from unicl_fast.distributed.ranks import gather_objects
 
     error: Exception | None = None
@@ -233,7 +222,7 @@ def refused_together(ranks: Ranks) -> Iterator[None]:
 
 
 def explain(error: Exception) -> Exception:
-    """Puts into words what torch says of a collective whose other side is gone, or stuck."""
+    """Explains torch's error if the other side of a collective is gone or stuck."""
     if "by peer" in str(error):  # connection closed, or reset
         what = "another rank has ended, and its own message says why"
     elif "Timed out waiting" in str(error):
@@ -244,31 +233,30 @@ def explain(error: Exception) -> Exception:
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:
-    """Ends with the error's sentence; UNICL_TRACEBACK=1 shows its traceback instead."""
+    """Ends with the error's message; UNICL_TRACEBACK=1 shows its traceback instead."""
     if os.environ.get("UNICL_TRACEBACK"):
         raise error
     if isinstance(error, SharedRefusal) and os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # torchrun ends all ranks after the first: rank 0 must have spoken by then
+        time.sleep(1)  # torchrun ends all ranks after the first: rank 0 must report before that
     else:
         print_text(f"{program}: {error}", sys.stderr)
     sys.exit(code)
 
 
-_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-
-
 class _LogWithoutSecrets(logging.Formatter):
-    """Formats lines of the log; URLs in them lose user, password and query."""
+    """Removes user, password and query from URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
 
 
-_FORMATTER = _LogWithoutSecrets("%(asctime)s %(levelname).1s %(name)s: %(message)s", _DATE_FORMAT)
+_FORMATTER = _LogWithoutSecrets(
+    "%(asctime)s %(levelname).1s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"
+)
 
 
 def configure_logging(ranks: Ranks, *, quiet: bool = False) -> None:
-    """Lets rank 0 log, with the time; the others log only errors, a quiet rank 0 warnings too."""
+    """Makes rank 0 log, if `quiet` only warnings and errors; the other ranks log only errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(_FORMATTER)
     handler.setLevel(logging.WARNING if quiet else logging.NOTSET)
@@ -279,13 +267,13 @@ def configure_logging(ranks: Ranks, *, quiet: bool = False) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that ends no run: what cannot be written is lost."""
+    """A log that never ends a run: lines that cannot be written are lost."""
 
     def _open(self) -> Any:
         return open_file(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # the file is opened with the first line
+        with contextlib.suppress(OSError):  # the first line opens the file
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
@@ -294,13 +282,13 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def keeping_log() -> Iterator[Callable[[Path], None]]:
-    """Keeps the log until the yielded function gets a file for it, whose folder exists.
+    """Keeps the log until the yielded function is called with a file in an existing folder.
 
     An error that leaves the context is the file's last line. Without a file nothing is written.
     """
     root = logging.getLogger()
     file: logging.Handler = logging.NullHandler()
-    kept = logging.handlers.MemoryHandler(0)  # passes every line on, once it has a target
+    kept = logging.handlers.MemoryHandler(0)  # passes every line on as soon as it has a target
 
     def write_to(path: Path) -> None:
         nonlocal file

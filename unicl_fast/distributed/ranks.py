@@ -1,6 +1,6 @@
 """The ranks of a run, and the few collectives that a step needs.
 
-Every rank differentiates the same global loss with respect to ITS images and texts; parameter
+Every rank differentiates the same global loss with respect to its own images and texts; parameter
 gradients are then summed over ranks. So a text's gradient is a reduce-scatter over ranks.
 """
 
@@ -37,7 +37,7 @@ _BEAT_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among its peers; a process alone is rank 0 of 1 and has no group."""
+    """This process among its peers; a single process is rank 0 of 1 and has no group."""
 
     rank: int = 0
     local_rank: int = 0
@@ -45,21 +45,21 @@ class Ranks:
     host_group: Any = None
     """A gloo group for values on the host, so that exchanging them waits for no device."""
     cores: int = 0
-    """Cores of this rank, beside the other ranks of its machine; 0 where nobody counted them."""
+    """This rank's share of its machine's cores; 0 if unknown."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def local_batch_size(self, global_batch_size: int) -> int:
-        """Computes the size of a rank's local batch; raises ValueError if it would not be even."""
+        """Returns the size of a rank's local batch; raises ValueError if it would be uneven."""
         size, left = divmod(global_batch_size, self.world_size)
         if not left:
             return size
         near = [each * self.world_size for each in (size, size + 1) if each]
         divisors = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
         ranks = sorted(divisors, key=lambda n: abs(math.log(n / self.world_size)))[:4]
-        raise ValueError(  # ranks first: a run that is resumed cannot change its batch
+        raise ValueError(  # ranks first: a resumed run cannot change its batch
             f"{self.world_size} ranks cannot share a global batch of {global_batch_size} evenly: "
             f"start {_either(sorted(ranks))} {'ranks' if max(ranks) > 1 else 'rank'}, or set "
             f"run.global_batch_size to {_either(near)} in a new run"
@@ -74,31 +74,31 @@ def gather_integers(value: int, ranks: Ranks) -> list[int]:
     """Gathers the value of every rank, on the host."""
     if ranks.world_size == 1:
         return [value]
-    mine = torch.tensor([value], dtype=torch.int64)
-    gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
-    with WaitingForRanks():
-        dist.all_gather(gathered, mine, group=ranks.host_group)
-    return [int(tensor) for tensor in gathered]
+    return list(map(int, _gather_on_host(torch.tensor([value], dtype=torch.int64), ranks)))
 
 
 def gather_objects(value: T, ranks: Ranks) -> list[T]:
-    """Gathers an object of every rank, in rank order, on the host, as JSON: keep it small.
+    """Gathers a small object of every rank, in rank order, on the host, as JSON.
 
-    torch's own way would unpickle, and so run, whatever comes over the network.
+    (torch's own function unpickles, and so executes, anything that comes over the network.)
     """
     if ranks.world_size == 1:
         return [value]
     content = _to_bytes(value)
     sizes = gather_integers(len(content), ranks)
-    mine = _pad_rows(content, max(sizes))
-    gathered = [torch.empty_like(mine) for _ in sizes]
-    with WaitingForRanks():
-        dist.all_gather(gathered, mine, group=ranks.host_group)
+    gathered = _gather_on_host(_pad_rows(content, max(sizes)), ranks)
     return [_from_bytes(rows[:size]) for rows, size in zip(gathered, sizes, strict=True)]
 
 
+def _gather_on_host(mine: Tensor, ranks: Ranks) -> list[Tensor]:
+    gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
+    with WaitingForRanks():
+        dist.all_gather(gathered, mine, group=ranks.host_group)
+    return gathered
+
+
 def from_rank_0(value: T, ranks: Ranks) -> T:
-    """Returns rank 0's value on all ranks, by way of the host, as JSON."""
+    """Returns rank 0's value on all ranks, sent by the host as JSON."""
     if ranks.world_size == 1:
         return value
     content = _to_bytes(value if ranks.is_main else None)
@@ -115,24 +115,21 @@ def tensors_from_rank_0(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str
     """Returns rank 0's named tensors, all on the host, on all ranks, bit for bit."""
     if ranks.world_size == 1:
         return dict(tensors)
-    kinds = [(name, _type_name(one), list(one.shape)) for name, one in tensors.items()]
     found = {}
-    for name, dtype, shape in from_rank_0(kinds, ranks):
-        if ranks.is_main:
-            found[name] = tensors[name].contiguous()
-        else:
-            found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+    for name, dtype, shape in from_rank_0(_kinds_of(tensors), ranks):
+        mine = torch.empty(shape, dtype=getattr(torch, dtype))
+        found[name] = tensors[name].contiguous() if ranks.is_main else mine
         _send_bytes(dist.broadcast, found[name], 0, ranks)
     return found
 
 
 def tensors_to_rank_0(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Returns the named tensors of all ranks on rank 0: its own as they are, others on the host.
+    """Returns the named tensors of all ranks on rank 0, and nothing on the others.
 
-    Other ranks get an empty dictionary. Of tensors with one name the first rank's counts.
+    Rank 0's tensors are returned as they are, others on the host. If a name is repeated, the
+    tensor of the first rank counts.
     """
-    kinds = [(name, _type_name(one), list(one.shape)) for name, one in tensors.items()]
-    every = gather_objects(kinds, ranks)
+    every = gather_objects(_kinds_of(tensors), ranks)
     if not ranks.is_main:
         for one in tensors.values():
             _send_bytes(dist.send, one.cpu().contiguous(), 0, ranks)
@@ -147,22 +144,26 @@ def tensors_to_rank_0(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, 
 
 
 def _send_bytes(exchange: Callable[..., Any], tensor: Tensor, rank: int, ranks: Ranks) -> None:
-    """Broadcasts, sends or receives a tensor of the host as bytes: gloo does not know all types."""
+    """Broadcasts, sends or receives a host tensor as bytes: gloo does not know all types."""
     if tensor.numel():
         with WaitingForRanks():
             exchange(tensor.reshape(-1).view(torch.uint8), rank, group=ranks.host_group)
 
 
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _kinds_of(tensors: Mapping[str, Tensor]) -> list[Any]:
+    """Returns the name, type and shape of each tensor."""
+    return [
+        (name, str(one.dtype).removeprefix("torch."), list(one.shape))
+        for name, one in tensors.items()
+    ]
 
 
 @contextlib.contextmanager
 def rank_0_alone(ranks: Ranks) -> Iterator[None]:
-    """Around what only rank 0 does, however long: the others wait at the end of the block.
+    """For work that only rank 0 does, however long: the others wait at the end of the context.
 
-    A thread of rank 0 sends signs of life, so no collective comes near the group's time limit. If
-    rank 0 ends, the others get a RuntimeError.
+    A thread of rank 0 sends heartbeats, so no collective reaches the group's time limit. If rank 0
+    ends, the others get a RuntimeError.
     """
     if ranks.world_size == 1:
         yield
@@ -197,7 +198,7 @@ def _rank_0_works(ranks: Ranks, *, answer: bool = True) -> bool:
 
 
 def _to_bytes(value: Json) -> UInt8[Tensor, " n"]:
-    # ASCII, since the names of files may hold what UTF-8 cannot
+    # ASCII, since file names can contain bytes that are not UTF-8
     return torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
 
 
@@ -206,14 +207,14 @@ def _from_bytes(content: UInt8[Tensor, " n"]) -> Any:
 
 
 class PendingMaximum:
-    """The maximum of an integer over ranks: asked for early, waited for late.
+    """The maximum of an integer over ranks, requested early and waited for late.
 
-    Ranks on GPUs ask over NCCL, whose trees have 1,024 answers in 0.2 ms; gloo's ring takes 100.
-    There the host waits until the device has done what was sent before, so ask a step ahead.
+    Ranks on GPUs use NCCL, whose trees have 1,024 answers in 0.2 ms; gloo's ring needs 100 ms.
+    `wait` then waits for all earlier work of the device, so request it a step ahead.
     """
 
     def __init__(self, value: int, ranks: Ranks) -> None:
-        """Sends this rank's value; all ranks come here in the same order."""
+        """Sends this rank's value; all ranks must call this in the same order."""
         self._maximum: int | None = value if ranks.world_size == 1 else None
         if self._maximum is None:
             begin = _begin_maximum_on_gpu if uses_nccl() else _begin_maximum_on_host
@@ -228,15 +229,14 @@ class PendingMaximum:
 
 
 def uses_nccl() -> bool:
-    """Whether ranks exchange tensors between GPUs."""
+    """Returns whether ranks exchange tensors between GPUs."""
     return dist.is_initialized() and dist.get_backend() == "nccl"
 
 
 def _begin_maximum_on_host(value: Tensor, ranks: Ranks) -> tuple[Tensor, Callable[[], Any]]:
-    """Returns where the maximum over ranks will be, and what waits for it."""
-    maximum = dist.ReduceOp.MAX
-    work = dist.all_reduce(value, op=maximum, group=ranks.host_group, async_op=True)
-    return value, work.wait
+    """Returns the tensor that will hold the maximum over ranks, and a function that waits."""
+    group = ranks.host_group
+    return value, dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group, async_op=True).wait
 
 
 @functools.cache
@@ -245,15 +245,13 @@ def _stream_of_numbers() -> torch.cuda.Stream:
 
 
 def _begin_maximum_on_gpu(value: Tensor, ranks: Ranks) -> tuple[Tensor, Callable[[], Any]]:
-    """The same on the host by way of the GPU.
-
-    In a stream of its own: the exchange does not wait for the step's kernels, nor they for it.
-    """
+    """The same, through the GPU and back to the host."""
     value = value.pin_memory()
+    # in a separate stream: the exchange does not wait for the step's kernels, nor they for it
     with torch.cuda.stream(_stream_of_numbers()):
         on_gpu = value.to("cuda", non_blocking=True)
         work = dist.all_reduce(on_gpu, op=dist.ReduceOp.MAX, async_op=True)
-        work.wait()  # the stream does, not the host
+        work.wait()  # makes the stream wait, not the host
         value.copy_(on_gpu, non_blocking=True)
         return value, torch.cuda.current_stream().record_event().synchronize
 
@@ -261,7 +259,7 @@ def _begin_maximum_on_gpu(value: Tensor, ranks: Ranks) -> tuple[Tensor, Callable
 class RowsInFlight:
     """The rows of all ranks in rank order, gathered while other work is done.
 
-    Backward mirrors forward: `receive` begins to reduce-scatter the gradients, `send` waits.
+    Backward mirrors forward: `receive` starts to reduce-scatter the gradients, `send` waits.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -271,9 +269,9 @@ class RowsInFlight:
         self._in_use: tuple[Tensor, ...] = ()
 
     def send(self, rows: Tensor, *, num_rows: int) -> Tensor:
-        """Begins to gather [world_size num_rows, ...], which only `receive` may read.
+        """Starts to gather [world_size num_rows, ...], which only `receive` can read.
 
-        A rank's rows are padded with zeros to `num_rows`, the same on all ranks.
+        Each rank's rows are padded with zeros to `num_rows`, the same on all ranks.
         """
         if self.world_size == 1:
             return rows
@@ -298,16 +296,16 @@ class RowsInFlight:
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
-    """Gathers the rows of all ranks, as many on each, in rank order.
+    """Gathers rows, equally many on each rank, in rank order.
 
-    Differentiable for floating types: a rank gets back the sum over ranks of its rows' gradients.
+    Differentiable for floating types: a rank gets the sum over ranks of its rows' gradients.
     """
     in_flight = RowsInFlight(ranks)
     return in_flight.receive(in_flight.send(rows, num_rows=len(rows)))
 
 
 def sum_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """Sums over ranks; the gradient passes unchanged, since what follows is equal on all ranks."""
+    """Sums over ranks; the gradient is the same on all ranks and passes unchanged."""
     if ranks.world_size == 1:
         return x
     total: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
@@ -316,7 +314,7 @@ def sum_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
 
 @torch.no_grad()
 def max_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """Takes the element-wise maximum over ranks, without gradient."""
+    """Returns the element-wise maximum over ranks, without gradient."""
     if ranks.world_size == 1:
         return x
     x = x.clone()

@@ -1,7 +1,7 @@
 """How the ranks of a run find each other: by the variables of torchrun or SLURM, and torch's store.
 
 torchrun's restarts share one store and its keys (pytorch issue 135712), so a quick rank would read
-the OLD addresses of its peers. Ranks first agree on a name for each attempt; restart counts differ
+its peers' old addresses. Ranks first agree on a name for each attempt, since restart counts differ
 between nodes.
 """
 
@@ -32,12 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.ranks import Ranks, gather_objects
-from unicl_fast.system.machine import (
-    STORE_SOCKET,
-    cores_of_rank,
-    describe_cores,
-    quota_of_cores,
-)
+from unicl_fast.system.machine import STORE_SOCKET, cores_of_rank, describe_cores, quota_of_cores
 from unicl_fast.system.phases import START_PATIENCE, mark
 
 logger = logging.getLogger(__name__)
@@ -52,10 +47,10 @@ _SECONDS_TO_LET_GO = 0.2
 
 @contextlib.contextmanager
 def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iterator[Ranks]:
-    """Joins the ranks that torchrun's variables name; a process alone has nothing to join.
+    """Joins the ranks that torchrun's variables name; a single process has nothing to join.
 
-    Within `timeout_seconds` the ranks must have met, and each collective must be done. An error
-    inside the block leaves without waiting for the other ranks, which may wait for this one.
+    The ranks must meet, and each collective must end, within `timeout_seconds`. After an error in
+    the context this rank leaves without waiting for others, which can be waiting for it.
 
     Raises:
         ValueError: another rank has the same GPU.
@@ -74,15 +69,14 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         claim_gpu(store, device)
-        # NCCL connects at once, to a device that it need not guess; its flight recorder writes the
-        # last collectives to a file when one of them outlasts the limit
+        # NCCL connects at once, to a known device; its flight recorder writes the last collectives
+        # to a file when one of them exceeds the limit
         if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         options = {"backend": "nccl", "device_id": device}
-    dist.init_process_group(
-        **options, store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    options |= {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+    dist.init_process_group(**options)
     try:
         ranks = Ranks(
             rank=rank,
@@ -99,24 +93,24 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
 
 
 def _abort_groups() -> None:
-    """Leaves all groups at once; `destroy_process_group` waits for collectives under way."""
+    """Leaves all groups at once; `destroy_process_group` waits for running collectives."""
     mark("leaving after an error")
-    with contextlib.suppress(Exception):  # the error that brought us here is the one to be shown
+    with contextlib.suppress(Exception):  # only the first error is shown
         for group in list(distributed_c10d._world.pg_map):
-            # when Python ends, its destructor would wait for the work of gloo's threads
+            # when Python ends, its destructor would wait for gloo's threads
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         distributed_c10d._abort_process_group()
-        # gloo's threads drop the tensors of finished work: after Python's end that would abort us
+        # gloo's threads free the tensors of finished work; after Python's end that would abort us
         time.sleep(_SECONDS_TO_LET_GO)
 
 
 def claim_gpu(store: Store, device: torch.device) -> None:
-    """Refuses (ValueError) a GPU that another of the ranks that meet in this store has claimed."""
+    """Raises ValueError if another rank of this store has claimed the same GPU."""
     gpu = torch.cuda.get_device_properties(device).uuid
     claims = store.add(f"unicl_fast/gpu/{gpu}", 1)
     if claims > 1:
         visible = torch.cuda.device_count()
-        refusal = ValueError if claims == 2 else SharedRefusal  # one of them says it
+        refusal = ValueError if claims == 2 else SharedRefusal  # only one rank reports it
         raise refusal(
             f"{claims} ranks have the same GPU ({device}, {gpu}; torch sees {visible} here): start "
             "as many ranks on a machine as it has GPUs, or let each see another one "
@@ -125,16 +119,15 @@ def claim_gpu(store: Store, device: torch.device) -> None:
 
 
 def _with_cores(ranks: Ranks) -> Ranks:
-    """Finds out how many cores this rank has, from the cores on which each rank can run."""
+    """Counts this rank's cores, given the cores that each rank can use."""
     cores: list[Any] = gather_objects(list(describe_cores()), ranks)
-    return dataclasses.replace(
-        ranks, cores=cores_of_rank(ranks.rank, cores, quota=quota_of_cores())
-    )
+    own = cores_of_rank(ranks.rank, cores, quota=quota_of_cores())
+    return dataclasses.replace(ranks, cores=own)
 
 
 def _prepare_sockets(world_size: int) -> None:
-    """Makes room for connections, and chooses gloo's interface: its own is often loopback."""
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only the ranks that talk
+    """Makes room for connections, and chooses gloo's interface: gloo often uses loopback."""
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only ranks that talk
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * world_size + FILES_BESIDE_SOCKETS
     if soft < needed:
@@ -148,12 +141,12 @@ def _prepare_sockets(world_size: int) -> None:
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     has_other_machines = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    address = address_towards_rank_0()
-    if has_other_machines and _is_loopback(address):
+    address = address_towards(os.environ.get("MASTER_ADDR", _LOOPBACK))
+    if has_other_machines and address.startswith("127."):
         # MASTER_ADDR is another name of this machine, an IPv6 address, or not known here
-        address = _address_towards(_ELSEWHERE)
+        address = address_towards(_ELSEWHERE)
     name = interface_with(address)
-    if name is not None and not (has_other_machines and _is_loopback(address)):
+    if name is not None and not (has_other_machines and address.startswith("127.")):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     elif has_other_machines:
         logger.warning(
@@ -162,12 +155,8 @@ def _prepare_sockets(world_size: int) -> None:
         )  # fmt: skip
 
 
-def address_towards_rank_0() -> str:
-    """Finds this machine's IPv4 address on the network of MASTER_ADDR; sends nothing."""
-    return _address_towards(os.environ.get("MASTER_ADDR", _LOOPBACK))
-
-
-def _address_towards(host: str) -> str:
+def address_towards(host: str) -> str:
+    """Returns this machine's IPv4 address on the network that leads to a host; sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
@@ -177,15 +166,11 @@ def _address_towards(host: str) -> str:
         return address
 
 
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.")
-
-
 def interface_with(address: str) -> str | None:
-    """Finds the network interface that has this IPv4 address: `eth0`."""
+    """Returns the network interface with this IPv4 address (`eth0`); None if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
+            with contextlib.suppress(OSError):  # it has no address
                 found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
                 if socket.inet_ntoa(found[20:24]) == address:
                     return name
@@ -193,38 +178,32 @@ def interface_with(address: str) -> str | None:
 
 
 def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
-    """Opens the store that torchrun's variables name; on loopback if ranks meet there.
+    """Opens the store that torchrun's variables name; also returns rank and world size.
 
-    torch's own way listens on all interfaces. Returns the rank and world size too.
+    If the ranks meet on loopback, it listens there; torch's own would on all interfaces.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, address = os.environ.get("RANK"), os.environ.get("MASTER_ADDR")
     if agents or rank != "0" or address != _LOOPBACK:
-        store, number, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-        return store, number, world_size
+        found: tuple[Store, int, int] = next(iter(rendezvous("env://", timeout=timeout)))
+        return found
     world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
     if inherited := os.environ.pop(STORE_SOCKET, ""):
         listening = socket.socket(fileno=int(inherited))
     else:
         listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
-    store = TCPStore(
-        _LOOPBACK,
-        port,
-        world_size,
-        is_master=True,
-        timeout=timeout,
-        master_listen_fd=listening.detach(),  # the store closes it
-    )
-    return store, 0, world_size
+    how: dict[str, Any] = {"is_master": True, "timeout": timeout}
+    how["master_listen_fd"] = listening.detach()  # the store closes it
+    return TCPStore(_LOOPBACK, port, world_size, **how), 0, world_size
 
 
 def agree_on_session(
     store: Store, *, rank: int, world_size: int, timeout: datetime.timedelta
 ) -> str:
-    """Agrees on a name for exactly the ranks that run now; RuntimeError if not all came in time.
+    """Agrees on a name for exactly the ranks that run now; RuntimeError if not all come in time.
 
-    Every rank writes a nonce. Rank 0 replies to each with the nonce it has read, and a name; a rank
-    accepts a reply that contains its nonce, then acknowledges it.
+    Every rank writes a nonce. Rank 0 replies to each with that nonce and the name; a rank accepts
+    a reply that contains its nonce, and acknowledges it.
     """
     nonce = secrets.token_hex(8)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -254,14 +233,14 @@ def agree_on_session(
 
 
 def _read(store: Store, key: str) -> str:
-    """Reads the present value, "" if there is none; `get` alone would wait for one."""
+    """Returns a key's value, "" if there is none; `get` alone would wait for one."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
 def adopt_slurm_ranks() -> None:
     """Sets torchrun's variables from SLURM's, under `srun` with several tasks and no torchrun.
 
-    Raises ValueError if one of SLURM's is not written as SLURM documents it.
+    Raises ValueError if one of SLURM's variables cannot be parsed.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in os.environ or tasks == 1:
@@ -274,8 +253,8 @@ def adopt_slurm_ranks() -> None:
         "LOCAL_WORLD_SIZE": str(tasks_of_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], node)),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-    # The same on all ranks, different for jobs that share a node, and below the ports that Linux
-    # gives to outgoing connections.
+    # the same on all ranks, different for jobs that share a node, and below the ports that Linux
+    # uses for outgoing connections
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
 
 
@@ -292,14 +271,13 @@ def first_host(node_list: str) -> str:
 
 def tasks_of_node(tasks_per_node: str, node: int) -> int:
     """Returns how many tasks a node has: 4 for the nodes 1 and 2 of SLURM's `2,4(x2)`."""
-    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in tasks_per_node.split(",")]
-    left = node
-    for part in found:
-        if part is None:
+    nodes = 0
+    for part in tasks_per_node.split(","):
+        if (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)) is None:
             break
-        if left < (repeats := int(part[2] or 1)):
-            return int(part[1])
-        left -= repeats
+        nodes += int(found[2] or 1)
+        if node < nodes:
+            return int(found[1])
     raise ValueError(
         f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node} has no number of tasks such as 2,4(x2) for "
         f"node {node}: start the ranks with torchrun"

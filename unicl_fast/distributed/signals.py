@@ -1,7 +1,7 @@
-"""Exit codes, and what SIGTERM, SIGUSR1 and Ctrl-C do to a training program.
+"""Exit codes, and how SIGTERM, SIGUSR1 and Ctrl-C stop a training program.
 
-All ranks finish the current step, a checkpoint is written, and the program ends with 75, so that a
-job script knows that the run can be resumed. Before the first step is done it ends at once.
+All ranks finish the current step, write a checkpoint and end with 75, so that a job script knows
+that the run can be resumed. Before the end of the first step they end at once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from unicl_fast.system.program import EXIT_ABORTED
 if TYPE_CHECKING:
     from unicl_fast.distributed.ranks import PendingMaximum, Ranks
 
-# One number for each way to end; 0: all is done.
 EXIT_FAULT = 1
-"""A fault that is said in a sentence: a disk, a device, a loss that is not finite, a lost rank."""
+"""A fault: a disk, a device, a loss that is not finite, a lost rank."""
 EXIT_WRONG_INPUT = 2
-"""Wrong input or usage: the same command would end in the same way."""
+"""Wrong input or usage: the same command would fail again."""
 EXIT_HUNG = 70
-"""EX_SOFTWARE of sysexits.h: a stage outlasted its limit. (124 would be taken for timeout(1)'s.)"""
+"""EX_SOFTWARE of sysexits.h: a phase exceeded its limit. (124 is that of timeout(1).)"""
 EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: asked to stop, and stopped where the run can be resumed."""
+"""EX_TEMPFAIL of sysexits.h: stopped on request, and can be resumed."""
 
 AT_NO_RISK = "no step is at risk; resume with --resume auto"
-"""Rest of the sentence that names the signal which ended a program."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SECONDS_TO_UNWIND = 10.0
@@ -40,7 +38,7 @@ _exiting = threading.Lock()
 
 
 def defer_signals(deferred: bool, *, saves: bool = False) -> None:
-    """Sets whether signals are left to other handlers, in place already.
+    """Sets whether signals are left to other handlers, which are installed already.
 
     If such a handler `saves` work first, this process says so when a signal comes.
     """
@@ -50,13 +48,12 @@ def defer_signals(deferred: bool, *, saves: bool = False) -> None:
 
 @contextlib.contextmanager
 def exit_immediately_on_signals(program: str) -> Iterator[None]:
-    """A watched signal ends the process with 75, inside the block and while none is deferred.
+    """In this context, a stop signal ends the process with 75 unless signals are deferred.
 
-    A second Ctrl-C ends it with 130 in any case, 10 seconds after it came: a main thread that waits
-    in a collective would not notice it. Signals that are ignored stay ignored.
+    A second Ctrl-C always ends it with 130, 10 seconds later. Ignored signals stay ignored.
 
-    Python runs signal handlers only when the main thread returns from whatever it is in; so a
-    thread reads which signals have come, and ends the process itself.
+    Python runs signal handlers only when the main thread returns from a call, such as a collective;
+    so a thread reads the signals, and ends the process itself.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -67,16 +64,15 @@ def exit_immediately_on_signals(program: str) -> Iterator[None]:
     wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def end(number: int, frame: FrameType | None) -> None:
-        # Mostly the listener is first. But a signal that comes just before another handler takes
-        # this one's place, and signals are deferred, would be noticed by neither.
+        # Usually the listener is first. But it would miss a signal that comes just before another
+        # handler replaces this one and signals are deferred.
         if not _is_deferred:
             _exit(program, number)
 
     handlers = handle_stop_signals(end)
     left = threading.Event()
-    listener = threading.Thread(
-        target=_listen, args=(program, reading, left), name="unicl-signals", daemon=True
-    )
+    arguments = program, reading, left
+    listener = threading.Thread(None, _listen, "unicl-signals", arguments, daemon=True)
     listener.start()
     try:
         yield
@@ -93,9 +89,9 @@ def exit_immediately_on_signals(program: str) -> Iterator[None]:
 
 
 def handle_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
-    """Replaces the handlers of signals that are not ignored (as by nohup); returns those before."""
+    """Replaces the handlers of stop signals, except ignored ones (nohup); returns the old ones."""
     if threading.current_thread() is not threading.main_thread():
-        return {}  # only the main thread may
+        return {}  # Python allows it only in the main thread
     return {
         number: signal.signal(number, handler)
         for number in STOP_SIGNALS
@@ -104,7 +100,7 @@ def handle_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
 
 
 def _listen(program: str, reading: int, left: threading.Event) -> None:
-    """Reads signals until the 0 that is written after them all."""
+    """Reads signals until a 0 comes."""
     num_signals = num_interrupts = 0
     while True:
         for number in os.read(reading, 64):
@@ -128,26 +124,26 @@ def _listen(program: str, reading: int, left: threading.Event) -> None:
 
 def _exit(program: str, number: int) -> None:
     if not _exiting.acquire(blocking=False):
-        return  # the other thread does it
+        return  # the other thread is doing it
     _say(program, f"stopped by {signal.Signals(number).name}; {AT_NO_RISK}")
     os._exit(EXIT_INTERRUPTED)
 
 
 def _say(program: str, text: str) -> None:
-    """Writes a line past Python's locks, which the main thread may hold; on rank 0 only."""
+    """Writes a line, on rank 0, without Python's locks, which the main thread can hold."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"\n{program}: {text}\n".encode())
 
 
 class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt, it is no error
-    """The run was asked to stop, and has stopped where it can be resumed."""
+    """The run has stopped on request, and can be resumed."""
 
 
 class Interruption:
-    """Notices signals while it is entered; a second Ctrl-C raises KeyboardInterrupt.
+    """Notices stop signals in its context; a second Ctrl-C raises KeyboardInterrupt.
 
-    Outside the main thread, where Python lets nobody handle signals, it notices none.
+    It notices nothing outside the main thread, where Python allows no handlers.
     """
 
     def __init__(self) -> None:
@@ -166,7 +162,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pending is not None and kind in (None, Interrupted):
-            self._pending.wait()  # all have asked; none must leave before it is answered
+            self._pending.wait()  # all ranks have asked; none must leave before the answer
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += number == signal.SIGINT
@@ -175,12 +171,11 @@ class Interruption:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     def has_come(self, ranks: Ranks) -> bool:
-        """Returns whether to stop after this step; the same answer on all ranks.
+        """Returns whether to stop after this step; call it once a step, on all ranks.
 
-        Call it once a step, on all ranks. Among several it returns what was known a step earlier,
-        so that asking the others takes no waiting.
+        The answer is the same on all ranks. With several it is a step old, so that nobody waits.
         """
-        defer_signals(True, saves=True)  # a step is done: there is something to save
+        defer_signals(True, saves=True)  # a step is done: there is work to save
         if ranks.world_size == 1:
             return bool(self.signal_name)
         from unicl_fast.distributed.ranks import PendingMaximum  # imports torch

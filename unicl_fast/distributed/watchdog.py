@@ -1,8 +1,8 @@
 """Ends a rank that hangs, and names the phase in which it hangs.
 
-Each rank watches itself. One that waits for other ranks has twice the time, so the rank at fault
-ends first, and its message names the storage or thread that hangs, which torch's own tools do not
-know. If the fault is in a collective, NCCL's flight recorder tells the ranks apart.
+Each rank watches itself. A rank that waits for others has twice the time, so the rank at fault ends
+first, and its message names the storage or thread that hangs, which torch's own tools do not know.
+If the fault is in a collective, NCCL's flight recorder tells the ranks apart.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 _WAITING = 2.0
 """How many times longer a phase can last if it waits for other ranks."""
-# Longer than any phase can last, so that the watchdog's message, which says more, comes first.
-# Torch ends a collective that outlasts even this because the watchdog itself cannot run.
+# Longer than any phase can last, so that the watchdog's message, which says more, comes first;
+# torch ends a collective that exceeds this because the watchdog itself cannot run.
 _GROUP_TIMEOUTS = 15
 _DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's own
 _DUMP_SECONDS = 20.0
@@ -49,12 +49,12 @@ _OF_OTHERS = (
 
 
 def group_timeout(limit_seconds: float) -> float:
-    """Computes a time limit for torch's collectives that lets the watchdog speak first."""
+    """Returns a time limit for torch's collectives that lets the watchdog report first."""
     return min(_GROUP_TIMEOUTS * limit_seconds or _NO_LIMIT_SECONDS, _NO_LIMIT_SECONDS)
 
 
 class Watchdog:
-    """Watches the phases of this process while it is entered."""
+    """Watches the phases of this process in its context."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Watchdog:
         try:
             while not self._stopped.wait(self._interval):
                 self._tick_or_log(time.monotonic())
-        except BaseException as error:  # else the thread would die silently and watch nothing
+        except BaseException as error:  # or the thread would die silently
             self._end_process(
                 f"rank {self._rank}: THE WATCHDOG CANNOT CONTINUE, and no hang would be noticed "
                 f"({type(error).__name__}: {error}). Resume with --resume auto. Ending with code "
@@ -122,11 +122,11 @@ class Watchdog:
             if place := dump_collectives(self._rank):
                 text = f"NCCL's last collectives are in {place}; torchfrtrace compares all ranks'"
                 os.write(2, f"\nunicl_fast: {text}\n".encode())
-        finally:  # even if nobody reads the message
+        finally:  # also if the message cannot be written
             self._end(EXIT_HUNG)
 
     def _tick(self, now: float) -> None:
-        # if this thread itself was held up, the whole process was stopped: that is no hang
+        # if this thread itself was late, the whole process was stopped, which is no hang
         passed = min(now - self._ticked, 3 * self._interval)
         self._ticked = now
         phase = current_phase()
@@ -137,7 +137,7 @@ class Watchdog:
             self._end_process(self._describe(times))
 
     def _describe(self, times: float) -> str:
-        """Describes the hang, of `times` the limit, and the remedy."""
+        """Describes the hang, after `times` the limit, and the remedy."""
         phase = self._phase
         allowed = f"{'' if times == 1 else f'{times:g} times '}run.timeout_seconds={self._limit:g}"
         of_ranks = f" of {self._world_size}" if self._world_size > 1 else ""
@@ -151,26 +151,23 @@ class Watchdog:
         if phase.waits_for_ranks and self._world_size > 1:
             sentences.append(_OF_OTHERS)
         sentences.append(
-            "Resume with --resume auto; if this may take so long, raise run.timeout_seconds (0: no "
+            "Resume with --resume auto; if this can take so long, raise run.timeout_seconds (0: no "
             f"limit). Ending with code {EXIT_HUNG}; stacks of its threads:"
         )
         return " ".join(sentences)
 
 
 def dump_collectives(rank: int) -> str:
-    """Writes the content of NCCL's flight recorder into a file that torchfrtrace reads.
+    """Writes NCCL's flight recorder (`rendezvous` sets its size) to a file for torchfrtrace.
 
-    The recorder keeps the last TORCH_FR_BUFFER_SIZE collectives (`rendezvous` sets 2,000).
-
-    Returns:
-        The path: a prefix and the rank. Empty if there are none, or they cannot be written.
+    Returns the path, a prefix and the rank; empty if there is nothing, or it cannot be written.
     """
     if not uses_nccl():
         return ""
     prefixes = filter(None, map(os.environ.get, _DUMP_PREFIXES))
     user = f"unicl_fast-{os.getuid()}-collectives-rank-"
     path = f"{next(prefixes, os.path.join(tempfile.gettempdir(), user))}{rank}"
-    # CUDA's driver can hang too and hold Python's lock: then this ends the process for us
+    # CUDA's driver can hang too, with the GIL held: then this ends the process for us
     faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True)
     try:
         content = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Cores, memory, files, checksums, kernels, random numbers, progress, wording: any program's needs.
+"""Cores, memory, files, checksums, kernels, random numbers, progress, wording: for any program.
 
-Knows nothing of images, texts or training. Importing it imports no torch.
+Knows nothing about images, texts or training, and importing it does not import torch.
 """

@@ -20,14 +20,14 @@ from unicl_fast.system.untrusted_files import NotRegularError, open_regular, rea
 logger = logging.getLogger(__name__)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk without room for more: all of it, the user's part, or the largest file."""
+"""Out of room: the disk is full, the user's quota is used up, or the file is too large."""
 LOCK_NAME = ".in-use"
 _NO_PLACE_TO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
 def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds to the error of a full disk what was written: the system names no open file."""
+    """Adds the path to the error of a full disk: the system does not name an open file."""
     try:
         yield
     except OSError as error:
@@ -39,12 +39,12 @@ def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; at the end it takes the place of `path` atomically.
+    """Yields a path beside `path` to write to; at the end it replaces `path` atomically.
 
-    A reader finds the old file or the new one. After an error the old one is still there. Without
-    `flush` the new one need not survive a power cut.
+    A reader finds the old file or the new one, after an error the old one. Without `flush` the new
+    one can be lost in a power cut.
     """
-    # two programs may write the same file; and nobody can have put a link of this name there
+    # random: two programs can write the same file, and nobody can have put a link of this name here
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with naming_full_disk(path):
@@ -67,21 +67,16 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it, where they are not there; raises as `refuse_file`."""
-    refuse_file(path)
+    """Makes a folder and its parents if needed; raises ValueError if a file is in the way."""
+    there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+    if os.path.lexists(there) and not there.is_dir():
+        what = "is not a folder" if there == path else f"cannot be made: {there} is a file"
+        raise ValueError(f"{path} {what}; name another one, or move that file away")
     path.mkdir(parents=True, exist_ok=True)
 
 
-def refuse_file(path: Path) -> None:
-    """Raises ValueError where a file stands in the way of a folder that is to be made."""
-    there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
-    if os.path.lexists(there) and not there.is_dir():
-        what = "is no folder" if there == path else f"cannot be made a folder: {there} is none"
-        raise ValueError(f"{path} {what}; name another one, or move that file away")
-
-
 def flush_to_disk(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,24 +87,19 @@ def flush_to_disk(path: Path) -> None:
 def read_fully(descriptor: int, buffer: memoryview, *, offset: int) -> int:
     """Reads from an open file until the buffer is full or the file ends; returns the bytes read."""
     done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if not count:
-            break
+    while count := os.preadv(descriptor, [buffer[done:]], offset + done):
         done += count
     return done
 
 
 def lock(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
-    """Locks an open file until the descriptor is closed; False if another process holds the lock.
+    """Locks an open file until it is closed; False if another process holds the lock.
 
-    Several may hold it if each shares it.
-
-    The kernel releases the lock with the process, however that ends. (A file with a process id
-    would not do: containers may share a folder.)
+    Several processes can hold a `shared` lock. The kernel releases it however the process ends.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        # not a file with a process id: containers can share a folder
         fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
@@ -117,7 +107,7 @@ def lock(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
 
 
 def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
-    """Whether an open file is the one that has this path now."""
+    """Returns whether this path still names an open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -126,27 +116,26 @@ def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
-    """Makes the folder if needed, and lets no other process enter this for it meanwhile.
+    """Makes the folder if needed, and keeps other processes from writing to it in this context.
 
-    The lock is on a file in it that names host and process; the kernel releases it when the process
-    ends, over NFS when the client is gone. A file system without locks gets a warning. There, and
-    where clients of NFS do not share their locks, a second writer takes the file over; so the first
-    should call what is yielded before it writes.
+    The lock is on a file in the folder that names host and process. The kernel releases it when the
+    process ends; over NFS, when the client is gone. A file system without locks gets a warning: a
+    second writer takes the file over there, as it does if NFS clients do not share locks.
 
     Yields:
-        A function that raises RuntimeError once another process has taken the folder over.
+        A function to call before writing: RuntimeError if another process has taken over.
 
     Raises:
-        ValueError: another process writes there; names it. Or nobody can write there.
+        ValueError: another process, which is named, writes there, or nobody can.
     """
     path = folder / LOCK_NAME
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    token = secrets.token_hex(4)  # processes in containers may share host name and number
+    token = secrets.token_hex(4)  # containers can share host names and process ids
     name = f"process {os.getpid()} on {socket.gethostname()}, since {now} ({token})"
     descriptor = _open_locked(path)
 
     def check() -> None:
-        with contextlib.suppress(FileNotFoundError):  # somebody has removed the folder
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed
             if (holder := read_file(path).decode("utf-8", "replace")) not in ("", name):
                 raise RuntimeError(
                     f"{folder} was taken over by {holder}: this process stops before it mixes its "
@@ -160,8 +149,8 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
     finally:
         with contextlib.suppress(OSError, RuntimeError):
             check()
-            path.unlink()  # whoever has opened it meanwhile opens it anew
-            folder.rmdir()  # if nothing was written
+            path.unlink()  # a process that has opened it by now notices, and opens it again
+            folder.rmdir()  # fails, as it should, if anything was written
         os.close(descriptor)
 
 
@@ -171,7 +160,7 @@ def _open_locked(path: Path) -> int:
             make_folder(path.parent)
             try:
                 descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT)
-            except FileNotFoundError:  # the one before has just removed the folder
+            except FileNotFoundError:  # the last writer has just removed the folder
                 continue
         except NotRegularError as error:
             raise ValueError(str(error)) from error
@@ -180,13 +169,13 @@ def _open_locked(path: Path) -> int:
                 raise
             raise ValueError(
                 f"{path.parent.absolute()} cannot be written to ({error.strerror}): choose a "
-                "folder where you may write"
+                "folder that you can write to"
             ) from error
         try:
             is_free = lock(descriptor)
         except OSError as error:
             logger.warning(
-                "%s: no locks there (%s): see to it that one program at a time writes there",
+                "%s: no locks there (%s): make sure that only one program at a time writes there",
                 path.parent, error.strerror,
             )  # fmt: skip
             is_free = True
@@ -204,7 +193,7 @@ def _open_locked(path: Path) -> int:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]:
-    """Makes a folder for a while, after removing those that killed programs left."""
+    """Makes a folder for this context, and removes those that killed programs have left."""
     root = root or Path(tempfile.gettempdir())
     for old in root.glob(f"{prefix}*/{LOCK_NAME}"):
         with contextlib.suppress(OSError), locked(old) as is_unused:
@@ -214,7 +203,7 @@ def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]
         with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as name:
             path = Path(name) / LOCK_NAME
             with locked(path) as is_ours:
-                # a program that starts now may have removed it between its making and its lock
+                # a program that starts now can remove it before it is locked
                 if is_ours and path.exists():
                     yield Path(name)
                     return
@@ -222,7 +211,7 @@ def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds the lock of a file, which is made if needed; False if another process holds it."""
+    """Locks a file, which is made if needed; yields False if another process holds the lock."""
     descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
     try:
         yield lock(descriptor, wait=wait)

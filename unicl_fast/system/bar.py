@@ -1,7 +1,6 @@
-"""The one progress bar, for work whose steps can be counted; `line` is for all other work.
+"""The progress bar for work whose steps can be counted; `line` is for all other work.
 
-A terminal gets a live image, a log a line every 30 seconds, and work of less than two seconds is
-not shown at all.
+A terminal shows it live, a log gets a line every 30 seconds; work of under two seconds shows none.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _SOON = 2.0
 
 
 class ForgivingStderr:
-    """stderr for a bar: a log on a full disk must not end the work."""
+    """stderr for a bar: an error of it, such as a log's full disk, must not end the work."""
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __eq__(self, other: object) -> bool:  # so tqdm knows bars that share a terminal
+    def __eq__(self, other: object) -> bool:  # tqdm finds the bars that share a terminal by it
         return isinstance(other, ForgivingStderr)
 
     def write(self, text: str) -> int:
@@ -46,7 +45,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A tqdm on stderr, with tqdm's arguments and methods."""
 
     def __init__(self, *of: Any, shown: bool = True, **options: Any) -> None:
-        """Counts the items of an iterable, or calls of `update`; one not `shown` writes nothing."""
+        """Counts the items of an iterable, or calls of `update`; writes nothing if not `shown`."""
         usual = {
             "delay": _SOON,
             "mininterval": min(_SOON, 0.2 if sys.stderr.isatty() else 30),
@@ -54,7 +53,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
             "dynamic_ncols": True,
         }
         super().__init__(*of, **usual, **options, file=ForgivingStderr(), disable=not shown)
-        # tqdm's own clock can be set back: the bar would stand still until it has caught up
+        # tqdm's own clock can be set back, and the bar would stand still until it has caught up
         self._time = time.monotonic
         self.start_t = self.last_print_t = self._time()
 
@@ -62,7 +61,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     def write(
         cls, s: str, file: TextIO | None = None, end: str = "\n", nolock: bool = False
     ) -> None:
-        """Writes a line above the bars; an error of stderr loses it, as it loses a bar."""
+        """Writes a line above the bars."""
         forgiving = ForgivingStderr() if file is sys.stderr else file
         super().write(s, file=forgiving, end=end, nolock=nolock)
 
@@ -70,33 +69,23 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
 @contextlib.contextmanager
 def log_above_bars() -> Iterator[None]:
     """Writes warnings, and log lines for the console, above the bars within this context."""
+    handlers, console = logging.getLogger().handlers, (sys.stdout, sys.stderr)
+    # tqdm would show a log that only goes to a file; without handlers, logging writes to stderr
+    is_shown = not handlers or any(getattr(one, "stream", None) in console for one in handlers)
     before, warnings.showwarning = warnings.showwarning, _show_warning
     try:
-        # tqdm would show a log that only goes to a file
-        with logging_redirect_tqdm(tqdm_class=Bar) if _log_is_shown() else contextlib.nullcontext():
+        with logging_redirect_tqdm(tqdm_class=Bar) if is_shown else contextlib.nullcontext():
             yield
     finally:
         warnings.showwarning = before
 
 
-def _log_is_shown() -> bool:
-    """Whether log lines appear on the console: by a handler, or because there is none."""
-    handlers = logging.getLogger().handlers
-    console = (sys.stdout, sys.stderr)
-    return not handlers or any(getattr(one, "stream", None) in console for one in handlers)
-
-
 def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     write_line(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"))
 
 
 def write_line(text: str) -> None:
-    """Writes a line to stderr, above the bars that are shown there."""
+    """Writes a line to stderr, above the bars."""
     Bar.write(text, file=sys.stderr)

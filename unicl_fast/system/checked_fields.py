@@ -1,6 +1,6 @@
 """Dataclasses checked by msgspec against their fields' types: `Annotated[int, Meta(ge=1, le=9)]`.
 
-The sentences are our own. (With pydantic, importing the config took 100 ms of CPU instead of 30.)
+The messages are our own. (With pydantic, importing the config took 100 ms of CPU, not 30.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unicl_fast.system.wording import shorten
 T = TypeVar("T")
 
 LARGEST_INT = 2**63 - 1
-LARGEST_FLOAT = sys.float_info.max  # msgspec takes no infinite bounds; NaN is outside of any
+LARGEST_FLOAT = sys.float_info.max  # msgspec has no infinite bounds; NaN is outside of any
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST_INT)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -30,24 +30,23 @@ Positive = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuses what a check between fields finds, by a ValueError."""
+    """Raises ValueError unless a condition between fields holds."""
     if not condition:
         raise ValueError(message)
 
 
 def check_fields(instance: object, *, name: str = "") -> None:
-    """Refuses values that do not fit the types of their fields; called by `__post_init__`."""
+    """Raises ValueError if a value does not fit its field's type; called by `__post_init__`."""
     for field, kind in _field_types(type(instance)).items():  # type: ignore[arg-type]
         convert(getattr(instance, field), kind, name=_dotted(name, field))
 
 
 def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
-    """Builds a dataclass, and those within it, from what JSON holds.
-
-    Fields with a default may be missing; messages call the object `name`.
+    """Builds a dataclass, and nested ones, from JSON values; messages call the object `name`.
 
     Raises:
-        ValueError: a field is unknown, missing or of another type, or its value out of range.
+        ValueError: a field is unknown, of another type or out of range, or has no default and is
+            missing.
     """
     types_of = _field_types(cls)  # type: ignore[arg-type]  # mypy: a type is not Hashable
     _refuse_unknown(values, types_of, name=name)
@@ -67,14 +66,14 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
 
 
 def with_values(instance: T, values: Any, *, name: str = "") -> T:
-    """Returns a copy of a dataclass with some fields, and fields of those within it, replaced.
+    """Returns a copy of a dataclass with some fields, also of nested dataclasses, replaced.
 
-    Checks and raises as `from_json_values`, but not `__post_init__`: other fields may follow.
+    Raises as `from_json_values`, but does not run `__post_init__`: other fields may follow.
     """
     cls: type[Any] = type(instance)
     if hasattr(cls, "class_for") and cls.class_for(values) is not cls:
         cls = cls.class_for(values)
-        instance = cls()  # of another kind, so with the defaults of that
+        instance = cls()  # another class, and its defaults
     types_of = _field_types(cls)  # type: ignore[arg-type]
     _refuse_unknown(values, types_of, name=name)
     changed: T = object.__new__(cls)
@@ -91,16 +90,16 @@ def with_values(instance: T, values: Any, *, name: str = "") -> T:
 
 
 def convert(value: Any, kind: Any, *, name: str) -> Any:
-    """Returns a value as a field of type `kind` holds it, lists as tuples, or raises ValueError."""
+    """Returns a value as the type `kind`, lists as tuples; raises ValueError if it does not fit."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if types.NoneType in inner and value is not None:  # such are `... | None`
+    if types.NoneType in inner and value is not None:  # `... | None`
         return convert(value, inner[0], name=name)
     if dataclasses.is_dataclass(kind):
         kind = kind.class_for(value) if hasattr(kind, "class_for") else kind
         return from_json_values(typing.cast(Any, kind), value, name=name)
     if origin is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
-        named = ((f"{name}[{number}]", entry) for number, entry in enumerate(value))
-        return tuple(convert(entry, inner[0], name=name_of_entry) for name_of_entry, entry in named)
+        numbered = enumerate(value)
+        return tuple(convert(entry, inner[0], name=f"{name}[{n}]") for n, entry in numbered)
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError):
@@ -132,7 +131,7 @@ _NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def _describe(kind: Any) -> str:
-    """Says what a field of this type takes, for `must be ...`."""
+    """Describes the values of a type, for `must be ...`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _NOUNS[inner[0]] + _describe_range(inner[1])

@@ -1,6 +1,6 @@
 """XXH3-64 checksums: of files, of the files of a packed data set, of JSON objects.
 
-A JSON object carries its own in one more field (`seal`): white space and order do not matter.
+A JSON object carries its own in the field `seal`; white space and order do not matter.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def file_checksum(path: Path) -> str:
 
 
 def format_checksums(checksums: Iterable[tuple[str, str]]) -> str:
-    """Formats a list of names and checksums as the program xxhsum does."""
+    """Formats names and checksums as xxhsum does."""
     return "".join(f"XXH3_{checksum}  {name}\n" for name, checksum in sorted(checksums))
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Reads a data set's list of checksums; None if it has none. Raises as `parse_checksums`."""
+    """Reads a data set's checksums; None if it has none. Raises as `parse_checksums`."""
     path = folder / CHECKSUMS_NAME
     return parse_checksums(read_file(path), where=str(path)) if path.is_file() else None
 
 
 def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
-    """Reads name -> checksum from a list; raises ValueError, naming `where`, if it is damaged."""
+    """Returns name -> checksum; raises ValueError, naming `where`, if the list is damaged."""
     lines = data.decode("utf-8", "replace").split("\n")
     matches = [_LINE.fullmatch(line) for line in lines[:-1]]
     found = {match.group(2): match.group(1) for match in matches if match is not None}
@@ -53,7 +53,7 @@ def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
 
 
 def compare_checksum(path: Path, found: str, checksums: dict[str, str]) -> None:
-    """Raises ValueError if the checksum of a file is not the listed one, or is not listed."""
+    """Raises ValueError if a file's checksum differs from the listed one, or none is listed."""
     expected = checksums.get(path.name)
     if found != expected:
         raise ValueError(
@@ -68,7 +68,7 @@ def dump_checksummed_json(values: Mapping[str, Any]) -> str:
 
 
 def parse_checksummed_json(text: bytes) -> dict[str, Any]:
-    """Reads a JSON object without its checksum; raises ValueError if it is not what was written."""
+    """Reads a JSON object, without its checksum; raises ValueError if it has changed."""
     values = parse_json(text, where="it")
     if not isinstance(values, dict):
         raise ValueError(f"an object is expected, not a {type(values).__name__}")

@@ -1,9 +1,9 @@
 """Runs risky work, which can crash, hang or exhaust memory, in a child process.
 
 Such work reads or decodes other people's files, or calls kernels and drivers. A child ends with its
-parent, its output is discarded, the kernel enforces its memory limit, and its death is described.
-concurrent.futures reports neither the exit code nor the task of a worker that dies, and cannot end
-one that hangs.
+parent, its output is discarded, the operating system enforces its memory limit, and its death is
+described. (concurrent.futures reports neither exit code nor task of a worker that dies, and cannot
+end one that hangs.)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ OUT_OF_MEMORY = 77
 _STARTS = 3
 """Attempts to start a child that is killed while it starts, perhaps by the OOM killer."""
 
-# multiprocessing's spawn would run the user's main module once more in each child, which takes as
-# long as all other imports, and start another process that tracks its resources.
+# multiprocessing's spawn would run the user's main module again in each child, which is as slow as
+# all other imports, and start another process to track resources.
 _PROGRAM = "import sys; sys.path[:] = {path}; from {module} import begin; begin({descriptor})"
 
 
@@ -37,7 +37,7 @@ class Death(NamedTuple):
 
     kind: Literal["memory", "time", "crash"]
     how: str
-    """A verb phrase such as "crashed (SIGSEGV)" or "did not end within 5 s"."""
+    """A verb phrase: "crashed (SIGSEGV)", "did not end within 5 s"."""
 
 
 class Child:
@@ -48,14 +48,13 @@ class Child:
     ) -> None:
         """Starts `serve(connection, *arguments)` in a child, and waits until it calls `enter`.
 
-        The child inherits `descriptors`. Raises RuntimeError if it cannot start, which is not the
-        fault of any task.
+        The child inherits `descriptors`. Raises RuntimeError if it cannot start.
         """
         for _ in range(_STARTS):
             code = self._start(serve, arguments, descriptors)
             if code == 0:
                 return
-            if code > 0:  # it has ended by itself, and would do so again
+            if code > 0:  # it ended by itself, and would do so again
                 break
         raise RuntimeError(
             f"a worker process could not start (exit code {code}): see above if it said why, and "
@@ -65,10 +64,10 @@ class Child:
     def _start(
         self, serve: Callable[..., None], arguments: Sequence[Any], descriptors: Sequence[int]
     ) -> int:
-        """Returns 0 when the child has called `enter`, else the exit code that it ended with."""
+        """Returns 0 when the child has called `enter`, else its exit code."""
         self.connection, theirs = multiprocessing.Pipe()
         program = _PROGRAM.format(path=sys.path, module=__name__, descriptor=theirs.fileno())
-        with theirs:  # only the child holds it from now on: its end is the end of the pipe
+        with theirs:  # from now on only the child holds it, so the pipe ends when the child does
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
@@ -78,11 +77,11 @@ class Child:
             self.connection.send((serve, arguments))
             self.connection.recv()
         except (EOFError, OSError):
-            return self.reap() or os.EX_SOFTWARE  # it can have ended with 0 before it was ready
+            return self.reap() or os.EX_SOFTWARE  # it can end with 0 before it is ready
         return 0
 
     def kill(self) -> None:
-        """Ends the child at once; a thread that waits for its answer gets an `EOFError`."""
+        """Ends the child at once; a thread that waits for its answer gets an EOFError."""
         self._process.kill()
 
     def reap(self) -> int:
@@ -92,7 +91,7 @@ class Child:
 
 
 def begin(descriptor: int) -> None:
-    """Runs the function that comes first through the pipe; the child does nothing else."""
+    """Runs, in the child, the function that comes first through the pipe."""
     connection = Connection(descriptor)
     serve, arguments = connection.recv()
     serve(connection, *arguments)
@@ -101,15 +100,14 @@ def begin(descriptor: int) -> None:
 def enter(connection: Connection, *, memory_bytes: int = 0) -> None:
     """Limits this child to `memory_bytes` more than it has (0: no limit), and reports ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
-    # Output of C libraries, libtiff above all, would tear the parent's bar; an answer brings back
-    # all that matters.
+    # output of C libraries, libtiff above all, would break the parent's progress bar
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
     if memory_bytes:
-        # RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the
-        # address space that allocators merely reserve; an allocation beyond it fails.
+        # RLIMIT_DATA counts private writable memory (since Linux 4.7), not files, nor address space
+        # that allocators only reserve; an allocation beyond it fails
         pages = int(open("/proc/self/statm", encoding="ascii").read().split()[5])  # noqa: SIM115
         limit = pages * resource.getpagesize() + memory_bytes
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -140,14 +138,13 @@ def run_limited(
     """Calls an importable function with each task, in a child with limits.
 
     Args:
-        function: gets one task; a ValueError, OSError or RuntimeError of it is raised here.
-        tasks: asked for the next one when the result before has been taken.
-        memory_bytes: limits a child to this much more than it has at its start; 0 does not.
-        seconds: for each task, after the start of the child; None sets no limit.
+        function: gets one task; its ValueError, OSError or RuntimeError is raised here.
+        tasks: advanced when the last result has been consumed.
+        memory_bytes: a child's memory beyond that at its start; 0 is no limit.
+        seconds: for each task, without the start of the child; None is no limit.
 
     Yields:
-        The function's result, or how the child died at that task; the next task then gets a new
-        child.
+        The result, or how the child died; then the next task gets a new child.
     """
     child: Child | None = None
     result: Any
@@ -176,7 +173,7 @@ def run_limited(
 
 
 def fault_of(function: Callable[..., object], *arguments: Any, seconds: float) -> str:
-    """Calls an importable function in a child; says how it failed, or "" if it did not."""
+    """Calls an importable function in a child; describes how it failed, "" if it did not."""
     (found,) = run_limited(_outcome, [(function, arguments)], seconds=seconds)
     return found.how if isinstance(found, Death) else found
 
@@ -185,7 +182,7 @@ def _outcome(task: tuple[Callable[..., object], Sequence[Any]]) -> str:
     function, arguments = task
     try:
         function(*arguments)
-    except Exception as error:  # CUDA's have several lines
+    except Exception as error:  # CUDA's errors have several lines
         return f"failed: {type(error).__name__}: {error}".splitlines()[0]
     return ""
 

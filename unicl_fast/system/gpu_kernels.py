@@ -1,7 +1,7 @@
 """Triton's kernels on this machine's GPU: whether they run, how deep they pipeline, and a trial.
 
-A trial runs in a child, since a process can no longer use its GPU after a kernel has read outside
-of its memory. A file remembers a trial that went well.
+A trial runs in a child, because a process cannot use its GPU any more after a kernel has read out
+of bounds. A file remembers a trial that went well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.child import fault_of
 
-if TYPE_CHECKING:  # programs that train nothing need not wait for torch
+if TYPE_CHECKING:  # programs that do not train need not wait for torch
     import torch
     from torch import Tensor
 
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WITH_FENCES = (3, 7, 1)
 _HOPPER = 90
-TRIAL_SECONDS = 300.0  # torch's import from a slow disk, and five kernels to compile
+TRIAL_SECONDS = 300.0  # enough to import torch from a slow disk and compile five kernels
 
 
 def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
-    """Says why Triton cannot run on a CUDA device (None: the current one); empty if it can.
+    """Returns why Triton cannot run on a CUDA device (None: the current one); empty if it can.
 
-    `oldest` is the lowest compute capability on which the caller's kernels work.
+    `oldest` is the lowest compute capability that the caller's kernels support.
     """
     import torch
 
@@ -51,11 +51,11 @@ def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
 
 
 def fenced_stages(stages: int, *, capability: int, version: str) -> int:
-    """Limits the stages of a kernel's loop to those whose data tensor cores may read.
+    """Returns the number of stages, 1 if Triton would compile several of them wrongly.
 
-    From Hopper on, tensor cores read shared memory through a separate proxy, which sees what
-    `cp.async` has written only behind a fence. Triton before 3.7.1 left the fence out of loops of
-    several stages (its pull requests 9610 and 10537); with one stage it is there.
+    Since Hopper, tensor cores read shared memory through a separate proxy, which sees writes of
+    `cp.async` only after a fence. Before 3.7.1 Triton left the fence out of loops with several
+    stages (its pull requests 9610 and 10537).
     """
     release = tuple(map(int, re.findall(r"\d+", version)[:3]))
     return 1 if capability >= _HOPPER and release < _FIRST_WITH_FENCES else stages
@@ -63,16 +63,16 @@ def fenced_stages(stages: int, *, capability: int, version: str) -> int:
 
 @functools.cache
 def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
-    """Tries kernels on a device, in a child, unless this machine has found them right.
+    """Tries kernels on a device, in a child, unless they passed on this machine before.
 
     Args:
-        trial: name of a module with a function `try_out(device, *arguments)`, which raises an
-            error if the kernels compute wrongly.
-        device: the one to try them on.
+        trial: a module whose `try_out(device, *arguments)` raises an error if the kernels compute
+            wrong results.
+        device: the device to try them on.
         arguments: choose among the module's kernels.
 
     Returns:
-        What is wrong, without a full stop; empty if they compute rightly.
+        The fault, without a full stop; empty if there is none.
     """
     what = " ".join([trial.rpartition(".")[2], *arguments])
     kept = _file_of(trial, device, arguments)
@@ -96,13 +96,13 @@ def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
 def _try_out(trial: str, device: str, *arguments: str) -> None:
     import torch
 
-    # new memory then holds NaN, and not the right results of the last call
+    # new memory is then filled with NaN, instead of the last call's right results
     torch.use_deterministic_algorithms(True, warn_only=True)
     importlib.import_module(trial).try_out(torch.device(device), *arguments)
 
 
 def _file_of(trial: str, device: torch.device, arguments: tuple[str, ...]) -> Path | None:
-    """The file that says that a trial went well here; None if nothing can be kept.
+    """Returns the file that remembers a good trial; None if there is no place for it.
 
     Its folder depends on the code, its name on the machine, the GPU and the compilers.
     """
@@ -126,7 +126,7 @@ def _file_of(trial: str, device: torch.device, arguments: tuple[str, ...]) -> Pa
 
 
 def check_close(found: Tensor, exact: Tensor, *, what: str, tolerance: float) -> None:
-    """Raises ArithmeticError if a result of kernels is off by more than a part of its norm."""
+    """Raises ArithmeticError if a result differs by more than `tolerance` of the exact norm."""
     error = float((found.double() - exact).norm() / exact.norm())
-    if not error <= tolerance:  # NaN is none
+    if not error <= tolerance:  # also if it is NaN
         raise ArithmeticError(f"{what} is off by {error:.1e} of its norm; {tolerance:.0e} is usual")

@@ -1,4 +1,4 @@
-"""Functions of autograd that know no second derivative, and say so."""
+"""Autograd functions without a second derivative, which say so."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Gradients = Callable[..., Any]
 
 
 def first_only(backward: Gradients) -> Gradients:
-    """Has a `backward` refuse (RuntimeError) gradients that are to be differentiated again.
+    """Makes a `backward` refuse (RuntimeError) gradients that are to be differentiated again.
 
-    torch's `once_differentiable` looks at what comes in, which is constant behind a mean: with
-    `create_graph=True` gradients then pass for constants, and second derivatives are silently 0.
+    torch's `once_differentiable` checks the incoming gradient, which is constant behind a mean:
+    with `create_graph=True` second derivatives would silently be 0.
     """
 
     @functools.wraps(backward)
@@ -23,7 +23,7 @@ def first_only(backward: Gradients) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "tiled losses and texts of other ranks have no second derivative "
-                '(create_graph=True): take form="dense" (efficiency.loss=dense), on one rank'
+                '(create_graph=True): use form="dense" (efficiency.loss=dense), on one rank'
             )
         return backward(ctx, *gradients)
 

@@ -1,4 +1,4 @@
-"""How this package was installed, and so how more of it can be."""
+"""The pip command that adds an extra, given how this package was installed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from urllib.parse import unquote, urlsplit
 def install_command(extra: str) -> str:
     """Returns the command that adds an extra to this installation.
 
-    pip notes where it took a package from (PEP 610), so the command names the same checkout, wheel
-    or repository; only a package out of an index is found by its name.
+    It names the same checkout, wheel or repository, which pip has recorded (PEP 610), or the
+    package if that came from an index.
     """
-    # in a checkout the folder that setuptools leaves there is found too, and knows no origin
+    # in a checkout, setuptools' own folder is found too, and has no record
     found = [one.read_text for one in metadata.distributions(name="unicl_fast")]
     noted = [text for read in found if (text := read("direct_url.json"))]
-    if not found:  # run out of a folder that nobody installed
+    if not found:  # run from a folder without an installation
         return f"pip install '.[{extra}]' in a checkout of unicl_fast"
     name = f"unicl_fast[{extra}]"
     if not noted:

@@ -1,7 +1,8 @@
-"""Numba's decorators as this package uses them, and a kernel that reads files.
+"""Numba's decorators with a cache that notices changes, and kernels that read files.
 
-Numba takes a kernel on disk for fresh until its own file changes, though code of other modules is
-part of it. So the folder's name is a hash of all files of this package that the file imports.
+Numba considers a kernel on disk fresh until its own file changes, although the kernel contains code
+of other modules. So the cache folder's name is a hash of all files of this package that the file
+imports, directly or not.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 _config: Any = numba.config  # its attributes are made as it is imported
 
-_MOST_FOLDERS = 8  # versions of a file that are kept, the last used ones
+_MOST_FOLDERS = 8  # the last used versions of a file that are kept
 _NAME = re.compile(r"[.\w]+")
 _COMMENT = re.compile(r"#.*")
-# A statement of its own; one inside a text is taken for an import too, which does no harm.
+# Also matches inside a text, which does no harm.
 _IMPORT = re.compile(
     r"^[ \t]*(?:from[ \t]+([.\w]+)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.M
 )
@@ -42,28 +43,27 @@ def kernel(function: F, /, **options: Any) -> F: ...
 @overload
 def kernel(**options: Any) -> Callable[[F], F]: ...
 def kernel(function: Any = None, /, **options: Any) -> Any:
-    """Compiles by `numba.njit` without Python's lock, and keeps it on disk; options are Numba's."""
+    """Compiles by `numba.njit`, without the GIL, and caches on disk; options are Numba's."""
     if function is None:
         return lambda function: kernel(function, **options)
     return _compile(function, functools.partial(njit, nogil=True, **options))
 
 
 def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code."""
+    """Returns a decorator like `numba.cfunc` whose result is cached; C code calls its `address`."""
     decorator = functools.partial(cfunc, types.void(*arguments))
     return lambda function: _compile(function, decorator)
 
 
 def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
-    # Numba's names of functions in machine code do not tell apart what closures hold, and what
-    # two processes have kept under one name may meet in a third.
+    # Numba's names in machine code do not tell closures with different values apart, and a process
+    # could load two of them that others have cached under one name
     for cell in function.__closure__ or ():
         function.__qualname__ += f"_{cell.cell_contents}"
     before, above = _config.CACHE_DIR, cache_folder()
-    if above is not None:  # for this function; those of others stay elsewhere
-        _config.CACHE_DIR = str(
-            folder_of(above, function.__module__, function.__code__.co_filename)
-        )
+    if above is not None:  # for this function only: other packages keep theirs elsewhere
+        folder = folder_of(above, function.__module__, function.__code__.co_filename)
+        _config.CACHE_DIR = str(folder)
     try:
         return decorator(cache=above is not None)(function)
     finally:
@@ -72,9 +72,9 @@ def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Finds or makes the folder of all kernels; None if they cannot be kept."""
+    """Returns the folder of all compiled kernels, which is made if needed; None if impossible."""
     if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
-        return None  # an environment variable has Numba keep them where they would become stale
+        return None  # a variable makes Numba cache them elsewhere, where they would become stale
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # NUMBA_CACHE_DIR comes first
@@ -97,7 +97,7 @@ def cache_folder() -> Path | None:
 
 
 def _make_private(folder: Path) -> Path:
-    """Makes a folder that only this user can write into, or raises OSError: kernels are code."""
+    """Makes a folder that only this user can write to (kernels are code), or raises OSError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()  # a link in /tmp may be somebody else's
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -107,7 +107,7 @@ def _make_private(folder: Path) -> Path:
 
 @functools.cache
 def folder_of(above: Path, module: str, file: str) -> Path:
-    """Makes the folder for the kernels of this version of a file, and removes old versions'."""
+    """Makes the folder for the kernels of this version of a file, and removes old ones."""
     folder = above / f"{module}-{_hash_code(module, Path(file))}"
     if not folder.is_dir():
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -120,10 +120,8 @@ def folder_of(above: Path, module: str, file: str) -> Path:
 
 
 def _hash_code(module: str, file: Path) -> str:
-    """Hashes a file, those of this package that it imports, and the compilers' versions.
-
-    By content (15 ms for all kernels), since versions may agree in sizes and times.
-    """
+    """Hashes a file, the files of this package that it imports, and the compilers' versions."""
+    # by content (15 ms for all kernels): two versions can agree in sizes and times
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     found, waiting = {module: file}, [(module, file)]
     while waiting:
@@ -138,14 +136,14 @@ def _hash_code(module: str, file: Path) -> str:
 
 @functools.cache
 def _read(module: str, file: Path) -> tuple[bytes, frozenset[str]]:
-    """A digest of a file, and names that may be modules of what it imports, wherever in it."""
+    """Returns a file's digest and all names in its import statements, which can be modules."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     content = file.read_bytes()
     imported = set()
     for source, names, plain in _IMPORT.findall(_COMMENT.sub("", content.decode())):
         imported.update(_NAME.findall(plain))
         if source:
-            with contextlib.suppress(ImportError, ValueError):  # a sentence that looks like one
+            with contextlib.suppress(ImportError, ValueError):  # a sentence that only looks so
                 base = resolve_name(source, package)
                 imported |= {base, *(f"{base}.{name}" for name in _NAME.findall(names))}
     return hashlib.sha256(content).digest(), frozenset(imported)
@@ -153,7 +151,7 @@ def _read(module: str, file: Path) -> tuple[bytes, frozenset[str]]:
 
 @functools.cache
 def _file_of(module: str) -> Path | None:
-    """The file of a module of this package; None for other names."""
+    """Returns the file of a module of this package; None for other names."""
     package, *parts = module.split(".")
     if package != __name__.partition(".")[0]:
         return None
@@ -184,13 +182,12 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 @kernel
 def pread_ranges(file: Any, offsets: Any, sizes: Any, buffer: Any, starts: Any) -> Any:
-    """Reads sizes[i] bytes of a file from offsets[i] on to buffer[starts[i]], of uint8 [n].
+    """Reads sizes[i] bytes at offsets[i] of a file to buffer[starts[i]], uint8 [n].
 
-    All in one call without Python's lock, and by `pread` instead of a mapped file: one that shrinks
-    or vanishes under a running job is then a missing range instead of a bus error. The caller sees
-    to it that the ranges fit into the buffer. Returns bool [k], whether a range came whole; the
-    content of one that did not is undefined.
+    One call, without the GIL. The caller makes sure that the ranges fit into the buffer. Returns
+    bool [k]: whether each range is complete; an incomplete one has undefined content.
     """
+    # not a mapped file: if one shrinks or vanishes, a range is missing instead of a bus error
     whole = np.empty(offsets.size, np.bool_)
     for i in range(offsets.size):
         target = buffer.ctypes.data + starts[i]
@@ -203,11 +200,11 @@ def pread_files(
     folder: Any, names: Any, name_starts: Any, name_lengths: Any, files: Any, offsets: Any,
     sizes: Any, buffer: Any, starts: Any,
 ) -> Any:  # fmt: skip
-    """As `pread_ranges`, each range of the file with the descriptor files[i], int32 [k].
+    """As `pread_ranges`, each range from the file with the descriptor files[i], int32 [k].
 
-    One below 0 is opened for this range: names[name_starts[i] :][: name_lengths[i]] of uint8 is its
-    path, from `folder` on (which ends with a slash) unless it is a whole one. What is no regular
-    file is not opened, as by `untrusted_files.open_regular`.
+    If that is negative, a file is opened for this range. Its path, uint8, is
+    names[name_starts[i] :][: name_lengths[i]], below `folder` (which ends with a slash) unless it
+    is absolute. As by `untrusted_files.open_regular`, only regular files are opened.
     """
     whole = np.empty(files.size, np.bool_)
     path = np.empty(folder.size + name_lengths.max() + 1, np.uint8)
@@ -220,11 +217,11 @@ def pread_files(
                 path[folder.size + j] = names[name_starts[i] + j]
             path[folder.size + name_lengths[i]] = 0
             is_whole = path[folder.size] == 47  # a slash
-            where = path.ctypes.data + (folder.size if is_whole else 0)
-            if _statx(_CURRENT_FOLDER, where, 0, _WANT_TYPE, status.ctypes.data) == 0 and (
+            start = path.ctypes.data + (folder.size if is_whole else 0)
+            if _statx(_CURRENT_FOLDER, start, 0, _WANT_TYPE, status.ctypes.data) == 0 and (
                 status[_MODE_AT + 1] & 0xF0 == 0x80  # S_IFREG
             ):
-                file = _open(where, _FLAGS)
+                file = _open(start, _FLAGS)
         target = buffer.ctypes.data + starts[i]
         whole[i] = file >= 0 and _pread(file, target, sizes[i], offsets[i]) == sizes[i]
         if files[i] < 0 <= file:

@@ -1,6 +1,6 @@
 """Random numbers as pure functions of a key and a counter: the same on any rank, in any order.
 
-Keys are folded integers; the mixer is SplitMix64's finaliser (Steele, Lea and Flood, 2014).
+Keys are folded integers; the mixer is SplitMix64's finalizer (Steele, Lea and Flood, 2014).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from unicl_fast.system.kernels import kernel
 
-if TYPE_CHECKING:  # programs that use the kernels alone need not wait for it
+if TYPE_CHECKING:  # programs that only use the kernels need not wait for it
     from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -23,7 +23,7 @@ _TO_UNIT = 2.0**-53
 
 @kernel(inline="always")
 def mix64(value: Any) -> Any:
-    """SplitMix64's bijection of uint64: every input bit changes every output bit half the time."""
+    """SplitMix64's bijection of uint64; each input bit flips each output bit half the time."""
     value = np.uint64(value)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(_MIX_1)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(_MIX_2)
@@ -32,25 +32,25 @@ def mix64(value: Any) -> Any:
 
 @kernel(inline="always")
 def random_bits(key: Any, counter: Any) -> Any:
-    """Computes the uint64 number `counter` of the stream `key`."""
+    """Returns the uint64 number `counter` of the stream `key`."""
     return mix64(mix64(np.uint64(counter) * np.uint64(_GOLDEN) + np.uint64(key)) ^ np.uint64(key))
 
 
 @kernel(inline="always")
 def random_unit(key: Any, counter: Any) -> Any:
-    """Computes the float64 number `counter` in [0, 1) of the stream `key`."""
+    """Returns the float64 number `counter`, in [0, 1), of the stream `key`."""
     return np.float64(random_bits(key, counter) >> np.uint64(11)) * _TO_UNIT
 
 
 @kernel(inline="always")
 def random_below(key: Any, counter: Any, bound: Any) -> Any:
-    """Computes an int64 in [0, bound) of the stream `key`; its bias is below bound / 2**53."""
+    """Returns an int64 in [0, bound) of the stream `key`; the bias is below bound / 2**53."""
     return np.int64(random_unit(key, counter) * np.float64(bound))
 
 
 @kernel
 def random_units(key: Any, counters: Any) -> Any:
-    """`random_unit` of several counters: float64 [n]."""
+    """Returns `random_unit` of each counter, float64 [n]."""
     drawn = np.empty(counters.size, np.float64)
     for i in range(counters.size):
         drawn[i] = random_unit(key, counters[i])
@@ -59,10 +59,8 @@ def random_units(key: Any, counters: Any) -> Any:
 
 @kernel
 def random_betas(key: Any, counters: Any, alphas: Any) -> Any:
-    """Numbers from Beta(alpha, alpha), one for each counter and its alpha: float64 [n].
-
-    As the ratio of two gamma variates, in logarithms, so that a small alpha does not underflow.
-    """
+    """Draws from Beta(alpha, alpha) for each counter and its alpha: float64 [n]."""
+    # a ratio of two gamma variates, in logarithms so that a small alpha does not underflow
     drawn = np.empty(counters.size, np.float64)
     for i in range(counters.size):
         stream = random_bits(key, counters[i])
@@ -98,15 +96,15 @@ def fold_key(*parts: int) -> int:
 
 
 def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
-    """Computes `random_unit` for tensors, on any device, bit for bit, as float64.
+    """Computes `random_unit` bit for bit for tensors, on any device, as float64.
 
-    Keys are int64 with the bits of the keys, or one key; counters int64, broadcast against them.
+    Keys are one key or int64 with the bits of keys; counters are int64, and broadcast with them.
     """
     return _shift_right(fold_key_tensor(keys, counters), 11).double() * _TO_UNIT
 
 
 def fold_key_tensor(keys: Tensor | int, parts: Tensor) -> Tensor:
-    """Returns int64 with the bits of `fold_key(..., part)` for each int64 part, on their device."""
+    """Returns, for each int64 part, the bits of `fold_key(..., part)` as int64."""
     key = _signed(keys) if isinstance(keys, int) else keys
     return _mix_tensor(_mix_tensor(parts * _signed(_GOLDEN) + key) ^ key)
 
@@ -118,11 +116,11 @@ def _mix_tensor(value: Tensor) -> Tensor:
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Shifts logically: torch's own shift is arithmetic, so the copied sign bits are cleared."""
+    """Shifts logically: torch's own shift copies the sign bit, so the copies are cleared."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """Returns the int64 with the bits of a uint64: torch multiplies int64 modulo 2**64 too."""
+    """Returns the int64 with the bits of a uint64; torch multiplies both modulo 2**64."""
     value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >= 1 << 63 else value

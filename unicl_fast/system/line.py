@@ -1,6 +1,6 @@
-"""The one line about work that cannot be counted, shown while the program prints nothing.
+"""One line about work that cannot be counted, shown while the program prints nothing.
 
-On a terminal it counts seconds after the last line, which can be a `bar`, and is erased before
+On a terminal it counts seconds behind the last line, which can be a `bar`, and is erased before
 anything else is printed. A log gets it once.
 """
 
@@ -21,25 +21,25 @@ _LOOK_SECONDS = 0.5
 _UP, _ERASE_REST = b"\x1b[A", b"\x1b[K"
 
 hooked: TextIO | None = None
-"""The stderr of which all output passes `printing` (`program.begin_program`)."""
+"""The stderr whose output all passes through `printing`; set by `program.begin_program`."""
 
 
 class _LastLine:
-    """The last line of a terminal, to which a thread adds a text."""
+    """The last line of a terminal, to which a thread appends a text."""
 
     def __init__(self, descriptor: int) -> None:
         self.texts: list[Callable[[float], str]] = []
-        """One for each entered context; the innermost is shown."""
+        """One for each open context; the innermost is shown."""
         self._descriptor = descriptor
-        self._lock = threading.RLock()  # a signal handler can print while its thread does
+        self._lock = threading.RLock()  # a signal handler can print while its thread prints
         self._own = b""
-        """The program's own part of the line."""
+        """The program's part of the line."""
         self._is_added_to = False
         self._printed_at = time.monotonic()
 
     @contextlib.contextmanager
     def printing(self) -> Iterator[None]:
-        """Within this context the terminal is the program's own."""
+        """Within this context, only the program writes to the terminal."""
         with self._lock:
             if self._is_added_to:
                 os.write(self._descriptor, b"\r" + self._own + _ERASE_REST)
@@ -71,12 +71,10 @@ on_terminal: _LastLine | None = None
 
 @contextlib.contextmanager
 def line(text: str | Callable[[float], str], *, shown: bool = True) -> Iterator[None]:
-    """Names the work within this context if it takes more than two seconds; only on rank 0.
+    """Names the work in this context if it lasts more than two seconds; only on rank 0.
 
-    Args:
-        text: names the work. A function gets the seconds without output and returns the present
-            text, or an empty one; only a terminal shows it.
-        shown: False writes nothing.
+    `text` can be a function that gets the seconds without output and returns the present text, or
+    an empty one; only a terminal shows it. Without `shown` nothing is written.
     """
     with contextlib.ExitStack() as stack:
         if shown and os.environ.get("RANK", "0") == "0":
@@ -131,7 +129,7 @@ def _added(text: str | Callable[[float], str]) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """A forked process has no thread, and perhaps a lock that nobody releases."""
+    """A forked process has no thread, and can have a lock that nobody releases."""
     global on_terminal
     on_terminal = None
 

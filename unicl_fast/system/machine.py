@@ -1,4 +1,4 @@
-"""The machine as this process may use it: cores and limits, a device, and memory."""
+"""The machine as this process can use it: cores and limits, a device, and memory."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from unicl_fast.system.wording import count_of
 
-if TYPE_CHECKING:  # programs that train nothing need not wait for torch
+if TYPE_CHECKING:  # programs that do not train need not wait for torch
     import torch
     from torch import Tensor
 
 Cores = tuple[str, str, Sequence[int]]
-"""A kernel, a container on it (by host name), and the cores that a process may run on there."""
+"""A process's kernel, container (by host name), and the cores that it can run on."""
 LAUNCHED_BY_US = "UNICL_FAST_RANK"
 """Environment variable that `start_ranks` sets for its ranks, as torchrun sets its run id."""
 STORE_SOCKET = "UNICL_STORE_SOCKET"
-"""Variable with the file descriptor on which rank 0's store is to listen, from the launcher."""
+"""Variable with the file descriptor on which rank 0's store listens, from the launcher."""
 _CGROUPS = Path("/sys/fs/cgroup")
 _MY_CGROUP = Path("/proc/self/cgroup")
-_NO_LIMIT = 2**60  # control groups of version 1 have a larger number without a limit on memory
+_NO_LIMIT = 2**60  # without a limit on memory, control groups of version 1 have a larger number
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEVICES = Path("/dev")
 _GPUS = ("nvidia[0-9]*", "kfd", "dxg")  # device files of NVIDIA's and AMD's drivers, and of WSL
@@ -38,14 +38,14 @@ _GPUS = ("nvidia[0-9]*", "kfd", "dxg")  # device files of NVIDIA's and AMD's dri
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _NEVER = 2**31 - 1
-# Decoding threads that keep up with the fastest preset. ResNet-50 takes at most 5,250 images/s on
-# an H100 (by its arithmetic), and an image takes 0.55 ms of a core; the trainer has one core too.
+# Decoding threads that keep up with the fastest preset. ResNet-50 trains on at most 5,250 images/s
+# on an H100 (by its arithmetic), an image costs 0.55 ms of a core, and the trainer needs a core.
 _THREADS_TO_DECODE = 4
-_SPARE = 1  # free buffers kept beside the one in use, for users that sometimes hold two
+_SPARE = 1  # free buffers that are kept, for users that sometimes hold two
 
 
 def check_current_folder() -> None:
-    """Raises FileNotFoundError if the current folder was removed: MKL would abort the import."""
+    """Raises FileNotFoundError if the current folder was removed: MKL would abort on import."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -56,22 +56,22 @@ def check_current_folder() -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, or fewer where its container has a quota of CPU time."""
+    """Returns how many cores this process can run on, or fewer if a CPU quota limits it."""
     return int(max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() or 1, _whole_cores())))
 
 
 def describe_cores() -> Cores:
-    """Returns the kernel and the container that this process runs in, and its cores there."""
+    """Returns this process's kernel, container and cores."""
     container = socket.gethostname()
     try:
         kernel = _BOOT_ID.read_text(encoding="utf-8").strip()
-    except OSError:  # a sandbox, in which nobody else can be seen either
+    except OSError:  # a sandbox, where no other process is visible either
         kernel = container
     return kernel, container, sorted(os.sched_getaffinity(0))
 
 
 def quota_of_cores() -> float:
-    """Cores of CPU time that the ranks in this container may take together; inf without a limit."""
+    """Returns the CPU quota, in cores, of all ranks in this container; inf without a limit."""
     quota = _whole_cores()
     has_launcher = LAUNCHED_BY_US in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if "SLURM_CPUS_PER_TASK" in os.environ and not has_launcher:
@@ -81,10 +81,9 @@ def quota_of_cores() -> float:
 
 
 def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: float) -> int:
-    """Returns the number of cores of a rank: a core is shared evenly by all that may run on it.
+    """Returns a rank's number of cores: each core is shared evenly by the ranks that can use it.
 
-    `cores` holds what `describe_cores` returned on each rank, `quota` is this rank's
-    `quota_of_cores`.
+    `cores` has `describe_cores` of every rank, `quota` is this rank's `quota_of_cores`.
     """
     kernel, container, mine = cores[rank]
     num_ranks_on = collections.Counter(
@@ -96,9 +95,9 @@ def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: float) -> int:
 
 
 def control_groups(controller: str = "") -> list[Path]:
-    """Folders of this process's control group and its parents, of version 2 or a controller's.
+    """Returns the folders of this process's control group and its parents.
 
-    Older container hosts have controllers (cpu, memory), of version 1.
+    They are of version 2, or with a `controller` (cpu, memory) of version 1, as on older hosts.
     """
     try:
         lines = _MY_CGROUP.read_text(encoding="utf-8").splitlines()
@@ -112,17 +111,17 @@ def control_groups(controller: str = "") -> list[Path]:
 
 
 def cpu_quota() -> float:
-    """Smallest quota of CPU time of the control groups, in cores (1.5); inf without one."""
+    """Returns the smallest CPU quota of the control groups, in cores (1.5); inf without one."""
     smallest = math.inf
     limits: list[tuple[Path, ...]] = [(folder / "cpu.max",) for folder in control_groups()]
-    for folder in control_groups("cpu"):
-        limits.append((folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
+    of_version_1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    limits += [tuple(folder / name for name in of_version_1) for folder in control_groups("cpu")]
     for files in limits:
         try:
             texts = [file.read_text(encoding="utf-8") for file in files]
             quota, period = " ".join(texts).split()
         except (OSError, ValueError):
-            continue  # the root has none
+            continue  # the root group has no files
         if quota not in ("max", "-1"):
             smallest = min(smallest, int(quota) / int(period))
     return smallest
@@ -135,7 +134,7 @@ def _whole_cores() -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank can still have: of its device, or its part of the host's."""
+    """Returns the free bytes of this rank's device, or its share of the host's."""
     if device.type == "cuda":
         import torch
 
@@ -156,20 +155,18 @@ def _free_in_group(
     if most == "max" or int(most) >= _NO_LIMIT:
         return math.inf
     files = _fields_of(folder / "memory.stat")
-    # files that were read count as used, and make room when it is needed
+    # cached files count as used, and make room when it is needed
     reclaimed = files[f"{prefix}inactive_file"] + files[f"{prefix}active_file"]
     return int(most) - int((folder / f"memory.{used}").read_text(encoding="utf-8")) + reclaimed
 
 
 def _fields_of(path: Path) -> dict[str, int]:
-    lines = (
-        line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()
-    )
-    return {name: int(value) for name, value, *_ in lines}
+    lines = path.read_text(encoding="utf-8").replace(":", " ").splitlines()
+    return {name: int(value) for name, value, *_ in map(str.split, lines)}
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
-    """Chooses the device that `run.device` means for this rank; raises ValueError without one."""
+    """Returns this rank's device for `run.device`; raises ValueError if there is none."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -177,7 +174,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    if visible == 1:  # SLURM may show each task its own device only
+    if visible == 1:  # SLURM can show each task only its own device
         return torch.device("cuda", 0)
     if local_rank >= visible:
         raise ValueError(
@@ -188,7 +185,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
 
 
 def gpu_bytes(name: str) -> int:
-    """Memory of the smallest GPU that `run.device` may mean; 0 where it means the CPU."""
+    """Returns the memory of the smallest GPU for `run.device`; 0 if it means the CPU."""
     import torch
 
     if choose_device(name).type == "cpu":
@@ -200,7 +197,7 @@ def gpu_bytes(name: str) -> int:
 def choose_decode_device(
     requested: str, *, device: torch.device, threads: int
 ) -> tuple[torch.device, str]:
-    """Chooses where images are decoded for a model on `device`, there or on the CPU; says why.
+    """Chooses the device that decodes images, for a model on `device`; also returns why.
 
     `requested` is `data.decode_device`, `threads` the rank's decoding threads (0: its cores).
     """
@@ -221,19 +218,19 @@ def choose_decode_device(
 
 
 def return_freed_memory() -> None:
-    """Gives what is free now back to the kernel, once; set-up leaves some 100 MB."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    """Returns free memory to the kernel, once; set-up leaves some 100 MB."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
     """Makes glibc reuse freed blocks of any size; for programs to call when they start.
 
-    Writing a fresh float32 batch of 64 images (38 MB) took 19 ms, since the kernel clears each
-    page at its first touch; one in reused memory took 2 ms. The price: the process stays as large
-    as it ever was. One arena per core, since memory that is free in one is of no use to another.
-    Returns whether the C library did it; others than glibc do not.
+    Returns whether it worked: other C libraries cannot.
     """
+    # Writing a fresh float32 batch of 64 images (38 MB) cost 19 ms, since the kernel clears each
+    # page at its first touch; in reused memory 2 ms. The price: the process never shrinks. One
+    # arena per core, since memory that is free in one is of no use to another.
     choices = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_ARENA_MAX: usable_cores()}
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -243,36 +240,35 @@ def keep_freed_memory() -> bool:
 
 
 def choose_environment(device: str) -> None:
-    """Sets variables that torch's import reads and that the user has not set, for `run.device`.
-
-    On a CPU, idle threads of OpenMP sleep instead of spinning, which would take the cores from the
-    loader. oneDNN keeps prepared products for the latest shapes only: texts have others in each
-    step, and torch's default of 1,024 took 400 MB more after 90 steps, for 1 % of the time. On a
-    GPU, torch's allocator extends the memory that it has instead of keeping pieces.
-    """
+    """Sets variables that torch's import reads, for `run.device`, unless the user has set them."""
     if device == "cuda" or (device == "auto" and any(map(any, map(_DEVICES.glob, _GPUS)))):
+        # torch's allocator then extends its memory instead of keeping pieces
         if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
             os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
         return
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # of ideep, torch's wrapper of oneDNN
+    # for ideep, torch's wrapper of oneDNN, which keeps prepared products for the latest shapes:
+    # texts have new ones at each step, and the default of 1,024 cost 400 MB after 90 steps for 1 %
+    # of the time
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     if "OMP_WAIT_POLICY" not in os.environ:
+        # idle OpenMP threads sleep; spinning, they would take the cores from the loader
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("KMP_BLOCKTIME", "0")  # the same for Intel's library
 
 
 class CpuTimes(NamedTuple):
-    """Seconds since some moment in the past: take differences."""
+    """Seconds since some moment in the past: use differences."""
 
     own: float
     """CPU time of this process."""
     waited: float
-    """Time that its threads were ready to run and had no core, summed over those that live."""
+    """Time in which its threads, summed over the living ones, were ready but had no core."""
     busy: float
-    """CPU time of all processes, and of the machine's other guests, on the cores of this one."""
+    """CPU time of all processes, and of the machine's other guests, on this process's cores."""
 
 
 def cpu_times() -> CpuTimes:
-    """Reads the times of this process and its cores, 0 where the kernel has none; takes 0.1 ms."""
+    """Reads the times of this process and its cores in 0.1 ms; 0 if the kernel has none."""
     spent = os.times()
     waited = busy = 0.0
     for path in Path("/proc/self/task").glob("*/schedstat"):
@@ -289,7 +285,7 @@ def cpu_times() -> CpuTimes:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Returns how much of this process's memory is in RAM."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * mmap.PAGESIZE
 
@@ -297,34 +293,33 @@ def resident_bytes() -> int:
 class HostBuffers:
     """Hands out large tensors and reclaims their memory when they are freed.
 
-    From the heap, a batch that is made and dropped at every step costs three times its size: other
-    blocks land in the hole that the last one has left.
+    From the heap, a batch that is made and freed at every step costs three times its size: other
+    blocks land in the hole that it leaves.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._buffers: list[tuple[mmap.mmap, Callable[[], object]]] = []
-        """Memory, and what gives its user as long as there is one."""
+        """Memory, and a function that returns its user, None without one."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """As `torch.empty`, contiguous, on the CPU, and at the start of a page.
+        """As `torch.empty`, contiguous, on the CPU, at the start of a page.
 
-        A later call reuses its memory once the tensor, its views and all graphs that saved it are
-        gone.
+        Its memory is reused once the tensor, its views and all graphs that saved it are gone.
         """
         import numpy as np
         import torch
 
         num_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
-            # each user is asked once: one that went between two questions would be both, and its
-            # memory be given to two
+            # each user is looked up once: if one went between two look-ups, its memory would count
+            # as held and as free
             asked = [(memory, user, user() is not None) for memory, user in self._buffers]
             held = [(memory, user) for memory, user, is_held in asked if is_held]
             free = [memory for memory, _, is_held in asked if not is_held]
             fitting = sorted((each for each in free if len(each) >= num_bytes), key=len)
             memory, *others = fitting or [_take(max(1, num_bytes))]
-            # a tensor keeps the array alive that it was made of, so when that is gone, so is it
+            # a tensor keeps its array alive: once the array is gone, so is the tensor
             array = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
             spare = [(each, lambda: None) for each in others[:_SPARE]]
             self._buffers = [*held, (memory, weakref.ref(array)), *spare]
@@ -333,7 +328,7 @@ class HostBuffers:
 
 def _take(num_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # an advice only: some systems have no name for it, some kernels and sandboxes refuse it
+    # only a hint: some systems have no name for it, some kernels and sandboxes refuse it
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -5,18 +5,17 @@ Jinja escapes every value, and the page's policy forbids scripts should one slip
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import markupsafe
 
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, visible_text
 
 
 def fill_page(template: Path, **values: Any) -> str:
     """Returns the page as text, to be written in UTF-8; a missing value is an UndefinedError."""
-    import jinja2  # here, for --help of programs that make pages need not wait for it
+    import jinja2  # here, since --help need not wait for it
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
@@ -32,12 +31,6 @@ def fill_page(template: Path, **values: Any) -> str:
 
 
 def visible(value: Any) -> Any:
-    """Writes out what cannot be seen of a text; what is HTML already stays as it is."""
-    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
-        return value
-    return "".join(
-        character
-        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs")
-        else character.encode("unicode_escape").decode("ascii")
-        for character in value
-    )
+    """Returns a text by `visible_text`; leaves HTML and other values alone."""
+    is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+    return visible_text(value) if is_text else value

@@ -1,4 +1,4 @@
-"""Paths that are not there."""
+"""Suggestions for paths that do not exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def nearest_name(path: str | os.PathLike[str]) -> str:
-    """Says which name that is there is most like that of a path that is not; "" if none is."""
+    """Returns a phrase with the existing path that is most like a missing one; "" if none is."""
     place = Path(path)
     above = next((each for each in place.parents if each.is_dir()), Path())
     wrong = place.relative_to(above).parts[0] if place.is_relative_to(above) else place.name

@@ -1,4 +1,4 @@
-"""The present phase of this process, by which its watchdog finds hangs, and early stops."""
+"""The present phase of this process, for its watchdog, and requests to stop an evaluation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 OR_WAITING = ", or waiting for other ranks"
-"""Suffix of a phase's name whose work contains collectives that are not marked one by one."""
+"""Suffix of a phase's name if its work contains collectives that are not marked one by one."""
 START_PATIENCE = 3.0
-"""How many times the time limit a phase can last before the first step is done."""
+"""The patience of phases before the first step is done."""
 
 
 class Phase(NamedTuple):
@@ -17,19 +17,19 @@ class Phase(NamedTuple):
 
     name: str
     step: int | None = None
-    """The optimizer step that the work is for."""
+    """The optimizer step."""
     patience: float = 1.0
-    """How many times the time limit the phase can last."""
+    """Factor of the time limit."""
     waits_for_ranks: bool = False
     """Whether the phase cannot end before other ranks have reached it."""
 
 
-# One name in one place, since a process is one rank. Storing it is atomic and needs no lock.
+# A global, since a process is one rank. Storing it is atomic and needs no lock.
 _now = Phase("starting", patience=START_PATIENCE)
 
 
 def current_phase() -> Phase:
-    """Returns the present phase: another object after every mark, even of the same phase."""
+    """Returns the present phase; each mark makes a new object, also if the phase is the same."""
     return _now
 
 
@@ -49,7 +49,7 @@ def mark(
 
 
 def mark_progress() -> None:
-    """Restarts the time of the present phase, since it makes progress."""
+    """Restarts the present phase's time, since it makes progress."""
     global _now
     _now = Phase(*_now)
 
@@ -59,7 +59,7 @@ _watch_wait: Callable[[bool], None] | None = None
 
 @contextlib.contextmanager
 def watching_waits(watch: Callable[[bool], None]) -> Iterator[None]:
-    """Calls `watch`, in the waiting thread, with True as a rank begins to wait and then False."""
+    """Calls `watch` in a thread that waits for other ranks: True as it begins, then False."""
     global _watch_wait
     before, _watch_wait = _watch_wait, watch
     try:
@@ -69,9 +69,9 @@ def watching_waits(watch: Callable[[bool], None]) -> Iterator[None]:
 
 
 class WaitingForRanks:
-    """Marks a collective, in which a rank waits if ANOTHER hangs; the phase resumes after it."""
+    """Marks a collective, in which a rank waits if another hangs; the phase resumes after it."""
 
-    __slots__ = ("_before",)  # a class: a generator's context manager costs five times as much
+    __slots__ = ("_before",)  # a class: a generator as context manager costs five times as much
 
     def __enter__(self) -> None:
         global _now
@@ -89,7 +89,7 @@ class WaitingForRanks:
         _now = Phase(*self._before)
 
 
-class EvaluationStopped(Exception):  # noqa: N818 - it was asked for
+class EvaluationStopped(Exception):  # noqa: N818 - it was requested
     """An evaluation was stopped early and has no result."""
 
 
@@ -97,10 +97,9 @@ _stop_checks: list[Callable[[], bool]] = []
 
 
 def heartbeat_and_check_stop() -> bool:
-    """Shows progress between two batches of an evaluation; returns whether to continue.
+    """Marks progress between two batches of an evaluation; returns whether to continue.
 
-    Ranks can get different answers: sum the stops over all ranks, with the results, and raise
-    `EvaluationStopped` on all of them.
+    Answers can differ between ranks: exchange them, and raise `EvaluationStopped` on all ranks.
     """
     mark_progress()
     return not any(is_stopped() for is_stopped in _stop_checks)
@@ -108,7 +107,7 @@ def heartbeat_and_check_stop() -> bool:
 
 @contextlib.contextmanager
 def stopping_when(is_stopped: Callable[[], bool]) -> Iterator[None]:
-    """Evaluations inside the block stop early once `is_stopped` returns true."""
+    """Evaluations in this context stop early once `is_stopped` returns True."""
     _stop_checks.append(is_stopped)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The first things that every program does, before it reads its arguments."""
+"""How every program begins, before it reads its arguments."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from unicl_fast.system.version import __version__
 
 _UTF8_MODE = "PYTHONUTF8"
 EXIT_ABORTED = 130
-"""The code that shells give for Ctrl-C; `unicl-pretrain` ends with it after the second one."""
+"""The shells' exit code for Ctrl-C; `unicl-pretrain` ends with it after the second one."""
 
 
 def begin_program() -> list[str]:
     """Prepares the process of a program; returns its arguments, or answers --version."""
-    # Under LC_ALL=C or a locale of ISO-8859-1 Python can read file names as other characters than
-    # under C.UTF-8, and class names come from them. It cannot change this once it has started.
+    # Class names come from file names, which Python can decode differently under LC_ALL=C or a
+    # locale of ISO-8859-1. It cannot change this once it has started.
     if not has_utf8_names() and os.environ.get(_UTF8_MODE) != "1":
         os.environ[_UTF8_MODE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -37,14 +37,14 @@ def begin_program() -> list[str]:
     if sys.argv[1:] == ["--version"]:
         print(f"unicl_fast {__version__}")
         sys.exit()
-    if not sys.warnoptions:  # warnings for callers of libraries are for tests; -W shows them
+    if not sys.warnoptions:  # FutureWarnings are for callers of libraries; -W shows them
         warnings.simplefilter("ignore", FutureWarning)
     docstring_parser.parse_from_object = _parse_without_indents  # type: ignore[assignment]
     return sys.argv[1:]
 
 
 def _parse_without_indents(obj: Any, *, parse: Any = docstring_parser.parse_from_object) -> Any:
-    """As `docstring_parser` does; from indented lines tyro would make paragraphs of the help."""
+    """Removes the fields' indentation, from which tyro's help would make paragraphs."""
     found = parse(obj)
     for field in found.params:
         field.description = field.description and inspect.cleandoc(field.description)
@@ -53,7 +53,7 @@ def _parse_without_indents(obj: Any, *, parse: Any = docstring_parser.parse_from
 
 @contextlib.contextmanager
 def logging_at(name: str, level: int) -> Iterator[None]:
-    """Keeps messages of a logger that are below a level back while the block lasts."""
+    """Drops a logger's messages below a level within this context."""
     chosen = logging.getLogger(name)
     before = chosen.level
     chosen.setLevel(level)
@@ -64,7 +64,7 @@ def logging_at(name: str, level: int) -> Iterator[None]:
 
 
 def has_utf8_names() -> bool:
-    """Whether Python reads file names as UTF-8, which it does except under odd locales."""
+    """Returns whether Python reads file names as UTF-8, as it does except under odd locales."""
     return sys.getfilesystemencoding() == "utf-8"
 
 
@@ -72,7 +72,7 @@ def require_utf8_names() -> None:
     """Raises ValueError if file names would be read differently than elsewhere."""
     if not has_utf8_names():
         raise ValueError(
-            f"Python takes file names for {sys.getfilesystemencoding()} under this locale, and a "
+            f"Python reads file names as {sys.getfilesystemencoding()} under this locale, and a "
             f"data set would get other names than elsewhere: start Python with {_UTF8_MODE}=1"
         )
 
@@ -80,7 +80,7 @@ def require_utf8_names() -> None:
 def _end_on_ctrl_c(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    """Ends a program that Ctrl-C has reached by a sentence; other errors are shown as always."""
+    """Ends a program with a sentence after Ctrl-C; shows other errors as usual."""
     if not issubclass(kind, KeyboardInterrupt) or os.environ.get("UNICL_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
         return
@@ -94,7 +94,7 @@ def _end_on_ctrl_c(
 
 
 class _Output(io.FileIO):
-    """Standard output or error, which leads nowhere once its reader has left."""
+    """Standard output or error; output is discarded once its reader has left."""
 
     def write(self, data: Any, /) -> int:
         if (last := line.on_terminal) is None or not self.isatty():
@@ -108,7 +108,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data) or 0
         except BrokenPipeError:
-            # The work continues; output of C++ libraries and Python's last flush go there too.
+            # the work continues; output of C++ libraries and Python's last flush go there too
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -118,7 +118,7 @@ class _Output(io.FileIO):
 def _without_broken_pipe(stream: TextIO) -> TextIO:
     try:
         raw = _Output(stream.fileno(), "wb", closefd=False)
-    except (AttributeError, OSError, ValueError):  # no stream at all, or one of a notebook's
+    except (AttributeError, OSError, ValueError):  # no stream at all, or a notebook's
         return stream
     unbuffered = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED, as containers set it
     return io.TextIOWrapper(

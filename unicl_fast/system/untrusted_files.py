@@ -1,4 +1,4 @@
-"""Files in folders that others may have made: opened without surprises, read within limits."""
+"""Files in folders that others can have made: opened without surprises, read within limits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from unicl_fast.system.wording import shorten
 
 MOST_BYTES = 64 << 20
 """Largest file of settings: a manifest of 400,000 shards, or a list of a million classes."""
-_MOST_YAML_BYTES = 256 << 10  # PyYAML takes some 20 s for a megabyte
+_MOST_YAML_BYTES = 256 << 10  # PyYAML needs some 20 s for a megabyte
 _MOST_YAML_VALUES = 100_000
-"""Values with all aliases written out: nine lines can mean a billion."""
+"""Limit of values with all aliases expanded: nine lines can mean a billion."""
 _MOST_DEPTH = 100
-"""Levels of objects and lists, which are read by functions that call themselves."""
+"""Limit of nested objects and lists, which are read recursively."""
 _BLOCK_BYTES = 1 << 20
 _YAML_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 YAML_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")
@@ -29,22 +29,22 @@ AnyPath = str | os.PathLike[str]
 
 
 class NotRegularError(OSError):
-    """A link, a pipe, a device or a folder stands where a regular file should."""
+    """A link, a pipe, a device or a folder instead of a regular file."""
 
 
 def open_regular(path: AnyPath, flags: int = os.O_RDONLY, *, mode: int = 0o666) -> tuple[int, int]:
-    """Opens a regular file as a descriptor, and returns its size too; does not wait for pipes.
+    """Opens a regular file; returns its descriptor and size. Does not wait for pipes.
 
-    A link is followed for reading only: whoever made the folder must not choose what is written to.
-    Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
-    once it is open, since it may be another one by then.
+    A link is followed only for reading: who made the folder must not choose the file to overwrite.
 
     Raises:
-        NotRegularError: it is something else, and must not be opened.
+        NotRegularError: it is not a regular file; it is not opened.
         OSError: it cannot be opened.
     """
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     kind = stat.S_IFREG
+    # checked first, because opening a device can have effects (a tape rewinds), and again once it
+    # is open, when it can be another file
     try:
         kind = (os.lstat if writes else os.stat)(path).st_mode
     except FileNotFoundError:
@@ -66,16 +66,16 @@ def open_regular(path: AnyPath, flags: int = os.O_RDONLY, *, mode: int = 0o666) 
 
 
 def open_file(path: AnyPath, mode: str = "rb", **options: Any) -> Any:
-    """As `open`, with its options, but as `open_regular` opens."""
+    """Opens a file as `open` does, but by `open_regular`."""
     return open(path, mode, opener=lambda name, flags: open_regular(name, flags)[0], **options)
 
 
 def read_file(path: AnyPath, *, most_bytes: int = MOST_BYTES, piped: bool = False) -> bytes:
-    """Reads a regular file of at most `most_bytes`, or (`piped`) what comes from a pipe.
+    """Reads a regular file or, if `piped`, a pipe.
 
     Raises:
         OSError: as `open_regular`.
-        ValueError: it is larger.
+        ValueError: there are more than `most_bytes`.
     """
     parts, left = list[bytes](), most_bytes
     with open(path, "rb") if piped else open_file(path) as file:
@@ -111,10 +111,10 @@ def parse_json(data: bytes | str, *, where: str) -> Any:
 
 
 def parse_yaml(data: bytes, *, where: str) -> Any:
-    """Parses YAML by the core schema of version 1.2, as a reader of JSON expects it.
+    """Parses YAML by the core schema of version 1.2, which agrees with JSON.
 
-    So `off` is a text and 1e-3 a number, which PyYAML, of version 1.1, has the other way round.
-    Raises ValueError, also if a mapping has a name twice.
+    `off` is a text and 1e-3 a number; in PyYAML's version 1.1 it is the other way round. Raises
+    ValueError, also if a mapping has a name twice.
     """
     import yaml
 
@@ -142,7 +142,7 @@ def parse_yaml(data: bytes, *, where: str) -> Any:
         values = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not YAML: {error}") from error
-    except Exception as error:  # PyYAML's for `!!int ''`, `!!bool x`, `!!timestamp x`
+    except Exception as error:  # several types, for `!!int ''`, `!!bool x`, `!!timestamp x`
         reason = f"a value is not what its tag says ({error!r})"
         raise ValueError(f"{where} is not YAML: {reason}") from error
     return _refuse_deep(values, where)
@@ -150,8 +150,8 @@ def parse_yaml(data: bytes, *, where: str) -> Any:
 
 @contextlib.contextmanager
 def reading_table(path: AnyPath, *, delimiter: str = ",") -> Iterator[csv.DictReader[str]]:
-    """Yields the rows of a CSV file, whose faults raise ValueError within the context."""
-    csv.field_size_limit(1 << 17)  # Python's own, which packing raises for its texts
+    """Yields the rows of a CSV file; faults raise ValueError within the context."""
+    csv.field_size_limit(1 << 17)  # Python's default, which packing raises for its texts
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
     try:
         yield rows
@@ -160,7 +160,7 @@ def reading_table(path: AnyPath, *, delimiter: str = ",") -> Iterator[csv.DictRe
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a name stand twice, and readers differ in which one counts."""
+    """Refuses repeated names, which JSON allows and readers treat differently."""
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError(f"a name stands twice among {shorten([name for name, _ in pairs])}")
@@ -179,7 +179,7 @@ def _refuse_deep(values: Any, where: str) -> Any:
 
 
 def _count_values(node: Any, counts: dict[int, float]) -> float:
-    """Counts a node and those in it as often as aliases name them; inf if it holds itself."""
+    """Counts the values of a node with aliases expanded; inf if it contains itself."""
     if id(node) not in counts:
         counts[id(node)] = float("inf")
         inside = node.value if isinstance(node.value, list) else []

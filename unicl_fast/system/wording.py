@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ _ABSENT = object()
 _MOST_LEVELS = 100
 _PLURAL = re.compile(r"\b(file|image|row|download)s\b")
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*://"
-# user:password, and over http a token alone; abfs://container@account names no user
+# user:password, and with http a token alone; abfs://container@account names no user
 _USER = re.compile(rf"({_SCHEME})[^/\s?#@:]*:[^/\s?#]*@|(https?://)[^/\s?#]*@")
 _MARKUP = re.compile(r"[\\|<&$*`\[]")
 _QUERY = re.compile(rf"({_SCHEME}[^\s?]*)\?[^\s'\",;)]+")
@@ -26,14 +27,14 @@ def count_of(number: int, noun: str) -> str:
 
 
 def count_of_kind(number: int, kind: str) -> str:
-    """Formats a count of what is named in the plural: `1 hidden file`, `2 hidden files`."""
+    """Formats a count with a plural: `1 hidden file`, `2 hidden files` of "hidden files"."""
     if number == 1:
         kind = _PLURAL.sub(r"\1", kind, count=1)
     return f"{number:,} {kind}"
 
 
 def shorten(value: Any, *, limit: int = 100) -> str:
-    """Returns the first `limit` characters of `repr(value)`, and makes hardly more of it."""
+    """Returns the first `limit` characters of `repr(value)` without computing much more of it."""
     text = ""
     for piece in _pieces_of(value, limit, _MOST_LEVELS):
         text += piece
@@ -57,40 +58,45 @@ def _pieces_of(value: Any, limit: int, levels: int) -> Iterator[str]:
     else:
         try:
             yield repr(value)
-        except (RecursionError, ValueError):  # nested too deep; a number of over 4,300 digits
+        except (RecursionError, ValueError):  # nested too deeply; a number of over 4,300 digits
             yield f"a {type(value).__name__}"
 
 
 def without_secrets(text: str) -> str:
-    """Returns a text whose URLs have neither user and password nor a query (signatures, tokens)."""
+    """Removes user, password and query (signatures, tokens) from the URLs in a text."""
     text = _USER.sub(lambda match: match[1] or match[2], text)
     return _QUERY.sub(r"\1?...", text)
 
 
 def encodable(text: str) -> str:
-    """Writes out bytes of file names that are not UTF-8, which protobuf and matplotlib refuse."""
+    """Escapes bytes of file names that are not UTF-8, which protobuf and matplotlib refuse."""
     return text.encode(errors="backslashreplace").decode()
 
 
-def print_text(text: str, file: TextIO) -> None:
-    """Prints any names: escapes what a terminal would obey, and shows URLs without secrets."""
-    encoding = file.encoding or "utf-8"
-    shown = "".join(
+def visible_text(text: str) -> str:
+    """Escapes control characters other than line feeds, and bytes that are not UTF-8."""
+    return "".join(
         character
-        if character == "\n" or unicodedata.category(character) != "Cc"
+        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs")
         else character.encode("unicode_escape").decode("ascii")
-        for character in without_secrets(text)
+        for character in text
     )
+
+
+def print_text(text: str, file: TextIO) -> None:
+    """Prints a text with any names: control characters are escaped, URLs lose their secrets."""
+    encoding = file.encoding or "utf-8"
+    shown = visible_text(without_secrets(text))
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def markdown_text(text: str) -> str:
-    """A text in one line, shown as it is: what would be markup in Markdown or HTML is escaped."""
+    """Returns a text in one line, with the markup of Markdown and HTML escaped."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that also reads well as text; the first column is aligned left, cells are escaped."""
+    """Formats a table, aligned for reading as text, the first column left; escapes the cells."""
     cells = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (width - 1) + ":" for width in widths]
@@ -103,19 +109,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the first difference, if a checkpoint is of another `what`."""
-    differences = list(config_diff(stored, present))
-    if differences:
+    """Raises ValueError, naming the first difference, if a checkpoint has another `what`."""
+    if differences := list(config_diff(stored, present)):
+        more = len(differences) - 1
+        also = f" ({count_of(more, 'more difference')})" if more else ""
         raise ValueError(
-            f"the checkpoint is of another {what}: {first_difference(differences)}; train into "
-            "another --out, or give what the checkpoint was trained with"
+            f"the checkpoint is of another {what}: {differences[0]}{also}; train into another "
+            "--out, or give what the checkpoint was trained with"
         )
-
-
-def first_difference(differences: Sequence[str]) -> str:
-    """The first of some phrases, and how many more there are."""
-    more = len(differences) - 1
-    return differences[0] + (f" ({count_of(more, 'more difference')})" if more else "")
 
 
 def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:
@@ -125,28 +126,15 @@ def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:
             below = f"{path}.{name}" if path else name
             yield from config_diff(stored.get(name, _ABSENT), present.get(name, _ABSENT), below)
     elif isinstance(stored, list | tuple) and isinstance(present, list | tuple):
-        inner = [
-            phrase
-            for index, pair in enumerate(zip(stored, present, strict=False))
-            for phrase in config_diff(*pair, f"{path}[{index}]")
-        ]
+        pairs = enumerate(itertools.zip_longest(stored, present, fillvalue=_ABSENT))
+        inner = [phrase for n, pair in pairs for phrase in config_diff(*pair, f"{path}[{n}]")]
         if len(stored) == len(present):
             yield from inner
-        else:
-            # one inserted element moves all after it: where the lists part is what helps
-            yield (
-                f"{path} had {len(stored)} elements and now has {len(present)}"
-                f", and {inner[0] if inner else _first_beyond(stored, present, path)}"
-            )
+        else:  # one inserted element moves all others: the first difference helps
+            lengths = f"had {len(stored)} elements and now has {len(present)}"
+            yield f"{path} {lengths}, and {inner[0]}"
     elif stored != present or isinstance(stored, bool) != isinstance(present, bool):
         yield f"{path} was {_show(stored)} and is now {_show(present)}"
-
-
-def _first_beyond(stored: Sequence[Any], present: Sequence[Any], path: str) -> str:
-    index = min(len(stored), len(present))
-    if len(stored) > index:
-        return f"{path}[{index}] was {_show(stored[index])}"
-    return f"{path}[{index}] is now {_show(present[index])}"
 
 
 def _show(value: Any) -> str:
