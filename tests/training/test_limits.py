@@ -27,11 +27,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.limits import (
-    _REMEMBERED_STEPS,
-    NonfiniteSteps,
-    ReplacedSamples,
-)
+from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 

@@ -89,10 +89,7 @@ def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
         global_batch(images),
         class_ids=torch.tensor([5, 5, 5, 9] + [2**61 + i for i in range(6)] + [9, 5]),
     )
-    batch = dataclasses.replace(
-        batch,
-        source_ids=torch.tensor([0, 0, 2, 2] + [1] * 6 + [2, 2]),
-    )
+    batch = dataclasses.replace(batch, source_ids=torch.tensor([0, 0, 2, 2] + [1] * 6 + [2, 2]))
     meter = DatasetMeter(["a", "b", "c"], epochs=lambda step: [step / 2, step / 4, 0.0])
     assert described(meter, batch, num_steps=3) == {
         "epochs/a": 1.5,

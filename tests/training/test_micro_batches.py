@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import (
-    first_gradients,
-    run_on_ranks,
-    write_gradients,
-    write_objective_gradients,
-)
+from rank_workers import first_gradients, run_on_ranks, write_gradients, write_objective_gradients
 from small_runs import labelled_loader, objective_config, tiny_config, trainer_of
 
 from unicl_fast.distributed.ranks import Ranks
@@ -38,10 +33,7 @@ def assert_equal_gradients(found: dict, expected: dict) -> None:
     [
         pytest.param(size, others, marks=pytest.mark.slow if others and size != 5 else ())
         for size in (1, 4, 5, 11)
-        for others in (
-            {},
-            {"activation_checkpointing": True},
-        )
+        for others in ({}, {"activation_checkpointing": True})
     ],
     ids=str,
 )

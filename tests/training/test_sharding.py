@@ -232,10 +232,7 @@ def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> No
     plain = {"off": (config_of(), None)}
     compiled = {
         "full": (config_of("full", compile="blocks"), None),
-        "recomputed": (
-            config_of("full", compile="blocks", activation_checkpointing=True),
-            None,
-        ),
+        "recomputed": (config_of("full", compile="blocks", activation_checkpointing=True), None),
     }
     run_on_ranks(train_each, 2, images, tmp_path, plain)
     run_on_ranks(train_each_compiled, 2, images, tmp_path, compiled)

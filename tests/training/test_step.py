@@ -186,10 +186,7 @@ def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple
 
 @pytest.mark.parametrize(
     "switch",
-    [
-        {"activation_checkpointing": True},
-        {"loss": "tiled"},
-    ],
+    [{"activation_checkpointing": True}, {"loss": "tiled"}],
     ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
 )
 def test_efficiency_changes_nothing(

@@ -20,13 +20,7 @@ from small_runs import tiny_config, trainer_of
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.training import trackers as trackers_module
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
-from unicl_fast.training.trackers import (
-    OPENERS,
-    TrackedRun,
-    Tracker,
-    Trackers,
-    require_trackers,
-)
+from unicl_fast.training.trackers import OPENERS, TrackedRun, Tracker, Trackers, require_trackers
 
 Curves = dict[str, list[tuple[int, float]]]
 RUN_ID = "0123456789abcdef"
@@ -68,8 +62,7 @@ class Recorder:
     def open(self, run: TrackedRun) -> Tracker:
         self.run = run
         return Tracker(
-            log=lambda values, step: self.logged.append((step, dict(values))),
-            close=lambda: None,
+            log=lambda values, step: self.logged.append((step, dict(values))), close=lambda: None
         )
 
 

@@ -246,7 +246,7 @@ def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path: Path) -> None
     def too_late(*arguments: object, **settings: object) -> NoReturn:
         raise AssertionError("it comes too late")
 
-    with pytest.raises(ValueError, match=r"run is on the CPU: take data\.decode_device=auto"):
+    with pytest.raises(ValueError, match=r"run is on the CPU: set data\.decode_device=auto"):
         pretrain(config, run_folder=tmp_path, build_loader=too_late, evaluate=too_late)
 
 
@@ -291,10 +291,7 @@ def test_a_run_keeps_what_was_given_and_which_decoder_auto_took(
 
 
 def test_a_run_reads_initial_weights_at_its_first_start_alone(
-    tmp_path: Path,
-    data: Path,
-    start: Callable[..., None],
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, data: Path, start: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of_labels(data)
     config = config.changed(model={"init": "somewhere"})
@@ -331,13 +328,9 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
     loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
     trainer = build.build_trainer(
-        config,
-        run_folder=tmp_path,
-        build_loader=lambda *arguments, **settings: loader,
-        evaluate=dict,
-        ranks=Ranks(),
-        device=torch.device("cpu"),
-    )
+        config, run_folder=tmp_path, build_loader=lambda *arguments, **settings: loader,
+        evaluate=dict, ranks=Ranks(), device=torch.device("cpu"),
+    )  # fmt: skip
     log = next(observer for observer in trainer.observers if isinstance(observer, RunLog))
     with log.fitting(trainer):
         assert log._watch is not None
