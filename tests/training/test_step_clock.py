@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from fake_gpu import FakeEvent
-from small_runs import StepLoader, global_batch, tiny_config
+from small_runs import StepLoader, global_batch, tiny_config, trainer_of
 
-from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.batch import Batch
 from unicl_fast.system.phases import WaitingForRanks
 from unicl_fast.training import step_clock
 from unicl_fast.training.assembly import make_trainer
@@ -167,9 +167,7 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
 def test_each_way_to_back_propagate_has_the_parts_in_order(
     images: torch.Tensor, settings: dict[str, int]
 ) -> None:
-    trainer = make_trainer(
-        tiny_config(**settings), ListLoader([global_batch(images)]), progress=False
-    )
+    trainer = trainer_of(images, tiny_config(**settings))
     begun: list[str] = []
 
     class Recorder(StepClock):
