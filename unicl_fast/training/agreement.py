@@ -35,9 +35,8 @@ _OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes")
 def describe_rank(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Describes all that ranks must have in common, in JSON's types.
 
-    Args:
-        settings: of `config_to_dict`, as this rank will use them.
-        data: the contents of the data sets (`data.describe_datasets`).
+    `settings` are of `config_to_dict`, as this rank will use them; `data` is of
+    `describe_datasets`.
     """
     data_settings = {k: v for k, v in settings["data"].items() if k not in _OF_A_NODE}
     versions = {"python": platform.python_version()}

@@ -49,8 +49,7 @@ def make_trainer(
         ranks: None is a single process.
         device: None means `run.device`.
         evaluations: by name; all ranks call them together.
-        data: describes the training data, in JSON's types; stored in checkpoints and compared when
-            a run is resumed.
+        data: describes the training data, in JSON's types, for checkpoints; compared on a resume.
         observers: called after the usual ones and before checkpoints are written.
         progress: show a progress bar on rank 0.
 
@@ -92,9 +91,8 @@ def assemble(
         NonfiniteSteps(config.run, sources=config.data.train, ranks=ranks, run_folder=run_folder),
         ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=run_folder),
     ]
-    last: list[Observer] = []
-    if run_folder is not None:
-        last = [Checkpoints(run_folder, keep=config.checkpoint.keep, ranks=ranks)]
+    keep = config.checkpoint.keep
+    last = [Checkpoints(run_folder, keep=keep, ranks=ranks)] if run_folder is not None else []
     return Trainer(
         setup, model, loader, evaluations=evaluations, data=data,
         observers=[*usual, *observers, *last],

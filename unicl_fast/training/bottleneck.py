@@ -24,13 +24,11 @@ WAIT_FRACTION = 0.05
 _LOST_CORES = 0.15
 """Part of its cores that a process must lose to others; daemons and the kernel need less."""
 _BLOCKED = 0.5
-"""Storage is the limit if readers wait for it longer than this part of the time. If decoding is,
-they have read ahead and rest."""
-_IDLE_CORES = 0.25
-"""Part of a rank's cores without work from which more decoding threads can help."""
+"""Storage is the limit if readers wait for it longer than this part of the time; if decoding is,
+they rest."""
+_IDLE_CORES = 0.25  # part of a rank's cores without work from which more decoding threads can help
 _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
-"""A window is at least as long as both: batches ahead hide a few slow ones, and a single slow
-logging step proves nothing."""
+"""A window has at least both: batches ahead hide slow ones, and one slow line proves nothing."""
 _START_STEPS = 16
 """Steps before the first window: kernels compile, and caches and batches ahead fill."""
 
@@ -39,47 +37,31 @@ class Pause(NamedTuple):
     """Work during which training waits, such as checkpoints."""
 
     name: str
-    part: float
-    """Of the time, 0 to 1."""
+    part: float  # of the time, 0 to 1
     evidence: str
-    option: str
-    """Makes it rarer."""
+    option: str  # makes it rarer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """The work, the waiting and the settings of one rank's process in a window of time."""
 
-    seconds: float
-    """Length of the window."""
-    data_wait_seconds: float
-    """Of the training loop, or of its GPU."""
-    cores: float
-    """Of this rank."""
-    cpu_seconds: float
-    """Of the process."""
-    cpu_wait_seconds: float = 0.0
-    """Time without a core of its ready threads, summed over them."""
-    others_cpu_seconds: float = 0.0
-    """CPU time of processes outside the run on the same cores."""
+    seconds: float  # length of the window
+    data_wait_seconds: float  # of the training loop, or of its GPU
+    cores: float  # of this rank
+    cpu_seconds: float  # of the process
+    cpu_wait_seconds: float = 0.0  # time without a core of its ready threads, summed over them
+    others_cpu_seconds: float = 0.0  # CPU time of processes outside the run on the same cores
     reading_blocked: float = 0.0
     """Part of the time that a reading thread waited for storage, 0 to 1."""
-    read_bytes: int = 0
-    """From object stores; 0 if all data sets are in folders."""
-    on_gpu: bool = False
-    """Whether a GPU trains; other processes only slow its loader."""
-    compute_threads: int = 1
-    """Threads of torch's operators."""
-    threads: int = 0
-    """`data.threads`, 0 for as many as cores."""
-    decodes_files: bool = True
-    """Whether images are encoded files, not raw."""
-    is_remote: bool = False
-    """Whether data sets are under URLs."""
-    pauses: tuple[Pause, ...] = ()
-    """Known to `unicl-bench run` only."""
-    least_part: float = WAIT_FRACTION
-    """Waiting and pauses below this part of the time are ignored."""
+    read_bytes: int = 0  # from object stores; 0 if all data sets are in folders
+    on_gpu: bool = False  # whether a GPU trains; other processes only slow its loader
+    compute_threads: int = 1  # threads of torch's operators
+    threads: int = 0  # `data.threads`, 0 for as many as cores
+    decodes_files: bool = True  # whether images are encoded files, not raw
+    is_remote: bool = False  # whether data sets are under URLs
+    pauses: tuple[Pause, ...] = ()  # known to `unicl-bench run` only
+    least_part: float = WAIT_FRACTION  # waiting and pauses below this part of the time are ignored
 
     @property
     def waits(self) -> bool:

@@ -1,7 +1,6 @@
 """The parts of a run from its data: loader, ledger, evaluations, trainer.
 
-Loader, evaluation and weight loading are passed in, so this package depends on neither DALI nor
-evaluation/ nor conversion/.
+Loader, evaluation and weight loading are passed in: no need for DALI, evaluation/, conversion/.
 """
 
 from __future__ import annotations
@@ -64,12 +63,10 @@ Evaluate = Callable[..., Mapping[str, float]]
 class RunData:
     """The data of a run, opened on this rank."""
 
-    config: TrainConfig
-    """Settled, with the length of the run and the number of classes."""
+    config: TrainConfig  # settled, with the length of the run and the number of classes
     datasets: list[PackedDataset]
     weights: list[float] | None
-    description: dict[str, Any]
-    """As checkpoints store it, to recognise the data."""
+    description: dict[str, Any]  # as checkpoints store it, to recognise the data
     prompts: ClassPrompts
 
 
@@ -93,8 +90,7 @@ def build_trainer(
     Open settings are settled for all ranks. Without `initialise` the weights are fresh; with a
     `checkpoint` the trainer resumes from it, and `initialise` reads weights that it lacks. Without
     `encodes_features`, stored features (efficiency.image_features) are neither looked for nor
-    encoded. The other arguments are as in `run.pretrain` and `make_trainer`. Raises as `pretrain`
-    does.
+    encoded. Other arguments and errors are those of `run.pretrain` and `make_trainer`.
     """
     state = None if checkpoint is None else read_state(checkpoint, ranks)
     datasets, weights = open_checked(config)

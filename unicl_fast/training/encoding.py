@@ -36,11 +36,9 @@ class Encoding(Protocol):
 
     def encode(self, send: Send | None) -> Encoded:
         """Encodes texts, which `send` sends to other ranks, and images."""
-        ...
 
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
         """Adds the gradient of the loss to the parameters' `.grad`."""
-        ...
 
 
 class WholeBatch:
@@ -124,31 +122,21 @@ def after_three_quarters(encoder: nn.Module, action: Callable[[], None]) -> Iter
         while pending:
             pending.pop()()
 
-    parameter = quarter_parameter(encoder)
-    hook = None if parameter is None else parameter.register_post_accumulate_grad_hook(act)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
-    act()
-
-
-def quarter_parameter(encoder: nn.Module) -> nn.Parameter | None:
-    """The parameter before which a quarter of the trained ones come; None if all are frozen.
-
-    Its gradient shows how far backward is; a hook in a block would be compiled with the block.
-    """
+    # a parameter's gradient shows how far backward is; a hook in a block would be compiled with it
     trained = [one for one in encoder.parameters() if one.requires_grad]
-    return trained[len(trained) // 4] if trained else None
+    with contextlib.ExitStack() as stack:
+        if trained:
+            parameter = trained[len(trained) // 4]
+            stack.callback(parameter.register_post_accumulate_grad_hook(act).remove)
+        yield
+    act()
 
 
 def encoder_autocast(
     efficiency: EfficiencyConfig, ranks: Ranks, device_type: str
 ) -> contextlib.AbstractContextManager[object]:
     """The context in which encoders run in training."""
-    # with divided blocks, the cache would keep a whole 16-bit copy of every block until the end of
-    # the forward pass
+    # with divided blocks, the cache would keep whole 16-bit copies of all until forward ends
     cache_enabled = not divides_all(efficiency, ranks)
     return Precision(efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
 

@@ -114,8 +114,7 @@ def draw_contact_sheet(
     """Draws the first images of a batch over their classes and texts, as a PNG.
 
     Images and tokens are exactly the model's. The colour of a frame is the class: equal colours are
-    positives of each other. `class_names` are those of each data set; `tokenizer` made the tokens,
-    None is CLIP's.
+    positives of each other. `class_names` are those of each data set; no `tokenizer` is CLIP's.
     """
     from matplotlib import colormaps
 

@@ -32,8 +32,7 @@ from unicl_fast.training.trainer import Observer, Trainer
 logger = logging.getLogger(__name__)
 
 LEAST_DRAWS = 10_000
-"""The limit on replaced samples is a part of at least this many draws, so that a few at the start
-of a run do not stop it."""
+"""The limit on replaced samples is a part of at least this many: a few early ones stop no run."""
 _REMEMBERED_STEPS = 512  # 50 MB at 4,096 samples a rank; older steps are reported without samples
 _RECORDS = ("source_ids", "sample_ids", "scheduled_ids")
 

@@ -46,8 +46,7 @@ _EncodeOne = Callable[[UniCL, Tensor], Tensor]
 
 FIXED_BYTES = {"cuda": 3_000_000_000, "cpu": 0}
 """Memory of a GPU outside torch's allocator. An unmeasured estimate: about 0.5 GB of CUDA context
-and kernels, 1 GB of NCCL's buffers, 1.5 GB of DALI's decoder. A host has loaded its libraries
-before free memory is read."""
+and kernels, 1 GB of NCCL's buffers, 1.5 GB of DALI's decoder. On a host it is in use already."""
 SLACK = 0.1
 """Part of the sum that is added for temporaries of single layers and fragmentation."""
 _DENSE_COPIES = 7.25
@@ -64,11 +63,9 @@ class MemoryPlan:
 
     parts: dict[str, int]
     """By name; "texts: ..." are upper bounds, since texts have all lengths."""
-    device_bytes: int
-    """Memory available to the rank."""
+    device_bytes: int  # memory available to the rank
     images_at_once: int
-    image_bytes: int
-    """Bytes that the image encoder keeps of one image for backward."""
+    image_bytes: int  # bytes that the image encoder keeps of one image for backward
 
     @property
     def total(self) -> int:
@@ -155,8 +152,7 @@ def _bytes_of_state(
         "parameters in the narrow type": encoders.narrow_bytes,
         # DDP's buckets are the same memory (gradient_as_bucket_view)
         "gradients": gradients,
-        # two averages of each parameter, in its own type; the update's temporaries come when the
-        # activations are gone
+        # two averages of each parameter; the update's temporaries come after the activations
         "optimizer": 2 * updated,
         # frozen parameters are their own average, unless they are divided
         "moving average": averages * (divided if shard == "full" else gradients),
@@ -259,9 +255,7 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
 
 def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
     try:
-        check_sharding(
-            dataclasses.replace(config.efficiency, shard=shard), optimizer=config.optim.name
-        )
+        check_sharding(_with(config, shard=shard).efficiency, optimizer=config.optim.name)
     except ValueError:
         return False
     has_blocks = all(map(find_blocks, model.encoders))
@@ -291,14 +285,11 @@ class _Encoders:
     image_bytes: int
     text_bytes: int
     feature_width: int
-    trainable_sizes: tuple[int, ...]
-    """Of each parameter that is updated."""
+    trainable_sizes: tuple[int, ...]  # of each parameter that is updated
     divided_shapes: tuple[tuple[torch.Size, bool], ...]
     """Of the encoders' parameters, which `shard=full` divides by rows, and whether they train."""
-    largest_block: int
-    """Its number of parameters."""
-    outside_blocks: int
-    """Number of the encoders' parameters in no block."""
+    largest_block: int  # its number of parameters
+    outside_blocks: int  # number of the encoders' parameters in no block
 
     def parts_of_rank(self, world_size: int) -> tuple[int, int]:
         """Parameters that a rank of divided encoders holds, and those it updates."""
@@ -364,8 +355,7 @@ def _with_known_precision(config: TrainConfig, device_type: str) -> TrainConfig:
 def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encoders:
     """Runs both encoders on fake tensors.
 
-    Batches of two sizes are compared, since narrow copies of parameters are kept once, not for each
-    image.
+    Batches of two sizes are compared: narrow copies of parameters are kept once, for all images.
     """
     precision = Precision(config.efficiency.precision)
     model = plain = build_on_meta(config, device_type)
@@ -383,9 +373,6 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
 
         def texts(count: int) -> Tensor:
             return torch.empty(count, text_length, dtype=torch.int64)
-
-        def encode_text(one: UniCL, rows: Tensor) -> Tensor:
-            return one.encode_text(rows, rows.numel())
 
         def kept(tower: str, encode: _EncodeOne, make: Any) -> tuple[int, int, int]:
             """Bytes of one sample, of all samples together, and the width of a feature."""
@@ -405,7 +392,9 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
         image_bytes, narrow_bytes, width = kept("image", UniCL.encode_image, images)
         text_bytes = 0
         if model.text_encoder is not None:
-            text_bytes, more_narrow, _ = kept("text", encode_text, texts)
+            text_bytes, more_narrow, _ = kept(
+                "text", lambda one, rows: one.encode_text(rows, rows.numel()), texts
+            )
             narrow_bytes += more_narrow
     in_blocks = [_num_parameters(block) for block in find_blocks(model)]
     divided = [

@@ -39,10 +39,8 @@ _RECENT_SUMMARIES = 20  # whose steps predict the time of the next ones
 class Reading(NamedTuple):
     """Numbers of the steps of a line, on the host."""
 
-    steps: list[tuple[float, float]]
-    """Loss and gradient norm before clipping, of each step."""
-    numbers: list[float]
-    """The numbers given to `begin_line`."""
+    steps: list[tuple[float, float]]  # loss and gradient norm before clipping, of each step
+    numbers: list[float]  # the numbers given to `begin_line`
     seconds: dict[Part, float]
 
 

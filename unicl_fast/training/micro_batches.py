@@ -57,8 +57,7 @@ class MicroBatches:
     """A local batch that passes through the encoders in pieces of `efficiency.micro_batch_size`.
 
     As many distinct texts are encoded at once as images; the size need not divide the local batch.
-    Only the last piece goes through `encode`, the DDP wrapper, after all other gradients: one
-    reduction over ranks a step.
+    Only the last piece goes through `encode`, the DDP wrapper: one reduction over ranks a step.
     """
 
     def __init__(

@@ -70,8 +70,9 @@ class RunLog(Observer):
         self._last_line = run.step
         with contextlib.ExitStack() as stack:
             if self._folder is not None:
-                self._open(run, self._folder)
-                stack.callback(self._close)
+                self._metrics = self._open(run, self._folder)
+                stack.callback(self._metrics.close)
+                stack.callback(setattr, self, "_metrics", None)
             if self._shows_progress:
                 stack.enter_context(log_above_bars())
             bar = Bar(
@@ -86,18 +87,13 @@ class RunLog(Observer):
             )
             yield
 
-    def _open(self, run: Trainer, folder: Path) -> None:
+    def _open(self, run: Trainer, folder: Path) -> MetricsWriter:
         make_folder(folder)
         lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
         self._results = {key for line in lines if line["step"] == run.step for key in line}
         tracked = TrackedRun(folder, run.run_id, config_to_dict(run.given), run.step)
         trackers = Trackers(run.config.run.trackers, tracked)
-        self._metrics = MetricsWriter(folder, start_step=run.step, trackers=trackers)
-
-    def _close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-        self._metrics = None
+        return MetricsWriter(folder, start_step=run.step, trackers=trackers)
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         if self._bar is not None:

@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
 _EPS = 1e-8
-_SUMMED_AT_ONCE = 2**18
-"""Squares in one dot product: more lose precision in fp32, fewer cost calls."""
+_SUMMED_AT_ONCE = 2**18  # squares in one dot product: more lose precision in fp32, fewer cost calls
 
 _HOW_TO_BUILD_APEX = (
     "build it from its source, with a CUDA compiler of the version that torch was built with: "
@@ -80,8 +79,9 @@ def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
     factors: dict[nn.Parameter, float] = {}
     if optim.layer_decay != 1:
         for encoder in model.encoders:
-            for group in groups_by_depth(encoder, layer_decay=optim.layer_decay):
-                factors |= dict.fromkeys(group["params"], group["lr_scale"])
+            # timm's layers; its factor is 1 for the last one, ours for what is above it
+            for group in param_groups_layer_decay(encoder, 0.0, layer_decay=optim.layer_decay):
+                factors |= dict.fromkeys(group["params"], group["lr_scale"] * optim.layer_decay)
     groups: list[dict[str, Any]] = []
     for kind, weight_decay in zip(split_parameters(model), (optim.weight_decay, 0.0), strict=True):
         by_factor: dict[float, list[nn.Parameter]] = {}
@@ -116,19 +116,6 @@ def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str
         for for_muon in (True, False)
         if (chosen := [one for one in group["params"] if suits(one) == for_muon])
     ]
-
-
-def groups_by_depth(encoder: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups an encoder's trainable parameters by layer, as timm does.
-
-    `lr_scale` is `layer_decay` for the last layer, its square for the one below, and so on.
-    """
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        encoder, weight_decay=0.0, layer_decay=layer_decay
-    )
-    for group in groups:
-        group["lr_scale"] *= layer_decay
-    return groups
 
 
 def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
@@ -210,8 +197,7 @@ def update(
 ) -> None:
     """Updates the weights with the clipped gradient, or leaves them and the optimizer unchanged.
 
-    Gradients longer than `clip_norm` are clipped, unless it is 0; `leave_out` is a bool [] on the
-    parameters' device.
+    Gradients longer than `clip_norm` (0: none) are clipped; `leave_out` is a bool [] on the device.
     """
     # torch's fused AdamW reads factor and flag on the device; for others gradients are divided and
     # the host reads the flag. Zeroed gradients would not do: weight decay and averages still move
@@ -334,7 +320,7 @@ def build_weight_average(model: UniCL, optim: OptimConfig) -> WeightAverage:
 
     It depends only on the step and the weights after each step, so it is equal on all ranks.
     BatchNorm's averages are averaged too, as in timm's own training script; counters are copied. It
-    is also updated after skipped steps: to know which those are would mean to wait for the device.
+    is also updated after skipped steps: knowing which those are would mean waiting for the device.
     The model is on its device by now; the average is not compiled, and keeps its activations.
     """
     # timm's defaults for the warm-up, named since they decide the result

@@ -37,10 +37,8 @@ _MOST_LOGITS_PER_PAIR = 4  # of an image and a sample: two views, texts that are
 class Setup:
     """The settings of a run and the machine that they are settled for."""
 
-    given: TrainConfig
-    """Stored in checkpoints."""
-    config: TrainConfig
-    """Settled; the kernels only once there is a model."""
+    given: TrainConfig  # stored in checkpoints
+    config: TrainConfig  # settled; the kernels only once there is a model
     ranks: Ranks
     device: torch.device
 
@@ -79,12 +77,8 @@ def settle(
 ) -> TrainConfig:
     """The config without `auto` and without blanks; all ranks call it together.
 
-    Args:
-        config: the given one.
-        device: trains.
-        ranks: the ranks of the run.
-        datasets: data.train's, open; without any, the data are the caller's business.
-        stored: the settled config of the checkpoint that the run resumes from.
+    `datasets` are data.train's, open; without any, the data are the caller's business. `stored` is
+    the settled config of the checkpoint that the run resumes from.
 
     Raises:
         ValueError: the data lack labels or a hierarchy that the objective needs.
@@ -187,13 +181,11 @@ def _check_labels(objective: str, datasets: Sequence[PackedDataset]) -> None:
         num_unlabelled = sum(
             int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
         )
-        fault = ""
+        fault, place = "", dataset.location
         if num_unlabelled:
-            fault = (
-                f"{num_unlabelled:,} of {len(dataset):,} samples of {dataset.location} have none"
-            )
+            fault = f"{num_unlabelled:,} of {len(dataset):,} samples of {place} have none"
         elif not dataset.manifest.class_names:
-            fault = f"those of {dataset.location} have no class names"
+            fault = f"those of {place} have no class names"
         if fault:
             raise ValueError(
                 f"objective.name={objective} learns from labels, and {fault}: leave it out, "

@@ -18,10 +18,8 @@ class PlannedLoader(Loader, Protocol):
     """A loader whose batches follow a plan, which the ledger and the metrics read."""
 
     plan: TrainPlan
-    reading: ReadingTime
-    """Time that it waited for storage."""
-    steps: RankSteps
-    """Its steps without images, for a `FeatureLoader`."""
+    reading: ReadingTime  # time that it waited for storage
+    steps: RankSteps  # its steps without images, for a `FeatureLoader`
 
 
 class StagedLoader:

@@ -64,13 +64,9 @@ def stored_features(
 ) -> list[FeatureFile]:
     """The features of all samples, encoded now if they are not stored; all ranks call it.
 
-    Args:
-        model: in its place on the device, its image encoder with the weights that it keeps.
-        datasets: those of the run.
-        build_loader: builds a loader of all of them by their sizes, with the run's own views.
-        on_first_batch: called with the first batch whose images are encoded.
-        ranks: share the work; all see the same folder, which the model's config names.
-        device: holds the model.
+    `model` is on the device, its image encoder with its final weights; its config names the folder,
+    which all ranks share. `build_loader` builds a loader of all data sets by their sizes, with the
+    run's own views; `on_first_batch` gets the first batch whose images are encoded.
 
     Raises:
         SharedRefusal: stored features are damaged.

@@ -1,10 +1,9 @@
 """Trackers get the lines of metrics.jsonl too: TensorBoard, W&B, trackio, MLflow.
 
-Each tracker has its own thread, which also imports and opens its package. No step waits for a
-network; an error is logged and ends that tracker, not the run.
-
-A resumed run continues each tracker's run, found by the run's id. Steps after the checkpoint are
-sent again: TensorBoard replaces them, the others can show them twice.
+Each tracker has its own thread, which also imports and opens its package: no step waits for a
+network, and an error ends that tracker, not the run. A resumed run continues each tracker's run,
+found by the run's id. Steps after the checkpoint are sent again: TensorBoard replaces them, the
+others can show them twice.
 
 Servers, projects and keys are set by the packages' own environment variables, such as
 WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME.
@@ -40,21 +39,16 @@ class TrackedRun(NamedTuple):
     """A run as its trackers see it."""
 
     folder: Path
-    run_id: str
-    """Stays the same when the run resumes."""
-    config: Mapping[str, Any]
-    """Without secrets."""
-    start_step: int
-    """Steps done; a tracker's later ones are left from a start that was killed."""
+    run_id: str  # stays the same when the run resumes
+    config: Mapping[str, Any]  # without secrets
+    start_step: int  # steps done; a tracker's later ones are left from a start that was killed
 
 
 class Tracker(NamedTuple):
     """The calls that a run makes; each can raise."""
 
-    log: Callable[[Mapping[str, Any], int], object]
-    """Adds the numbers of a step to the curves."""
-    close: Callable[[], object]
-    """Sends the rest."""
+    log: Callable[[Mapping[str, Any], int], object]  # adds the numbers of a step to the curves
+    close: Callable[[], object]  # sends the rest
 
 
 def require_trackers(names: Iterable[TrackerName]) -> None:

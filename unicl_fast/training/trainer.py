@@ -126,14 +126,8 @@ class Trainer:
     ) -> None:
         """Puts the parts together; nothing is trained or written yet.
 
-        Args:
-            setup: the run's settings, settled for its ranks.
-            model: already on its device, frozen as `optim.freeze` says, not compiled.
-            loader: yields the local batches of this rank.
-            evaluations: by name; all ranks call them together.
-            data: describes the training data, in JSON's types; stored in checkpoints and compared
-                when a run is resumed.
-            observers: called in this order.
+        `setup` is settled for its ranks; `model` is on its device, frozen as `optim.freeze` says,
+        and not compiled. `observers` are called in this order. The rest is as in `make_trainer`.
         """
         self.config, self.given, self.ranks = setup.config, setup.given, setup.ranks
         self.model, self.loader = model, loader
@@ -155,8 +149,7 @@ class Trainer:
         self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self._batch_norms = BatchNormBackup(model) if config.run.max_bad_steps else None
         model.set_stage(self.stage.config.data, self.stage.config.model)
-        self.clock: StepClock | None = None
-        """Set within `fit` only."""
+        self.clock: StepClock | None = None  # set within `fit` only
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state of a checkpoint of this run; all ranks call it together.
@@ -185,13 +178,10 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; a checkpoint of the last step is written.
-            FloatingPointError: a loss or a gradient norm was not finite in more than
-                `run.max_bad_steps` steps; names the step. Raised at the next logging, checkpoint or
-                evaluation step.
-            TooManyBadSamplesError: more samples were replaced than the config allows. Raised at the
-                next logging step.
-            ValueError: no evaluation gives the metric `checkpoint.best`, or samples have classes
-                that the objective ignores.
+            FloatingPointError: the loss or gradient norm of more than `run.max_bad_steps` steps was
+                not finite; names the step. Raised at a logging, checkpoint or evaluation step.
+            TooManyBadSamplesError: too many samples were replaced. Raised at a logging step.
+            ValueError: no evaluation gives `checkpoint.best`, or the objective ignores classes.
             OSError: the run folder or the last checkpoint cannot be written, or the ledger was
                 moved or removed. Raised at the next checkpoint.
             RuntimeError: the weights of ranks differ.
