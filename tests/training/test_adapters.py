@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import assert_equal, last_of, losses_of
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import StepLoader, objective_config, real_images, tiny_config
@@ -16,7 +17,7 @@ from torch import nn
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import Adapters, OptimConfig, TrainConfig
+from unicl_fast.config import Adapters, TrainConfig
 from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.adapters import add_adapters, check_adapters
@@ -25,7 +26,6 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.memory_plan import plan
-from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Trainer
 
@@ -61,9 +61,8 @@ def adapted(config: TrainConfig) -> UniCL:
 
 
 def features(model: UniCL) -> list[torch.Tensor]:
-    pixels = torch.randn(
-        3, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
     rows = Tokenizer(12)(["a dog", "two cats in the snow"])
     return [model.encode_image(pixels), model.encode_text(rows), model.encode_text(rows, 12)]
 
@@ -95,12 +94,8 @@ def test_merged_features_are_those_of_the_adapters(encoder: str, variant: str) -
         assert (merged - without).abs().max() > 1e-3  # each tower has adapters
 
 
-SETTINGS = [
-    {},
-    {"micro_batch_size": 5},
-    {"micro_batch_size": 4, "activation_checkpointing": True, "loss": "tiled"},
-    {"shard": "full"},
-]
+ALL_AT_ONCE = {"micro_batch_size": 4, "activation_checkpointing": True, "loss": "tiled"}
+SETTINGS = [{}, {"micro_batch_size": 5}, ALL_AT_ONCE, {"shard": "full"}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -178,27 +173,23 @@ def test_a_run_resumes_bit_for_bit_from_checkpoints_without_its_base(
     unbroken.fit()
     first, *_, last = list_checkpoints(tmp_path / "unbroken" / "checkpoints")
     names = load_file(last / "model.safetensors").keys()
-    left_out = {name for name in names if "image_encoder." in name and ".lora_" not in name}
-    assert not left_out
+    assert not {name for name in names if "image_encoder." in name and ".lora_" not in name}
     resumed = trainer_of(images, config, tmp_path / "resumed")
     resumed.resume(first)
     resumed.fit()
-    found = list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1]
+    found = last_of(tmp_path / "resumed")
     for file in sorted(last.glob("*.safetensors")):
         assert (found / file.name).read_bytes()[2000:] == file.read_bytes()[2000:], file.name
-    losses = [line["loss"] for line in read_metrics(tmp_path / "unbroken")]
-    assert [line["loss"] for line in read_metrics(tmp_path / "resumed")] == losses[1:]
-    loaded = load_encoders(last, weights="model")
+    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[1:]
     merge(unbroken.model.eval())
-    for name, one in loaded.state_dict().items():
-        assert torch.equal(one, unbroken.model.state_dict()[name]), name
+    loaded = load_encoders(last, weights="model")
+    assert_equal(loaded.state_dict(), unbroken.model.state_dict())
 
 
 def test_a_changed_base_is_refused_by_its_checksum(
     images: torch.Tensor, base: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    moving = tmp_path / "base"
+    run, moving = tmp_path / "run", tmp_path / "base"
     shutil.copytree(base, moving)
     config = config_of("image:2", init=moving)
     trainer_of(images, config, run).fit()
@@ -210,9 +201,10 @@ def test_a_changed_base_is_refused_by_its_checksum(
         load_encoders(run)
     other = tiny_config(steps=1).changed(run={"seed": 1})
     make_trainer(other, StepLoader(images), run_folder=moving, progress=False).fit()
-    with pytest.raises(ValueError, match=r"adapters on weights of xxh3 .*model.init=.*: give the"):
+    other_base = "holds adapters on weights of xxh3"
+    with pytest.raises(ValueError, match=f"{other_base} .*model.init=.*: give the"):
         load_encoders(run)
-    with pytest.raises(ValueError, match="holds adapters on weights of xxh3"):
+    with pytest.raises(ValueError, match=other_base):
         trainer_of(images, config).resume(list_checkpoints(run / "checkpoints")[0])
 
 
@@ -232,24 +224,19 @@ def test_fresh_weights_below_adapters_are_in_the_checkpoint(
     """No source would give them again."""
     trainer = trainer_of(images, config_of(BOTH), tmp_path)
     trainer.fit()
-    loaded = load_encoders(tmp_path)
     merge(trainer.model)
-    for name, one in trainer.model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], one), name
+    assert_equal(trainer.model.state_dict(), load_encoders(tmp_path).state_dict())
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_train_adapters_as_one_process_does(images: torch.Tensor, tmp_path: Path) -> None:
-    settings = {"steps": 2}
-    runs = {shard: (config_of(BOTH, shard=shard, **settings), None)
-            for shard in ("off", "full")}  # fmt: skip
+    runs = {shard: (config_of(BOTH, shard=shard, steps=2), None) for shard in ("off", "full")}
     run_on_ranks(train_each, 2, images, tmp_path, runs)
     trainer_of(images, runs["off"][0], tmp_path / "one").fit()
-    one = load_file(list_checkpoints(tmp_path / "one" / "checkpoints")[-1] / "model.safetensors")
+    one = load_file(last_of(tmp_path / "one") / "model.safetensors")
     for run in runs:
-        found = list_checkpoints(tmp_path / run / "checkpoints")[-1] / "model.safetensors"
-        for name, tensor in load_file(found).items():
+        for name, tensor in load_file(last_of(tmp_path / run) / "model.safetensors").items():
             torch.testing.assert_close(tensor, one[name], rtol=1e-7, atol=1e-10, msg=name)
 
 
@@ -285,31 +272,13 @@ def test_an_encoder_that_reads_weights_past_their_layers_is_refused() -> None:
         check_adapters(encoder, "it", torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lora": "image"}, "optim.lora takes image:RANK, .* not 'image'"),
-        ({"lora": "image:0"}, "not 'image:0'"),
-        ({"lora": "image:2,image:4"}, "optim.lora takes"),
-        ({"lora": "dora"}, "optim.lora takes"),
-        ({"lora": "image:2", "freeze": ("image:1",)}, "optim.freeze names it too"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OptimConfig(**settings)
-
-
 def test_what_cannot_be_adapted_is_refused_in_one_sentence(
     images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(
-        ValueError, match="image:2@last7 names 7 blocks, and this VisionTransformer has 6"
-    ):
+    with pytest.raises(ValueError, match="image:2@last7 names 7 blocks, .*VisionTransformer has 6"):
         trainer_of(images, config_of("image:2@last7"))
-    config = config_of("text:2")
     with pytest.raises(ValueError, match="optim.lora: text:2: with objective.name=supcon"):
         trainer_of(images, objective_config("supcon").changed(optim={"lora": "text:2"}))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="optim.lora needs the package peft: pip install peft"):
-        trainer_of(images, config)
+        trainer_of(images, config_of("text:2"))

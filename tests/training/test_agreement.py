@@ -12,10 +12,7 @@ from rank_workers import disagree, run_on_ranks, train_with_a_parted_weight
 from small_runs import tiny_config
 
 from unicl_fast.config_json import config_to_dict
-from unicl_fast.training.agreement import (
-    describe_rank,
-    source_files,
-)
+from unicl_fast.training.agreement import describe_rank, source_files
 
 DATA = {"sources": [{"num_samples": 12, "shards": ["abc"]}], "shares": None}
 

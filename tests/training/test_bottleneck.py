@@ -20,42 +20,37 @@ from unicl_fast.training.bottleneck import BottleneckWatch, Usage, find_bottlene
 
 SOUND = Usage(seconds=40, data_wait_seconds=1, cores=2, cpu_seconds=70, cpu_wait_seconds=30)
 WAITING = dataclasses.replace(SOUND, data_wait_seconds=8)
-CROWDED = dataclasses.replace(
-    SOUND, cpu_seconds=40, cpu_wait_seconds=55, others_cpu_seconds=38, cores=2
-)
+CROWDED = dataclasses.replace(SOUND, cpu_seconds=40, cpu_wait_seconds=55, others_cpu_seconds=38)
 
 
-def find(usage: Usage, **settings: Any) -> tuple[str, str] | None:
-    return find_bottleneck(dataclasses.replace(usage, **settings))
+NOTHING = "nothing", ""
+
+
+def find(usage: Usage, **settings: Any) -> tuple[str, str]:
+    return find_bottleneck(dataclasses.replace(usage, **settings)) or NOTHING
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_run_that_does_not_wait_hears_nothing(on_gpu: bool) -> None:
-    assert find(SOUND, on_gpu=on_gpu, is_remote=True) is None
-    slow_disk = dataclasses.replace(SOUND, reading_blocked=0.9)  # that decoding hides
-    assert find(slow_disk, on_gpu=on_gpu) is None
+    assert find(SOUND, on_gpu=on_gpu, is_remote=True) == NOTHING
+    assert find(SOUND, reading_blocked=0.9, on_gpu=on_gpu) == NOTHING  # decoding hides it
 
 
 def test_other_processes_are_named_though_data_is_there() -> None:
     found = find(CROWDED, on_gpu=False)
-    assert found is not None
     assert found[0] == "other processes"
     assert "this one got 1.0 of 2 cores in the last 40 s, others 0.9" in found[1]
     assert "its threads waited 55 s" in found[1]
     assert "waits for data" not in found[1]
     assert "OMP_NUM_THREADS" not in found[1]  # it has one thread already
-    of_many = find(CROWDED, on_gpu=False, compute_threads=2)
-    assert of_many is not None
-    assert "OMP_NUM_THREADS=1" in of_many[1]
+    assert "OMP_NUM_THREADS=1" in find(CROWDED, on_gpu=False, compute_threads=2)[1]
     # a GPU computes on
-    assert find(CROWDED, on_gpu=True) is None
+    assert find(CROWDED, on_gpu=True) == NOTHING
 
 
 def test_other_processes_explain_waiting_for_data_before_anything_else() -> None:
-    crowded = dataclasses.replace(CROWDED, data_wait_seconds=20, reading_blocked=0.9)
     for on_gpu in (False, True):
-        found = find(crowded, on_gpu=on_gpu)
-        assert found is not None
+        found = find(CROWDED, data_wait_seconds=20, reading_blocked=0.9, on_gpu=on_gpu)
         assert found[0] == "other processes"
         assert "training waits for data 50% of the time" in found[1]
 
@@ -70,49 +65,40 @@ def test_other_processes_explain_waiting_for_data_before_anything_else() -> None
     ids=str,
 )
 def test_others_are_blamed_only_if_they_took_what_was_wanted(changes: dict[str, float]) -> None:
-    assert find(dataclasses.replace(CROWDED, **changes), on_gpu=False) is None
+    assert find(CROWDED, **changes, on_gpu=False) == NOTHING
 
 
 def test_storage_is_named_with_its_rate_and_the_options_of_a_url() -> None:
-    blocked = dataclasses.replace(WAITING, reading_blocked=0.8, read_bytes=480_000_000)
-    remote = find(blocked, on_gpu=True, is_remote=True)
-    assert remote is not None
+    blocked = {"reading_blocked": 0.8, "read_bytes": 480_000_000, "on_gpu": True}
+    remote = find(WAITING, **blocked, is_remote=True)
     assert remote[0] == "storage"
     assert "20% of the time, for storage: its readers are blocked 80%" in remote[1]
     assert "12.0 MB/s come from the store" in remote[1]
     for option in ("cache_bytes", "shuffle_window", "cache_folder"):
         assert f"data.{option}" in remote[1]
         assert hasattr(DataConfig(), option)
-    local = find(blocked, on_gpu=True)
-    assert local is not None
+    local = find(WAITING, **blocked)
     assert "faster disk" in local[1]
     assert "data." not in local[1]
 
 
 def test_decoding_is_named_with_what_can_be_changed() -> None:
     found = find(WAITING, on_gpu=False)
-    assert found is not None
     assert found[0] == "decoding"
     assert "the process uses 1.8 of 2 cores" in found[1]
     assert "unicl-pack build --resize short:256" in found[1]
-    on_gpu = find(WAITING, on_gpu=True)
-    assert on_gpu is not None
-    assert "data.decode_device=gpu" in on_gpu[1]
+    assert "data.decode_device=gpu" in find(WAITING, on_gpu=True)[1]
     raw = find(WAITING, on_gpu=True, decodes_files=False)
-    assert raw is not None
     assert "raw" not in raw[1]
     assert "data." not in raw[1]
 
 
 def test_too_few_threads_are_named_where_cores_are_idle() -> None:
-    idle = dataclasses.replace(WAITING, cores=8, cpu_seconds=100)
-    found = find(idle, on_gpu=True, threads=2)
-    assert found is not None
+    idle = {"cores": 8, "threads": 2, "on_gpu": True}
+    found = find(WAITING, **idle, cpu_seconds=100)
     assert found[0] == "decoding threads"
     assert "data.threads=2, while 69% of 8 cores have no work" in found[1]
-    busy = find(dataclasses.replace(idle, cpu_seconds=300), on_gpu=True, threads=2)
-    assert busy is not None
-    assert busy[0] == "decoding"
+    assert find(WAITING, **idle, cpu_seconds=300)[0] == "decoding"
 
 
 class Machine:
@@ -142,9 +128,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def watch(reading: ReadingTime | None = None, *, ranks: Ranks | None = None) -> BottleneckWatch:
-    return BottleneckWatch(
-        tiny_config().data, ranks=ranks or Ranks(), on_gpu=False, reading=reading
-    )
+    data, ranks = tiny_config().data, ranks or Ranks()
+    return BottleneckWatch(data, ranks=ranks, on_gpu=False, reading=reading)
 
 
 def look(watch: BottleneckWatch, machine: Machine, waits: float, **cores: float) -> str | None:
@@ -187,11 +172,9 @@ def test_other_ranks_on_the_same_cores_are_not_others(machine: Machine) -> None:
 
 
 def test_a_run_logs_the_sentence(
-    images: torch.Tensor,
-    machine: Machine,
-    monkeypatch: pytest.MonkeyPatch,
+    images: torch.Tensor, machine: Machine, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(bottleneck, "_START_STEPS", 1)
 
     def crowded(batch: object) -> object:
@@ -199,8 +182,7 @@ def test_a_run_logs_the_sentence(
         return batch
 
     with caplog.at_level(logging.WARNING):
-        make_trainer(
-            tiny_config(steps=12), StepLoader(images, change=crowded), progress=False
-        ).fit()
+        loader = StepLoader(images, change=crowded)
+        make_trainer(tiny_config(steps=12), loader, progress=False).fit()
     (warning,) = [one for one in caplog.messages if "other processes hold the cores" in one]
     assert "got 1.0 of 2 cores" in warning

@@ -95,9 +95,8 @@ def test_all_labels_of_an_image_count_where_one_text_does_not_have_them(
     config = TrainConfig(data=DataConfig(**settings), objective=make_objective(**options))
     samples = [Sample(jpeg(0), **sample), Sample(jpeg(1), labels=[1])]
     caplog.set_level("INFO")
-    with pack(
-        tmp_path / "set", samples, class_names=("dog", "cat"), tokenizer=Tokenizer()
-    ) as dataset:
+    facts = {"class_names": ("dog", "cat"), "tokenizer": Tokenizer()}
+    with pack(tmp_path / "set", samples, **facts) as dataset:
         settled = settle_objective(config, [dataset]).objective
     assert settled.positives == positives
     assert settled.takes_all_labels == (positives == "labels")
@@ -155,7 +154,7 @@ def test_an_order_that_reads_a_url_too_often_is_warned_of(
 
 
 def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
-    folders = (str(data / "labels"), f"{data / 'captions'}")
+    folders = (str(data / "labels"), str(data / "captions"))
     whole, _ = open_datasets(DataConfig(train=folders))
     halves, shares = open_datasets(DataConfig(train=folders, fraction=(0.5,)))
     parts, _ = open_datasets(DataConfig(train=folders, fraction=(1.0, 0.25)))
@@ -231,8 +230,7 @@ def test_images_that_are_trained_on_and_evaluated_are_warned_of(
         write_set(tmp_path / name, [sample_of(b"image %d" % number, 0) for number in numbers])
     train, held_out = (PackedDataset(tmp_path / name) for name in ("train", "held-out"))
     warn_of_shared_images([train], [held_out])
-    expected = f"2 of the 5 images of {tmp_path}/held-out are in {tmp_path}/train too"
-    assert expected in caplog.text
+    assert f"2 of the 5 images of {tmp_path}/held-out are in {tmp_path}/train too" in caplog.text
     assert "unicl-pack build SOURCE... --split 0.9" in caplog.text
 
 

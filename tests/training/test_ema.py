@@ -6,32 +6,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import assert_equal, last_of
 from rank_workers import run_on_ranks, write_averages
 from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, tiny_config, trainer_of
 
-from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.models.unicl import UniCL
 
 
 def averaging_config(**settings: object) -> TrainConfig:
-    config = tiny_config(**settings)
-    return config.changed(optim={"ema_decay": 0.9})
+    return tiny_config(**settings).changed(optim={"ema_decay": 0.9})
 
 
 def assert_equal_weights(one: UniCL, other: UniCL) -> None:
-    for name, weight in one.state_dict().items():
-        assert torch.equal(weight, other.state_dict()[name]), name
+    assert_equal(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 5])
 def test_it_is_the_moving_average_of_the_weights_after_each_step(
     images: torch.Tensor, micro_batch_size: int
 ) -> None:
-    config = averaging_config(micro_batch_size=micro_batch_size)
-    trainer = trainer_of(images, config)
+    trainer = trainer_of(images, averaging_config(micro_batch_size=micro_batch_size))
     batches = trainer.loader.batches(0)
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, 6):
@@ -40,7 +37,6 @@ def test_it_is_the_moving_average_of_the_weights_after_each_step(
         for name, weight in trainer.model.state_dict().items():
             before = expected.get(name, torch.zeros_like(weight))
             expected[name] = decay * before + (1 - decay) * weight
-    assert trainer.ema is not None
     for name, weight in trainer.ema.module.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-12, atol=1e-14)
         assert weight.dtype == torch.float64
@@ -74,11 +70,8 @@ def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
     resumed = trainer_of(images, config, tmp_path / "resumed")
     resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000002")
     resumed.fit()
-    assert unbroken.ema is not None
-    assert resumed.ema is not None
     assert_equal_weights(unbroken.ema.module, resumed.ema.module)
-    newest = list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1]
-    stored = load_file(newest / "ema.safetensors")
+    stored = load_file(last_of(tmp_path / "resumed") / "ema.safetensors")
     assert stored.keys() == unbroken.ema.module.state_dict().keys()
     weight_type = torch.float64 if precision == "fp64" else torch.float32
     assert stored["image_projection"].dtype == weight_type
@@ -91,7 +84,6 @@ def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
     batches = trainer.loader.batches(0)
     for _ in range(2):
         trainer.train_step(next(batches))
-    assert trainer.ema is not None
     before = trainer.ema.module.image_projection.clone()
     weights = trainer.model.image_projection.detach().clone()
     trainer.model.image_encoder.register_forward_hook(lambda *_: _[-1] * torch.nan)
@@ -117,28 +109,24 @@ def test_it_is_what_is_evaluated_and_what_load_model_takes(
     pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     seen = []
 
+    @torch.no_grad()
+    def encoded(model: UniCL) -> torch.Tensor:
+        return model.encode_image(pixels.to(model.image_projection.dtype))
+
     def evaluation(model: UniCL) -> dict[str, float]:
         assert not model.training
-        weight_type = model.image_projection.dtype
-        with torch.no_grad():
-            seen.append(model.encode_image(pixels.to(weight_type)))
+        seen.append(encoded(model))
         return {"top1": 0.5}
 
     trainer = trainer_of(images, averaging_config(**settings), tmp_path)
     trainer.evaluations = {"digits": evaluation}
     trainer.fit()
-    assert trainer.ema is not None
     assert_equal_weights(trainer.ema.module, load_encoders(tmp_path))
     assert_equal_weights(trainer.ema.module, load_encoders(tmp_path, weights="ema"))
     last = load_encoders(tmp_path, weights="model")
     assert_equal_weights(trainer.model, last)
-    evaluated = load_encoders(tmp_path)
-    weight_type = evaluated.image_projection.dtype
-    with torch.no_grad():
-        expected = evaluated.encode_image(pixels.to(weight_type))
-        others = last.encode_image(pixels.to(weight_type))
-    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
-    assert (seen[0] - others).abs().max() > 1e-4
+    torch.testing.assert_close(seen[0], encoded(load_encoders(tmp_path)), rtol=1e-5, atol=1e-6)
+    assert (seen[0] - encoded(last)).abs().max() > 1e-4
 
 
 def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
@@ -158,7 +146,6 @@ def test_a_run_without_it_can_resume_with_it_and_back(
     trainer_of(images, tiny_config(steps=4), tmp_path).fit()
     averaged = trainer_of(images, averaging_config(steps=4), tmp_path)
     averaged.resume(tmp_path / "checkpoints" / "step-00000002")
-    assert averaged.ema is not None
     assert_equal_weights(averaged.model, averaged.ema.module)
     assert "it starts with them" in caplog.text
     averaged.fit()
@@ -176,7 +163,6 @@ def test_it_is_equal_on_all_ranks_and_that_of_one_process(
     run_on_ranks(write_averages, 2, images, tmp_path, config)
     alone = trainer_of(images, config)
     alone.fit()
-    assert alone.ema is not None
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, weight in alone.ema.module.state_dict().items():
         assert torch.equal(first[name], second[name]), name

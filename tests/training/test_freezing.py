@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import objective_config, tiny_config, trainer_of
@@ -50,9 +51,8 @@ def copy_of(model: UniCL) -> dict[str, torch.Tensor]:
 
 def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
     """Names of the parameters whose bits have changed."""
-    names = {name for name, _ in model.named_parameters()}
-    after = model.state_dict()
-    return {name for name in names if not torch.equal(after[name], before[name])}
+    parameters = model.named_parameters()
+    return {name for name, one in parameters if not torch.equal(one, before[name])}
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 4])
@@ -97,7 +97,6 @@ def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(
     parameters = dict(trainer.model.named_parameters())
     assert all(parameters[name].grad is None for name in frozen)
     assert all(parameters[name] not in trainer.optimizer.state for name in frozen)
-    assert trainer.ema is not None
     averages = trainer.ema.module.state_dict()
     assert all(torch.equal(averages[name], before[name]) for name in frozen)
 
@@ -119,9 +118,7 @@ def test_frozen_batchnorm_keeps_its_averages(images: torch.Tensor, entry: str, l
 
 def test_there_is_no_graph_before_the_first_trained_layer(images: torch.Tensor) -> None:
     trainer = trainer_of(images, config_of("image:2", "text"))
-    keeps_graph = []
-    model = trainer.model
-    assert model.text_encoder is not None
+    model, keeps_graph = trainer.model, []
     for module in (*find_blocks(model.image_encoder)[1:3], model.text_encoder):
         module.register_forward_hook(lambda *found: keeps_graph.append(found[-1].requires_grad))
     train(trainer, steps=1)
@@ -216,19 +213,8 @@ def test_a_run_with_frozen_parts_resumes_bit_for_bit(
     resumed = trainer_of(images, config, tmp_path / "resumed")
     resumed.resume(first)
     resumed.fit()
-    assert_equal_checkpoints(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1], last)
-    losses = [line["loss"] for line in read_metrics(tmp_path / "unbroken")]
-    assert [line["loss"] for line in read_metrics(tmp_path / "resumed")] == losses[1:]
-
-
-def assert_equal_checkpoints(found: Path, expected: Path) -> None:
-    files = sorted(file.name for file in expected.glob("*.safetensors"))
-    assert sorted(file.name for file in found.glob("*.safetensors")) == files
-    for file in files:
-        tensors, others = load_file(found / file), load_file(expected / file)
-        assert tensors.keys() == others.keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[name]), f"{file}: {name}"
+    assert_equal(state_of(last_of(tmp_path / "resumed")), state_of(last))
+    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[1:]
 
 
 def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(
@@ -236,10 +222,8 @@ def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(
 ) -> None:
     """And the average, which is not the weights, moves towards them and is not taken for them."""
     trainer_of(images, config_of(ema_decay=0.9, steps=3), tmp_path / "all").fit()
-    (*_, checkpoint) = list_checkpoints(tmp_path / "all" / "checkpoints")
     trainer = trainer_of(images, config_of("image", ema_decay=0.9, steps=5), tmp_path / "some")
-    trainer.resume(checkpoint)
-    assert trainer.ema is not None
+    trainer.resume(last_of(tmp_path / "all"))
     weight = trainer.model.image_encoder.blocks[0].attn.qkv.weight
     average = trainer.ema.module.image_encoder.blocks[0].attn.qkv.weight
     before, apart = weight.clone(), (average - weight).abs().max()
@@ -255,10 +239,9 @@ def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(
     locked = trainer_of(images, config_of("image", ema_decay=0.9, steps=2), tmp_path / "locked")
     first = copy_of(locked.model)
     locked.fit()
-    (*_, checkpoint) = list_checkpoints(tmp_path / "locked" / "checkpoints")
     config = config_of(ema_decay=0.9, steps=4)
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
-    unbroken.resume(checkpoint)
+    unbroken.resume(last_of(tmp_path / "locked"))
     weight = unbroken.model.image_encoder.blocks[0].attn.qkv.weight
     assert torch.equal(weight, first["image_encoder.blocks.0.attn.qkv.weight"])
     assert weight not in unbroken.optimizer.state
@@ -268,13 +251,12 @@ def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(
     resumed = trainer_of(images, config, tmp_path / "resumed")
     resumed.resume(middle)
     resumed.fit()
-    assert_equal_checkpoints(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1], last)
+    assert_equal(state_of(last_of(tmp_path / "resumed")), state_of(last))
 
 
 def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Path) -> None:
     config = config_of("image", ema_decay=0.9, steps=3)
     trainer = trainer_of(images, config, tmp_path)
-    assert trainer.ema is not None
     places = []
     step_of = trainer.train_step
 
@@ -289,15 +271,13 @@ def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Pa
     assert places == [1, 1, 1]
     plain = trainer_of(images, config)
     train(plain, steps=3)  # without `fit`, which shares them
-    for name, average in plain.ema.module.state_dict().items():
-        assert torch.equal(average, trainer.ema.module.state_dict()[name]), name
+    assert_equal(plain.ema.module.state_dict(), trainer.ema.module.state_dict())
 
 
 def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    plain = trainer_of(images, config_of(steps=2), tmp_path / "plain")
-    plain.fit()
+    trainer_of(images, config_of(steps=2), tmp_path / "plain").fit()
     config = config_of(*("image_projection", "text_projection"), steps=2)
     trainer_of(images, config.changed(optim={"layer_decay": 0.5}), tmp_path / "scaled").fit()
     rates = [[line["lr"] for line in read_metrics(tmp_path / run)] for run in ("plain", "scaled")]
@@ -311,20 +291,16 @@ def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
         ("unicl", ("text:3",), "text:3 names 3 blocks, and this TextEncoder has 2"),
         ("supcon", ("text",), "objective.name=supcon the model has no text_encoder"),
         ("ce", ("image_projection",), "objective.name=ce the model has no image_projection"),
+        # the scale does not count
+        ("unicl", (*TOWER, "text", "text_projection"), "leaves nothing to train"),
     ],
 )
-def test_parts_that_are_not_there_are_refused(
+def test_missing_parts_and_a_run_with_nothing_to_train_are_refused(
     images: torch.Tensor, objective: str, entries: tuple[str, ...], message: str
 ) -> None:
     config = objective_config(objective)
     with pytest.raises(ValueError, match=message):
         trainer_of(images, config.changed(optim={"freeze": entries}))
-
-
-def test_a_run_with_nothing_to_train_is_refused(images: torch.Tensor) -> None:
-    config = config_of("image", "text", "image_projection", "text_projection")
-    with pytest.raises(ValueError, match="leaves nothing to train"):  # the scale does not count
-        trainer_of(images, config)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +309,11 @@ def test_a_run_with_nothing_to_train_is_refused(images: torch.Tensor) -> None:
         ({"freeze": ("images",)}, "optim.freeze takes image, text, .* not 'images'"),
         ({"freeze": ("image:0",)}, "not 'image:0'"),
         ({"freeze": ("image", "image:2")}, "names a part twice: image image:2"),
+        ({"lora": "image"}, "optim.lora takes image:RANK, .* not 'image'"),
+        ({"lora": "image:0"}, "not 'image:0'"),
+        ({"lora": "image:2,image:4"}, "optim.lora takes"),
+        ({"lora": "dora"}, "optim.lora takes"),
+        ({"lora": "image:2", "freeze": ("image:1",)}, "optim.freeze names it too"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
@@ -340,41 +321,25 @@ def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) ->
         OptimConfig(**settings)
 
 
-IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
-
-
-def assert_close_runs(found: Path, expected: Path) -> None:
-    one, other = (list_checkpoints(run / "checkpoints")[-1] for run in (found, expected))
-    for file in sorted(other.glob("*.safetensors")):
-        tensors, others = load_file(one / file.name), load_file(file)
-        assert tensors.keys() == others.keys()
-        for name, tensor in tensors.items():
-            # a key's bias changes no attention: AdamW enlarges the rounding that is its gradient
-            atol = 1e-8 if name.endswith("in_proj_bias") else IN_FP64["atol"]
-            torch.testing.assert_close(tensor, others[name], rtol=1e-9, atol=atol, msg=name)
-
-
 @pytest.mark.slow
 @pytest.mark.dist
 def test_three_ranks_with_frozen_parts_resume_bit_for_bit_and_equal_one(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The order in which DDP's buckets are added up shows from three ranks on."""
-    config = {
-        shard: config_of("image", "text:1", shard=shard, ema_decay=0.9, steps=3)
-        for shard in ("off", "optimizer", "full")
-    }
-    run_on_ranks(
-        train_each, 3, images, tmp_path, {shard: (config[shard], None) for shard in config}
-    )
-    checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
-    again = {f"{shard}, again": (config[shard], checkpoints[shard][0]) for shard in config}
+    """The order in which DDP's buckets are summed shows from three ranks on."""
+    shards = ("off", "optimizer", "full")
+    frozen = {"ema_decay": 0.9, "steps": 3}
+    config = {shard: config_of("image", "text:1", shard=shard, **frozen) for shard in shards}
+    runs = {shard: (config[shard], None) for shard in shards}
+    run_on_ranks(train_each, 3, images, tmp_path, runs)
+    first = {shard: list_checkpoints(tmp_path / shard / "checkpoints")[0] for shard in shards}
+    again = {f"{shard}, again": (config[shard], first[shard]) for shard in shards}
     run_on_ranks(train_each, 3, images, tmp_path, again)
-    for run, (resumed, _) in again.items():
-        found = list_checkpoints(tmp_path / run / "checkpoints")[-1]
-        assert_equal_checkpoints(found, checkpoints[resumed.efficiency.shard][-1])
-    assert_equal_checkpoints(checkpoints["optimizer"][-1], checkpoints["off"][-1])
-    alone = trainer_of(images, config["off"], tmp_path / "alone")
-    alone.fit()
-    for shard in config:
-        assert_close_runs(tmp_path / shard, tmp_path / "alone")
+    state = {run: state_of(last_of(tmp_path / run)) for run in (*runs, *again)}
+    for shard in shards:
+        assert_equal(state[f"{shard}, again"], state[shard])
+    assert_equal(state["optimizer"], state["off"])
+    trainer_of(images, config["off"], tmp_path / "alone").fit()
+    for shard in shards:
+        of_runs = tmp_path / shard, tmp_path / "alone"
+        assert_close_states(*of_runs, **IN_FP64, of_in_proj_bias=1e-8)

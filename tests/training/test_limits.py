@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from compared_runs import assert_equal
 from rank_workers import (
     recorded,
     run_on_ranks,
@@ -27,11 +28,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.limits import (
-    _REMEMBERED_STEPS,
-    NonfiniteSteps,
-    ReplacedSamples,
-)
+from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -52,9 +49,8 @@ def trained(
     change: Callable[[Trainer], None],
     run_folder: Path | None = None,
 ) -> Trainer:
-    trainer = make_trainer(
-        config, StepLoader(images, change=recorded), run_folder=run_folder, progress=False
-    )
+    loader = StepLoader(images, change=recorded)
+    trainer = make_trainer(config, loader, run_folder=run_folder, progress=False)
     change(trainer)
     trainer.fit()
     return trainer
@@ -93,16 +89,12 @@ def test_a_nonfinite_step_is_left_out_and_nothing_else(
     config = config_of(max_bad_steps=1, log_every_steps=log_every_steps, steps=7, **settings)
     poisoned = trained(images, config, lambda trainer: poison_step(trainer, step=3))
     without = trained(images, config, lambda trainer: leave_out(trainer, step=3))
-    for name, value in without.model.state_dict().items():
-        assert torch.equal(value, poisoned.model.state_dict()[name]), name
-    names = [name for name, _ in without.model.named_parameters()]
-    for name, one, other in zip(
-        names, without.model.parameters(), poisoned.model.parameters(), strict=True
-    ):
-        for key, value in without.optimizer.state[one].items():
-            assert torch.equal(
-                torch.as_tensor(value), torch.as_tensor(poisoned.optimizer.state[other][key])
-            ), (name, key)
+    assert_equal(without.model.state_dict(), poisoned.model.state_dict())
+    others = dict(poisoned.model.named_parameters())
+    for name, one in without.model.named_parameters():
+        states = without.optimizer.state[one], poisoned.optimizer.state[others[name]]
+        for key in states[0]:
+            assert torch.equal(*(torch.as_tensor(state[key]) for state in states)), (name, key)
     assert without.optimizer.param_groups[0]["lr"] == poisoned.optimizer.param_groups[0]["lr"]
 
 
@@ -114,8 +106,7 @@ def test_the_scaler_of_fp16_leaves_a_nonfinite_step_out(images: torch.Tensor) ->
         loss, _ = trainer.train_step(batch)
         states.append({name: one.clone() for name, one in trainer.model.state_dict().items()})
     assert not loss.isfinite()
-    for name, value in states[1].items():
-        assert torch.equal(states[2][name], value), name
+    assert_equal(states[1], states[2])
 
 
 @pytest.mark.slow
@@ -156,9 +147,8 @@ def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Pat
         poison_step(trainer, step=4)
 
     config = config_of(max_bad_steps=1, steps=6, log_every_steps=5)
-    with pytest.raises(
-        FloatingPointError, match=r"step 4 is nan.*non-finite step 2, .*=1\)"
-    ) as stopped:
+    said = r"step 4 is nan.*non-finite step 2, .*=1\)"
+    with pytest.raises(FloatingPointError, match=said) as stopped:
         trained(images, config, poison_two, tmp_path)
     assert str(tmp_path / "non-finite-step-00000004.json") in str(stopped.value)
     found = sorted(path.name for path in tmp_path.glob("non-finite-*"))
@@ -203,10 +193,8 @@ def test_the_samples_of_all_ranks_are_written_down(
         {"rank": 1, **expected_samples(2, range(6, 12))},
     ]
     weights = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
-        assert value.isfinite().all(), name
+    assert_equal(*weights)
+    assert all(value.isfinite().all() for value in weights[0].values())
 
 
 def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
@@ -254,23 +242,17 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unicl_fast.training.limits.LEAST_DRAWS", 30)
-    config = tiny_config(steps=50)  # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
-    config = config.changed(data={"max_bad_fraction": 0.2})
-    good, bad = (
-        make_trainer(
-            config,
-            StepLoader(images, change=functools.partial(with_replaced, count=count)),
-            run_folder=tmp_path / name,
-            progress=False,
-        )
-        for name, count in (("good", 2), ("bad", 3))
-    )
-    good.fit()
-    with pytest.raises(
-        TooManyBadSamplesError,
-        match=rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/bad/quarantine.csv",
-    ):
-        bad.fit()
+    # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
+    config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
+
+    def fit(name: str, count: int) -> None:
+        loader = StepLoader(images, change=functools.partial(with_replaced, count=count))
+        make_trainer(config, loader, run_folder=tmp_path / name, progress=False).fit()
+
+    fit("good", 2)
+    said = rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/bad/quarantine.csv"
+    with pytest.raises(TooManyBadSamplesError, match=said):
+        fit("bad", 3)
     assert [line["replaced_samples"] for line in read_metrics(tmp_path / "bad")] == [3, 6, 9]
     assert len(list_checkpoints(tmp_path / "bad" / "checkpoints")) == 1
 

@@ -33,8 +33,9 @@ CARDS = {"40 GB": 40 << 30, "80 GB": 80 << 30}
 
 
 def plan_on_cpu(config: TrainConfig, **efficiency: object) -> MemoryPlan:
-    config = config.changed(efficiency={**efficiency})
-    return plan(config, world_size=1, device_bytes=0, device_type="cpu")
+    return plan(
+        config.changed(efficiency=efficiency), world_size=1, device_bytes=0, device_type="cpu"
+    )
 
 
 def with_large_batch(image_encoder: str) -> TrainConfig:
@@ -52,8 +53,7 @@ def plans_of(preset: str) -> dict[str, object]:
         parts = {name: round(part / 1e6) for name, part in one.parts.items()}
         found[f"on {world_size}"] = parts | {"total": round(one.total / 1e6)}
     for shard in ("optimizer", "full"):
-        config = build_preset(preset)
-        config = config.changed(efficiency={"shard": shard})
+        config = build_preset(preset).changed(efficiency={"shard": shard})
         one = plan(config, world_size=8, device_bytes=0)
         divided = {name: round(part / 1e6) for name, part in one.parts.items()}
         divided = {name: part for name, part in divided.items() if part != parts.get(name)}
@@ -61,13 +61,10 @@ def plans_of(preset: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(name, marks=() if name == "cifar10-small" else pytest.mark.slow)
-        for name in PRESETS
-    ],
-)
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in PRESETS if one != "cifar10-small"]
+
+
+@pytest.mark.parametrize("preset", ["cifar10-small", *SLOW])
 def test_a_preset_has_the_committed_plan(preset: str) -> None:
     compare("memory_plan.json", preset, plans_of(preset))
 
@@ -121,8 +118,7 @@ def test_parts_follow_the_settings() -> None:
 
 @pytest.mark.slow
 def test_frozen_parts_take_their_weights_and_no_more() -> None:
-    config = tiny_config(precision="fp32")
-    config = config.changed(optim={"ema_decay": 0.9})
+    config = tiny_config(precision="fp32").changed(optim={"ema_decay": 0.9})
 
     def freezing(*entries: str) -> TrainConfig:
         return config.changed(optim={"freeze": entries})
@@ -139,12 +135,9 @@ def test_frozen_parts_take_their_weights_and_no_more() -> None:
     half = plan_on_cpu(freezing("image:3")).parts["images: activations"]
     # a block at a time is computed
     assert 0 < locked["images: activations"] < half < plain["images: activations"]
+    full = {"shard": "full", "compile": "off"}
     divided, whole = (
-        plan(
-            one.changed(efficiency={"shard": "full", "compile": "off"}),
-            world_size=2,
-            device_bytes=0,
-        ).parts
+        plan(one.changed(efficiency=full), world_size=2, device_bytes=0).parts
         for one in (freezing("image"), config)
     )
     assert divided["parameters"] == whole["parameters"]
@@ -177,9 +170,8 @@ def test_window_attention_that_cannot_work_is_refused_before_it_is_built(
     without = "Triton is not installed"
     monkeypatch.setattr(compilation, "obstacle_to_triton", lambda *_, **__: without)
     monkeypatch.setattr("unicl_fast.models.precision.fast_precision", measured_nowhere := Mock())
-    config = tiny_config(
-        image_encoder="unicl_swin6_small", window_attention="triton", precision="auto"
-    )
+    windows = {"image_encoder": "unicl_swin6_small", "window_attention": "triton"}
+    config = tiny_config(**windows, precision="auto")
     reason = without if device == "cuda" else "the kernels run on CUDA devices only"
     with pytest.raises(ValueError, match=f"=triton cannot work here, since {reason}: set auto or"):
         check_memory(config, ranks=Ranks(), device=torch.device(device), free_bytes=1 << 40)
@@ -246,11 +238,8 @@ def test_what_cannot_fit_is_refused_with_what_would(
     assert ("micro_batch_size" in names) == (image_encoder == "test_vit")
     check_memory(config, ranks=Ranks(world_size=names.pop("ranks")), device=CPU)
     for name, size in names.items():
-        efficiency = dataclasses.replace(config.efficiency, **{name: size})
-        check_memory(dataclasses.replace(config, efficiency=efficiency), ranks=Ranks(), device=CPU)
-        efficiency = dataclasses.replace(config.efficiency, **{name: 2 * size})
-        larger = plan_on_cpu(dataclasses.replace(config, efficiency=efficiency))
-        assert larger.total > int(needed.certain * 0.6)
+        check_memory(config.changed(efficiency={name: size}), ranks=Ranks(), device=CPU)
+        assert plan_on_cpu(config, **{name: 2 * size}).total > int(needed.certain * 0.6)
 
 
 def test_what_may_fit_is_warned_of(
@@ -269,8 +258,7 @@ def test_what_may_fit_is_warned_of(
 def test_micro_batches_are_not_advised_where_images_are_mixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = with_large_batch("test_vit")
-    config = config.changed(objective={"mixup": 0.8})
+    config = with_large_batch("test_vit").changed(objective={"mixup": 0.8})
     monkeypatch.setattr(memory_plan, "free_memory", lambda _: plan_on_cpu(config).total - 1)
     check_memory(config, ranks=Ranks(), device=CPU)
     assert "What fits: " in caplog.text

@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import (
-    first_gradients,
-    run_on_ranks,
-    write_gradients,
-    write_objective_gradients,
-)
+from rank_workers import first_gradients, run_on_ranks, write_gradients, write_objective_gradients
 from small_runs import labelled_loader, objective_config, tiny_config, trainer_of
 
 from unicl_fast.distributed.ranks import Ranks
@@ -38,10 +33,7 @@ def assert_equal_gradients(found: dict, expected: dict) -> None:
     [
         pytest.param(size, others, marks=pytest.mark.slow if others and size != 5 else ())
         for size in (1, 4, 5, 11)
-        for others in (
-            {},
-            {"activation_checkpointing": True},
-        )
+        for others in ({}, {"activation_checkpointing": True})
     ],
     ids=str,
 )
@@ -58,12 +50,9 @@ def test_micro_batches_give_the_gradients_of_the_batch(
 @pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
 def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
-    images: torch.Tensor,
-    plain: tuple[float, dict],
-    tmp_path: Path,
-    world_size: int,
+    images: torch.Tensor, plain: tuple[float, dict], tmp_path: Path, world_size: int,
     micro_batch_size: int,
-) -> None:
+) -> None:  # fmt: skip
     efficiency = {"micro_batch_size": micro_batch_size}
     run_on_ranks(write_gradients, world_size, images, str(tmp_path), efficiency)
     for written in [f"{form}{r}.pt" for form in ("dense", "tiled") for r in range(world_size)]:
@@ -78,9 +67,8 @@ def test_micro_batches_of_the_sigmoid_form(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
     """Its bias has a gradient too, which every rank adds to once."""
-    plain = first_gradients(
-        images, Ranks(), objective_config("sigmoid"), labelled_loader(images, "sigmoid")
-    )
+    loader = labelled_loader(images, "sigmoid")
+    plain = first_gradients(images, Ranks(), objective_config("sigmoid"), loader)
     assert "logit_bias" in plain[1]
     arguments = images, str(tmp_path), ["sigmoid"], {"micro_batch_size": 5}
     if world_size == 1:
@@ -100,9 +88,8 @@ def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
 ) -> None:
     """Against the plain step of the same precision: only the order of summation differs."""
     loss, gradients = first_gradients(images, Ranks(), tiny_config(precision=precision))
-    micro_loss, micro = first_gradients(
-        images, Ranks(), tiny_config(precision=precision, micro_batch_size=5)
-    )
+    config = tiny_config(precision=precision, micro_batch_size=5)
+    micro_loss, micro = first_gradients(images, Ranks(), config)
     assert micro_loss == pytest.approx(loss, rel=tolerance)
     flat, flat_micro = (
         torch.cat([gradient.flatten() for gradient in each.values()]) for each in (gradients, micro)

@@ -8,7 +8,7 @@ from small_runs import OBJECTIVES, global_batch, labelled_batch, objective_confi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
-from unicl_fast.config import DeviceName, ModelConfig, TrainConfig
+from unicl_fast.config import ModelConfig
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
@@ -16,20 +16,9 @@ from unicl_fast.training.trainer import Trainer
 # What makes the host wait: values read, shapes that depend on values, and tensors made of Python's
 # numbers, since their copy to the device is not asynchronous.
 WAITING = {
-    "_local_scalar_dense",
-    "item",
-    "is_nonzero",
-    "equal",
-    "nonzero",
-    "unique_dim",
-    "unique_consecutive",
-    "unique_dim_consecutive",
-    "_unique",
-    "_unique2",
-    "masked_select",
-    "bincount",
-    "nonzero_numpy",
-    "lift_fresh",
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy"),
+    *("unique_dim", "unique_consecutive", "unique_dim_consecutive", "_unique", "_unique2"),
+    *("masked_select", "bincount", "lift_fresh"),
 }
 
 
@@ -52,16 +41,8 @@ class WaitingOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def trainer_of(
-    images: torch.Tensor,
-    *,
-    ema_decay: float = 0.0,
-    device: DeviceName = "cpu",
-    **efficiency: object,
-) -> Trainer:
-    config = tiny_config(**efficiency)
-    config = config.changed(run={"device": device})
-    config = config.changed(optim={"ema_decay": ema_decay})
+def trainer_of(images: torch.Tensor, *, ema_decay: float = 0.0, **efficiency: object) -> Trainer:
+    config = tiny_config(**efficiency).changed(optim={"ema_decay": ema_decay})
     return make_trainer(config, ListLoader([global_batch(images)]), progress=False)
 
 
@@ -74,21 +55,11 @@ def reads_of_a_step(trainer: Trainer) -> list[str]:
     return operators.found
 
 
-def rarely_logging(log_every_steps: int) -> TrainConfig:
-    """Six steps and one checkpoint at the end, since its numbers are looked over before writing."""
-    config = tiny_config(steps=6)
-    return config.changed(run={"log_every_steps": log_every_steps}, checkpoint={"every_steps": 0})
-
-
 @pytest.mark.parametrize(
     "efficiency",
     [
-        {},
-        {"precision": "fp32"},
-        {"precision": "bf16"},
-        {"precision": "fp16"},
-        {"loss": "tiled"},
-        {"micro_batch_size": 5},
+        *({}, {"precision": "fp32"}, {"precision": "bf16"}, {"precision": "fp16"}),
+        *({"loss": "tiled"}, {"micro_batch_size": 5}),
         {"micro_batch_size": 5, "precision": "fp16", "activation_checkpointing": True},
         {"ema_decay": 0.99},
         {"ema_decay": 0.99, "micro_batch_size": 5, "precision": "fp32"},
@@ -118,7 +89,10 @@ def test_the_recorder_sees_reads() -> None:
 
 
 def test_a_run_reads_when_it_logs_and_at_no_other_step(images: torch.Tensor) -> None:
-    trainer = make_trainer(rarely_logging(3), ListLoader([global_batch(images)]), progress=False)
+    # one checkpoint at the end, since its numbers are looked over before writing
+    rarely = {"run": {"log_every_steps": 3}, "checkpoint": {"every_steps": 0}}
+    config = tiny_config(steps=6).changed(**rarely)
+    trainer = make_trainer(config, ListLoader([global_batch(images)]), progress=False)
     trainer.train_step(next(trainer.loader.batches(0)))
     with WaitingOperators() as operators:
         reads_before = []

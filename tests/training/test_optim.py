@@ -41,38 +41,31 @@ def module_with(name: str, **contents: object) -> ModuleType:
 
 
 def install_nvidia_apex(monkeypatch: pytest.MonkeyPatch, *, compiled: bool = True) -> ModuleType:
-    fused_adam = type("FusedAdam", (RecordingOptimizer,), {})
-    fused_lamb = type("FusedLAMB", (RecordingOptimizer,), {})
-    optimizers = module_with("apex.optimizers", FusedAdam=fused_adam, FusedLAMB=fused_lamb)
-    install(
-        monkeypatch,
-        apex=module_with("apex", __path__=[], optimizers=optimizers),
-        apex_optimizers=optimizers,
-        amp_C=module_with("amp_C") if compiled else None,
-    )
+    names = ("FusedAdam", "FusedLAMB")
+    kinds = {name: type(name, (RecordingOptimizer,), {}) for name in names}
+    optimizers = module_with("apex.optimizers", **kinds)
+    apex = module_with("apex", __path__=[], optimizers=optimizers)
+    extension = module_with("amp_C") if compiled else None
+    install(monkeypatch, apex=apex, apex_optimizers=optimizers, amp_C=extension)
     return optimizers
 
 
-def test_nvidias_apex_is_known_by_its_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidias_apex_is_known_by_its_contents_and_needs_its_extensions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     optimizers = install_nvidia_apex(monkeypatch)
     assert load_apex_optimizers() is optimizers
-    assert load_apex_optimizers().FusedAdam
+    install_nvidia_apex(monkeypatch, compiled=False)
+    with pytest.raises(ValueError, match="amp_C"):
+        load_apex_optimizers()
 
 
 EMPTY = module_with("apex.optimizers")
+OF_PYPI = {"apex": module_with("apex", MessageFactory=object)}
+BESIDE = {"apex": module_with("apex", __path__=[], optimizers=EMPTY), "apex_optimizers": EMPTY}
 NO_APEX: dict[str, tuple[dict[str, ModuleType], str]] = {
-    "of pip install apex": (
-        {"apex": module_with("apex", MessageFactory=object)},
-        "git clone https://github.com/NVIDIA/apex",
-    ),
-    "beside the extension": (
-        {
-            "apex": module_with("apex", __path__=[], optimizers=EMPTY),
-            "apex_optimizers": EMPTY,
-            "amp_C": module_with("amp_C"),
-        },
-        "no attribute 'FusedAdam'",
-    ),
+    "of pip install apex": (OF_PYPI, "git clone https://github.com/NVIDIA/apex"),
+    "beside the extension": (BESIDE | {"amp_C": module_with("amp_C")}, "no attribute 'FusedAdam'"),
 }
 
 
@@ -85,20 +78,11 @@ def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch,
     assert "pip install apex" not in str(caught.value)
 
 
-def test_apex_without_its_cuda_extensions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvidia_apex(monkeypatch, compiled=False)
-    with pytest.raises(ValueError, match="amp_C"):
-        load_apex_optimizers()
-
-
-def test_apex_is_refused_in_fp64() -> None:
-    optim.check_optimizer("fusedadamw", device=CUDA, precision="bf16")
-    with pytest.raises(ValueError, match="with efficiency.precision=fp64"):
-        optim.check_optimizer("fusedadamw", device=CUDA, precision="fp64")
-
-
 @pytest.mark.parametrize("name", ["fusedadamw", "fusedlamb"])
-def test_apex_is_refused_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_is_refused_in_fp64_and_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optim.check_optimizer(name, device=CUDA, precision="bf16")
+    with pytest.raises(ValueError, match="with efficiency.precision=fp64"):
+        optim.check_optimizer(name, device=CUDA, precision="fp64")
     install_nvidia_apex(monkeypatch)
     config = tiny_config(optimizer=name, precision="fp32")
     with pytest.raises(ValueError, match=f"optim.name={name} runs on CUDA devices"):
@@ -138,8 +122,7 @@ def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -
 
 
 def test_rates_fall_with_depth() -> None:
-    config = tiny_config()
-    config = config.changed(optim={"layer_decay": 0.5})
+    config = tiny_config().changed(optim={"layer_decay": 0.5})
     model = build_model(config)
     optimizer = optim.build_optimizer(model, config)
     schedule = optim.build_schedule(optimizer, config, 10)
@@ -196,8 +179,7 @@ def test_clipping_is_torchs_own(dtype: torch.dtype, fused: bool, clip_norm: floa
     for model in (ours, plain):
         model[:2](torch.ones(4, 7, dtype=dtype)).square().sum().backward()
     norm = optim.gradient_norm(ours)
-    no = torch.tensor(False)
-    optim.update(our_optimizer, norm, clip_norm=clip_norm, leave_out=no)
+    optim.update(our_optimizer, norm, clip_norm=clip_norm, leave_out=torch.tensor(False))
     expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_norm or math.inf)
     plain_optimizer.step()
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6

@@ -63,7 +63,7 @@ class FullDisk(io.StringIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def flush(self) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        self.write("")
 
 
 @contextlib.contextmanager
@@ -94,8 +94,7 @@ def terminal_on_stderr(monkeypatch: pytest.MonkeyPatch, *, columns: int) -> Iter
 def test_a_run_in_a_terminal_shows_whole_lines(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(steps=6)
-    config = config.changed(run={"evaluate_every_steps": 2})
+    config = tiny_config(steps=6).changed(run={"evaluate_every_steps": 2})
 
     def with_a_line(batch: Batch) -> Batch:
         if batch.step == 1:
@@ -111,13 +110,9 @@ def test_a_run_in_a_terminal_shows_whole_lines(
 
     with terminal_on_stderr(monkeypatch, columns=80) as terminal, warnings.catch_warnings():
         warnings.simplefilter("always")
-        trainer = make_trainer(
-            config,
-            StepLoader(images, change=with_a_line),
-            run_folder=tmp_path,
-            evaluations={"digits": evaluation},
-        )
-        trainer.fit()
+        loader = StepLoader(images, change=with_a_line)
+        evaluations = {"digits": evaluation}
+        make_trainer(config, loader, run_folder=tmp_path, evaluations=evaluations).fit()
     rows = [row for row in terminal.rows() if row]
     drawn = [text for text in re.split(r"\r|\n|\x1b\[A", terminal.raw.decode()) if "%|" in text]
     assert len(drawn) > 6
@@ -144,11 +139,9 @@ def test_stderr_on_a_full_disk_ends_no_run(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", FullDisk())
         patch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler()])
-        trainer = make_trainer(
-            tiny_config(steps=2),
-            StepLoader(images, change=with_a_line),
-            run_folder=tmp_path,
-            evaluations={"digits": lambda model: {"top1": 0.5}},
-        )
+        loader = StepLoader(images, change=with_a_line)
+        evaluations = {"digits": lambda model: {"top1": 0.5}}
+        config = tiny_config(steps=2)
+        trainer = make_trainer(config, loader, run_folder=tmp_path, evaluations=evaluations)
         trainer.fit()
     assert trainer.step == 2

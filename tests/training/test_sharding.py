@@ -12,11 +12,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
 from rank_workers import run_on_ranks, train_each, train_each_compiled
-from safetensors.torch import load_file
 from small_runs import tiny_config, trainer_of
 
-from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
@@ -47,55 +46,22 @@ def quick_config(shard: str) -> TrainConfig:
     return config.changed(checkpoint={"every_steps": 0}, run={"steps": 2, "log_every_steps": 1})
 
 
-def last_of(run: Path) -> Path:
-    return list_checkpoints(run / "checkpoints")[-1]
-
-
-def state_of(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint."""
-    return {
-        f"{file.stem}: {name}": tensor
-        for file in last_of(run).glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def losses_of(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run) if "loss" in line]
-
-
 def assert_equal_runs(found: Path, expected: Path) -> None:
     """Bit for bit: each loss that both have, and every tensor of the last checkpoint."""
     losses = losses_of(found)
     assert losses == losses_of(expected)[-len(losses) :]
-    states, expected_states = state_of(found), state_of(expected)
-    assert states.keys() == expected_states.keys()
-    for name, tensor in states.items():
-        assert torch.equal(tensor, expected_states[name]), name
+    assert_equal(state_of(last_of(found)), state_of(last_of(expected)))
 
 
 def assert_close_runs(found: Path, expected: Path, *, rtol: float, atol: float) -> None:
     losses = losses_of(found)
     assert losses == pytest.approx(losses_of(expected)[-len(losses) :], rel=rtol)
-    states, expected_states = state_of(found), state_of(expected)
-    assert states.keys() == expected_states.keys()
-    for name, tensor in states.items():
-        # a key's bias changes no attention, so that all of its gradient is rounding
-        allowed = 10 * atol if name.endswith("in_proj_bias") else atol
-        torch.testing.assert_close(tensor, expected_states[name], rtol=rtol, atol=allowed, msg=name)
+    assert_close_states(found, expected, rtol=rtol, atol=atol)
 
 
-def longer(config: TrainConfig) -> TrainConfig:
-    return config.changed(run={"steps": 2 * STEPS})
-
-
-IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
-
-
-def held_by(run: Path, rank: int) -> tuple[list[int], list[torch.Tensor]]:
-    """Bytes of parameters and of optimizer state, and the parameters or its parts of them."""
-    sizes, parameters = torch.load(run / f"{rank}.pt", weights_only=True)
-    return sizes, parameters
+def sizes_of(run: Path) -> list[list[int]]:
+    """Bytes of parameters and of optimizer state, on each of two ranks."""
+    return [torch.load(run / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
 
 
 @pytest.mark.dist
@@ -112,7 +78,7 @@ def test_two_ranks_that_divide_the_state_train_as_before(
             seconds = {part: line[f"seconds/{part}"] for part in PARTS if part not in NO_TRAINING}
             assert sum(seconds.values()) == pytest.approx(line["step_seconds"])
             assert 0 < seconds["communication"] < line["step_seconds"]
-    sizes = {shard: [held_by(tmp_path / shard, rank)[0] for rank in range(2)] for shard in runs}
+    sizes = {shard: sizes_of(tmp_path / shard) for shard in runs}
     ((parameters, states), _) = sizes["off"]
     assert [of_parameters for of_parameters, _ in sizes["optimizer"]] == [parameters] * 2
     assert sum(of_states for _, of_states in sizes["optimizer"]) == states
@@ -123,9 +89,7 @@ def test_two_ranks_that_divide_the_state_train_as_before(
         planned = plan(quick_config(shard), world_size=2, device_bytes=0, device_type="cpu").parts
         assert planned["gradients"] == sizes[shard][0][0]
         largest = max(of_states for _, of_states in sizes[shard])
-        assert planned["optimizer"] == pytest.approx(
-            largest, abs=1000
-        )  # beside the counts of steps
+        assert planned["optimizer"] == pytest.approx(largest, abs=1000)  # and counts of steps
 
 
 SETTINGS: dict[str, dict] = {
@@ -140,11 +104,7 @@ SETTINGS: dict[str, dict] = {
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (number > 0))
-        for number, name in enumerate(SETTINGS)
-    ],
+    "name", ["clipped", *(pytest.param(one, marks=pytest.mark.long) for one in [*SETTINGS][1:])]
 )
 def test_divided_runs_are_the_plain_run(
     images: torch.Tensor, tmp_path: Path, world_size: int, name: str
@@ -195,26 +155,18 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     """From four ranks to two and to one, and back; on as many ranks bit for bit."""
-    averaged = {"ema_decay": 0.9}
-    unbroken = {"full": (config_of("full", **averaged), None)}
-    run_on_ranks(train_each, 4, images, tmp_path, unbroken)
+    configs = {shard: config_of(shard, ema_decay=0.9) for shard in ("off", "optimizer", "full")}
+    run_on_ranks(train_each, 4, images, tmp_path, {"full": (configs["full"], None)})
     middle = tmp_path / "full" / "checkpoints" / "step-00000002"
-    on_two = {
-        f"{shard} on 2": (config_of(shard, **averaged), middle)
-        for shard in ("off", "optimizer", "full")
-    }
+    on_two = {f"{shard} on 2": (config, middle) for shard, config in configs.items()}
     run_on_ranks(train_each, 2, images, tmp_path, on_two)
-    alone = config_of("full", **averaged)
-    trainer = trainer_of(images, alone, tmp_path / "alone")
+    trainer = trainer_of(images, configs["full"], tmp_path / "alone")
     trainer.resume(middle)
     trainer.fit()
-    back = {
-        "same": (config_of("full", **averaged), middle),
-        **{
-            f"back from {run}": (longer(config_of(shard, **averaged)), last_of(tmp_path / run))
-            for run, shard in (("off on 2", "full"), ("full on 2", "optimizer"))
-        },
-    }
+    back = {"same": (configs["full"], middle)}
+    for run, shard in (("off on 2", "full"), ("full on 2", "optimizer")):
+        longer = configs[shard].changed(run={"steps": 2 * STEPS})
+        back[f"back from {run}"] = longer, last_of(tmp_path / run)
     run_on_ranks(train_each, 4, images, tmp_path, back)
     assert_equal_runs(tmp_path / "same", tmp_path / "full")
     for run in (*on_two, "alone"):
@@ -232,10 +184,7 @@ def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> No
     plain = {"off": (config_of(), None)}
     compiled = {
         "full": (config_of("full", compile="blocks"), None),
-        "recomputed": (
-            config_of("full", compile="blocks", activation_checkpointing=True),
-            None,
-        ),
+        "recomputed": (config_of("full", compile="blocks", activation_checkpointing=True), None),
     }
     run_on_ranks(train_each, 2, images, tmp_path, plain)
     run_on_ranks(train_each_compiled, 2, images, tmp_path, compiled)
@@ -301,10 +250,7 @@ def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other encoder is not divided then either: the model is left as it was."""
     monkeypatch.setattr("unicl_fast.models.sharding.init_device_mesh", lambda *_: None)
-    divided = []
-    monkeypatch.setattr(
-        "unicl_fast.models.sharding.fully_shard", lambda part, **_: divided.append(part) or Mock()
-    )
+    monkeypatch.setattr("unicl_fast.models.sharding.fully_shard", divide := Mock())
     model = build_model(tiny_config(image_encoder="test_nfnet"))
     with pytest.raises(ValueError, match="NormFreeNet has none.*set efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
@@ -312,7 +258,7 @@ def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.Monk
     model.text_encoder = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="Linear has none.*set efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
-    assert not divided
+    divide.assert_not_called()
 
 
 @pytest.mark.parametrize(("shard", "keeps"), [("off", True), ("optimizer", True), ("full", False)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compared_runs import assert_equal, last_of, losses_of
 from rank_workers import run_on_ranks, train_each, train_each_compiled
 from safetensors.torch import load_file
 from small_runs import StepLoader, staged_batch, tiny_config
@@ -19,7 +20,6 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.models.compilation import has_compiler
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.mfu import flops_of_step
 from unicl_fast.training.optim import build_optimizer, build_schedule, set_rates, steps_of_samples
 
@@ -65,11 +65,9 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
     stages = ("12:image_size=16,global_batch_size=6,context_length=6", "12:crop_scale=0.5..1")
     if "vit" in settings["image_encoder"]:
         stages = (stages[0], stages[1] + ",token_drop=0.5")
-    config = {
-        shard: config_of(*stages, samples=36, shard=shard, **settings)
-        for shard in ("off", "optimizer", "full")
-    }
-    config = {shard: one.changed(checkpoint={"every_steps": 1}) for shard, one in config.items()}
+    plain = config_of(*stages, samples=36, **settings).changed(checkpoint={"every_steps": 1})
+    shards = ("off", "optimizer", "full")
+    config = {shard: plain.changed(efficiency={"shard": shard}) for shard in shards}
     run_on_ranks(train, 3, images, tmp_path, {shard: (config[shard], None) for shard in config})
     checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
     assert all(len(found) == 4 for found in checkpoints.values())
@@ -79,24 +77,16 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
         for number in (range(3) if shard == "off" else [1])  # all steps, or between two stages
     }
     run_on_ranks(train, 3, images, tmp_path, again)
+    runs = (*config, *again)
+    weights = {run: load_file(last_of(tmp_path / run) / "model.safetensors") for run in runs}
     for run, (resumed, _) in again.items():
-        found = list_checkpoints(tmp_path / run / "checkpoints")[-1]
-        assert weights_of(found) == weights_of(checkpoints[resumed.efficiency.shard][-1]), run
-    assert weights_of(checkpoints["optimizer"][-1]) == weights_of(checkpoints["off"][-1])
+        assert_equal(weights[run], weights[resumed.efficiency.shard])
+    assert_equal(weights["optimizer"], weights["off"])
     if "vit" in settings["image_encoder"]:  # BatchNorm of the small Swin sees the local batch
         trainer_in(tmp_path / "alone", config["off"], images).fit()
-        for folder in ("off", "full"):
-            pairs = zip(losses_of(tmp_path / folder), losses_of(tmp_path / "alone"), strict=True)
-            assert all(one == pytest.approx(other, rel=1e-9) for one, other in pairs)
-
-
-def weights_of(checkpoint: Path) -> dict[str, bytes]:
-    tensors = load_file(checkpoint / "model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
-
-def losses_of(run_folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
+        alone = pytest.approx(losses_of(tmp_path / "alone"), rel=1e-9)
+        assert losses_of(tmp_path / "off") == alone
+        assert losses_of(tmp_path / "full") == alone
 
 
 @pytest.mark.parametrize(
@@ -126,19 +116,17 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
         resumed.resume(tmp_path / "unbroken" / "checkpoints" / f"step-{step:08d}")
         assert resumed.stage.span.number == (0, 0, 0, 1, 1, 2)[step]
         resumed.fit()
-        for name, weight in unbroken.model.state_dict().items():
-            assert torch.equal(resumed.model.state_dict()[name], weight)
+        assert_equal(resumed.model.state_dict(), unbroken.model.state_dict())
 
 
 def test_every_stage_trains_and_shows_what_it_says(images: torch.Tensor, tmp_path: Path) -> None:
     config = config_of(*STAGES)
     trainer = trainer_in(tmp_path, config, images)
     tokens: list[int] = []
-    handle = trainer.model.image_encoder.blocks[0].register_forward_hook(
+    trainer.model.image_encoder.blocks[0].register_forward_hook(
         lambda module, inputs, out: tokens.append(inputs[0].shape[1])
     )
     trainer.fit()
-    handle.remove()
     prefix = trainer.model.image_encoder.num_prefix_tokens
     # twice the micro-batches of 5 and 3 images: one patch of 16 pixels; then half of 4; then all
     assert [count - prefix for count in tokens] == 3 * 4 * [1] + 2 * [2] + [4]
@@ -166,8 +154,7 @@ def test_the_model_is_evaluated_at_the_runs_own_sizes(images: torch.Tensor) -> N
 def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
     config = config_of("600:global_batch_size=3", samples=1200)
     config = config.changed(optim={"lr_batch_size": 12, "warmup_fraction": 0.0})
-    model = build_model(config)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(build_model(config), config)
     assert steps_of_samples(config, 0) == 0
     assert steps_of_samples(config, config.run.total_steps) == 100
     schedule = build_schedule(optimizer, config, 100)
@@ -192,9 +179,8 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
 ) -> None:
     trainer_in(tmp_path, config_of(*STAGES), images).fit()
     after_4 = tmp_path / "checkpoints" / "step-00000004"
-    with pytest.raises(
-        ValueError, match=r"run\.stages shows 48 samples before step 4, .* after 36"
-    ):
+    said = r"run\.stages shows 48 samples before step 4, .* after 36"
+    with pytest.raises(ValueError, match=said):
         trainer_in(None, config_of(), images).resume(after_4)
     longer = config_of(STAGES[0].replace("0.4", "24"), "24:token_drop=0.5", samples=120)
     trainer_in(None, longer, images).resume(after_4)
@@ -202,9 +188,9 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
 
 def test_work_of_a_stage_is_its_own(images: torch.Tensor) -> None:
     config = config_of(*STAGES, image_encoder="test_vit")
-    low, dropped, full = (
-        flops_of_step(stage.config, staged_batch(images, config=config, step=stage.span.first_step))
-        / size
-        for stage, size in zip(config.stages, (8, 12, 12), strict=True)
-    )
+    work = []
+    for stage, size in zip(config.stages, (8, 12, 12), strict=True):
+        batch = staged_batch(images, config=config, step=stage.span.first_step)
+        work.append(flops_of_step(stage.config, batch) / size)
+    low, dropped, full = work
     assert low < dropped < full

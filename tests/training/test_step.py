@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import assert_equal
 from rank_workers import (
     first_gradients,
     run_on_ranks,
@@ -42,9 +43,7 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(
         assert (shares[-1].targets.text_class_ids >= CAPTION_KEYS_START).all()
     alone_loss, alone = first_gradients(images, Ranks(), tiny_config(loss="dense"))
     run_on_ranks(write_gradients, world_size, images, str(tmp_path), {})
-    for written in [
-        f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(world_size)
-    ]:
+    for written in [f"{form}{r}.pt" for form in ("dense", "tiled") for r in range(world_size)]:
         loss, gradients = torch.load(tmp_path / written, weights_only=True)
         assert loss == pytest.approx(alone_loss, rel=1e-13)
         assert gradients.keys() == alone.keys()
@@ -60,9 +59,8 @@ def test_distinct_texts_without_padding_equal_every_text_with_it(
     """Loss and gradients of a step."""
     config = tiny_config(micro_batch_size=micro_batch_size)
     loss, gradients = first_gradients(images, Ranks(), config)
-    plain_loss, plain = first_gradients(
-        images, Ranks(), config, StepLoader(images, change=repeated_texts)
-    )
+    repeated = StepLoader(images, change=repeated_texts)
+    plain_loss, plain = first_gradients(images, Ranks(), config, repeated)
     assert loss == pytest.approx(plain_loss, rel=1e-13)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
@@ -127,8 +125,7 @@ def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
     run_on_ranks(write_evaluated_buffers, 2, images, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert any("running_mean" in name for name in one)
-    for name, buffer in one.items():
-        assert torch.equal(buffer, two[name]), name
+    assert_equal(one, two)
 
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
@@ -154,10 +151,8 @@ def test_a_training_step_is_the_public_function_on_its_features(
         assert loss == pytest.approx(plain.item(), rel=1e-13)
         model.zero_grad()
         plain.backward(retain_graph=True)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(
-                gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name
-            )
+        for name, one in model.named_parameters():
+            torch.testing.assert_close(gradients[name], one.grad, rtol=1e-9, atol=1e-13, msg=name)
 
 
 def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> tuple:
@@ -170,13 +165,12 @@ def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> t
     return gradients, losses, trainer.model.state_dict()
 
 
+BATCHNORM = ("unicl_convnet7_small", "test_resnet")
+
+
 @pytest.fixture(
     scope="module",
-    params=[
-        "test_vit",
-        pytest.param("unicl_convnet7_small", marks=pytest.mark.slow),
-        pytest.param("test_resnet", marks=pytest.mark.slow),
-    ],
+    params=["test_vit", *(pytest.param(one, marks=pytest.mark.slow) for one in BATCHNORM)],
     name="plain",
 )
 def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple[str, tuple]:
@@ -186,10 +180,7 @@ def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple
 
 @pytest.mark.parametrize(
     "switch",
-    [
-        {"activation_checkpointing": True},
-        {"loss": "tiled"},
-    ],
+    [{"activation_checkpointing": True}, {"loss": "tiled"}],
     ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
 )
 def test_efficiency_changes_nothing(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from fake_gpu import FakeEvent
-from small_runs import StepLoader, global_batch, tiny_config
+from small_runs import StepLoader, global_batch, tiny_config, trainer_of
 
-from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.batch import Batch
 from unicl_fast.system.phases import WaitingForRanks
 from unicl_fast.training import step_clock
 from unicl_fast.training.assembly import make_trainer
@@ -53,12 +53,12 @@ def test_parts_are_summed_over_steps(hours: Hours, device: torch.device) -> None
     for part, seconds in {"data_wait": 1, "forward": 2, "backward": 4, "optimizer": 8}.items():
         clock.begin(part)
         hours.pass_by(seconds)
-    clock.end_step()
+    clock.begin("other")
     clock.begin("evaluation")
     hours.pass_by(16)
     clock.begin("forward")
     hours.pass_by(32)
-    clock.end_step()
+    clock.begin("other")
     hours.pass_by(64)
     first = {"other": 0.5, "data_wait": 1, "forward": 2, "backward": 4, "optimizer": 8}
     assert nonzero(clock.cut()()) == first | {"forward": 34, "evaluation": 16, "other": 64.5}
@@ -80,7 +80,7 @@ def test_only_reading_waits_for_the_device_and_events_are_used_again(
     for num_reads in range(3):
         for part in PARTS:
             clock.begin(part)
-        clock.end_step()
+        clock.begin("other")
         assert sum(event.num_waits for event in events) == num_reads
         read = clock.cut()
         assert sum(event.num_waits for event in events) == num_reads
@@ -144,12 +144,9 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
         return {"top1": 0.5}
 
     trainer = make_trainer(
-        config,
-        StepLoader(images, change=late),
-        run_folder=tmp_path,
-        evaluations={"slow": slow_evaluation},
-        progress=False,
-    )
+        config, StepLoader(images, change=late), run_folder=tmp_path,
+        evaluations={"slow": slow_evaluation}, progress=False,
+    )  # fmt: skip
     begun = time.perf_counter()
     trainer.fit()
     elapsed = time.perf_counter() - begun
@@ -170,9 +167,7 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
 def test_each_way_to_back_propagate_has_the_parts_in_order(
     images: torch.Tensor, settings: dict[str, int]
 ) -> None:
-    trainer = make_trainer(
-        tiny_config(**settings), ListLoader([global_batch(images)]), progress=False
-    )
+    trainer = trainer_of(images, tiny_config(**settings))
     begun: list[str] = []
 
     class Recorder(StepClock):

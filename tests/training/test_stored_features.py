@@ -6,10 +6,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from compared_runs import assert_equal
 from program_runs import SMALL, call, losses, run
 from small_runs import tiny_config
 
@@ -79,16 +81,12 @@ def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
     expected, plain, shown = trained(encoding, tmp_path / "encoding")
     found, trainer, fed = trained(stored, tmp_path / "stored")
     assert all(map(torch.equal, found, expected))
-    for name, tensor in plain.model.state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[name], tensor), name
+    assert_equal(trainer.model.state_dict(), plain.model.state_dict())
     assert all(batch.images.ndim == 2 for batch in fed)
     pairs = list(zip(fed, shown, strict=True))
     assert all(torch.equal(one.sample_ids, two.sample_ids) for one, two in pairs)
     assert (tmp_path / "stored" / "contact-sheet.png").exists()  # of the epoch that is encoded
-
-    def encode(*_: object) -> None:
-        raise AssertionError("they are stored")
-
+    encode = Mock(side_effect=AssertionError("they are stored"))
     monkeypatch.setattr(stored_features, "_store", encode)
     again, trainer, _ = trained(stored, tmp_path / "again")
     assert all(map(torch.equal, again, expected))
@@ -140,19 +138,16 @@ def test_other_weights_images_or_preprocessing_have_features_of_their_own(
 ) -> None:
     folder = tmp_path / "features"
     config = config_of(data / "labels", features=folder)
-    assert not trainer_of(config, tmp_path / "run").loader.close()
-    replace = dataclasses.replace
-    for number, other in enumerate(
-        (
-            replace(config, data=replace(config.data, mean=(0.5, 0.5, 0.5))),
-            replace(config, run=replace(config.run, seed=1)),  # which draws the weights
-            config_of(data / "captions", features=folder),
-        ),
-        start=2,
-    ):
+    others = (
+        config,
+        config.changed(data={"mean": (0.5, 0.5, 0.5)}),
+        config.changed(run={"seed": 1}),  # which draws the weights
+        config_of(data / "captions", features=folder),
+    )
+    for number, other in enumerate(others, start=1):
         trainer_of(other, tmp_path / "run").loader.close()
         assert len(list(folder.glob("*.npy"))) == number
-    trainer_of(replace(config, optim=replace(config.optim, lr=1.0)), tmp_path / "run")
+    trainer_of(config.changed(optim={"lr": 1.0}), tmp_path / "run")
     assert len(list(folder.iterdir())) == 2 * 4
 
 

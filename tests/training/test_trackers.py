@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,13 +21,7 @@ from small_runs import tiny_config, trainer_of
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.training import trackers as trackers_module
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
-from unicl_fast.training.trackers import (
-    OPENERS,
-    TrackedRun,
-    Tracker,
-    Trackers,
-    require_trackers,
-)
+from unicl_fast.training.trackers import OPENERS, TrackedRun, Tracker, Trackers, require_trackers
 
 Curves = dict[str, list[tuple[int, float]]]
 RUN_ID = "0123456789abcdef"
@@ -59,27 +54,6 @@ def begin(folder: Path, name: Any, start_step: int = 0) -> MetricsWriter:
     return MetricsWriter(folder, start_step=start_step, trackers=trackers)
 
 
-class Recorder:
-    """A tracker that remembers."""
-
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, dict[str, float]]] = []
-
-    def open(self, run: TrackedRun) -> Tracker:
-        self.run = run
-        return Tracker(
-            log=lambda values, step: self.logged.append((step, dict(values))),
-            close=lambda: None,
-        )
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setitem(OPENERS, "wandb", recorder.open)
-    return recorder
-
-
 # Faults.
 
 
@@ -87,10 +61,7 @@ def test_a_tracker_that_fails_in_any_way_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a protobuf of another version does when TensorBoard is imported or writes."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise TypeError("Descriptors cannot be created directly")
-
+    fail = Mock(side_effect=TypeError("Descriptors cannot be created directly"))
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", fail)
     with contextlib.closing(begin(tmp_path, "tensorboard")) as metrics:
         metrics.write({"step": 1, "loss": 2.0})
@@ -102,11 +73,8 @@ def test_a_tracker_that_hangs_keeps_no_step_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     end = threading.Event()
-
-    def hang(run: TrackedRun) -> Tracker:
-        return Recorder().open(run)._replace(log=lambda values, step: end.wait())
-
-    monkeypatch.setitem(OPENERS, "wandb", hang)
+    hanging = Tracker(log=lambda values, step: end.wait(), close=lambda: None)
+    monkeypatch.setitem(OPENERS, "wandb", lambda run: hanging)
     monkeypatch.setattr(trackers_module, "_SECONDS_TO_CLOSE", 0.2)
     monkeypatch.setattr(trackers_module, "_MOST_WAITING", 5)
     with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
@@ -186,8 +154,7 @@ def curves_of_wandb(folder: Path) -> Curves:
 def records_of(log: bytes) -> Iterator[bytes]:
     """The records of LevelDB's log format: blocks of 32 KiB, after the file's header in the first.
 
-    A record's parts have a header each: checksum, length, and 1 for whole, 2 first, 3 middle, 4
-    last.
+    Each part has a header: checksum, length, and 1 for a whole record, 2 first, 3 middle, 4 last.
     """
     place, whole = 7, b""
     while place + 7 <= len(log):
@@ -202,10 +169,8 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 
 READ: dict[str, Callable[[Path], Curves]] = {
-    "tensorboard": curves_of_tensorboard,
-    "mlflow": curves_of_mlflow,
-    "trackio": curves_of_trackio,
-    "wandb": curves_of_wandb,
+    **{"tensorboard": curves_of_tensorboard, "mlflow": curves_of_mlflow},
+    **{"trackio": curves_of_trackio, "wandb": curves_of_wandb},
 }
 
 
@@ -279,12 +244,13 @@ def test_any_name_of_a_data_set_is_taken(
 
 
 def test_a_trainer_sends_its_lines(
-    images: torch.Tensor, tmp_path: Path, recorder: Recorder
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(steps=2)
-    config = config.changed(run={"trackers": ("wandb",)})
+    config = tiny_config(steps=2).changed(run={"trackers": ("wandb",)})
+    log, close = Mock(), Mock()
+    monkeypatch.setitem(OPENERS, "wandb", opened := Mock(return_value=Tracker(log, close)))
     trainer = trainer_of(images, config, tmp_path)
     trainer.fit()
     lines = read_metrics(tmp_path)
-    assert [values["loss"] for _, values in recorder.logged] == [line["loss"] for line in lines]
-    assert recorder.run == (tmp_path, trainer.run_id, config_to_dict(config), 0)
+    assert [call.args[0]["loss"] for call in log.call_args_list] == [one["loss"] for one in lines]
+    opened.assert_called_once_with((tmp_path, trainer.run_id, config_to_dict(config), 0))

@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from unittest.mock import Mock
 
 import pytest
 import torch
+from compared_runs import assert_equal, last_of, losses_of
 from small_runs import (
     StepLoader,
     global_batch,
@@ -87,10 +88,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000004")
     assert resumed.step == 4
     resumed.fit()
-    for name, weight in unbroken.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name]), name
-    tail = [line["loss"] for line in read_metrics(tmp_path / "unbroken")[4:]]
-    assert [line["loss"] for line in read_metrics(tmp_path / "resumed")] == tail
+    assert_equal(unbroken.model.state_dict(), resumed.model.state_dict())
+    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[4:]
 
 
 def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Path) -> None:
@@ -107,9 +106,7 @@ def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Pa
     assert names == ["step-00000002", "step-00000004", "step-00000006"]
     state = read_state(tmp_path / "checkpoints" / "step-00000006")
     assert (state.step, state.config, state.data) == (6, trainer.config, trainer.data)
-    model = load_encoders(tmp_path)
-    for name, weight in trainer.model.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
+    assert_equal(trainer.model.state_dict(), load_encoders(tmp_path).state_dict())
 
 
 def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
@@ -121,14 +118,8 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
     unfinished = tmp_path / "checkpoints" / ".step-00000005.partial"
     unfinished.mkdir()
 
-    class StopError(Exception):
-        pass
-
-    def stop(self: object, start_step: int) -> None:
-        raise StopError
-
-    again.loader.batches = stop.__get__(again.loader)
-    with pytest.raises(StopError):
+    again.loader.batches = Mock(side_effect=NotImplementedError)
+    with pytest.raises(NotImplementedError):
         again.fit()
     found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert found == ["step-00000002", "step-00000004.aside", "step-00000006.aside"]
@@ -138,20 +129,18 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
 def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
     trainer_of(images, folder=tmp_path).fit()
     checkpoint = tmp_path / "checkpoints" / "step-00000006"
-    config = tiny_config()
-    wider = config.changed(model={"text_width": 32})
-    with pytest.raises(ValueError, match="another model: text_width was 16 and is now 32"):
-        trainer_of(images, wider, tmp_path / "b").resume(checkpoint)
-    reseeded = config.changed(run={"seed": 1})
-    with pytest.raises(ValueError, match="another run: seed was 0 and is now 1"):
-        trainer_of(images, reseeded, tmp_path / "d").resume(checkpoint)
-    regrouped = config.changed(data={"shuffle_groups": 8})
-    with pytest.raises(ValueError, match="another data: shuffle_groups was 128 and is now 8"):
-        trainer_of(images, regrouped, tmp_path / "g").resume(checkpoint)
-    with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
-        trainer_of(images, tiny_config(precision="fp16"), tmp_path / "e").resume(checkpoint)
-    with pytest.raises(ValueError, match="the state of AdamW, and optim.name now means Lamb"):
-        trainer_of(images, tiny_config(optimizer="lamb"), tmp_path / "f").resume(checkpoint)
+    plain = tiny_config()
+    for message, config in {
+        "another model: text_width was 16 and is now 32": plain.changed(model={"text_width": 32}),
+        "another run: seed was 0 and is now 1": plain.changed(run={"seed": 1}),
+        "another data: shuffle_groups was 128 and is now 8": (
+            plain.changed(data={"shuffle_groups": 8})
+        ),
+        "precision was 'fp64' and is now 'fp16'": tiny_config(precision="fp16"),
+        "the state of AdamW, and optim.name now means Lamb": tiny_config(optimizer="lamb"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            trainer_of(images, config).resume(checkpoint)
     other = trainer_of(images, folder=tmp_path / "c")
     other.data = {"train": ["other images"]}
     with pytest.raises(ValueError, match="another data"):
@@ -189,9 +178,13 @@ def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> No
     assert last < first - 0.5
 
 
-def test_a_run_without_a_length_is_refused(images: torch.Tensor) -> None:
+def test_a_run_without_a_length_or_with_views_that_nothing_uses_is_refused(
+    images: torch.Tensor,
+) -> None:
     with pytest.raises(ValueError, match=r"set run.samples or run.steps"):
-        make_trainer(tiny_config(steps=0), StepLoader(images))
+        trainer_of(images, tiny_config(steps=0))
+    with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
+        trainer_of(images, tiny_config().changed(data={"augment": ("supcon",)}))
 
 
 @pytest.mark.parametrize("level", ["WARNING", "INFO"])
@@ -204,9 +197,7 @@ def test_evaluations_run_at_their_steps_and_are_written(
 ) -> None:
     """A program has them in its log, and so in its log file; a notebook without a log sees them."""
     caplog.set_level(level)
-    config = tiny_config()
-    config = config.changed(run={"log_every_steps": 6})
-    config = config.changed(run={"evaluate_every_steps": 4})
+    config = tiny_config().changed(run={"log_every_steps": 6, "evaluate_every_steps": 4})
     trainer = trainer_of(images, config, tmp_path)
     modes = []
 
@@ -220,17 +211,7 @@ def test_evaluations_run_at_their_steps_and_are_written(
     lines = [line for line in read_metrics(tmp_path) if "digits/top1" in line]
     assert [line["step"] for line in lines] == [4, 6]
     shown = {"WARNING": capsys.readouterr().err, "INFO": caplog.text}
-    assert ["step 4: digits/top1 0.5" in text for text in shown.values()] == [
-        level == name for name in shown
-    ]
-
-
-def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
-    config = tiny_config()
-    config = config.changed(data={"augment": ("supcon",)})
-    images = torch.zeros(12, config.data.image_size, config.data.image_size, 3, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
-        make_trainer(config, ListLoader([global_batch(images)]), progress=False)
+    assert [name for name in shown if "step 4: digits/top1 0.5" in shown[name]] == [level]
 
 
 def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor) -> None:
@@ -242,11 +223,8 @@ def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor)
 
 def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path: Path) -> None:
     config = TrainConfig(data=DataConfig(decode_device="gpu"), run=RunConfig(device="cpu"))
-
-    def too_late(*arguments: object, **settings: object) -> NoReturn:
-        raise AssertionError("it comes too late")
-
-    with pytest.raises(ValueError, match=r"run is on the CPU: take data\.decode_device=auto"):
+    too_late = Mock(side_effect=AssertionError("it comes too late"))
+    with pytest.raises(ValueError, match=r"run is on the CPU: set data\.decode_device=auto"):
         pretrain(config, run_folder=tmp_path, build_loader=too_late, evaluate=too_late)
 
 
@@ -268,11 +246,9 @@ def pretrain_on_twelve_images(
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
     monkeypatch.setattr(build, "DatasetNumbers", lambda meter: Observer())
     monkeypatch.setattr(run, "_report", lambda *arguments: None)
+    build_loader = Mock(return_value=loader)
     return functools.partial(
-        pretrain,
-        run_folder=tmp_path,
-        build_loader=lambda *arguments, **settings: loader,
-        evaluate=dict,
+        pretrain, run_folder=tmp_path, build_loader=build_loader, evaluate=dict
     )
 
 
@@ -291,13 +267,9 @@ def test_a_run_keeps_what_was_given_and_which_decoder_auto_took(
 
 
 def test_a_run_reads_initial_weights_at_its_first_start_alone(
-    tmp_path: Path,
-    data: Path,
-    start: Callable[..., None],
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, data: Path, start: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of_labels(data)
-    config = config.changed(model={"init": "somewhere"})
+    config = config_of_labels(data).changed(model={"init": "somewhere"})
     started: list[torch.Tensor] = []
 
     def initialise(model: UniCL, ranks: Ranks) -> None:
@@ -316,12 +288,9 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
         start(config, initialise=initialise, resume="auto")
         assert json.loads((tmp_path / "config.json").read_text())["model"]["init"] == name
     assert len(started) == 1
-    assert "model.init=elsewhere is not read: the run resumes, and started from somewhere" in (
-        caplog.text
-    )
-    assert read_state(list_checkpoints(tmp_path / "checkpoints")[-1]).config.model.init == (
-        "somewhere"
-    )
+    said = "model.init=elsewhere is not read: the run resumes, and started from somewhere"
+    assert said in caplog.text
+    assert read_state(last_of(tmp_path)).config.model.init == "somewhere"
 
 
 def test_a_run_tells_its_trainer_how_long_the_loader_waits(
@@ -331,16 +300,11 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
     loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
     trainer = build.build_trainer(
-        config,
-        run_folder=tmp_path,
-        build_loader=lambda *arguments, **settings: loader,
-        evaluate=dict,
-        ranks=Ranks(),
-        device=torch.device("cpu"),
-    )
+        config, run_folder=tmp_path, build_loader=lambda *arguments, **settings: loader,
+        evaluate=dict, ranks=Ranks(), device=torch.device("cpu"),
+    )  # fmt: skip
     log = next(observer for observer in trainer.observers if isinstance(observer, RunLog))
     with log.fitting(trainer):
-        assert log._watch is not None
         assert log._watch._reading is loader.reading
 
 

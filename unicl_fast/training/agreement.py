@@ -1,8 +1,8 @@
 """Whether all ranks run the same thing: settings, data, code and, now and then, weights.
 
-Ranks that disagree do not fail: they sum gradients of different losses and end with 0. So what each
-rank has is compared before the first step of every start, and a fingerprint of the weights now
-and then. The price is a hash of the package's files and one small gather.
+Ranks that disagree do not fail: they sum gradients of different losses and exit with 0. So their
+descriptions are compared before the first step of every start, and a fingerprint of the weights now
+and then. That costs a hash of the package's files and a small gather.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ _PACKAGES = (
     *("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
     *("tokenizers", "triton"),
 )
-# Where the data lie and how they are fetched may differ from node to node.
+# The place of the data and the way they are fetched can differ between nodes.
 _OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes")
 
 
 def describe_rank(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Describes all that ranks must have in common, in JSON's types.
 
-    Args:
-        settings: those of `config_to_dict`, as this rank will use them.
-        data: the contents of the data sets (`data.describe_datasets`).
+    `settings` are of `config_to_dict`, as this rank will use them; `data` is of
+    `describe_datasets`.
     """
     data_settings = {k: v for k, v in settings["data"].items() if k not in _OF_A_NODE}
     versions = {"python": platform.python_version()}
@@ -63,9 +62,9 @@ def code_digest() -> str:
 
 
 def source_files() -> set[Path]:
-    """Finds the Python files of the library and of pipelines/, wherever that lies."""
+    """Finds the Python files of the library and of pipelines/, wherever it is."""
     rooms = [path for path in Path(__file__).parents[1].iterdir() if path.name != "tools"]
-    pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
+    pipelines = find_spec("unicl_fast.pipelines")  # beside the package in a checkout
     rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
     files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}
     return {file for file in files if file.suffix == ".py"}
@@ -109,25 +108,20 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def check_weights_agree(model: nn.Module, ranks: Ranks, *, step: int) -> None:
     """Compares the bits of all ranks' weights; all ranks call it together. Waits for the device.
 
-    BatchNorm's averages are not compared: they are those of each rank's local batches. Nor is what
-    `efficiency.shard=full` has divided: no two ranks have the same part of it.
+    BatchNorm's averages are not compared: each rank's are of its local batches. Nor are tensors
+    that `efficiency.shard=full` divides.
 
     Raises:
         RuntimeError: names the parameters that differ.
     """
     if ranks.world_size == 1:
         return
-    compared = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if not isinstance(parameter, DTensor)
-    }
+    named = model.named_parameters()
+    compared = {name: one.detach() for name, one in named if not isinstance(one, DTensor)}
     prints = torch.stack([_fingerprint(weights) for weights in compared.values()]).tolist()
     everyone = gather_objects(prints, ranks)
-    different = [
-        name for name, each in zip(compared, zip(*everyone, strict=True), strict=True)
-        if len(set(each)) > 1
-    ]  # fmt: skip
+    by_name = zip(compared, zip(*everyone, strict=True), strict=True)
+    different = [name for name, each in by_name if len(set(each)) > 1]
     if different:
         raise RuntimeError(
             f"weights differ between ranks after step {step}, in "

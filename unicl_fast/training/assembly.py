@@ -43,15 +43,14 @@ def make_trainer(
 
     Args:
         config: the run's settings.
-        loader: gives the local batches of this rank.
-        run_folder: where metrics and checkpoints go; None writes nothing.
+        loader: yields the local batches of this rank.
+        run_folder: for metrics and checkpoints; None writes nothing.
         model: None builds one from the config.
-        ranks: None is one process by itself.
+        ranks: None is a single process.
         device: None means `run.device`.
         evaluations: by name; all ranks call them together.
-        data: what the run is trained on, in JSON's types; stored in checkpoints and compared when
-            a run is resumed.
-        observers: follow the run too, after the usual ones and before checkpoints are written.
+        data: describes the training data, in JSON's types, for checkpoints; compared on a resume.
+        observers: called after the usual ones and before checkpoints are written.
         progress: show a progress bar on rank 0.
 
     Raises:
@@ -61,15 +60,9 @@ def make_trainer(
     device = device or choose_device(config.run.device, local_rank=ranks.local_rank)
     setup = set_up(config, ranks=ranks, device=device)
     return assemble(
-        setup,
-        model or build_model(setup.config),
-        loader,
-        run_folder=run_folder,
-        evaluations=evaluations or {},
-        data=data or {},
-        observers=observers,
-        progress=progress,
-    )
+        setup, model or build_model(setup.config), loader, run_folder=run_folder,
+        evaluations=evaluations or {}, data=data or {}, observers=observers, progress=progress,
+    )  # fmt: skip
 
 
 def assemble(
@@ -83,7 +76,7 @@ def assemble(
     observers: Sequence[Observer],
     progress: bool,
 ) -> Trainer:
-    """As `make_trainer`, for settled settings and a model that has its first weights."""
+    """As `make_trainer`, for settled settings and a model with its first weights."""
     ranks, device = setup.ranks, setup.device
     config = settle_kernels(setup.config, model, device, ranks)
     setup = dataclasses.replace(setup, config=config)
@@ -98,25 +91,20 @@ def assemble(
         NonfiniteSteps(config.run, sources=config.data.train, ranks=ranks, run_folder=run_folder),
         ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=run_folder),
     ]
-    last: list[Observer] = []
-    if run_folder is not None:
-        last = [Checkpoints(run_folder, keep=config.checkpoint.keep, ranks=ranks)]
+    keep = config.checkpoint.keep
+    last = [Checkpoints(run_folder, keep=keep, ranks=ranks)] if run_folder is not None else []
     return Trainer(
-        setup,
-        model,
-        loader,
-        evaluations=evaluations,
-        data=data,
+        setup, model, loader, evaluations=evaluations, data=data,
         observers=[*usual, *observers, *last],
-    )
+    )  # fmt: skip
 
 
 def _place(model: UniCL, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
-    """Moves the model to the device, in the types and memory formats that it is trained in."""
+    """Moves the model to the device, in its types and memory formats for training."""
     efficiency = config.efficiency
     set_device_arithmetic(efficiency, device)
     place_module(model, device=device, precision=Precision(efficiency.precision))
-    if not divides_all(efficiency, ranks):  # torch divides tensors in no other order of dimensions
+    if not divides_all(efficiency, ranks):  # torch divides no other memory format
         model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if efficiency.window_attention == "triton":
         fuse_window_attention(model.image_encoder)

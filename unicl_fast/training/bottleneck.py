@@ -1,7 +1,7 @@
 """Finds out what limits a run from measurements of its steps, and names the option that helps.
 
-`LIMITS` is the table: numbers in, a sentence out. `BottleneckWatch` collects the numbers of a run
-and logs each sentence once; `unicl-bench run` asks the same table about a run that it measures.
+`LIMITS` is the table: numbers in, a sentence out. `BottleneckWatch` collects a run's numbers and
+logs each sentence once; `unicl-bench run` consults the same table.
 """
 
 from __future__ import annotations
@@ -20,66 +20,48 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import cpu_times, usable_cores
 
 WAIT_FRACTION = 0.05
-"""Waiting for data below this part of the time is left alone: a change would gain no more."""
+"""Waiting for data below this part of the time is ignored: no change would gain more."""
 _LOST_CORES = 0.15
-"""Part of its cores that a process must lose to others: daemons and kernel threads take less."""
+"""Part of its cores that a process must lose to others; daemons and the kernel need less."""
 _BLOCKED = 0.5
-"""Part of the time in which readers wait for storage, above which it is the limit: if decoding is,
-they have read ahead and rest."""
-_IDLE_CORES = 0.25
-"""Part of a rank's cores without work, from which on more decoding threads can help."""
+"""Storage is the limit if readers wait for it longer than this part of the time; if decoding is,
+they rest."""
+_IDLE_CORES = 0.25  # part of a rank's cores without work from which more decoding threads can help
 _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
-"""A window is as long as both: batches ahead hide a few slow ones, and a logging step that happens
-to wait is no rule."""
+"""A window has at least both: batches ahead hide slow ones, and one slow line proves nothing."""
 _START_STEPS = 16
-"""Steps of a start that are in no window: kernels are compiled, caches and batches ahead filled."""
+"""Steps before the first window: kernels compile, and caches and batches ahead fill."""
 
 
 class Pause(NamedTuple):
     """Work during which training waits, such as checkpoints."""
 
     name: str
-    part: float
-    """Part of the time, 0 to 1."""
+    part: float  # of the time, 0 to 1
     evidence: str
-    option: str
-    """The option that makes it rarer."""
+    option: str  # makes it rarer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """The work and the waiting of one rank's process in a window of time, and its settings."""
+    """The work, the waiting and the settings of one rank's process in a window of time."""
 
-    seconds: float
-    """Length of the window."""
-    data_wait_seconds: float
-    """Waiting of the training loop, or of its GPU, for data."""
-    cores: float
-    """Cores of this rank."""
-    cpu_seconds: float
-    """CPU time that the process got."""
-    cpu_wait_seconds: float = 0.0
-    """Time that its threads were ready to run and had no core, summed over them."""
-    others_cpu_seconds: float = 0.0
-    """CPU time that processes outside the run got on the same cores."""
+    seconds: float  # length of the window
+    data_wait_seconds: float  # of the training loop, or of its GPU
+    cores: float  # of this rank
+    cpu_seconds: float  # of the process
+    cpu_wait_seconds: float = 0.0  # time without a core of its ready threads, summed over them
+    others_cpu_seconds: float = 0.0  # CPU time of processes outside the run on the same cores
     reading_blocked: float = 0.0
     """Part of the time that a reading thread waited for storage, 0 to 1."""
-    read_bytes: int = 0
-    """Bytes that came from object stores; 0 if all data sets are in folders."""
-    on_gpu: bool = False
-    """Whether a GPU trains; other processes only slow its loader."""
-    compute_threads: int = 1
-    """Threads of torch's operators."""
-    threads: int = 0
-    """`data.threads`, 0 for as many as cores."""
-    decodes_files: bool = True
-    """Whether images are encoded files, not raw."""
-    is_remote: bool = False
-    """Whether data sets are under URLs."""
-    pauses: tuple[Pause, ...] = ()
-    """Known to `unicl-bench run` only."""
-    least_part: float = WAIT_FRACTION
-    """Waiting and pauses below this part of the time are left alone."""
+    read_bytes: int = 0  # from object stores; 0 if all data sets are in folders
+    on_gpu: bool = False  # whether a GPU trains; other processes only slow its loader
+    compute_threads: int = 1  # threads of torch's operators
+    threads: int = 0  # `data.threads`, 0 for as many as cores
+    decodes_files: bool = True  # whether images are encoded files, not raw
+    is_remote: bool = False  # whether data sets are under URLs
+    pauses: tuple[Pause, ...] = ()  # known to `unicl-bench run` only
+    least_part: float = WAIT_FRACTION  # waiting and pauses below this part of the time are ignored
 
     @property
     def waits(self) -> bool:
@@ -100,8 +82,7 @@ class Usage:
 
     @property
     def waiting(self) -> str:
-        part = self.data_wait_seconds / self.seconds
-        return f"training waits for data {part:.0%} of the time"
+        return f"training waits for data {self.data_wait_seconds / self.seconds:.0%} of the time"
 
 
 def _pauses(usage: Usage) -> str | None:
@@ -124,12 +105,11 @@ def _other_processes(usage: Usage) -> str | None:
             ", or resume with OMP_NUM_THREADS=1: threads of an operator spin while they wait for "
             "one that has no core"
         )
+    waiting = f"; {usage.waiting}" if usage.waits else ""
     return (
         f"other processes hold the cores: this one got {usage.used:.1f} of {usage.cores:g} cores "
-        f"in the last {usage.seconds:.0f} s, others "
-        f"{usage.others_cpu_seconds / usage.seconds:.1f}, and its threads waited "
-        f"{usage.cpu_wait_seconds:.0f} s for one"
-        f"{f'; {usage.waiting}' if usage.waits else ''}; {remedies}"
+        f"in the last {usage.seconds:.0f} s, others {usage.others_cpu_seconds / usage.seconds:.1f}"
+        f", and its threads waited {usage.cpu_wait_seconds:.0f} s for one{waiting}; {remedies}"
     )
 
 
@@ -157,7 +137,7 @@ def _decoding_threads(usage: Usage) -> str | None:
         return None
     return (
         f"{usage.waiting}, for decoding by data.threads={usage.threads}, while {idle:.0%} of "
-        f"{usage.cores:g} cores have no work; set data.threads=0, which takes all cores"
+        f"{usage.cores:g} cores have no work; set data.threads=0, which uses all cores"
     )
 
 
@@ -169,7 +149,7 @@ def _decoding(usage: Usage) -> str | None:
     if not usage.decodes_files:
         remedies = "pack smaller images (unicl-pack build --resize), or give the run more cores"
     elif usage.on_gpu:
-        remedies += ", or take data.decode_device=gpu"
+        remedies += ", or set data.decode_device=gpu"
     return (
         f"{usage.waiting}, for images to be made ready: the process uses {usage.used:.1f} of "
         f"{usage.cores:g} cores, and storage keeps up; {remedies}"
@@ -183,12 +163,12 @@ LIMITS: dict[str, Callable[[Usage], str | None]] = {
     "decoding threads": _decoding_threads,
     "decoding": _decoding,
 }
-"""Rules for the limits of a rank, in order: the first that gives a sentence (evidence and remedies)
-is reported, since each explains effects that the rules after it would blame on other causes."""
+"""Rules for the limits of a rank; the first that returns a sentence (evidence and remedies) is
+reported, since each explains effects that later rules would blame on other causes."""
 
 
 def find_bottleneck(usage: Usage) -> tuple[str, str] | None:
-    """The name and the sentence of the limit of a rank, or None if nothing stands out."""
+    """The name and the sentence of a rank's limit, or None if nothing stands out."""
     for name, rule in LIMITS.items():
         if usage.seconds > 0 and (sentence := rule(usage)):
             return name, sentence
@@ -196,7 +176,7 @@ def find_bottleneck(usage: Usage) -> tuple[str, str] | None:
 
 
 class BottleneckWatch:
-    """Looks at windows of some logging steps and says what limits, once a cause."""
+    """Watches windows of some logging steps and reports each limit once."""
 
     def __init__(
         self, data: DataConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
@@ -240,9 +220,9 @@ class BottleneckWatch:
         return found[1]
 
     def _usage(self, values: Mapping[str, float], seconds: float) -> Usage:
-        own, waited, busy = (
-            now - before for now, before in zip(cpu_times(), self._cpu, strict=True)
-        )
+        pairs = zip(cpu_times(), self._cpu, strict=True)
+        own, waited, busy = (now - before for now, before in pairs)
+        blocked = self._reading.blocked_seconds - self._blocked
         return Usage(
             seconds=seconds,
             data_wait_seconds=self._data_wait,
@@ -250,8 +230,7 @@ class BottleneckWatch:
             cpu_seconds=own,
             cpu_wait_seconds=max(0.0, waited),
             others_cpu_seconds=max(0.0, busy - own * self._ranks_here) / self._ranks_here,
-            reading_blocked=(self._reading.blocked_seconds - self._blocked)
-            / (seconds * self._reading.num_threads),
+            reading_blocked=blocked / (seconds * self._reading.num_threads),
             read_bytes=int(values.get("storage_bytes_read", 0)) - self._read_bytes,
             **self._settings,
         )

@@ -1,7 +1,6 @@
 """The parts of a run from its data: loader, ledger, evaluations, trainer.
 
-Loader, evaluation and weight loading are passed in, so this package depends on neither DALI nor
-evaluation/ nor conversion/.
+Loader, evaluation and weight loading are passed in: no need for DALI, evaluation/, conversion/.
 """
 
 from __future__ import annotations
@@ -46,12 +45,7 @@ from unicl_fast.training.data import (
 )
 from unicl_fast.training.memory_plan import check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
-from unicl_fast.training.observers import (
-    ContactSheet,
-    DatasetNumbers,
-    LedgerKeeper,
-    SoleWriter,
-)
+from unicl_fast.training.observers import ContactSheet, DatasetNumbers, LedgerKeeper, SoleWriter
 from unicl_fast.training.settle import Setup, set_up
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import stored_features
@@ -60,23 +54,19 @@ from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; called as `TrainLoader` is."""
 Initialise = Callable[[UniCL, Ranks], None]
-"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
-together."""
+"""Replaces a model's fresh weights by those of `model.init`; all ranks call it together."""
 Evaluate = Callable[..., Mapping[str, float]]
-"""Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
-and ranks."""
+"""Evaluates a model on a data set; also called with dataset, rows_of_classes and ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
     """The data of a run, opened on this rank."""
 
-    config: TrainConfig
-    """Settled, with the length of the run and the number of classes."""
+    config: TrainConfig  # settled, with the length of the run and the number of classes
     datasets: list[PackedDataset]
     weights: list[float] | None
-    description: dict[str, Any]
-    """As checkpoints store it, to know the data again."""
+    description: dict[str, Any]  # as checkpoints store it, to recognise the data
     prompts: ClassPrompts
 
 
@@ -97,11 +87,10 @@ def build_trainer(
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
-    Settings that are left open are settled for all ranks. Without `initialise` the weights are
-    fresh; with a `checkpoint` the trainer resumes from it, and `initialise` reads weights that it
-    lacks. Without `encodes_features`, stored features (efficiency.image_features) are neither
-    looked for nor encoded. The other arguments are as in `run.pretrain` and `make_trainer`. Raises
-    as `pretrain` does.
+    Open settings are settled for all ranks. Without `initialise` the weights are fresh; with a
+    `checkpoint` the trainer resumes from it, and `initialise` reads weights that it lacks. Without
+    `encodes_features`, stored features (efficiency.image_features) are neither looked for nor
+    encoded. Other arguments and errors are those of `run.pretrain` and `make_trainer`.
     """
     state = None if checkpoint is None else read_state(checkpoint, ranks)
     datasets, weights = open_checked(config)
@@ -120,17 +109,17 @@ def build_trainer(
         initialise(model, ranks)
     mark("planning batches; a machine's first run compiles kernels", patience=START_PATIENCE)
     build = functools.partial(
-        build_loader,
-        datasets=data.datasets,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device,
-        quarantine=run_folder / QUARANTINE_NAME,
-    )
+        build_loader, datasets=data.datasets, rank=ranks.rank, world_size=ranks.world_size,
+        device=device, quarantine=run_folder / QUARANTINE_NAME,
+    )  # fmt: skip
     with refused_together(ranks):
         loaders = _build_loaders(data, functools.partial(build, weights=data.weights))
     loader = _in_stages(loaders, config)
-    sheet = _contact_sheet(run_folder, data, ranks)
+    sheet = ContactSheet(
+        run_folder / "contact-sheet.png" if ranks.is_main else None,
+        class_names=[dataset.manifest.class_names for dataset in datasets],
+        tokenizer=functools.partial(tokenizer_of, config),
+    )
     evaluations = _build_evaluations(data, ranks, evaluate)
     names = distinct_names([dataset.location for dataset in datasets], may_repeat=True)
     meter = DatasetMeter(names, epochs=loader.plan.epochs, datasets=datasets)
@@ -140,15 +129,9 @@ def build_trainer(
     if check_run_folder is not None:
         observers.append(SoleWriter(check_run_folder))
     trainer = assemble(
-        setup,
-        model,
-        loader,
-        run_folder=run_folder,
-        evaluations=evaluations,
-        data=data.description,
-        observers=observers,
-        progress=progress,
-    )
+        setup, model, loader, run_folder=run_folder, evaluations=evaluations, data=data.description,
+        observers=observers, progress=progress,
+    )  # fmt: skip
     if checkpoint is not None:
         mark("reading the checkpoint", patience=START_PATIENCE)
         with refused_together(ranks):
@@ -163,7 +146,7 @@ def build_trainer(
 def _stored_features(
     trainer: Trainer, data: RunData, build: Callable[..., PlannedLoader], sheet: ContactSheet
 ) -> list[FeatureFile]:
-    """Features from a frozen encoder, of images as the last stage shows them."""
+    """Features of a frozen encoder, for images as the last stage shows them."""
     last = data.config.settings_of_stages[-1]
     in_order = last.changed(data={"shuffle_window": 0})
     return stored_features(
@@ -173,14 +156,6 @@ def _stored_features(
         on_first_batch=sheet.draw,
         ranks=trainer.ranks,
         device=trainer.device,
-    )
-
-
-def _contact_sheet(run_folder: Path, data: RunData, ranks: Ranks) -> ContactSheet:
-    return ContactSheet(
-        run_folder / "contact-sheet.png" if ranks.is_main else None,
-        class_names=[dataset.manifest.class_names for dataset in data.datasets],
-        tokenizer=functools.partial(tokenizer_of, data.config),
     )
 
 
@@ -206,12 +181,9 @@ def _check_data(
         with refused_together(ranks):
             check_ranks_agree(describe_rank(config_to_dict(config), description), ranks)
     mark("making prompts of the class names", patience=START_PATIENCE)
+    prompts = build_prompts(datasets, config)
     return RunData(
-        config=config,
-        datasets=datasets,
-        weights=weights,
-        description=description,
-        prompts=build_prompts(datasets, config),
+        config=config, datasets=datasets, weights=weights, description=description, prompts=prompts
     )
 
 
@@ -219,23 +191,15 @@ def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks
     # folders can have other names on other ranks
     names = from_rank_0([dataset.folder.name for dataset in data.datasets], ranks)
     return Ledger(
-        run_folder / LEDGER_FOLDER,
-        sources=[
-            LedgerSource(name, len(dataset))
-            for name, dataset in zip(names, data.datasets, strict=True)
-        ],
-        global_batch_size=plan.global_batch_size,
-        spans=data.config.run.spans,
-        seed=plan.seed,
-        shares=plan.weights,
-        shuffle_window=plan.shuffle_window,
-        shuffle_groups=plan.shuffle_groups,
-        ranks=ranks,
-    )
+        run_folder / LEDGER_FOLDER, sources=list(map(LedgerSource, names, map(len, data.datasets))),
+        global_batch_size=plan.global_batch_size, spans=data.config.run.spans, seed=plan.seed,
+        shares=plan.weights, shuffle_window=plan.shuffle_window,
+        shuffle_groups=plan.shuffle_groups, ranks=ranks,
+    )  # fmt: skip
 
 
 def _check_memory_of_stages(setup: Setup, longest: int) -> None:
-    """Refuses, on all ranks, sizes that the encoder cannot process and stages that cannot fit."""
+    """Refuses, on all ranks, unsupported image sizes and stages that exceed the memory."""
     config, ranks, device = setup.config, setup.ranks, setup.device
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
@@ -243,13 +207,9 @@ def _check_memory_of_stages(setup: Setup, longest: int) -> None:
             check_sizes(config, device.type)
         for number, stage in enumerate(config.settings_of_stages):
             check_memory(
-                stage,
-                ranks=ranks,
-                device=device,
-                longest_text=longest,
-                free_bytes=free,
+                stage, ranks=ranks, device=device, longest_text=longest, free_bytes=free,
                 stage=number if config.run.stages else None,
-            )
+            )  # fmt: skip
 
 
 def _build_loaders(data: RunData, build: Callable[..., PlannedLoader]) -> list[PlannedLoader]:
@@ -262,28 +222,28 @@ def _build_loaders(data: RunData, build: Callable[..., PlannedLoader]) -> list[P
     for number, stage in enumerate(config.settings_of_stages):
         if (length := stage.model.context_length) not in by_length:
             by_length[length] = build_prompts(data.datasets, stage)
-        of_stage = {"spans": config.run.spans, "stage": number}
-        loaders.append(build(stage, prompts=by_length[length], **of_stage))
+        prompts = by_length[length]
+        loaders.append(build(stage, prompts=prompts, spans=config.run.spans, stage=number))
     return loaders
 
 
 def _in_stages(
     loaders: Sequence[PlannedLoader], config: TrainConfig
 ) -> StagedLoader | PlannedLoader:
-    """One loader of the run from those of its stages."""
+    """Joins the loaders of stages into the run's."""
     return StagedLoader(loaders, config.run.spans) if config.run.stages else loaders[0]
 
 
 def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
-    """Opens `data.evaluate`; ValueError if a data set has nothing that could be evaluated."""
+    """Opens `data.evaluate`; ValueError if a data set has nothing to evaluate."""
     objective = config.objective
     if config.data.evaluate and not objective.evaluation:
         raise ValueError(
             f"data.evaluate: a model trained with objective.name={objective.name} knows neither "
-            "texts nor classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
+            "texts nor classes; leave it empty, and use unicl-eval linear-probe or knn afterwards"
         )
-    datasets = [PackedDataset(each, cache=cache_options(config.data))
-                for each in config.data.evaluate]  # fmt: skip
+    cache = cache_options(config.data)
+    datasets = [PackedDataset(each, cache=cache) for each in config.data.evaluate]
     for dataset in datasets:
         if not dataset.manifest.class_names and not objective.uses_texts:
             raise ValueError(
@@ -294,10 +254,9 @@ def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
 
 
 def evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) -> list[str]:
-    """The names of `data.evaluate` in metrics; ValueError if one is there twice."""
-    kinds = [
-        config.objective.evaluation if one.manifest.class_names else "retrieval" for one in datasets
-    ]
+    """The names of `data.evaluate` in metrics; ValueError if one occurs twice."""
+    labelled = config.objective.evaluation
+    kinds = [labelled if one.manifest.class_names else "retrieval" for one in datasets]
     try:
         names = distinct_names(config.data.evaluate)
     except ValueError as error:
@@ -311,7 +270,7 @@ def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[
     with refused_together(ranks):
         datasets = open_evaluated(config)
         names = evaluation_names(config, datasets)
-    names = from_rank_0(names, ranks)  # others would have other names for links to other folders
+    names = from_rank_0(names, ranks)  # links can lead to other names on other ranks
     if ranks.is_main:
         warn_of_shared_images(data.datasets, datasets)
     for dataset, name in zip(datasets, names, strict=True):
@@ -319,9 +278,8 @@ def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[
             log_cut_captions(dataset, config.model.context_length)
         rows = None
         if config.objective.evaluation == "accuracy":
-            names_of_classes = dataset.manifest.class_names
-            rows = rows_of_class_names(data.datasets, names_of_classes, prompts=data.prompts)
-        evaluations[name] = functools.partial(
-            evaluate, dataset=dataset, rows_of_classes=rows, ranks=ranks
-        )
+            class_names = dataset.manifest.class_names
+            rows = rows_of_class_names(data.datasets, class_names, prompts=data.prompts)
+        arguments = {"dataset": dataset, "rows_of_classes": rows, "ranks": ranks}
+        evaluations[name] = functools.partial(evaluate, **arguments)
     return evaluations

@@ -1,4 +1,4 @@
-"""Packed data sets as training takes them: opened with their weights, checked, described."""
+"""Packed data sets for training: opened with their weights, checked, described."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ from unicl_fast.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_MOST_TIMES = 1.2
-"""Machines that together read a remote data set more often in an epoch get a warning."""
+_MOST_TIMES = 1.2  # that machines together read a remote data set in an epoch, without a warning
 
 
 def open_datasets(
     data: DataConfig, *, verify: bool = True
 ) -> tuple[list[PackedDataset], list[float] | None]:
-    """Opens what `data.train` names, DIR or DIR=WEIGHT each, as far as `data.fraction` says.
+    """Opens the data sets of `data.train`, DIR or DIR=WEIGHT each, up to their `data.fraction`.
 
-    Without `verify`, for a first look before the run opens them, arrays are not compared with their
-    checksums, nothing is warned of, and any number of samples may be missing.
+    Without `verify`, for a first look before the run opens them, checksums of arrays are not
+    compared, nothing is warned of, and any number of samples may be missing.
 
     Returns:
-        The data sets and their weights; None where no weight was given.
+        The data sets and their weights; None if no weight was given.
 
     Raises:
         ValueError: none are given, or some have a weight and some have none.
@@ -51,9 +50,9 @@ def open_datasets(
     folders, weights = zip(*map(folder_and_weight, data.train), strict=True)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
+        given_text = " ".join(data.train)
         raise ValueError(
-            "data.train: give every data set a weight (DIR=WEIGHT) or none, not "
-            + " ".join(data.train)
+            f"data.train: give every data set a weight (DIR=WEIGHT) or none, not {given_text}"
         )
     for folder, weight in zip(folders, weights, strict=True):
         if weight is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
@@ -65,25 +64,23 @@ def open_datasets(
     datasets = []
     for folder, fraction in zip(folders, fractions, strict=True):
         mark(f"opening {without_secrets(folder)}", patience=START_PATIENCE)
-        datasets.append(
-            PackedDataset(
-                folder, fraction=fraction, max_bad_fraction=limit, verify=verify, cache=cache
-            )
+        opened = PackedDataset(
+            folder, fraction=fraction, max_bad_fraction=limit, verify=verify, cache=cache
         )
+        datasets.append(opened)
     if not verify:
         return datasets, given or None
     for dataset in datasets:
         _warn_of_traffic(dataset, data)
     if given and not math.isclose(total := sum(given), 1, rel_tol=1e-6):
-        parts = ", ".join(
-            f"{folder} {weight / total:.1%}" for folder, weight in zip(folders, given, strict=True)
-        )
+        named = zip(folders, given, strict=True)
+        parts = ", ".join(f"{folder} {weight / total:.1%}" for folder, weight in named)
         logger.warning("data.train: weights sum to %g, not 1; of each batch are: %s", total, parts)
     return datasets, given or None
 
 
 def folder_and_weight(spec: str) -> tuple[str, float | None]:
-    """Splits DIR=WEIGHT; the folder's own name may have a = in it."""
+    """Splits DIR=WEIGHT; the folder's own name can contain a =."""
     folder, equals, weight = spec.rpartition("=")
     try:
         return (folder, float(weight)) if equals else (spec, None)
@@ -101,11 +98,10 @@ def cache_options(data: DataConfig) -> CacheOptions:
 
 
 def distinct_names(locations: Sequence[str], *, may_repeat: bool = False) -> list[str]:
-    """A name for each data set, by the folder or URL of each, in metrics and results.
+    """A name for each data set in metrics and results, from the folder or URL of each.
 
-    It is the last part of the path. Where several end alike, as many parts before it as tell them
-    apart come first: a-test and b-test for a/test and b/test. Where one data set `may_repeat`, its
-    second name ends in -2.
+    It is the last part of the path, with as many parts before it as tell data sets apart: a-test
+    and b-test for a/test and b/test. If a data set `may_repeat`, its second name ends in -2.
 
     Raises:
         ValueError: one data set is there twice, or names cannot be told apart.
@@ -144,15 +140,13 @@ def _parts_of(location: str) -> tuple[str, ...]:
 
 
 def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
-    """Warns where the order of training will read much more from a store than it needs."""
+    """Warns if the order of training will read much more from a store than it needs."""
     if dataset.cache is None:
         return
     manifest, num_samples = dataset.manifest, len(dataset)
-    total = sum(shard.num_bytes for shard in manifest.shards)
     elsewhere = manifest.pixels or manifest.in_place
-    if elsewhere is not None:
-        total = elsewhere.num_bytes
-    total = total * num_samples // max(1, manifest.num_samples)
+    files = manifest.shards if elsewhere is None else [elsewhere]
+    total = sum(one.num_bytes for one in files) * num_samples // max(1, manifest.num_samples)
     if total <= data.cache_bytes:
         return
     machines = _num_machines()
@@ -164,18 +158,18 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
         )  # fmt: skip
     part = _times_read(machines, data.shuffle_groups) / machines
     window = min(data.shuffle_window or num_samples, num_samples)
-    # a machine's part of a window, and of the next one, which is fetched meanwhile
+    # a machine's part of a window and of the next one, which is fetched meanwhile
     at_once = 2 * total * window / num_samples * part if data.shuffle_window else total
     if at_once <= data.cache_bytes:
         return
     fitting = max(16, int(data.cache_bytes * num_samples / (2.5 * total * part)))
-    what = f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
+    cause = f"two windows of data.shuffle_window = {window:,} samples need {at_once / 1e9:.1f} GB"
     if not data.shuffle_window:
-        what = f"all of it is shuffled together, {total / 1e9:.1f} GB"
+        cause = f"all of it is shuffled together, {total / 1e9:.1f} GB"
     logger.warning(
         "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
         "again. Set data.shuffle_window to %d or less, or give the cache more room",
-        dataset.location, what, data.cache_bytes / 1e9, fitting,
+        dataset.location, cause, data.cache_bytes / 1e9, fitting,
     )  # fmt: skip
 
 
@@ -199,14 +193,13 @@ def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> in
 def describe_datasets(
     datasets: Sequence[PackedDataset], weights: Sequence[float] | None
 ) -> dict[str, Any]:
-    """Describes what a run is trained on: contents, not paths, so that data may be moved.
+    """Describes the training data by contents, not paths, so that data can be moved.
 
-    Checkpoints hold it, and a run that is resumed compares it.
+    Checkpoints hold it, and a run that resumes compares it.
     """
     manifests = [dataset.manifest for dataset in datasets]
-    known = [manifest.hierarchy for manifest in manifests]
-    hierarchies = [None if one is None else dataclasses.asdict(one) for one in known]
-    # without any, as in checkpoints of versions that knew none
+    hierarchies = [one.hierarchy and dataclasses.asdict(one.hierarchy) for one in manifests]
+    # left out if there are none, as in checkpoints of versions without hierarchies
     optional: dict[str, Any] = {"hierarchies": hierarchies} if any(hierarchies) else {}
     return optional | {
         "shares": list(weights) if weights else None,
@@ -228,9 +221,9 @@ def describe_datasets(
 def rows_of_class_names(
     datasets: Sequence[PackedDataset], names: Sequence[str], *, prompts: ClassPrompts
 ) -> NDArray[np.int64]:
-    """Finds, for cross-entropy, the learnt row of each of some class names.
+    """Finds the row that cross-entropy learns for each of some class names.
 
-    Classes with a prompt in common have one row, so the training's own prompts are needed here.
+    Classes with a prompt in common share a row, so the training's own prompts are needed.
 
     Raises:
         ValueError: no data set of the training has such a name.
@@ -243,8 +236,7 @@ def rows_of_class_names(
         rows = starts[ids >> LABEL_BITS] + (ids & ((1 << LABEL_BITS) - 1))
         for name, row in zip(class_names, rows.tolist(), strict=True):
             row_of.setdefault(name, row)
-    unknown = [name for name in names if name not in row_of]
-    if unknown:
+    if unknown := [name for name in names if name not in row_of]:
         raise ValueError(
             f"data.evaluate has {count_of(len(unknown), 'class')} that the run does not learn, "
             f"such as {unknown[0]!r}; the model knows no others"
@@ -280,8 +272,8 @@ def check_tokenizer(dataset: PackedDataset, config: TrainConfig) -> None:
         if not fits_vocabulary(tokenizer, size):
             raise ValueError(
                 f"model.vocab_size={size:,}, and its tokenizer {tokenizer.name} has "
-                f"{tokenizer.vocab_size:,} tokens: of a model whose tokenizer is not there take "
-                "only the image encoder, --init-image"
+                f"{tokenizer.vocab_size:,} tokens: use only the image encoder of a model whose "
+                "tokenizer is missing, --init-image"
             )
     others = dataset.vocabulary_hash != tokenizer.vocabulary_hash
     if others and (dataset.manifest.num_captions or not config.model.tokenizer):
@@ -298,20 +290,20 @@ def check_tokenizer(dataset: PackedDataset, config: TrainConfig) -> None:
 
 
 def fits_vocabulary(tokenizer: Tokenizer | FileTokenizer, size: int) -> bool:
-    """Whether a model's table of tokens can be the tokenizer's; those of others may be padded."""
+    """Whether the tokenizer suits a model's table of tokens; those of others can be padded."""
     own = tokenizer.vocab_size
     return own <= size if isinstance(tokenizer, FileTokenizer) else own == size
 
 
 def tokenizer_of(config: TrainConfig) -> Tokenizer | FileTokenizer:
-    """The tokenizer of a run's texts; CLIP's where it has none."""
+    """The tokenizer of a run's texts; CLIP's if it has none."""
     place = config.model.tokenizer if config.objective.uses_texts else ""
     pads = not config.model.text_kind  # transformers' encoders mask padding
     return make_tokenizer(place, config.model.context_length, pads=pads)
 
 
 def log_cut_captions(dataset: PackedDataset, context_length: int) -> None:
-    """Says how many captions the model reads only the beginning of, if any."""
+    """Logs how many captions are longer than the model's context, if any."""
     if number := dataset.count_longer_captions(context_length):
         logger.info(
             "%s: %s of %s are cut to model.context_length=%d tokens",
@@ -321,10 +313,9 @@ def log_cut_captions(dataset: PackedDataset, context_length: int) -> None:
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
-    """Builds the prompts of all classes of all data sets, as long as the model reads them.
+    """Builds the prompts of all classes of all data sets, cut to the model's context.
 
-    So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
-    are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
+    So classes whose prompts it cannot tell apart are joined here (see `map_targets`).
     """
     sources = []
     for manifest in (dataset.manifest for dataset in datasets):
@@ -332,8 +323,6 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
         if config.data.prompts == "levels" and manifest.hierarchy is not None:
             names = (*names, *manifest.hierarchy.names)  # classes above come after the others
         sources.append((names, manifest.templates))
-    return ClassPrompts(
-        sources,
-        tokenizer_of(config),
-        cache_folder=cache_options(config.data).place / "prompts",
-    )
+    # token rows are kept there, since 1.7 million of them cost a start 40 s of CPU time
+    cache_folder = cache_options(config.data).place / "prompts"
+    return ClassPrompts(sources, tokenizer_of(config), cache_folder=cache_folder)

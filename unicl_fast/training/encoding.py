@@ -14,12 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unicl_fast.batch import Batch, Texts
 from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.compilation import (
-    pad_texts,
-    round_up_count,
-    round_up_length,
-    rounds_sizes,
-)
+from unicl_fast.models.compilation import pad_texts, round_up_count, round_up_length, rounds_sizes
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.objectives.operands import Classes, Encoded
@@ -31,25 +26,23 @@ Encode = Callable[..., Encoded]
 number of tokens that are not padding, and the function that sends text features to other ranks."""
 Send = Callable[[Tensor], Tensor]
 Begin = Callable[[Part], None]
-"""Counts the time from now on as a part of the step."""
+"""Counts the time from now on towards a part of the step."""
 
 
 class Encoding(Protocol):
-    """A local batch that is encoded, and back-propagated through what was encoded."""
+    """A local batch with its way through the encoders and back."""
 
     classes: Classes
 
     def encode(self, send: Send | None) -> Encoded:
         """Encodes texts, which `send` sends to other ranks, and images."""
-        ...
 
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
         """Adds the gradient of the loss to the parameters' `.grad`."""
-        ...
 
 
 class WholeBatch:
-    """A local batch that goes through the encoders at once."""
+    """A local batch that passes through the encoders in one piece."""
 
     def __init__(
         self,
@@ -62,8 +55,7 @@ class WholeBatch:
     ) -> None:
         """Prepares images and texts; mixes images if the objective does.
 
-        `texts_among_images` splits the graph at the texts under DDP: only `back_propagate` goes
-        through both parts.
+        `texts_among_images` splits the graph at the texts under DDP; `back_propagate` joins it.
         """
         self._encode = encode
         self._splits_graph = texts_among_images and isinstance(encode, DistributedDataParallel)
@@ -76,14 +68,10 @@ class WholeBatch:
                 batch.texts, batch.targets.text_class_ids, config.efficiency
             )
             self._texts = tokens, num_tokens
+        largest = max_num_texts(batch.texts, config.efficiency)
         self._images, self.classes = config.objective.mix(
             encoder_input(shown_images(batch), config),
-            Classes(
-                classes_of_images(batch),
-                texts,
-                counts,
-                max_num_texts=max_num_texts(batch.texts, config.efficiency),
-            ),
+            Classes(classes_of_images(batch), texts, counts, max_num_texts=largest),
             batch,
             seed=config.run.seed,
             global_batch_size=config.run.global_batch_size,
@@ -99,7 +87,7 @@ class WholeBatch:
             return self._encode(self._images, tokens, num_tokens, send)
 
     def _send_and_split(self, send: Send, texts: Tensor) -> Tensor:
-        """Sends texts; the tensor that it returns begins a graph of its own."""
+        """Sends texts; the tensor that it returns begins a new graph."""
         sent = send(texts)
         if not sent.requires_grad:  # frozen
             return sent
@@ -107,16 +95,13 @@ class WholeBatch:
         return self._sent[1]
 
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
-        """Goes back through the graph.
-
-        Under DDP it goes through texts after three quarters of the images: these hide the return of
-        text gradients from other ranks, and the rest hides the sending of the last one, of a token
-        embedding of 100 MB. By the model in docs/performance-notes.md a step takes up to 9 % less
-        than with texts after images, never more.
-        """
+        """Goes back through the graph; under DDP, through texts among the images."""
         if self._sent is None:
             scaled_loss.backward()
             return
+        # three quarters of the images hide the return of text gradients from other ranks, the rest
+        # hides sending the last one, of a token embedding of 100 MB: up to 9 % of a step by the
+        # model in docs/performance-notes.md, and never a loss
         assert isinstance(self._encode, DistributedDataParallel)
         with after_three_quarters(self._encode.module.image_encoder, self._back_propagate_texts):
             scaled_loss.backward()
@@ -130,38 +115,28 @@ class WholeBatch:
 
 @contextlib.contextmanager
 def after_three_quarters(encoder: nn.Module, action: Callable[[], None]) -> Iterator[None]:
-    """Does something once: late in an encoder's backward pass, or else after it."""
+    """Calls `action` once: late in an encoder's backward pass, or else after it."""
     pending = [action]
 
     def act(*_: object) -> None:
         while pending:
             pending.pop()()
 
-    parameter = quarter_parameter(encoder)
-    hook = None if parameter is None else parameter.register_post_accumulate_grad_hook(act)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
-    act()
-
-
-def quarter_parameter(encoder: nn.Module) -> nn.Parameter | None:
-    """The parameter before which a quarter of the trained ones come; None where all are frozen.
-
-    Its gradient shows how far backward is; a hook in a block would be compiled with the block.
-    """
+    # a parameter's gradient shows how far backward is; a hook in a block would be compiled with it
     trained = [one for one in encoder.parameters() if one.requires_grad]
-    return trained[len(trained) // 4] if trained else None
+    with contextlib.ExitStack() as stack:
+        if trained:
+            parameter = trained[len(trained) // 4]
+            stack.callback(parameter.register_post_accumulate_grad_hook(act).remove)
+        yield
+    act()
 
 
 def encoder_autocast(
     efficiency: EfficiencyConfig, ranks: Ranks, device_type: str
 ) -> contextlib.AbstractContextManager[object]:
     """The context in which encoders run in training."""
-    # where ranks divide the blocks, the cache would keep a whole copy in 16 bits of every block
-    # until the end of the forward pass
+    # with divided blocks, the cache would keep whole 16-bit copies of all until forward ends
     cache_enabled = not divides_all(efficiency, ranks)
     return Precision(efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
 
@@ -178,7 +153,7 @@ def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
 
 
 def shown_images(batch: Batch) -> Tensor:
-    """uint8 [b h w c], or [2b h w c] where there are two views: all first ones, then the others."""
+    """uint8 [b h w c]; with two views [2b h w c], all first ones before the others."""
     if batch.second_images is None:
         return batch.images
     return torch.cat([batch.images, batch.second_images])
@@ -192,9 +167,9 @@ def shown_indices(batch: Batch, *, global_batch_size: int) -> Tensor:
 
 
 def classes_of_images(batch: Batch) -> Tensor | Membership:
-    """The class of each image, int64 [b], or all its classes where it has several.
+    """The class of each image, int64 [b], or all its classes if it has several.
 
-    Texts keep the one class that they have, so other ranks need to know nothing more.
+    Texts keep their one class, so other ranks need to know nothing more.
     """
     if batch.targets.image_classes is None:
         return batch.targets.class_ids
@@ -209,7 +184,7 @@ def texts_to_encode(
 
     Returns:
         Token rows [u l]; the number of their tokens that are not padding; class ids [u] and counts
-        [u] of the texts. `rounds_sizes` says where sizes are rounded up.
+        [u] of the texts. Sizes are rounded up as `rounds_sizes` says.
     """
     rounds, longest = rounds_sizes(efficiency, texts.tokens.device), int(texts.lengths.max())
     tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
@@ -220,9 +195,9 @@ def texts_to_encode(
 def max_num_texts(
     texts: Texts, efficiency: EfficiencyConfig, *, piece: int = 0
 ) -> Callable[[], int] | None:
-    """How many texts the rank with the most encodes, with those that `texts_to_encode` adds.
+    """The largest number of texts a rank encodes, with those that `texts_to_encode` adds.
 
-    Texts are encoded `piece` at a time; 0 takes all at once. None where ranks do not know it yet.
+    Texts are encoded `piece` at a time; 0: all at once. None if ranks do not know it yet.
     """
     unrounded = texts.max_num_texts
     if unrounded is None or not rounds_sizes(efficiency, texts.tokens.device):

@@ -1,8 +1,8 @@
 """Figures of a run for people: its curves, and its first batch.
 
-matplotlib is imported with the first one, since the library works without it. No figure is worth a
-run: what goes wrong while one is drawn is logged (`drawing`). Texts of users are drawn as they are:
-two dollar signs in a caption are no formula.
+matplotlib is imported with the first one, since the library works without it. Errors while drawing
+are only logged (`drawing`): no figure is worth a run. Users' texts are drawn literally: two dollar
+signs in a caption are no formula.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 @contextlib.contextmanager
 def drawing(path: Path) -> Iterator[None]:
-    """Around what draws the figure at `path`: logs why there is none, whatever the error was."""
+    """Around drawing the figure at `path`: logs any error instead of raising it."""
     try:
         with plain_texts():
             yield
-    except Exception as error:  # of matplotlib, a font, a text nobody has thought of, the disk
+    except Exception as error:  # of matplotlib, a font, an unforeseen text, the disk
         logger.error("NO FIGURE %s: %s: %s", path, type(error).__name__, error)
 
 
 def plain_texts() -> contextlib.AbstractContextManager[None]:
-    """Lets matplotlib draw texts as they are, without looking for formulas in them.
+    """Makes matplotlib draw texts literally, without looking for formulas in them.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; says how to install it.
@@ -113,9 +113,8 @@ def draw_contact_sheet(
 ) -> None:
     """Draws the first images of a batch over their classes and texts, as a PNG.
 
-    Images are exactly as the model gets them; texts are its tokens. The colour of a frame is
-    the class: equal colours are positives of each other. `class_names` are those of each data set.
-    `tokenizer` made the tokens; None is CLIP's.
+    Images and tokens are exactly the model's. The colour of a frame is the class: equal colours are
+    positives of each other. `class_names` are those of each data set; no `tokenizer` is CLIP's.
     """
     from matplotlib import colormaps
 
@@ -123,7 +122,6 @@ def draw_contact_sheet(
     rows = math.ceil(count / _COLUMNS)
     tokenizer = tokenizer or Tokenizer()
     class_ids = batch.targets.class_ids[:count].tolist()
-    # as far apart as the golden angle keeps the first ones
     order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
     figure = new_figure(1.6 * _COLUMNS, 2.35 * rows, layout="constrained")
     for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
@@ -139,10 +137,10 @@ def draw_contact_sheet(
         name = _class_name(class_ids[number], class_names)
         name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
         axis.set_title(name, fontsize=6, color=FAINT, pad=3)
+        # the golden angle keeps the first colours far apart
+        color = colormaps["turbo"](order[class_ids[number]] * 0.381966 % 1)
         for spine in axis.spines.values():
-            spine.set(
-                color=colormaps["turbo"](order[class_ids[number]] * 0.381966 % 1), linewidth=3
-            )
+            spine.set(color=color, linewidth=3)
     figure.supxlabel(
         "Images with frames of one colour have one class: they and their texts are positives. "
         "A caption that is no class's prompt is a class of its own.",
@@ -152,7 +150,7 @@ def draw_contact_sheet(
 
 
 def _class_name(class_id: int, class_names: Sequence[Sequence[str]]) -> str:
-    """The name of a class, its label where it has none, or that it is a caption's."""
+    """The name of a class, or its label if it has no name; "caption" for a caption's."""
     if class_id >= CAPTION_KEYS_START:
         return "caption"
     source, label = divmod(class_id, 1 << LABEL_BITS)

@@ -1,8 +1,8 @@
 """Limits of a run: non-finite steps and replaced samples.
 
-Steps and samples are counted on every rank and judged at logging steps, on all ranks alike, so that
-no other step waits for the device or for another rank. What is counted is on the host anyway: a
-`Batch` tells which samples it holds and which were planned.
+Every rank counts steps and samples; they are judged at logging steps, on all ranks alike, so that
+no other step waits for the device or another rank. A `Batch` has the ids of the samples that it
+holds, and of the planned ones, on the host.
 """
 
 from __future__ import annotations
@@ -32,24 +32,22 @@ from unicl_fast.training.trainer import Observer, Trainer
 logger = logging.getLogger(__name__)
 
 LEAST_DRAWS = 10_000
-"""The limit on replaced samples is a fraction of at least so many draws: a few at the start of a
-run do not stop it."""
-_REMEMBERED_STEPS = 512
-"""At 4,096 samples a rank that is 50 MB. A run that logs more seldom still knows the step."""
+"""The limit on replaced samples is a part of at least this many: a few early ones stop no run."""
+_REMEMBERED_STEPS = 512  # 50 MB at 4,096 samples a rank; older steps are reported without samples
 _RECORDS = ("source_ids", "sample_ids", "scheduled_ids")
 
 
 class NonfiniteSteps(Observer):
     """Finds steps whose loss or gradient norm is not finite, and stops a run with too many of them.
 
-    Their update has been masked on the device (`optim.update`); the samples they saw are written
-    to `non-finite-step-XXXXXXXX.json`.
+    Their update was masked on the device (`optim.update`); their samples are written to
+    `non-finite-step-XXXXXXXX.json`.
     """
 
     def __init__(
         self, config: RunConfig, *, sources: Sequence[str], ranks: Ranks, run_folder: Path | None
     ) -> None:
-        """Takes the limit from the config; samples of `sources` are listed in `run_folder`."""
+        """The limit is the config's; samples of `sources` are listed in `run_folder`."""
         self.count = 0
         """Non-finite steps of this process so far."""
         self._config, self._ranks, self._run_folder = config, ranks, run_folder
@@ -61,7 +59,7 @@ class NonfiniteSteps(Observer):
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
-        """Steps that were judged before a resume may come again."""
+        """Judges steps anew that a resume repeats."""
         self._judged = run.step
         self._remembered.clear()
         yield
@@ -79,10 +77,10 @@ class NonfiniteSteps(Observer):
         self._last_metrics = dict(values)
 
     def judge(self, steps: Sequence[tuple[float, float]], *, done: int, scaler: GradScaler) -> None:
-        """Looks at the steps that were not judged yet; all ranks call it together.
+        """Judges the steps that are new; all ranks call it together.
 
-        `steps` holds loss and gradient norm of the last ones of the `done` steps of the run.
-        Gradient norms that are not finite are the scaler's business where it is enabled.
+        `steps` holds loss and gradient norm of the last of the run's first `done` steps. The loss
+        scaler, if enabled, handles gradient norms that are not finite.
 
         Raises:
             FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at
@@ -100,31 +98,30 @@ class NonfiniteSteps(Observer):
             else:
                 continue
             self.count += 1
-            values = {"step": step, "loss": loss, "grad_norm": grad_norm}
-            where = self._write(values)
-            self._report(f"{fault}, and the update was left out", where)
+            written = self._write({"step": step, "loss": loss, "grad_norm": grad_norm})
+            self._report(f"{fault}, and the update was left out", written)
         self._remembered.clear()
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
-        # updates are left out while the scale halves; below 1 it has nothing more to give
+        # updates are left out while the scale halves; below 1 that cannot help
         if overflowed and scales_loss and scaler.get_scale() < 1:
             raise FloatingPointError(
                 f"no gradient of the {len(steps)} steps before step {done} was finite in fp16, "
                 "at any loss scale: use efficiency.precision=bf16"
             )
 
-    def _report(self, fault: str, where: str) -> None:
+    def _report(self, fault: str, written: str) -> None:
         allowed = self._config.max_bad_steps
         if self.count > allowed:
             if allowed:
                 fault += f" (non-finite step {self.count}, run.max_bad_steps={allowed})"
             raise FloatingPointError(
                 f"{fault}: lower optim.lr or lengthen the warm-up; checkpoints are from "
-                f"before{where}"
+                f"before{written}"
             )
         if self._ranks.is_main:
             logger.error(
                 "NON-FINITE STEP %d of at most %d: %s; training continues%s",
-                self.count, allowed, fault, where,
+                self.count, allowed, fault, written,
             )  # fmt: skip
 
     def _write(self, values: dict[str, Any]) -> str:
@@ -153,20 +150,19 @@ class NonfiniteSteps(Observer):
 
 
 def count_replaced(batch: Batch) -> int:
-    """Samples of a local batch that stand for bad ones."""
+    """Samples of a local batch that replace bad ones."""
     if batch.sample_ids is None or batch.scheduled_ids is None:
         return 0
-    differ = batch.sample_ids.numpy() != batch.scheduled_ids.numpy()  # both on the host
-    return int(np.count_nonzero(differ))
+    return int(np.count_nonzero(batch.sample_ids.numpy() != batch.scheduled_ids.numpy()))
 
 
 class ReplacedSamples(Observer):
-    """Counts draws of another sample than the planned one, since this process began to train."""
+    """Counts draws of other samples than planned, since this process began to train."""
 
     def __init__(
         self, max_fraction: float, spans: Sequence[Span], *, run_folder: Path | None
     ) -> None:
-        """Takes the limit from the config; `run_folder` is for the message."""
+        """`max_fraction` is the limit; `run_folder` is for the message."""
         self._max_fraction, self._spans = max_fraction, spans
         self._where = "the log" if run_folder is None else str(run_folder / QUARANTINE_NAME)
         self.replaced = 0
@@ -192,7 +188,7 @@ class ReplacedSamples(Observer):
         self.replaced += count_replaced(batch)
 
     def check_total(self, total: int) -> None:
-        """Stops a run whose limit `total` exceeds; the same on all ranks.
+        """Stops a run whose `total` exceeds the limit; the same on all ranks.
 
         Raises:
             TooManyBadSamplesError: names the file that lists them.

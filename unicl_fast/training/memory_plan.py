@@ -1,11 +1,11 @@
 """The memory of a training step, part by part, planned before anything is built.
 
-The encoders run once on tensors that have shapes and no content (torch's fake tensors), and what
-they save for backward is counted. That takes seconds and no memory, so any config can be planned
-for a GPU that is not there. The other parts follow from the settings.
+The encoders run once on fake tensors, which have shapes and no content, and the tensors saved for
+backward are counted. That needs seconds and no memory, so a config can be planned for a GPU that is
+not there. The other parts follow from the settings.
 
-A run is checked against what is free before its first step, since a process that runs out of memory
-on the host is ended without a message, often late in the run.
+A run is checked against free memory before its first step, since a process that runs out of memory
+on the host is killed without a message, often late in the run.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from unicl_fast.system.machine import free_memory
 
 logger = logging.getLogger(__name__)
 
+_EncodeOne = Callable[[UniCL, Tensor], Tensor]
+
 FIXED_BYTES = {"cuda": 3_000_000_000, "cpu": 0}
-"""Memory of a GPU that torch's allocator does not hold. An estimate, not yet measured: about 0.5 GB
-of CUDA context and kernels, 1 GB of NCCL's buffers, and 1.5 GB of DALI's decoder. On the host such
-libraries are loaded by the time that free memory is read."""
+"""Memory of a GPU outside torch's allocator. An unmeasured estimate: about 0.5 GB of CUDA context
+and kernels, 1 GB of NCCL's buffers, 1.5 GB of DALI's decoder. On a host it is in use already."""
 SLACK = 0.1
-"""Part of the sum that is added: temporaries of single layers, and what the allocator cannot use
-for want of pieces in the right sizes."""
+"""Part of the sum that is added for temporaries of single layers and fragmentation."""
 _DENSE_COPIES = 7.25
-"""Matrices as large as the logits that the dense loss holds at its peak, in backward: 7.3 by the
-peak memory of a process (torch 2.13, CPU), of which the products, the logits with and without
-counts, the weighted logits twice, and two gradients make 7; masks of a byte are the rest."""
+"""Matrices as large as the logits at the dense loss's peak, in backward: 7.3 by the peak memory of
+a process (torch 2.13, CPU). Products, logits with and without counts, weighted logits twice and two
+gradients make 7; byte masks are the rest."""
 _BATCHES_IN_FLIGHT = 4
-"""Decoded batches of a rank beside the one of the step: those of both decoding graphs."""
+"""Decoded batches of a rank besides the step's own, in both decoding graphs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,12 +62,10 @@ class MemoryPlan:
     """Bytes that one rank needs at the peak of a step."""
 
     parts: dict[str, int]
-    """By name; those named "texts: ..." are upper bounds, since texts come in all lengths."""
-    device_bytes: int
-    """Memory that the rank can have."""
+    """By name; "texts: ..." are upper bounds, since texts have all lengths."""
+    device_bytes: int  # memory available to the rank
     images_at_once: int
-    image_bytes: int
-    """Bytes that the image encoder keeps of one image for backward."""
+    image_bytes: int  # bytes that the image encoder keeps of one image for backward
 
     @property
     def total(self) -> int:
@@ -75,7 +73,7 @@ class MemoryPlan:
 
     @property
     def certain(self) -> int:
-        """The sum without slack and without what depends on the texts that come."""
+        """The sum without slack and without the texts, which vary."""
         uncertain = ("slack", "texts: activations")
         return sum(size for name, size in self.parts.items() if name not in uncertain)
 
@@ -98,9 +96,9 @@ def plan(
 ) -> MemoryPlan:
     """Plans the memory of one of `world_size` ranks.
 
-    Compiled encoders run as they are written here, and may keep less; so may windows whose
-    attention is `auto`. `longest_text` is in tokens; None takes the context length. Every text of a
-    batch is taken to be as long and different.
+    Encoders are planned uncompiled, and windows with `auto` attention as timm's; real runs can keep
+    less. `longest_text` is in tokens; None means the context length. Every text of a batch is
+    assumed to be that long and distinct.
 
     Raises:
         ValueError: ranks that cannot share the global batch evenly, or an unknown encoder.
@@ -118,6 +116,8 @@ def plan(
         gathered = views * config.run.global_batch_size * width * number_bytes
     pixels = views * 3 * config.data.image_size**2
     tokens = 8 * config.model.context_length * objective.uses_texts
+    # several ranks also hold the next batch: `text_columns.asked_ahead`
+    batches = 1 + _BATCHES_IN_FLIGHT + (world_size > 1)
     parts = {
         "images: activations": at_once * encoders.image_bytes,
         "texts: activations": min(at_once, batch) * encoders.text_bytes,
@@ -125,10 +125,7 @@ def plan(
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
         "loss": _loss_bytes(config, views * batch, width, device_type),
-        # several ranks hold the next batch, too: `text_columns.asked_ahead`
-        "batches in flight": (1 + _BATCHES_IN_FLIGHT + (world_size > 1))
-        * batch
-        * (pixels + tokens),
+        "batches in flight": batches * batch * (pixels + tokens),
         "fixed": FIXED_BYTES[device_type],
     }
     parts["slack"] = int(SLACK * sum(parts.values()))
@@ -155,22 +152,20 @@ def _bytes_of_state(
         "parameters in the narrow type": encoders.narrow_bytes,
         # DDP's buckets are the same memory (gradient_as_bucket_view)
         "gradients": gradients,
-        # AdamW and LAMB keep two averages of each parameter, in its own type. What the update takes
-        # besides, it takes when the activations are gone.
+        # two averages of each parameter; the update's temporaries come after the activations
         "optimizer": 2 * updated,
-        # frozen parameters are their own average, but where they are divided
+        # frozen parameters are their own average, unless they are divided
         "moving average": averages * (divided if shard == "full" else gradients),
         "checkpoint": 0,
     }
     if device_type == "cpu":
-        # a copy in the host's memory, from which checkpoints are written; rank 0 has joined what is
-        # divided before it is copied
+        # checkpoints are written from a copy on the host; rank 0 joins divided tensors before it
         copied = weights * (1 + averages) + 2 * trained
         joined = {"off": 0, "optimizer": 2 * (trained - updated), "full": copied}
         parts["checkpoint"] = copied + joined[shard]
     if shard == "full":
-        # whole for a while: two blocks, one of them ahead of its use, a block's gradient, the copy
-        # of it that is sent, and what lies outside of blocks
+        # whole for a while: two blocks, one ahead of its use, a block's gradient, the copy of it
+        # that is sent, and all parameters outside of blocks
         collected = 4 * encoders.largest_block + encoders.outside_blocks
         parts["collected parameters"] = number_bytes * collected
     return parts
@@ -185,13 +180,13 @@ def check_memory(
     free_bytes: int | None = None,
     stage: int | None = None,
 ) -> None:
-    """Logs the memory of a step, warns if it will hardly fit, and refuses what cannot.
+    """Logs the memory of a step, warns if it will hardly fit, and refuses it if it cannot.
 
-    Called before the model is built. `free_bytes` is what the rank with the least has; None asks
-    for this rank's own. `stage` is the number of the one in `run.stages` that the config is of.
+    Called before the model is built. `free_bytes` is the least of all ranks; None reads this
+    rank's. `stage` is the config's index in `run.stages`.
 
     Raises:
-        ValueError: more is needed than is free, whatever the texts; says what would fit. Or
+        ValueError: more is needed than is free, for any texts; says what would fit. Or
             `efficiency.window_attention=triton` cannot work here.
     """
     arguments: dict[str, Any] = {
@@ -220,7 +215,7 @@ def check_memory(
         f"{found.image_bytes / 1e6:.1f} MB at once). "
         f"{_advice(config, world_size=ranks.world_size, **arguments)}"
     )
-    # fused kernels save some of what the encoders keep as they are written
+    # fused kernels save part of the memory that uncompiled encoders keep
     compiled = {"blocks", "encoders", "auto" if device.type == "cuda" else ""}
     if found.certain > (1 + (config.efficiency.compile in compiled)) * found.device_bytes:
         raise ValueError(message)
@@ -254,15 +249,13 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
                 fitting.append(f"{name}: {found.total / 1e9:.1f} GB")
                 break
     if not fitting:
-        return "No such change is enough: take a smaller image encoder or data.image_size"
+        return "No such change is enough: choose a smaller image encoder or data.image_size"
     return f"What fits: {'; '.join(fitting)}"
 
 
 def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
     try:
-        check_sharding(
-            dataclasses.replace(config.efficiency, shard=shard), optimizer=config.optim.name
-        )
+        check_sharding(_with(config, shard=shard).efficiency, optimizer=config.optim.name)
     except ValueError:
         return False
     has_blocks = all(map(find_blocks, model.encoders))
@@ -270,19 +263,12 @@ def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
 
 
 def _loss_bytes(config: TrainConfig, num_images: int, width: int, device_type: str) -> int:
-    """The loss of a rank's images and their second views."""
+    """Logits (or tiles) of a rank's images and second views; copies and gradients of features."""
     size = config.run.global_batch_size
     num_columns = config.objective.num_columns(num_images=size, num_texts=size)
-    return _logit_bytes(config, num_images, num_columns, width, device_type)
-
-
-def _logit_bytes(
-    config: TrainConfig, num_rows: int, num_columns: int, width: int, device_type: str
-) -> int:
-    """The logits, or tiles of them, and the features' copies and gradients."""
     number_bytes = Precision(config.efficiency.precision).weight_type.itemsize
-    features = 4 * (num_rows + num_columns) * width * number_bytes
-    num_logits = num_rows * num_columns
+    features = 4 * (num_images + num_columns) * width * number_bytes
+    num_logits = num_images * num_columns
     form = config.efficiency.loss if "tiled" in config.objective.forms else "dense"
     if stores_logits(form, num_logits, device_type):
         return features + int(_DENSE_COPIES * num_logits * number_bytes)
@@ -299,24 +285,17 @@ class _Encoders:
     image_bytes: int
     text_bytes: int
     feature_width: int
-    trainable_sizes: tuple[int, ...]
-    """The numbers of each parameter that is updated."""
+    trainable_sizes: tuple[int, ...]  # of each parameter that is updated
     divided_shapes: tuple[tuple[torch.Size, bool], ...]
-    """The parameters of both encoders, which `efficiency.shard=full` divides by rows, and whether
-    they are updated."""
-    largest_block: int
-    """The parameters of the largest block."""
-    outside_blocks: int
-    """The parameters of both encoders that are in no block."""
+    """Of the encoders' parameters, which `shard=full` divides by rows, and whether they train."""
+    largest_block: int  # its number of parameters
+    outside_blocks: int  # number of the encoders' parameters in no block
 
     def parts_of_rank(self, world_size: int) -> tuple[int, int]:
-        """Parameters that a rank holds where the encoders are divided, and those it updates.
-
-        What belongs to no encoder is whole.
-        """
+        """Parameters that a rank of divided encoders holds, and those it updates."""
 
         def part(of_all: int, shapes: list[torch.Size]) -> int:
-            whole = of_all - sum(shape.numel() for shape in shapes)
+            whole = of_all - sum(shape.numel() for shape in shapes)  # of no encoder
             return whole + sum(-(-shape[0] // world_size) * shape[1:].numel() for shape in shapes)
 
         every = [shape for shape, _ in self.divided_shapes]
@@ -325,7 +304,7 @@ class _Encoders:
 
 
 def _only_encoders(config: TrainConfig) -> TrainConfig:
-    """The config with defaults for all that leaves the encoders alone, so that plans share them."""
+    """The config with defaults for all that leaves the encoders alone, to share `_measure`."""
     size, efficiency = config.data.image_size, config.efficiency
     return TrainConfig(
         data=DataConfig(image_size=size, evaluation_resize=size),
@@ -341,14 +320,14 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
 
 
 def check_sizes(config: TrainConfig, device_type: str) -> None:
-    """Refuses (ValueError) sizes of images, of any stage, that the encoder cannot take."""
+    """Refuses (ValueError) image sizes, of any stage, that the encoder does not support."""
     build_on_meta(_with(config, window_attention="timm"), device_type)  # the other imports triton
 
 
 def build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
     """The model without content, as `place_module` sets it up and `freeze` leaves it.
 
-    Attention for rows of any length is not planned: with texts of one length it saves nothing.
+    Attention for rows of varying length is not planned: with texts of one length it saves nothing.
     """
     precision, meta = Precision(config.efficiency.precision), torch.device("meta")
     with meta:
@@ -366,7 +345,7 @@ def _with(config: TrainConfig, **efficiency: Any) -> TrainConfig:
 
 
 def _with_known_precision(config: TrainConfig, device_type: str) -> TrainConfig:
-    """Replaces `auto` by what keeps no less than what such a device can choose."""
+    """Replaces `auto` by the precision that keeps the most on such a device."""
     if config.efficiency.precision != "auto":
         return config
     return _with(config, precision="bf16" if device_type == "cuda" else "fp32")
@@ -376,16 +355,13 @@ def _with_known_precision(config: TrainConfig, device_type: str) -> TrainConfig:
 def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encoders:
     """Runs both encoders on fake tensors.
 
-    Batches of different size are compared, since parameters in a narrow type are kept once, not for
-    each image.
+    Batches of two sizes are compared: narrow copies of parameters are kept once, for all images.
     """
     precision = Precision(config.efficiency.precision)
     model = plain = build_on_meta(config, device_type)
     if config.efficiency.activation_checkpointing or config.optim.freeze:
-        all_kept = dataclasses.replace(
-            _with(config, activation_checkpointing=False), optim=OptimConfig()
-        )
-        plain = build_on_meta(all_kept, device_type)
+        all_kept = _with(config, activation_checkpointing=False)
+        plain = build_on_meta(dataclasses.replace(all_kept, optim=OptimConfig()), device_type)
     size = config.data.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):  # some encoders hold tables of their own
         for one in {model, plain}:
@@ -398,38 +374,31 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
         def texts(count: int) -> Tensor:
             return torch.empty(count, text_length, dtype=torch.int64)
 
-        def encode_text(one: UniCL, rows: Tensor) -> Tensor:
-            return one.encode_text(rows, rows.numel())
-
-        def kept(
-            tower: str, encode: Callable[[UniCL, Tensor], Tensor], make: Any
-        ) -> tuple[int, int, int]:
+        def kept(tower: str, encode: _EncodeOne, make: Any) -> tuple[int, int, int]:
             """Bytes of one sample, of all samples together, and the width of a feature."""
-            (few, _, features), (more, _, _) = (
-                _kept_bytes(model, encode, make(count), precision, device_type) for count in (2, 4)
-            )
+
+            def measured(one: UniCL, count: int) -> tuple[int, int, Tensor]:
+                return _kept_bytes(one, encode, make(count), precision, device_type)
+
+            (few, _, features), (more, _, _) = measured(model, 2), measured(model, 4)
             of_one = (more - few) // 2
             again = 0
-            # backward recomputes one block at a time; what is frozen is computed so, too
+            # backward recomputes one block at a time; frozen blocks are computed like that, too
             is_frozen = any(name.startswith(f"{tower}_encoder.") for name in model.frozen.names)
             if config.efficiency.activation_checkpointing or is_frozen:
-                (_, few_block, _), (_, more_block, _) = (
-                    _kept_bytes(plain, encode, make(count), precision, device_type)
-                    for count in (2, 4)
-                )
-                again = (more_block - few_block) // 2
+                again = (measured(plain, 4)[1] - measured(plain, 2)[1]) // 2
             return of_one + again, few - 2 * of_one, features.shape[1]
 
         image_bytes, narrow_bytes, width = kept("image", UniCL.encode_image, images)
         text_bytes = 0
         if model.text_encoder is not None:
-            text_bytes, more_narrow, _ = kept("text", encode_text, texts)
+            text_bytes, more_narrow, _ = kept(
+                "text", lambda one, rows: one.encode_text(rows, rows.numel()), texts
+            )
             narrow_bytes += more_narrow
     in_blocks = [_num_parameters(block) for block in find_blocks(model)]
     divided = [
-        (parameter.shape, parameter.requires_grad)
-        for one in model.encoders
-        for parameter in one.parameters()
+        (each.shape, each.requires_grad) for one in model.encoders for each in one.parameters()
     ]
     return _Encoders(
         num_parameters=_num_parameters(model),
@@ -450,13 +419,9 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 def _kept_bytes(
-    model: UniCL,
-    encode: Callable[[UniCL, Tensor], Tensor],
-    inputs: Tensor,
-    precision: Precision,
-    device_type: str,
+    model: UniCL, encode: _EncodeOne, inputs: Tensor, precision: Precision, device_type: str
 ) -> tuple[int, int, Tensor]:
-    """Bytes that a forward pass saves for backward, those of its largest block, and the result."""
+    """Bytes that a forward pass saves for backward, in all and in its largest block; the result."""
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
     blocks: list[int] = []
@@ -468,15 +433,13 @@ def _kept_bytes(
     def total() -> int:
         return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
 
-    def begin(*_: Any) -> None:
-        blocks.append(-total())
-
     def end(*_: Any) -> None:
         blocks[-1] += total()
 
     with contextlib.ExitStack() as stack:
         for block in find_blocks(model):
-            stack.callback(block.register_forward_pre_hook(begin).remove)
+            begin = block.register_forward_pre_hook(lambda *_: blocks.append(-total()))
+            stack.callback(begin.remove)
             stack.callback(block.register_forward_hook(end).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
         stack.enter_context(precision.autocast("cpu"))
@@ -487,7 +450,7 @@ def _kept_bytes(
 
 
 class _WideOnCuda(TorchFunctionMode):
-    """Autocast's rules for CUDA where the CPU's differ: these functions are computed in fp32."""
+    """Autocast's rules for CUDA that the CPU lacks: these functions are computed in fp32."""
 
     _FUNCTIONS = frozenset({F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax})
 

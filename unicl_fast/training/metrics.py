@@ -1,7 +1,7 @@
-"""The numbers of a run: metrics.jsonl with stable keys, and what is averaged between its lines.
+"""The numbers of a run: metrics.jsonl with stable keys, and averages between its lines.
 
-Only rank 0 writes. Tensors are kept as they are until a logging step reads them, so that no other
-step waits for the device. A disk that fails costs lines, not the run.
+Only rank 0 writes. Tensors are kept until a logging step reads them, so that no other step waits
+for the device. A disk that fails costs lines, not the run.
 """
 
 from __future__ import annotations
@@ -33,24 +33,19 @@ logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 _MOST_BYTES = 4 << 30  # of a file that is read: some five million lines
-
-_RECENT_SUMMARIES = 20
-"""Summaries whose steps tell how long the next ones will take."""
+_RECENT_SUMMARIES = 20  # whose steps predict the time of the next ones
 
 
 class Reading(NamedTuple):
     """Numbers of the steps of a line, on the host."""
 
-    steps: list[tuple[float, float]]
-    """Loss and gradient norm before clipping, of each step."""
-    numbers: list[float]
-    """Those that were read along."""
+    steps: list[tuple[float, float]]  # loss and gradient norm before clipping, of each step
+    numbers: list[float]  # the numbers given to `begin_line`
     seconds: dict[Part, float]
-    """Seconds of each part."""
 
 
 class StepMeter:
-    """Collects what steps give between two lines; only reading it waits for the device."""
+    """Collects the results of steps between two lines; only reading waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         """Its clock begins now."""
@@ -58,8 +53,7 @@ class StepMeter:
         self._device = device
         self._on_device: list[Tensor] = []
         self._num_steps, self._num_summaries, self._seconds_beside = 0, 0, 0.0
-        self._recent: collections.deque[tuple[float, int]]
-        self._recent = collections.deque(maxlen=_RECENT_SUMMARIES)
+        self._recent = collections.deque[tuple[float, int]](maxlen=_RECENT_SUMMARIES)
 
     def __len__(self) -> int:
         """Steps since the last line."""
@@ -68,7 +62,7 @@ class StepMeter:
     def add(self, *, loss: Tensor, grad_norm: Tensor) -> None:
         """Notes the results of a step, which ends here."""
         self._on_device.append(torch.stack([loss.detach(), grad_norm.detach()]))
-        self.clock.end_step()
+        self.clock.begin("other")
 
     def read(self) -> list[tuple[float, float]]:
         """Loss and gradient norm before clipping, of each step since the last line."""
@@ -77,9 +71,9 @@ class StepMeter:
         return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
     def begin_line(self, numbers: Sequence[Tensor]) -> Callable[[], Reading]:
-        """Ends the steps of a line; what it returns waits until the device has come so far.
+        """Ends the steps of a line; returns a function that waits for the device to finish them.
 
-        `numbers` [0-d] on the device are read along with what the steps gave.
+        `numbers` [0-d] on the device are read together with the results of the steps.
         """
         steps, self._on_device = torch.stack(self._on_device).double(), []
         more = [number.detach().double().reshape(1) for number in numbers]
@@ -97,14 +91,14 @@ class StepMeter:
     def summary(
         self, line: Reading, *, samples: int, world_size: int = 1, steps_left: int = 0
     ) -> dict[str, float]:
-        """Means and rates of a line, whose steps took `samples`.
+        """Means and rates of a line whose steps had `samples`.
 
         `seconds/PART` are means of the steps, and sum to all the time that has passed; rates leave
         out the parts in `NO_TRAINING`.
         """
         steps, sums = line.steps, line.seconds
         values: dict[str, float] = {}
-        # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
+        # JSON has no infinity: skips bad steps and overflows of the loss scaler
         for name, column in zip(("loss", "grad_norm"), zip(*steps, strict=True), strict=True):
             if finite := [value for value in column if math.isfinite(value)]:
                 values[name] = sum(finite) / len(finite)
@@ -119,11 +113,11 @@ class StepMeter:
         return values | _memory(self._device)
 
     def _pace(self, elapsed: float, beside: float, num_steps: int) -> float:
-        """Seconds that one of the next steps will take, evaluations and checkpoints included.
+        """Seconds that a coming step will need, evaluations and checkpoints included.
 
-        Steps take as long as the recent ones, and the others, which are seldom, as long as ever.
+        Training is averaged over recent steps; the rest, which is rare, over all.
         """
-        if self._num_summaries == 1:  # kernels were chosen and compiled, and caches filled, before
+        if self._num_summaries == 1:  # the first compiled kernels and filled caches
             self._recent.clear()
         self._recent.append((elapsed, num_steps))
         self._num_summaries += 1
@@ -134,7 +128,7 @@ class StepMeter:
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """Resident memory of this process, and a GPU's largest allocation since the last question."""
+    """Resident memory of this process, and a GPU's peak allocation since the last call."""
     values: dict[str, float] = {"host_memory_bytes": resident_bytes()}
     if device.type == "cuda":
         values["device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -145,7 +139,7 @@ def _memory(device: torch.device) -> dict[str, float]:
 def add_up(
     sums: Mapping[str, float | Tensor], ranks: Ranks, device: torch.device
 ) -> Float[Tensor, " n"]:
-    """Sums numbers [0-d] of the host or the device over ranks, on the device, in their order."""
+    """Sums numbers [0-d] of host or device over ranks; on the device, in their order."""
     of_host = [0.0 if isinstance(one, Tensor) else float(one) for one in sums.values()]
     added = send(torch.tensor(of_host, dtype=torch.float64), device)
     for row, one in enumerate(sums.values()):
@@ -155,11 +149,11 @@ def add_up(
 
 
 class DatasetMeter:
-    """Measures whether a mix of data sets does what it is for, at logging steps only.
+    """Measures whether a mix of data sets works as intended, at logging steps only.
 
     A data set in its tenth epoch (`epochs/NAME`) while others are in their first has too large a
-    weight. `positives_per_row/NAME` is 1 for one that teaches as CLIP does, and large for one that
-    teaches as a classifier does. `storage_bytes_*` are there for data sets under URLs.
+    weight. `positives_per_row/NAME` is 1 if it teaches as CLIP does, and large if it teaches as a
+    classifier does. `storage_bytes_*` are for data sets under URLs.
     """
 
     def __init__(
@@ -169,23 +163,23 @@ class DatasetMeter:
         epochs: Callable[[int], Sequence[float]],
         datasets: Sequence[PackedDataset] = (),
     ) -> None:
-        """`epochs` gives those of each data set after a number of steps.
+        """`epochs` returns the epochs of each data set after a number of steps.
 
-        The traffic of `datasets` is counted where they are under URLs.
+        The traffic of `datasets` under URLs is counted.
         """
         self._names, self._epochs = list(names), epochs
         self._remote = [one for one in datasets if one.cache is not None]
         self.traffic: tuple[int, int] | None = None
         """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
-        that they needed of them; None where all data sets are in folders."""
+        that they needed of them; None if all data sets are in folders."""
 
     def count(self, batch: Batch, ranks: Ranks) -> dict[str, float | Tensor]:
-        """This rank's numbers, which are to be summed over ranks; all ranks call it together.
+        """This rank's numbers, to be summed over ranks; all ranks call it together.
 
         Nothing is read from the device. Positives are counted in the global batch.
         """
         sums: dict[str, float | Tensor] = {
-            # the same data may lie in a store for one rank, and in a folder for another
+            # one rank's store can be another's folder
             "stores": len(self._remote),
             "storage_bytes_read": sum(dataset.fetched_bytes for dataset in self._remote),
             "storage_bytes_needed": sum(dataset.needed_bytes for dataset in self._remote),
@@ -200,19 +194,17 @@ class DatasetMeter:
         return sums
 
     def describe(self, sums: Mapping[str, float], *, num_steps: int) -> dict[str, float]:
-        """The numbers after `num_steps` steps, from the sums of what ranks have counted.
+        """The numbers after `num_steps` steps, from the summed counts of ranks.
 
-        Positives, the row itself included, are averaged over the rows of a data set, which has no
-        such number where it has no row in this batch.
+        Positives, the row itself included, are averaged over the rows of a data set; without rows
+        in this batch there is no such number.
         """
-        values = {
-            f"epochs/{name}": epochs
-            for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
-        }
+        epochs = zip(self._names, self._epochs(num_steps), strict=True)
+        values: dict[str, float] = {f"epochs/{name}": one for name, one in epochs}
         if sums["stores"]:
             traffic = ("storage_bytes_read", "storage_bytes_needed")
-            read, needed = self.traffic = int(sums[traffic[0]]), int(sums[traffic[1]])
-            values |= dict(zip(traffic, (read, needed), strict=True))
+            self.traffic = int(sums[traffic[0]]), int(sums[traffic[1]])
+            values |= dict(zip(traffic, self.traffic, strict=True))
         for name in self._names:
             if rows := sums.get(f"rows/{name}"):
                 values[f"positives_per_row/{name}"] = sums[f"positives/{name}"] / rows
@@ -220,7 +212,7 @@ class DatasetMeter:
 
 
 def _count_positives(batch: Batch, text_classes: Int[Tensor, " n"]) -> Int[Tensor, " b"]:
-    """How many samples of the global batch have a text of the classes of each image."""
+    """For each image, the samples of the global batch with a text of its classes."""
     classes = batch.targets.class_ids
     samples = torch.arange(batch.batch_size, device=classes.device)
     if batch.targets.image_classes is not None:
@@ -233,14 +225,14 @@ def _count_positives(batch: Batch, text_classes: Int[Tensor, " n"]) -> Int[Tenso
 class MetricsWriter:
     """Appends to `metrics.jsonl` of a run folder, and hands each line to the run's trackers.
 
-    What cannot be written is reported once and left out. Lines continue when the disk does (in a
-    new file, where the folder has gone).
+    Lines that cannot be written are reported once and left out. Writing continues when the disk
+    works again (in a new file, if the folder is gone).
     """
 
     def __init__(
         self, run_folder: Path, *, start_step: int = 0, trackers: Trackers | None = None
     ) -> None:
-        """Opens the file; lines of steps after `start_step` are of a run that was cut off.
+        """Opens the file; drops lines of steps after `start_step`, which a crash left.
 
         Raises:
             OSError: the folder cannot be written.
@@ -250,8 +242,7 @@ class MetricsWriter:
             lines = [json.dumps(line) + "\n" for line in lines_until(run_folder, start_step)]
             write_text_atomically(self._path, "".join(lines))
         self._open()
-        self._fails = False
-        self._trackers = trackers
+        self._fails, self._trackers = False, trackers
 
     def write(self, values: Mapping[str, float]) -> None:
         """Writes one line; `step` is among the values."""
@@ -273,7 +264,7 @@ class MetricsWriter:
             self._trackers.log(values)
 
     def _open(self) -> None:
-        # unbuffered: what is refused does not come back later
+        # unbuffered: refused bytes must not come back later
         self._file = open_file(self._path, "ab", buffering=0)
 
     def _append(self, line: bytes) -> None:
@@ -302,7 +293,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; those that are damaged are left out, with a warning.
+    """The lines of a run's metrics.jsonl; damaged ones are left out, with a warning.
 
     A last line that was cut off is left out too: the run was ended there.
     """
@@ -319,14 +310,14 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
 
 
 def lines_until(run_folder: Path, step: int) -> list[dict[str, float]]:
-    """The lines that a run keeps which resumes from a step; none where there is no file."""
+    """The lines that a run keeps when it resumes from a step; none if there is no file."""
     if not (run_folder / METRICS_NAME).is_file():
         return []
     return [line for line in read_metrics(run_folder) if line["step"] <= step]
 
 
 def _parse_line(line: bytes) -> dict[str, float] | None:
-    """Reads numbers by name, a step among them; None where a line is anything else."""
+    """Reads numbers by name, a step among them; None for any other line."""
     try:
         values = json.loads(line.decode("utf-8"))
         is_sound = type(values["step"]) is int and all(

@@ -1,9 +1,9 @@
-"""Model FLOP/s utilisation on a GPU: the FLOPs that a step needs over those of the GPU's peak.
+"""Model FLOP/s utilisation on a GPU: the FLOPs that a step needs, relative to the GPU's peak.
 
-The FLOPs are the plain step's (Chowdhery et al., arXiv 2204.02311, appendix B): recomputation by
-activation checkpointing or micro-batches does not count, nor does padding to rounded sizes. torch's
-counter watches a copy of the model that holds fake tensors (shapes without content), so the run's
-own model and results are not touched.
+The FLOPs are the plain step's (Chowdhery et al., arXiv 2204.02311, appendix B), without the
+recomputation of activation checkpointing or micro-batches, and without padding to rounded sizes.
+torch's counter watches a copy of the model on fake tensors (shapes without content), so the run's
+model and results are not touched.
 """
 
 from __future__ import annotations
@@ -23,24 +23,15 @@ from unicl_fast.training.memory_plan import build_on_meta
 logger = logging.getLogger(__name__)
 
 _TERAFLOPS: dict[str, tuple[float, float]] = {
-    "GH200": (989, 67),
-    "H200$": (989, 67),
-    "H100 80GB HBM3": (989, 67),
-    "H100 PCIe": (756, 51),
-    "A100": (312, 19.5),
-    "A40": (149.7, 37.4),
-    "A10": (125, 31.2),
-    "L40S": (362, 91.6),
-    "L40": (181, 90.5),
-    "L4": (121, 30.3),
-    "V100-SXM2": (125, 15.7),
-    "V100-PCIE": (112, 14),
-    "T4": (65, 8.1),
-}
-"""Peaks by a part of the device's name, in 16 bits with sums in fp32 and in fp32, from NVIDIA's
-sheets. Tensor cores are counted without sparsity: half of what sheets since Hopper print."""
+    "GH200": (989, 67), "H200$": (989, 67), "H100 80GB HBM3": (989, 67), "H100 PCIe": (756, 51),
+    "A100": (312, 19.5), "A40": (149.7, 37.4), "A10": (125, 31.2),
+    "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3),
+    "V100-SXM2": (125, 15.7), "V100-PCIE": (112, 14), "T4": (65, 8.1),
+}  # fmt: skip
+"""Peaks by a part of the device's name, in 16 bits (sums in fp32) and in fp32, from NVIDIA's
+sheets, without sparsity: half of the figures printed since Hopper."""
 _WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4")
-"""GPUs before Ampere, which have no TF32. The TF32 peak of all others is half of the 16-bit one."""
+"""GPUs before Ampere. The TF32 peak of all others is half of the 16-bit one."""
 
 
 def seconds_at_peak(config: TrainConfig, batch: Batch, device: torch.device) -> float | None:
@@ -59,7 +50,7 @@ def seconds_at_peak(config: TrainConfig, batch: Batch, device: torch.device) -> 
     try:
         with torch.random.fork_rng(devices=[device]):  # building a model seeds them
             flops = flops_of_step(config, batch)
-    except Exception as error:  # some encoders do not run on fake tensors; that must end no run
+    except Exception as error:  # some encoders do not run on fake tensors; no reason to end a run
         logger.warning("no mfu in the metrics: %s: %s", type(error).__name__, error)
         return None
     logger.info(
@@ -81,7 +72,7 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         model.to_empty(device="cpu").eval()
-        if (tokens := model.drop_path_key.tokens) is not None:  # leaves some out in training only
+        if (tokens := model.drop_path_key.tokens) is not None:  # drops some in training only
             model.set_drop_path_key(step=batch.step, global_index=torch.zeros(num_rows).long())
             tokens.train()
         side = config.data.image_size
@@ -101,15 +92,14 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
     )
     # logits, and the gradient of each of their two operands
     products = 1 + (images.requires_grad) + (len(features) == 1 or features[-1].requires_grad)
-    return float(
-        counter.get_total_flops() + products * 2 * num_rows * num_columns * images.shape[1]
-    )
+    of_logits = products * 2 * num_rows * num_columns * images.shape[1]
+    return float(counter.get_total_flops() + of_logits)
 
 
 def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> float | None:
-    """FLOP/s of a GPU by its name and the type that it computes in; None if they are unknown.
+    """FLOP/s of a GPU by its name and the type that it computes in; None if unknown.
 
-    `tf32` is whether products of fp32 may be computed in TF32.
+    `tf32` says whether products of fp32 can be computed in TF32.
     """
     if "MIG" in name or compute_type.itemsize > 4:  # a part of a GPU; fp64
         return None

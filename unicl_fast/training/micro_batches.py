@@ -1,13 +1,13 @@
 """Batches larger than memory: encode in micro-batches, compare the whole batch, encode again.
 
-The loss compares every image with every text, so gradients of micro-batches do not add up as for a
-classifier. But it sees a sample only through its feature, which is small:
+The loss compares every image with every text, so gradients of micro-batches do not simply add up.
+But it sees a sample only through its feature, which is small:
 
     1. encode all micro-batches without a graph and keep the features;
-    2. take the loss of the whole global batch and its gradient with respect to the features;
-    3. encode each micro-batch once more, with a graph, and back-propagate its features' gradient.
+    2. compute the loss of the whole global batch and its gradient with respect to the features;
+    3. encode each micro-batch again, with a graph, and back-propagate its features' gradient.
 
-The result is the plain step's, up to the order of summation: drop path is a function of a sample's
+The result equals the plain step's up to the order of summation: drop path depends on a sample's
 global index, so both forward passes drop the same branches. The price is one more forward pass,
 about 4/3 of the time. Gao et al., arXiv 2101.06983.
 """
@@ -54,11 +54,10 @@ def check_micro_batches(model: UniCL) -> None:
 
 
 class MicroBatches:
-    """A local batch that goes through the encoders in pieces of `efficiency.micro_batch_size`.
+    """A local batch that passes through the encoders in pieces of `efficiency.micro_batch_size`.
 
-    As many distinct texts go through at once as images; the size need not divide the local batch.
-    Only the last piece goes through `encode`, the DDP wrapper, when all other gradients are there:
-    one reduction over ranks a step.
+    As many distinct texts are encoded at once as images; the size need not divide the local batch.
+    Only the last piece goes through `encode`, the DDP wrapper: one reduction over ranks a step.
     """
 
     def __init__(
@@ -74,30 +73,25 @@ class MicroBatches:
         """Cuts the batch into pieces; `normalise` makes images into the image encoder's input."""
         self._model, self._encode, self._step = model, encode, batch.step
         self._size, self._normalise = efficiency.micro_batch_size, normalise
-        images = zip(
-            batch.images.split(self._size), batch.global_index.split(self._size), strict=True
-        )
-        self._images = list(images)
+        pieces = (one.split(self._size) for one in (batch.images, batch.global_index))
+        self._images = list(zip(*pieces, strict=True))
         self._texts, text_class_ids, text_counts = _texts_in_pieces(batch, efficiency, ranks)
-        largest = None
-        if not divides_all(efficiency, ranks):  # some repeat a piece there
+        is_divided, largest = divides_all(efficiency, ranks), None
+        if not is_divided:  # else some ranks repeat a piece
             largest = max_num_texts(batch.texts, efficiency, piece=self._size)
         self.classes = Classes(
             classes_of_images(batch), text_class_ids, text_counts, max_num_texts=largest
         )
         is_stored = batch.images.ndim == 2  # features of a frozen encoder
-        self._encodes_images_once = (
-            encoder_is_frozen(model, "image")
-            and not is_stored
-            and not divides_all(efficiency, ranks)
-        )
+        is_frozen = encoder_is_frozen(model, "image")
+        self._encodes_images_once = is_frozen and not is_stored and not is_divided
         self._autocast = functools.partial(
             encoder_autocast, efficiency, ranks, batch.images.device.type
         )
         self._leaves: list[Tensor] = []
 
     def encode(self, send: Send | None) -> Encoded:
-        """Encodes all pieces without a graph; features and what is learnt begin a new one."""
+        """Encodes all pieces without a graph; features and learnt parameters begin a new one."""
         texts = self._encode_texts().requires_grad_()
         sent = texts if send is None else send(texts)
         images = self._encode_images().requires_grad_()
@@ -107,7 +101,7 @@ class MicroBatches:
 
     def _encode_texts(self) -> Tensor:
         """Features of all texts, without a graph."""
-        # one autocast for all micro-batches of an encoder: its weights are cast once
+        # one autocast for all micro-batches, so that an encoder's weights are cast once
         with torch.no_grad(), self._autocast():
             return torch.cat([self._model.encode_text(*rows) for rows in self._texts])
 
@@ -124,14 +118,13 @@ class MicroBatches:
 
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
         """Encodes each piece again, with a graph, and goes back through it."""
-        gradients = torch.autograd.grad(scaled_loss, self._leaves)
-        of_images, of_texts, *of_learnt = gradients
+        of_images, of_texts, *of_learnt = torch.autograd.grad(scaled_loss, self._leaves)
         image_gradients = of_images.split(self._size)
         text_gradients = of_texts.split([len(tokens) for tokens, _ in self._texts])
 
         def encode_again(encode: Callable[[], Tensor], gradient: Tensor) -> None:
             begin("forward")
-            # one autocast for each graph: weights cast in one are not to be found in the next one's
+            # one autocast for each graph, which must not find the weights cast for another
             with self._autocast():
                 features = encode()
             begin("backward")
@@ -151,7 +144,7 @@ class MicroBatches:
         begin("backward")
         roots = last.images, last.texts, *last.learnt.values()
         pairs = zip(roots, (image_gradients[-1], text_gradients[-1], *of_learnt), strict=True)
-        # what is frozen has no graph
+        # frozen parts have no graph
         learning = [(root, gradient) for root, gradient in pairs if root.requires_grad]
         torch.autograd.backward([root for root, _ in learning], [one for _, one in learning])
 

@@ -1,9 +1,9 @@
 """Muon (Jordan et al., 2024): the update of a matrix is made orthogonal, all of it equally large.
 
-Torch's and timm's Muon compute in bf16 on every processor. Where none of its instructions knows
-bf16, a step of the small presets takes 1.4 s by them, and 0.07 s here, in the parameters' own
-precision. That costs no more than bf16 does elsewhere, since all steps but the last work on the
-small square X X^T: a convolution's matrix is nine times as wide.
+Torch's and timm's Muon compute in bf16 on every processor. On CPUs without bf16 instructions a step
+of the small presets needs 1.4 s with them, and 0.07 s here, in the parameters' own precision.
+Elsewhere that costs no more than bf16, since all steps but the last work on the small square X X^T:
+a convolution's matrix is nine times as wide.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _COEFFICIENTS = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-"""Each Newton-Schulz step's, as modded-nanogpt chose them; timm's default too."""
+"""Of each Newton-Schulz step, as in modded-nanogpt; timm's default too."""
 _SIZE_OF_ADAMW = 0.2
-"""Root mean square of AdamW's updates in long runs, which Muon's are given too (Liu et al., arXiv
+"""Root mean square of AdamW's updates in long runs. Muon's are scaled to it (Liu et al., arXiv
 2502.16982), so that learning rates and weight decay mean the same."""
 
 
@@ -32,14 +32,8 @@ class Muon(torch.optim.Optimizer):
     """Muon for groups in which `use_muon` is true, AdamW for the others.
 
     Parameters with more than two dimensions are matrices of their first dimension by all others.
-
-    Args:
-        groups: parameter groups; each has `use_muon`, and may have its own lr and weight_decay.
-        lr: learning rate, of the size that AdamW would get.
-        betas: AdamW's decay rates.
-        eps: AdamW's, in the denominator.
-        momentum: decay rate of Muon's average of the gradient, which is Nesterov's.
-        fused: AdamW's; None lets torch choose.
+    `lr` is of AdamW's size; `betas`, `eps` and `fused` are AdamW's; `momentum` is the decay rate of
+    Muon's (Nesterov) average of the gradient. Groups can override lr and weight_decay.
     """
 
     def __init__(
@@ -107,16 +101,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """All singular values of a matrix moved to about 1, by Newton-Schulz steps.
+    """Moves all singular values of a matrix [rows, columns] to about 1; zeros stay zeros.
 
-    A step is X <- (a + b A + c A^2) X with A = X X^T. All factors are polynomials of the first A,
-    so their product is found from A, and multiplies X once.
-
-    Args:
-        matrix: [rows, columns], fp32 or fp64.
-
-    Returns:
-        [rows, columns]; zeros stay zeros.
+    A Newton-Schulz step is X <- (a + b A + c A^2) X with A = X X^T. All factors are polynomials of
+    the first A, so their product is computed from A, and multiplies X once. In fp32 or fp64.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.mT).mT

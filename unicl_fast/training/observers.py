@@ -1,6 +1,6 @@
 """Observers of a run: lines of metrics, the ledger, checkpoints, agreement of ranks.
 
-Those that end a run, for bad steps and bad samples, are in `limits.py`.
+`limits.py` has those that end a run, for bad steps and bad samples.
 """
 
 from __future__ import annotations
@@ -42,33 +42,19 @@ from unicl_fast.training.trainer import COMPILING_STEPS, Observer, Trainer
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_EVERY = 1000
-"""Steps between comparisons of the weights' bits over ranks."""
+_CHECKED_EVERY = 1000  # steps between comparisons of the weights' bits over ranks
 
 
 class RunLog(Observer):
     """metrics.jsonl, the trackers, the progress bar, and the run's bottleneck; on rank 0."""
 
     def __init__(
-        self,
-        trackers: Sequence[TrackerName],
-        folder: Path | None,
-        *,
-        ranks: Ranks,
-        progress: bool = True,
+        self, trackers: Sequence[TrackerName], folder: Path | None, *, ranks: Ranks, progress: bool
     ) -> None:
-        """Opens nothing yet.
-
-        Args:
-            trackers: their names, as `run.trackers` has them.
-            folder: the run folder; None writes nothing.
-            ranks: the ranks of the run.
-            progress: show a progress bar.
-        """
+        """Opens nothing yet; without a run `folder`, nothing is written."""
         if folder is not None:
             require_trackers(trackers)
-        self._folder = folder if ranks.is_main else None
-        self._is_main = ranks.is_main
+        self._is_main, self._folder = ranks.is_main, folder if ranks.is_main else None
         self._shows_progress = progress and ranks.is_main
         self._metrics: MetricsWriter | None = None
         self._bar: Bar | None = None
@@ -76,49 +62,38 @@ class RunLog(Observer):
         self._seconds_at_peak: dict[int, float | None] = {}
         """The least time of a step, by the number of its stage."""
         self._results: set[str] | None = None
-        self._last_line = 0
-        """The step of the last line."""
+        self._last_line = 0  # its step
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
-        """Opens the file and the trackers; lines of later steps are of a run that was cut off."""
+        """Opens the file and the trackers; drops lines of later steps, which a crash left."""
         self._last_line = run.step
         with contextlib.ExitStack() as stack:
             if self._folder is not None:
-                self._open(run, self._folder)
-                stack.callback(self._close)
+                self._metrics = self._open(run, self._folder)
+                stack.callback(self._metrics.close)
+                stack.callback(setattr, self, "_metrics", None)
             if self._shows_progress:
                 stack.enter_context(log_above_bars())
-            self._bar = stack.enter_context(
-                Bar(
-                    total=run.total_steps,
-                    initial=run.step,
-                    desc="train",
-                    bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
-                    shown=self._shows_progress,
-                )
-            )
+            bar = Bar(
+                total=run.total_steps, initial=run.step, desc="train", shown=self._shows_progress,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )  # fmt: skip
+            self._bar = stack.enter_context(bar)
+            # a user's own loader does not say how long it waits for storage
+            reading, on_gpu = getattr(run.loader, "reading", None), run.device.type == "cuda"
             self._watch = BottleneckWatch(
-                run.config.data,
-                ranks=run.ranks,
-                on_gpu=run.device.type == "cuda",
-                # loaders of others do not say how long they wait for storage
-                reading=getattr(run.loader, "reading", None),
+                run.config.data, ranks=run.ranks, on_gpu=on_gpu, reading=reading
             )
             yield
 
-    def _open(self, run: Trainer, folder: Path) -> None:
+    def _open(self, run: Trainer, folder: Path) -> MetricsWriter:
         make_folder(folder)
         lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
         self._results = {key for line in lines if line["step"] == run.step for key in line}
         tracked = TrackedRun(folder, run.run_id, config_to_dict(run.given), run.step)
         trackers = Trackers(run.config.run.trackers, tracked)
-        self._metrics = MetricsWriter(folder, start_step=run.step, trackers=trackers)
-
-    def _close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-        self._metrics = None
+        return MetricsWriter(folder, start_step=run.step, trackers=trackers)
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         if self._bar is not None:
@@ -145,8 +120,7 @@ class RunLog(Observer):
         """`mfu` if it is known; the work of a step is counted once for each stage."""
         number = run.stage.span.number
         if number not in self._seconds_at_peak:
-            at_peak = seconds_at_peak(run.stage.config, batch, run.device)
-            self._seconds_at_peak[number] = at_peak
+            self._seconds_at_peak[number] = seconds_at_peak(run.stage.config, batch, run.device)
         at_peak = self._seconds_at_peak[number]
         return {} if at_peak is None else {"mfu": at_peak / step_seconds}
 
@@ -155,12 +129,12 @@ class RunLog(Observer):
             return
         self._metrics.write({"step": run.step, **values})
         shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        # a program's log shows it, and keeps it in a file; without one it is still shown
+        # a program's log shows and keeps it; without one it is still shown
         say = logger.info if logger.isEnabledFor(logging.INFO) else write_line
         say(f"step {run.step}: {shown}")
 
     def results_of(self, step: int) -> Collection[str] | None:
-        """The numbers that were there when the file was opened."""
+        """The results in the file when it was opened."""
         return self._results
 
 
@@ -215,12 +189,12 @@ class LedgerKeeper(Observer):
         self._ledger.record(batch)
 
     def allows_save(self, *, required: bool) -> bool:
-        """Records are on the disk before a checkpoint that comes after them."""
+        """Puts records on disk before the checkpoint that follows them."""
         return self._ledger.flush(required=required)
 
 
 class ContactSheet(Observer):
-    """Draws the first batch of a run, as the model gets it."""
+    """Draws the first batch of a run, as the model sees it."""
 
     def __init__(
         self,
@@ -229,12 +203,9 @@ class ContactSheet(Observer):
         class_names: Sequence[Sequence[str]],
         tokenizer: Callable[[], Tokenizer | FileTokenizer],
     ) -> None:
-        """Draws nothing yet.
+        """Draws nothing yet, and with `path` None never.
 
-        Args:
-            path: the PNG; None draws nothing.
-            class_names: those of each data set.
-            tokenizer: gives the one that made the tokens of the batch.
+        `class_names` are those of each data set; `tokenizer` returns the one of the batch's tokens.
         """
         self._path, self._class_names, self._tokenizer = path, class_names, tokenizer
 
@@ -243,7 +214,7 @@ class ContactSheet(Observer):
             self.draw(batch)
 
     def draw(self, batch: Batch) -> None:
-        """Draws a batch of images; what goes wrong is logged."""
+        """Draws a batch of images; errors are only logged."""
         if self._path is not None:
             with drawing(self._path):
                 names, tokenizer = self._class_names, self._tokenizer()
@@ -251,7 +222,7 @@ class ContactSheet(Observer):
 
 
 class SoleWriter(Observer):
-    """Ends a run whose folder another process has taken over, before its next checkpoint."""
+    """Ends a run if another process has taken over its folder, before the next checkpoint."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         """`check` raises if it was taken over (`atomic_files.sole_writer`)."""
@@ -263,7 +234,7 @@ class SoleWriter(Observer):
 
 
 class WeightsAgree(Observer):
-    """Ends a run in which a rank's weights have silently parted from the others'."""
+    """Ends a run in which a rank's weights have silently departed from the others'."""
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         """Compares the bits of the weights, every 1,000 steps."""
@@ -277,13 +248,7 @@ class Checkpoints(Observer):
     """Writes checkpoints into the run folder, and keeps the newest and the best."""
 
     def __init__(self, folder: Path, *, keep: int, ranks: Ranks) -> None:
-        """Writes nothing yet.
-
-        Args:
-            folder: the run folder.
-            keep: how many of the newest stay; 0 keeps all.
-            ranks: the ranks of the run; rank 0 writes.
-        """
+        """Writes nothing yet; the newest `keep` stay, or all if it is 0. Rank 0 writes."""
         self._folder = folder
         self._writer = (
             CheckpointWriter(folder / "checkpoints", keep=keep) if ranks.is_main else None
@@ -312,19 +277,14 @@ class Checkpoints(Observer):
         if self._writer is None:
             return
         state = describe_state(
-            given=config_to_dict(run.given),
-            settled=run.config,
-            optimizer=run.optimizer,
-            scaler=run.scaler,
-            data=run.data,
-            run_id=run.run_id,
-            base=run.model.frozen.base_digest,
-        )
+            given=config_to_dict(run.given), settled=run.config, optimizer=run.optimizer,
+            scaler=run.scaler, data=run.data, run_id=run.run_id, base=run.model.frozen.base_digest,
+        )  # fmt: skip
         self._writer.write(tensors, state, step=run.step, required=required)
 
     def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
-        """Keeps the checkpoint of this step, written now if need be, if none is better."""
-        # the best number of evaluations that ran before we resumed was read from the lines
+        """Keeps the checkpoint of this step, written now if necessary, unless another is better."""
+        # results from before a resume were read from the lines
         if not all_done and self._metric not in values:
             return
         best = None if self._writer is None else self._writer.better_than_best(run.step, values)
@@ -335,6 +295,6 @@ class Checkpoints(Observer):
             self._writer.keep_as_best(best)
 
     def finish_writing(self) -> None:
-        """Returns when the checkpoint that was begun is on the disk, or has failed."""
+        """Returns when the checkpoint that was begun is on disk, or has failed."""
         if self._writer is not None:
             self._writer.wait()

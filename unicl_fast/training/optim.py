@@ -1,8 +1,8 @@
 """Parameter groups of the released recipe, an optimizer over them, its schedule, weight averages.
 
-AdamW is torch's, LAMB (You et al., arXiv 1904.00962) timm's, and Muon stands in `muon.py`; the
-fused twins of the first two are NVIDIA apex's, which is imported here alone, and only when it is
-asked for. Warm-up, cosine and the moving average of the weights are timm's.
+AdamW is torch's, LAMB (You et al., arXiv 1904.00962) timm's, Muon is in `muon.py`. The fused twins
+of the first two are NVIDIA apex's, imported only here and on demand. Warm-up, cosine and the moving
+average of the weights are timm's.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
 _EPS = 1e-8
-_SUMMED_AT_ONCE = 2**18
-"""Squares in one dot product: more round too much in fp32, fewer cost calls."""
+_SUMMED_AT_ONCE = 2**18  # squares in one dot product: more lose precision in fp32, fewer cost calls
 
 _HOW_TO_BUILD_APEX = (
     "build it from its source, with a CUDA compiler of the version that torch was built with: "
@@ -42,12 +41,8 @@ _HOW_TO_BUILD_APEX = (
     "another project"
 )
 _UNDECAYED_NAMES = (
-    "logit_scale",
-    "positional_embedding",
-    "pos_embed",
-    "absolute_pos_embed",
+    *("logit_scale", "positional_embedding", "pos_embed", "absolute_pos_embed", "cls_token"),
     "relative_position_bias_table",
-    "cls_token",
 )
 
 
@@ -66,26 +61,27 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def check_optimizer(name: str, *, device: torch.device, precision: str) -> None:
-    """Refuses (ValueError) an optimizer of apex where it cannot work."""
+    """Refuses (ValueError) apex's optimizers if they cannot work."""
     is_apex = name in ("fusedadamw", "fusedlamb")
     if is_apex and (device.type != "cuda" or precision == "fp64"):
         raise ValueError(
             f"optim.name={name} runs on CUDA devices with weights in fp32, not on {device.type} "
-            f"with efficiency.precision={precision}; take adamw or lamb"
+            f"with efficiency.precision={precision}; use adamw or lamb"
         )
 
 
 def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay and by the factor of their rate, which is `lr_scale`.
+    """Trainable parameters by weight decay and by `lr_scale`, the factor of their rate.
 
-    That is 1 for what belongs to no encoder. Parameters that are divided over ranks are in groups
-    of their own; under Muon so are the matrices that it takes, `use_muon`.
+    The factor is 1 outside the encoders. Parameters that are divided over ranks have their own
+    groups; under Muon so do the matrices that it updates, `use_muon`.
     """
     factors: dict[nn.Parameter, float] = {}
     if optim.layer_decay != 1:
         for encoder in model.encoders:
-            for group in groups_by_depth(encoder, layer_decay=optim.layer_decay):
-                factors |= dict.fromkeys(group["params"], group["lr_scale"])
+            # timm's layers; its factor is 1 for the last one, ours for what is above it
+            for group in param_groups_layer_decay(encoder, 0.0, layer_decay=optim.layer_decay):
+                factors |= dict.fromkeys(group["params"], group["lr_scale"] * optim.layer_decay)
     groups: list[dict[str, Any]] = []
     for kind, weight_decay in zip(split_parameters(model), (optim.weight_decay, 0.0), strict=True):
         by_factor: dict[float, list[nn.Parameter]] = {}
@@ -103,12 +99,12 @@ def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
 def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str, Any]]:
     """Divides groups into the matrices for Muon and the others, for AdamW.
 
-    Rows of an embedding are not the columns of a map: a step gives a gradient to few of them.
+    Embeddings are not for Muon: a step gives a gradient to few of their rows.
     """
     embeddings = {one.weight for one in model.modules() if isinstance(one, nn.Embedding)}
     names = {parameter: name for name, parameter in model.named_parameters()}
 
-    def takes(parameter: nn.Parameter) -> bool:
+    def suits(parameter: nn.Parameter) -> bool:
         spared = names[parameter].rsplit(".", 1)[-1] in _UNDECAYED_NAMES
         # (1, tokens, width) is a table of positions, and (c, 1, h, w) a convolution of each channel
         is_matrix = parameter.ndim > 1 and min(parameter.shape[:2]) > 1
@@ -118,34 +114,19 @@ def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str
         {**group, "params": chosen, "use_muon": for_muon}
         for group in groups
         for for_muon in (True, False)
-        if (chosen := [one for one in group["params"] if takes(one) == for_muon])
+        if (chosen := [one for one in group["params"] if suits(one) == for_muon])
     ]
 
 
-def groups_by_depth(encoder: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Takes timm's groups of an encoder's trainable parameters, by layer.
-
-    `lr_scale` is the factor of a group's rate: `layer_decay` for the last layer, its square for the
-    one below, and so on. What stands on an encoder has the factor 1.
-    """
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        encoder, weight_decay=0.0, layer_decay=layer_decay
-    )
-    for group in groups:
-        group["lr_scale"] *= layer_decay
-    return groups
-
-
 def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
-    """`optim.name` over `parameter_groups`, at the rate that the global batch size asks for.
+    """`optim.name` over `parameter_groups`, at the rate for the global batch size.
 
     Raises:
         ValueError: the optimizer is not installed, or cannot work with this device or precision.
     """
     optim, efficiency = config.optim, config.efficiency
     groups = parameter_groups(model, optim)
-    device = model.device
-    check_optimizer(optim.name, device=device, precision=efficiency.precision)
+    check_optimizer(optim.name, device=model.device, precision=efficiency.precision)
     lr = scaled_lr(optim.lr, config)
     common: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": _EPS}
     # the two LAMBs clip the gradient to norm 1 by themselves; here optim.clip_norm decides
@@ -167,7 +148,7 @@ def load_apex_optimizers() -> ModuleType:
     """NVIDIA's `apex.optimizers`, with `FusedAdam` and `FusedLAMB`.
 
     PyPI's `apex` is a web toolkit, so apex is recognised by its contents. `amp_C`, the compiled
-    extension that its optimizers call, is tried first: another project is not even imported.
+    extension of its optimizers, is tried first, so that another project is not even imported.
 
     Raises:
         ValueError: it is not installed, another project is, or it lacks its CUDA extensions.
@@ -180,7 +161,7 @@ def load_apex_optimizers() -> ModuleType:
             getattr(optimizers, name)
     except Exception as error:  # a stranger's package may fail in any way
         raise ValueError(
-            f"expected NVIDIA's apex with its CUDA extensions, but: {error!r}. Take another "
+            f"expected NVIDIA's apex with its CUDA extensions, but: {error!r}. Use another "
             f"optim.name (adamw, lamb), or {_HOW_TO_BUILD_APEX}"
         ) from error
     assert isinstance(optimizers, ModuleType)
@@ -189,13 +170,9 @@ def load_apex_optimizers() -> ModuleType:
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module, ranks: Ranks = _ALONE) -> Tensor:
-    """Length of the gradient of all parameters together: float [], on their device.
+    """Norm of the gradient of all parameters together: float [], on their device.
 
     All ranks call it together if the gradients are divided over them (`efficiency.shard=full`).
-
-    On the CPU it is made of dot products of pieces, which take 0.4 of the time of torch's norm
-    there and round less: one sum over the 25 million entries of the token table is off by 5e-4 in
-    fp32.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     divided, others = split_divided(gradients)
@@ -208,6 +185,8 @@ def gradient_norm(model: nn.Module, ranks: Ranks = _ALONE) -> Tensor:
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     if not gradients or gradients[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(gradients)
+    # on the CPU this needs 0.4 of the time of torch's norm, and rounds less: one sum over the 25
+    # million entries of the token table is off by 5e-4 in fp32
     pieces = [piece for one in gradients for piece in one.reshape(-1).split(_SUMMED_AT_ONCE)]
     return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum().sqrt()
 
@@ -218,19 +197,16 @@ def update(
 ) -> None:
     """Updates the weights with the clipped gradient, or leaves them and the optimizer unchanged.
 
-    Torch's fused AdamW takes the factor and the flag where they are, on the device, and need not
-    read all gradients once more; for others gradients are divided, and the host has to read the
-    flag. Zeroed gradients would not do: weight decay and the averages would move all the same.
-
-    Gradients longer than `clip_norm` are clipped, unless it is 0; `leave_out` is a bool [] on the
-    parameters' device.
+    Gradients longer than `clip_norm` (0: none) are clipped; `leave_out` is a bool [] on the device.
     """
+    # torch's fused AdamW reads factor and flag on the device; for others gradients are divided and
+    # the host reads the flag. Zeroed gradients would not do: weight decay and averages still move
     is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     if not is_fused and leave_out.item():
         return
-    # as torch's clip_grad_norm_ has it
+    # as torch's clip_grad_norm_
     divisor = ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None
-    # the fused kernel takes its factor in fp32 and would round gradients that are not
+    # the fused kernel's factor is fp32 and would round fp64 gradients
     if divisor is not None and not (is_fused and divisor.dtype == torch.float32):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for gradients in split_divided(p.grad for p in parameters if p.grad is not None):
@@ -241,7 +217,7 @@ def update(
         optimizer.step()
         return
     fused: Any = optimizer
-    # the attributes by which torch.amp.GradScaler passes both on
+    # as torch.amp.GradScaler passes both on
     fused.grad_scale, fused.found_inf = divisor, leave_out.float()
     fused.step()
     del fused.grad_scale, fused.found_inf
@@ -252,7 +228,7 @@ def build_schedule(
 ) -> CosineLRScheduler:
     """Linear warm-up, then a cosine to lr_min; `step_update(step + 1)` sets a step's rate.
 
-    Where stages have other batches, `steps_of_samples` counts the steps, and `set_rates` sets it.
+    If stages differ in batch size, use `steps_of_samples` for the steps, and `set_rates`.
     """
     warmup_steps = round(config.optim.warmup_fraction * total_steps)
     return CosineLRScheduler(
@@ -269,7 +245,7 @@ def build_schedule(
 def set_rates(
     optimizer: torch.optim.Optimizer, schedule: CosineLRScheduler, config: TrainConfig, *, step: int
 ) -> None:
-    """Sets the rates of a step, scaled to the global batch of its stage as `scaled_lr` does it."""
+    """Sets the rates of a step, scaled to its stage's global batch as in `scaled_lr`."""
     schedule.step_update(steps_of_samples(config, step + 1))
     own, size = config.run.global_batch_size, span_at(config.run.spans, step).global_batch_size
     if config.optim.lr_batch_size and size != own:
@@ -278,36 +254,34 @@ def set_rates(
 
 
 def steps_of_samples(config: TrainConfig, step: int) -> float:
-    """The steps of the run's own batch size that would take the samples before a step."""
+    """Steps at the run's own batch size that have as many samples as come before `step`."""
     return config.run.draws_before(step) / config.run.global_batch_size
 
 
 def scaled_lr(lr: float, config: TrainConfig) -> float:
-    """Linear scaling: the rate given for lr_batch_size samples, for the run's global batch."""
+    """Linear scaling of a rate for `lr_batch_size` samples to the run's global batch."""
     reference = config.optim.lr_batch_size
     return lr * config.run.global_batch_size / reference if reference else lr
 
 
 class WeightAverage(ModelEmaV3):  # type: ignore[misc]
-    """timm's average, which keeps no copy of frozen parameters: their average is themselves."""
+    """timm's average without copies of frozen parameters, which are their own average."""
 
     _shared: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def share_frozen(self, model: UniCL) -> None:
-        """Takes the model's own frozen parameters for their average, where the two are equal.
+        """Uses the model's frozen parameters as their own average, if the two are equal.
 
-        They may differ in a run that resumes and did not freeze them before. Parameters that are
+        They can differ if a run resumes that did not freeze them before. Parameters that are
         divided over ranks stay copies, which are no longer updated.
         """
         averages, shared = dict(self.module.named_parameters()), set()
         for name, parameter in model.named_parameters():
             if name not in model.frozen.names:
                 continue
-            pair = [
-                one.to_local() if isinstance(one, DTensor) else one
-                for one in (averages[name], parameter)
-            ]
+            both = averages[name], parameter
+            pair = [one.to_local() if isinstance(one, DTensor) else one for one in both]
             if torch.equal(*pair):
                 shared.add(name)
                 if pair[1] is parameter:
@@ -316,14 +290,14 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]
 
     @torch.no_grad()
     def separate(self) -> None:
-        """Makes copies of what is shared, before the model's may change."""
+        """Copies the shared parameters, before the model's change."""
         for name, average in self.module.named_parameters():
             if name in self._shared and not isinstance(average, DTensor):
                 average.data = average.data.clone()
         self._shared = frozenset()
 
     def apply_update_(self, model: UniCL, decay: float) -> None:
-        """Makes timm's update of all that is not shared."""
+        """Applies timm's update to all that is not shared."""
         if not self._shared:
             super().apply_update_(model, decay)
             return
@@ -344,19 +318,14 @@ class WeightAverage(ModelEmaV3):  # type: ignore[misc]
 def build_weight_average(model: UniCL, optim: OptimConfig) -> WeightAverage:
     """The moving average of the weights, which begins as a copy of the model.
 
-    It is a function of the weights after each step, and of the step, so it is equal on all ranks.
+    It depends only on the step and the weights after each step, so it is equal on all ranks.
     BatchNorm's averages are averaged too, as in timm's own training script; counters are copied. It
-    is updated after a step whose update was left out too: to know which those are would mean to
-    wait for the device. The model is on its device by now; the average of a compiled one is not
-    compiled, and keeps its activations.
+    is also updated after skipped steps: knowing which those are would mean waiting for the device.
+    The model is on its device by now; the average is not compiled, and keeps its activations.
     """
-    # timm's own defaults of the warm-up, named here since they decide the result
+    # timm's defaults for the warm-up, named since they decide the result
     average = WeightAverage(
-        model,
-        decay=optim.ema_decay,
-        use_warmup=True,
-        warmup_gamma=1.0,
-        warmup_power=2 / 3,
+        model, decay=optim.ema_decay, use_warmup=True, warmup_gamma=1.0, warmup_power=2 / 3
     )
     average.module.requires_grad_(False)
     keep_activations_in_copy(average.module)

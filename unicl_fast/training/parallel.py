@@ -1,7 +1,7 @@
 """How ranks train one model together: DDP, or with their training state divided over them.
 
-The trainer asks `Parallel`, which has nothing to do where there is one rank. Under DDP and under
-`efficiency.shard=optimizer` each rank has the whole model; under `full` no rank has.
+`Parallel` does nothing on a single rank. Under DDP and `efficiency.shard=optimizer` each rank has
+the whole model; under `full` none has.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Parallel:
     def __init__(
         self, model: UniCL, ema: ModelEmaV3 | None, efficiency: EfficiencyConfig, ranks: Ranks
     ) -> None:
-        """Compiles the encoders if asked to, and divides or replicates the model.
+        """Compiles the encoders if the config says so, and divides or replicates the model.
 
         Raises:
             ValueError: `efficiency.shard=full` cannot divide these encoders.
@@ -54,7 +54,7 @@ class Parallel:
             sharding.shard_encoders(model, ranks)
             if ema is not None:
                 sharding.shard_encoders(ema.module, ranks)
-                ema.foreach = False  # no kernel takes divided tensors and whole ones at once
+                ema.foreach = False  # no kernel mixes divided and whole tensors
         elif ranks.world_size > 1:
             self.encode = _build_ddp(model)
         if sharding.divides_optimizer(efficiency, ranks):
@@ -78,10 +78,10 @@ class Parallel:
             self.encode = _build_ddp(self._model)
 
     def order_buckets(self) -> None:
-        """Orders DDP's buckets as gradients came in the first backward pass; none are there now.
+        """Orders DDP's buckets as gradients came in the first backward pass; needs empty gradients.
 
-        DDP does it at its next forward pass. Gradients of earlier micro-batches, which are there
-        by then, it would divide by the number of ranks once, and later multiply by the inverse.
+        DDP would do it at its next forward pass. By then gradients of earlier micro-batches are
+        there; it would divide them by the number of ranks once, and later multiply by the inverse.
         """
         if isinstance(self.encode, DistributedDataParallel):
             self.encode.reducer._rebuild_buckets()
@@ -107,7 +107,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def evaluated(self, model: UniCL) -> Iterator[UniCL]:
-        """The model, or its average, whole and the same on all ranks, which call it together."""
+        """The model, or its average, whole and equal on all ranks, which call it together."""
         if self._ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
             self._share_buffers(model)
         as_it_is = contextlib.nullcontext(model)
@@ -120,6 +120,6 @@ class Parallel:
 
 
 def _build_ddp(model: UniCL) -> DistributedDataParallel:
-    # only those of BatchNorm ever change
+    # only BatchNorm's ever change
     buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(model)}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)

@@ -57,12 +57,12 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     """Checks the request before ranks are started.
 
     Raises:
-        ValueError: no data, weights or augmentations that do not fit, ranks that cannot divide the
-            batch, a division of the training state that cannot be made, or a run folder in use.
+        ValueError: no data, unsuitable weights or augmentations, ranks that cannot divide the
+            batch, an impossible division of the training state, or a run folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
     check_settings(config, Ranks(world_size=nproc))
-    if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
+    if resume != "auto":  # rank 0 reports the checkpoints that it skips; once is enough
         _choose_checkpoint(resume, run_folder)
     datasets, _ = open_checked(config)
     settle_objective(config, datasets)
@@ -89,10 +89,9 @@ def pretrain(
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
     `resume` is "never", "auto" or the path of a checkpoint; `initialise` then reads only weights
-    that the checkpoint leaves out. `origin` says where the settings come from, for the log.
-    `ledger` asks for a ledger; a run that has one continues it anyway. A `dry_run` ends before the
-    first step and writes nothing. If it is `quiet`, only warnings and errors are shown; log.txt in
-    the run folder has all lines in any case.
+    that the checkpoint leaves out. `origin` says in the log where the settings come from. `ledger`
+    starts a ledger; a run that has one continues it anyway. A `dry_run` ends before the first step
+    and writes nothing. `quiet` shows only warnings and errors; log.txt has all lines.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -107,7 +106,7 @@ def pretrain(
     elif config.data.decode_device == "gpu":
         raise ValueError(
             "data.decode_device=gpu decodes on the GPU that trains, and this run is on the CPU: "
-            "take data.decode_device=auto"
+            "set data.decode_device=auto"
         )
     limit = config.run.timeout_seconds
     rank, world_size = (int(os.environ.get(name, one)) for name, one in _OF_THIS_RANK)
@@ -127,19 +126,11 @@ def pretrain(
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         mark("opening the data", patience=START_PATIENCE)
         trainer = build_trainer(
-            config,
-            run_folder=run_folder,
-            build_loader=build_loader,
-            evaluate=evaluate,
-            initialise=initialise,
-            ranks=ranks,
-            device=device,
-            keeps_ledger=has_ledger(run_folder, ranks) or ledger,
-            check_run_folder=check_run_folder,
-            progress=not quiet,
-            checkpoint=checkpoint,
-            encodes_features=not dry_run,
-        )
+            config, run_folder=run_folder, build_loader=build_loader, evaluate=evaluate,
+            initialise=initialise, ranks=ranks, device=device, checkpoint=checkpoint,
+            keeps_ledger=has_ledger(run_folder, ranks) or ledger, progress=not quiet,
+            check_run_folder=check_run_folder, encodes_features=not dry_run,
+        )  # fmt: skip
         for line in describe_run(trainer, run_folder, origin=origin):
             logger.info("%s", line)
         if ranks.is_main and not dry_run:
@@ -173,7 +164,7 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
 
 
 def _next(trainer: Trainer, run_folder: Path) -> str:
-    """The evaluation that suits the model and its data, on held-out data if they are known."""
+    """The command of a suitable evaluation, on held-out data if they are known."""
     data = trainer.config.data
     given = [*data.evaluate, *map(_held_out_beside, data.train)]
     checkpoint = shlex.quote(str(run_folder))
@@ -188,19 +179,18 @@ def _next(trainer: Trainer, run_folder: Path) -> str:
 
 
 def _held_out_beside(train: str) -> str:
-    """The part that `unicl-pack build --split` has held out of a data set, or ""."""
+    """The part that `unicl-pack build --split` held out of a data set, or ""."""
     folder = folder_and_weight(train)[0]
-    path = "" if is_url(folder) else f"{Path(folder).parent / 'held-out'}"
-    return path if path and Path(path).is_dir() else ""
+    path = Path(folder).parent / "held-out"
+    return str(path) if not is_url(folder) and path.is_dir() else ""
 
 
 def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:
     """Returns rank 0's `_choose_checkpoint` on all ranks, since others might see other files.
 
-    Ranks that were started again after a failure resume from the newest checkpoint of this run; if
-    none has been written yet, they start as at first.
+    Ranks that were restarted after a failure resume from the newest checkpoint of this run, if any.
     """
-    # agents of torchrun on nodes whose ranks did not fail do not count it as a restart
+    # torchrun's agents count no restart on nodes whose ranks did not fail
     restarted = any(gather_integers(int(is_restarted()), ranks))
     chosen = None
     with refused_together(ranks):

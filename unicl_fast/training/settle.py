@@ -1,9 +1,8 @@
 """Settles a config, the last place that changes it: `auto` and blanks, for data and machines.
 
-`set_up` checks the settings and decides what can be known without a model, `settle_kernels` the
-rest. Each choice is a line of the log. config.json and checkpoints hold what was given, and
-checkpoints, apart from it, what was settled: a run that resumes keeps its precision and its
-decoder, and chooses kernels anew.
+`set_up` checks the settings and settles all that needs no model, `settle_kernels` the rest. Each
+choice is logged. config.json and checkpoints hold the given config, and checkpoints also the
+settled one: a run that resumes keeps its precision and its decoder, and chooses kernels anew.
 """
 
 from __future__ import annotations
@@ -38,10 +37,8 @@ _MOST_LOGITS_PER_PAIR = 4  # of an image and a sample: two views, texts that are
 class Setup:
     """The settings of a run and the machine that they are settled for."""
 
-    given: TrainConfig
-    """As it was given; this is stored."""
-    config: TrainConfig
-    """Settled; the kernels only when there is a model."""
+    given: TrainConfig  # stored in checkpoints
+    config: TrainConfig  # settled; the kernels only once there is a model
     ranks: Ranks
     device: torch.device
 
@@ -54,7 +51,7 @@ def set_up(
     datasets: Sequence[PackedDataset] = (),
     stored: TrainConfig | None = None,
 ) -> Setup:
-    """Settles a config and checks it; arguments and errors are those of `settle`."""
+    """Settles a config and checks it; arguments and errors are as in `settle`."""
     config = settle(given, device=device, ranks=ranks, datasets=datasets, stored=stored)
     check_settings(config, ranks)
     if not config.run.total_steps:
@@ -80,12 +77,8 @@ def settle(
 ) -> TrainConfig:
     """The config without `auto` and without blanks; all ranks call it together.
 
-    Args:
-        config: as it was given.
-        device: trains.
-        ranks: the ranks of the run.
-        datasets: data.train's, open; without any, the data are the caller's business.
-        stored: the settled config of the checkpoint that the run resumes from.
+    `datasets` are data.train's, open; without any, the data are the caller's business. `stored` is
+    the settled config of the checkpoint that the run resumes from.
 
     Raises:
         ValueError: the data lack labels or a hierarchy that the objective needs.
@@ -109,10 +102,10 @@ def settle(
 def settle_kernels(
     config: TrainConfig, model: UniCL, device: torch.device, ranks: Ranks
 ) -> TrainConfig:
-    """Decides how a model is compiled and attends, and the loss; all ranks call it together.
+    """Settles compilation, window attention and the loss; all ranks call it together.
 
     Raises:
-        SharedRefusal: kernels that were asked for cannot work on some rank; all ranks raise it.
+        SharedRefusal: a kernel of the config cannot work on some rank; all ranks raise it.
     """
     kernels = {
         "compile": settle_compilation(config.efficiency, model, device, ranks=ranks),
@@ -147,7 +140,7 @@ def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig
 
 
 def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
-    """Decides the decoding threads of this rank, and the device that decodes: the GPU if asked to.
+    """Decides the decoding threads of this rank, and the device that decodes.
 
     CPU training always decodes on the CPU.
     """
@@ -170,7 +163,7 @@ def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> 
     if config.data.prompts == "levels" and not any(one.hierarchy for one in manifests):
         raise ValueError(
             "data.prompts=levels needs a hierarchy of classes, and no data set of data.train has "
-            "one: pack with --hierarchy, or take data.prompts=labels"
+            "one: pack with --hierarchy, or set data.prompts=labels"
         )
     if objective.needs_labels:
         _check_labels(objective.name, datasets)
@@ -188,23 +181,22 @@ def _check_labels(objective: str, datasets: Sequence[PackedDataset]) -> None:
         num_unlabelled = sum(
             int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
         )
-        fault = ""
+        fault, place = "", dataset.location
         if num_unlabelled:
-            where = f"{len(dataset):,} samples of {dataset.location}"
-            fault = f"{num_unlabelled:,} of {where} have none"
+            fault = f"{num_unlabelled:,} of {len(dataset):,} samples of {place} have none"
         elif not dataset.manifest.class_names:
-            fault = f"those of {dataset.location} have no class names"
+            fault = f"those of {place} have no class names"
         if fault:
             raise ValueError(
                 f"objective.name={objective} learns from labels, and {fault}: leave it out, "
-                "or take objective.name=unicl"
+                "or set objective.name=unicl"
             )
 
 
 def _count_several(dataset: PackedDataset, text: str) -> int:
-    """Samples with a class besides that of their text: another label, or one of a caption."""
+    """Samples with another class besides their text's: another label, or a caption."""
     if not dataset.manifest.class_names:
-        return 0  # there are no prompts for labels to be the classes of
+        return 0  # without class names no prompt makes a label a class
     several = 0
     for rows in blocks_of(dataset.samples):
         has_both = (rows["labels_count"] > 0) & (rows["captions_count"] > 0) & (text != "labels")

@@ -18,26 +18,24 @@ class PlannedLoader(Loader, Protocol):
     """A loader whose batches follow a plan, which the ledger and the metrics read."""
 
     plan: TrainPlan
-    reading: ReadingTime
-    """How long it waited for storage."""
-    steps: RankSteps
-    """Its steps but for their images, of which a `FeatureLoader` can be made."""
+    reading: ReadingTime  # time that it waited for storage
+    steps: RankSteps  # its steps without images, for a `FeatureLoader`
 
 
 class StagedLoader:
     """Chains the loaders of stages. Its plan is the last stage's, which counts all epochs."""
 
     def __init__(self, loaders: Sequence[PlannedLoader], spans: Sequence[Span]) -> None:
-        """Takes one loader for each span."""
+        """Needs one loader for each span."""
         self._loaders, self._spans = list(loaders), list(spans)
         self.plan, self.reading = loaders[-1].plan, loaders[-1].reading
         for loader in loaders:
             loader.reading = self.reading
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Yields all steps from `start_step` on; one loader has decoders at a time.
+        """Yields all steps from `start_step` on; one loader at a time has decoders.
 
-        The first batch of a stage is waited for: nothing is decoded ahead from one to the next.
+        The first batch of a stage is waited for: nothing is decoded ahead across stages.
         """
         self.close()
         for loader, span in zip(self._loaders, self._spans, strict=True):

@@ -5,10 +5,9 @@
             their rank
     loss    the objective's, from features and classes (`objectives/`)
 
-`loss_of` does these three for any objective, whether a batch is encoded as a whole or in
-micro-batches. Every rank ends with the same scalar. Its gradient with respect to a rank's own
-features is exact, so summing parameter gradients over ranks gives the gradient of one process on
-the global batch.
+`loss_of` does these three for any objective, for whole batches and micro-batches. Every rank ends
+with the same scalar. Its gradient with respect to a rank's own features is exact, so parameter
+gradients summed over ranks equal the gradient of one process on the global batch.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def back_propagate(
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
 
-    `encode` is the model or its DDP wrapper, `config` that of the present stage.
+    `encode` is the model or its DDP wrapper, `config` the present stage's.
 
     Returns:
         The loss of the global batch, not scaled, equal on all ranks.
@@ -82,11 +81,10 @@ def loss_of(
     if columns is not None and encoded.texts is not None:
         texts = columns.receive(encoded.texts)
     form = config.efficiency.loss
-    return objective.loss(
-        Operands(encoded.images, texts, classes.images, encoded.learnt, form, ranks)
-    )
+    operands = Operands(encoded.images, texts, classes.images, encoded.learnt, form, ranks)
+    return objective.loss(operands)
 
 
 def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
-    """`loss_of` of a batch as a whole, for training loops of one's own."""
+    """`loss_of` a whole batch, for training loops outside this package."""
     return loss_of(WholeBatch(encode, batch, config, ranks), config, ranks)

@@ -1,10 +1,9 @@
-"""The parts of a step and the time that they take, noted without waiting for the device.
+"""The parts of a step and their times, noted without waiting for the device.
 
-On a GPU a border is a CUDA event on the current stream, so a part is the device's time from one
-border to the next, in which it computes or has nothing to do. `data_wait` is then the time in which
-the device really has no batch to work on: the host may wait for the next one as long as
-the device computes. On a CPU a border is the host's clock. Parts follow each other without a gap,
-so they sum to the elapsed time.
+On a GPU a border is a CUDA event on the current stream, so a part is the device's time between
+borders, working or idle. `data_wait` is then the time in which the device has no batch: the host
+can wait for one while the device computes. On a CPU a border is the host's clock. Parts follow each
+other without a gap, so they sum to the elapsed time.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ Part = Literal[
 ]  # fmt: skip
 PARTS: tuple[Part, ...] = get_args(Part)
 NO_TRAINING: tuple[Part, ...] = ("checkpoint", "evaluation", "checks")
-"""Parts that are left out of rates: `checks` compares the weights of ranks, and settles a start."""
+"""Parts that rates leave out; `checks` compares the weights of ranks, and settles a start."""
 
 
 class StepClock:
-    """Seconds of each part of each step; only what `cut` returns waits for the device."""
+    """Seconds of each part of each step; only reading the result of `cut` waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
@@ -44,25 +43,20 @@ class StepClock:
         self._part = part
         self._borders.append((part, self._now()))
 
-    def end_step(self) -> None:
-        """Ends a step; until another part begins, the time is `other`."""
-        self.begin("other")
-
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Within this context, waiting for a collective of ours is `communication`.
 
-        What DDP sends in backward is not seen: it overlaps with the computation, and what of it
-        does not is `backward`. So it is with the blocks that `efficiency.shard=full` sends in
-        forward and backward; updates that owners send (`optimizer`) are seen.
+        Transfers of DDP and of `efficiency.shard=full` overlap with forward and backward, and
+        count there; updates that owners send (`optimizer`) are seen.
         """
         with watching_waits(self._note_wait):
             yield
 
     def cut(self) -> Callable[[], dict[Part, float]]:
-        """Ends a stretch of time now; what it returns waits until the device has come so far.
+        """Ends a stretch of time; returns a function that waits for the device to finish it.
 
-        That gives the seconds of each part since the last cut; they sum to the time since then.
+        That returns the seconds of each part since the last cut; they sum to the time since then.
         """
         now = self._now()
         borders = [*self._borders, (self._part, now)]
@@ -80,7 +74,7 @@ class StepClock:
         return sums
 
     def _note_wait(self, begins: bool) -> None:
-        if self._part in NO_TRAINING:  # which are counted with their waiting
+        if self._part in NO_TRAINING:  # these include their waiting
             return
         if begins:
             self._interrupted.append(self._part)
@@ -92,5 +86,5 @@ class StepClock:
         if not self._on_gpu:
             return time.perf_counter()
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))  # not of the current device
+        event.record(torch.cuda.current_stream(self._device))  # perhaps not the current device
         return event

@@ -1,11 +1,9 @@
-"""Features of a frozen image encoder: stored in one epoch, and fed in place of images from then on.
+"""Features of a frozen image encoder: stored in one epoch, and fed instead of images from then on.
 
-A frozen encoder gives the same features of the same image in every epoch. Where nothing is drawn
-for an image, no crop, flip or augmentation, they are encoded once, and a step costs the text
-encoder alone. They are stored as the encoder gives them, unrounded, and found again by a hash of
-all that they depend on (`efficiency.image_features`).
-
-The epoch is one of the run's own loader: so what is stored is what a step would have encoded.
+A frozen encoder gives an image the same features in every epoch, unless crops, flips or
+augmentation are drawn. They are encoded once, and a step costs the text encoder alone. They are
+stored unrounded, and found by a hash of all that they depend on (`efficiency.image_features`). The
+epoch is one of the run's own loader, so a step would have encoded the same.
 """
 
 from __future__ import annotations
@@ -46,8 +44,7 @@ from unicl_fast.training.encoding import encoder_autocast, encoder_input
 
 logger = logging.getLogger("unicl_fast")
 
-_VERSION = 1
-"""Part of the keys; another one leaves all that is stored behind."""
+_VERSION = 1  # part of the keys; a change abandons all stored features
 
 
 class EpochLoader(Loader, Protocol):
@@ -65,15 +62,11 @@ def stored_features(
     ranks: Ranks,
     device: torch.device,
 ) -> list[FeatureFile]:
-    """The features of all samples, encoded now where they are not stored; all ranks call it.
+    """The features of all samples, encoded now if they are not stored; all ranks call it.
 
-    Args:
-        model: in its place on the device, its image encoder with the weights that it keeps.
-        datasets: those of the run.
-        build_loader: gives a loader of all of them by their sizes, with the run's own views.
-        on_first_batch: is called with the first batch whose images are encoded.
-        ranks: share the work; all see the same folder, which the model's config names.
-        device: holds the model.
+    `model` is on the device, its image encoder with its final weights; its config names the folder,
+    which all ranks share. `build_loader` builds a loader of all data sets by their sizes, with the
+    run's own views; `on_first_batch` gets the first batch whose images are encoded.
 
     Raises:
         SharedRefusal: stored features are damaged.
@@ -83,7 +76,7 @@ def stored_features(
     mark("looking for stored features", patience=START_PATIENCE)
     weights = weights_digest(model, "image_encoder.")
     keys = from_rank_0([_key_of(model, one, weights, device) for one in datasets], ranks)
-    # of data sets with the same images, the first is stored for all
+    # data sets with the same images share the file of the first
     missing = from_rank_0(
         [n for n, key in enumerate(keys) if not has_features(folder, key) and key not in keys[:n]],
         ranks,
@@ -91,11 +84,12 @@ def stored_features(
     if missing:
         _store(model, datasets, keys, missing, build_loader, on_first_batch, ranks)
     mark("reading stored features", patience=START_PATIENCE)
-    files: list[FeatureFile] = []
+    check = ranks.is_main  # reads all of them, once
     with refused_together(ranks):
-        for dataset, key in zip(datasets, keys, strict=True):
-            check = ranks.is_main  # reads all of them, once
-            files.append(read_features(folder, key, num_samples=len(dataset), check=check))
+        files = [
+            read_features(folder, key, num_samples=len(dataset), check=check)
+            for dataset, key in zip(datasets, keys, strict=True)
+        ]
     for number, dataset in enumerate(datasets):
         how = "stored" if number in missing else "found again"
         logger.info("features of %s: %s in %s", dataset.location, how, folder)
@@ -103,18 +97,12 @@ def stored_features(
 
 
 def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
-    data = model.config.data
+    config, data = model.config, model.config.data
     return feature_key(
-        model.config.data,
-        dataset,
-        encoder=model.config.model.image_encoder,
-        precision=model.config.efficiency.precision,
-        weights=weights,
-        device_type=device.type,
-        view=data.crop_ratio[0],
-        version=_VERSION,
+        data, dataset, encoder=config.model.image_encoder, precision=config.efficiency.precision,
+        weights=weights, device_type=device.type, view=data.crop_ratio[0], version=_VERSION,
         max_pixels=data.max_pixels,
-    )
+    )  # fmt: skip
 
 
 def _store(
@@ -135,7 +123,7 @@ def _store(
     rows_of: dict[int, RowsWriter] = {}
     unreadable: dict[int, set[int]] = {number: set() for number in missing}
     dtype = ""
-    model.train()  # as in a step: what is frozen is in evaluation mode
+    model.train()  # as in a step: frozen parts are in evaluation mode
     try:
         with contextlib.closing(build_loader()) as loader:
             steps = -(-total // config.run.global_batch_size)
@@ -154,13 +142,10 @@ def _store(
                     with rank_0_alone(ranks):
                         if ranks.is_main:
                             make_folder(folder)
+                            width, kind = bits.shape[1], bits.dtype.str
                             for number, aside in asides.items():
-                                make_rows(
-                                    aside,
-                                    num_samples=len(datasets[number]),
-                                    width=bits.shape[1],
-                                    kind=bits.dtype.str,
-                                )
+                                size = len(datasets[number])
+                                make_rows(aside, num_samples=size, width=width, kind=kind)
                     rows_of = {number: RowsWriter(aside) for number, aside in asides.items()}
                 _write(batch, bits, rows_of, unreadable)
         for rows in rows_of.values():
@@ -169,13 +154,8 @@ def _store(
         with rank_0_alone(ranks):
             if ranks.is_main:
                 for place, number in enumerate(missing):
-                    seal_features(
-                        asides[number],
-                        folder,
-                        keys[number],
-                        dtype=dtype,
-                        unreadable=set().union(*(one[place] for one in found)),
-                    )
+                    bad = set().union(*(one[place] for one in found))
+                    seal_features(asides[number], folder, keys[number], dtype=dtype, unreadable=bad)
     finally:
         for rows in rows_of.values():
             rows.close()
@@ -205,7 +185,7 @@ def _write(
     rows_of: dict[int, RowsWriter],
     unreadable: dict[int, set[int]],
 ) -> None:
-    """Writes the rows of a batch, and remembers the samples that others stood in for."""
+    """Writes the rows of a batch, and collects the samples that others replaced."""
     assert batch.source_ids is not None
     assert batch.sample_ids is not None
     assert batch.scheduled_ids is not None

@@ -15,13 +15,14 @@ from unicl_fast.training.trainer import Trainer
 def describe_run(trainer: Trainer, run_folder: Path, *, origin: str = "") -> list[str]:
     """Returns the summary, a line for each subject.
 
-    `run_folder` is where the run is saved, `origin` where its settings come from.
+    `run_folder` is the run's, `origin` the source of its settings.
     """
     config = trainer.config
     settled = settled_values(config_to_dict(trainer.given), config)
     choices = [f"{g}.{name}={one}" for g in settled for name, one in settled[g].items()]
     evaluated = ", ".join(map(without_secrets, config.data.evaluate))
     evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"
+    stages = trainer.stages if len(trainer.stages) > 1 else ()
     return [
         *([f"settings: {origin}"] if origin else []),
         f"settled: {' '.join(choices) or 'nothing was left open'}",
@@ -29,11 +30,7 @@ def describe_run(trainer: Trainer, run_folder: Path, *, origin: str = "") -> lis
         f"evaluated: {evaluated}",
         _describe_model(trainer),
         _describe_length(trainer),
-        *(
-            f"from step {stage.span.first_step:,} on: {describe_stage(stage)}"
-            for stage in trainer.stages
-            if len(trainer.stages) > 1
-        ),
+        *(f"from step {one.span.first_step:,} on: {describe_stage(one)}" for one in stages),
         _describe_device(trainer),
         f"saved: checkpoints in {run_folder}/checkpoints, "
         f"{_every(config.checkpoint.every_steps)}; metrics.jsonl every "
@@ -51,11 +48,9 @@ def _describe_data(trainer: Trainer) -> list[str]:
     if not sources:
         return []
     plan = trainer.loader.plan  # type: ignore[attr-defined]  # a run's loader has one
-    epochs = plan.epochs(trainer.total_steps)
+    columns = trainer.config.data.train, sources, plan.weights, plan.epochs(trainer.total_steps)
     lines = []
-    for name, source, weight, drawn in zip(
-        trainer.config.data.train, sources, plan.weights, epochs, strict=True
-    ):
+    for name, source, weight, drawn in zip(*columns, strict=True):
         part, size = weight / sum(plan.weights), source["num_samples"]
         classes = source["num_classes"]
         kinds = count_of(classes, "class") if classes else "captions only"
@@ -72,11 +67,9 @@ def _describe_model(trainer: Trainer) -> str:
     parameters = list(trainer.model.named_parameters())
     parts = [f"{config.model.image_encoder}, {_millions(parameters, 'image_encoder.')}"]
     if config.objective.uses_texts:
-        text = _millions(parameters, "text_encoder.")
-        parts.append(
-            f"text encoder of {count_of(config.model.text_layers, 'layer')}, width "
-            f"{config.model.text_width}, {text}"
-        )
+        layers = count_of(config.model.text_layers, "layer")
+        size = f"width {config.model.text_width}, {_millions(parameters, 'text_encoder.')}"
+        parts.append(f"text encoder of {layers}, {size}")
     trained = [(name, one) for name, one in parameters if one.requires_grad]
     part = ""
     if len(trained) < len(parameters):
@@ -108,8 +101,7 @@ def _describe_device(trainer: Trainer) -> str:
     config, device = trainer.config, trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     decodes = "CPU" if config.data.decode_device != "gpu" else "GPU"
-    threads = config.data.threads
     return (
         f"device: {name}, {config.efficiency.precision}; images are decoded on the {decodes}, in "
-        f"{count_of(threads, 'thread')} a rank"
+        f"{count_of(config.data.threads, 'thread')} a rank"
     )

@@ -1,10 +1,9 @@
 """Trackers get the lines of metrics.jsonl too: TensorBoard, W&B, trackio, MLflow.
 
-Each tracker has its own thread, which also imports and opens its package. No step waits for a
-network, and an error is logged and ends that tracker, not the run.
-
-A resumed run continues the run of each tracker, which is found again by the run's id. Steps after
-the checkpoint are done and sent again: TensorBoard replaces them, the others may show them twice.
+Each tracker has its own thread, which also imports and opens its package: no step waits for a
+network, and an error ends that tracker, not the run. A resumed run continues each tracker's run,
+found by the run's id. Steps after the checkpoint are sent again: TensorBoard replaces them, the
+others can show them twice.
 
 Servers, projects and keys are set by the packages' own environment variables, such as
 WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME.
@@ -32,8 +31,7 @@ logger = logging.getLogger(__name__)
 PROJECT = "unicl_fast"
 """The project, or experiment, if no environment variable names one."""
 _SECONDS_TO_CLOSE = 60.0
-_MOST_WAITING = 10_000
-"""Lines that wait for a tracker that does not keep up; further ones are left out."""
+_MOST_WAITING = 10_000  # lines for a slow tracker; further ones are left out
 _OUTSIDE_MLFLOW = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -41,21 +39,16 @@ class TrackedRun(NamedTuple):
     """A run as its trackers see it."""
 
     folder: Path
-    run_id: str
-    """Stays the same when the run resumes."""
-    config: Mapping[str, Any]
-    """Without secrets."""
-    start_step: int
-    """The number of steps done; later ones that a tracker has are of a start that was killed."""
+    run_id: str  # stays the same when the run resumes
+    config: Mapping[str, Any]  # without secrets
+    start_step: int  # steps done; a tracker's later ones are left from a start that was killed
 
 
 class Tracker(NamedTuple):
-    """The calls that a run makes; each may raise."""
+    """The calls that a run makes; each can raise."""
 
-    log: Callable[[Mapping[str, Any], int], object]
-    """Adds the numbers of a step to the curves."""
-    close: Callable[[], object]
-    """Sends what is left."""
+    log: Callable[[Mapping[str, Any], int], object]  # adds the numbers of a step to the curves
+    close: Callable[[], object]  # sends the rest
 
 
 def require_trackers(names: Iterable[TrackerName]) -> None:
@@ -152,7 +145,7 @@ def _open_wandb(run: TrackedRun) -> Tracker:
     opened = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT), id=run.run_id, name=run.folder.name,
         resume="allow", dir=str(run.folder), config=dict(run.config),
-        # its metadata has the command line and git's remote, which may hold passwords
+        # its metadata has the command line and git's remote, which can hold passwords
         settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
     )  # fmt: skip
     # its own steps only rise: a second line of one step, after a resume, would be dropped
@@ -190,20 +183,18 @@ def _open_mlflow(run: TrackedRun) -> Tracker:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     there = client.get_experiment_by_name(name)
     number = there.experiment_id if there else client.create_experiment(name)
-    found = client.search_runs([number], f"tags.`{tag}` = '{run.run_id}'")
-    opened = (
-        found or [client.create_run(number, run_name=run.folder.name, tags={tag: run.run_id})]
-    )[0]
-    key = opened.info.run_id
-    if not found:
+    if found := client.search_runs([number], f"tags.`{tag}` = '{run.run_id}'"):
+        key = found[0].info.run_id
+    else:
+        new = client.create_run(number, run_name=run.folder.name, tags={tag: run.run_id})
+        key = new.info.run_id
         client.log_dict(key, dict(run.config), "config.json")
     client.update_run(key, status="RUNNING")
 
     def log(values: Mapping[str, Any], step: int) -> None:
-        named = {_OUTSIDE_MLFLOW.sub("_", name): value for name, value in values.items()}
         now = round(1000 * time.time())
-        metrics = [Metric(name, value, now, step) for name, value in named.items()]
-        client.log_batch(key, metrics=metrics)
+        named = ((_OUTSIDE_MLFLOW.sub("_", name), value) for name, value in values.items())
+        client.log_batch(key, metrics=[Metric(*one, now, step) for one in named])
 
     return Tracker(log, lambda: client.set_terminated(key))
 

@@ -1,8 +1,8 @@
-"""The training loop (`Trainer.fit`): take a batch, update, log, save, evaluate.
+"""The training loop (`Trainer.fit`): next batch, update, log, save, evaluate.
 
-The trainer takes any `Loader`, a `ListLoader` on a laptop too. The batch of a step, its drop path
-and its learning rate are functions of the step, so the state of a run is the step, the weights and
-their average, the optimizer and the loss scaler. `Observer`s write metrics, ledger and checkpoints.
+The trainer accepts any `Loader`, such as a `ListLoader` on a laptop. A step's batch, drop path and
+learning rate are functions of the step, so a run's state is the step, the weights and their
+average, the optimizer and the loss scaler. `Observer`s write metrics, ledger and checkpoints.
 `assembly.make_trainer` puts the parts together.
 """
 
@@ -55,10 +55,10 @@ from unicl_fast.training.step_clock import Part, StepClock
 logger = logging.getLogger(__name__)
 
 Evaluation = Callable[[UniCL], Mapping[str, float]]
-"""Gives named numbers of a model, for example `{"top1": 0.6}`."""
+"""Returns named numbers of a model, for example `{"top1": 0.6}`."""
 
 COMPILING_STEPS = 16
-"""The first step fills caches and makes kernels; torch.compile meets most sizes in a few steps."""
+"""Steps in which caches fill and kernels compile; torch.compile has met most sizes by then."""
 
 
 class Observer:
@@ -73,41 +73,38 @@ class Observer:
         """After each step; reads nothing from the device."""
 
     def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
-        """Before a line, a checkpoint or an evaluation: loss and gradient norm of the last steps.
+        """Before a line, a checkpoint or an evaluation; an error ends the run.
 
-        `steps` are the last ones of the `done` first steps of the run. An error ends the run.
+        `steps` are loss and gradient norm of the last of the run's first `done` steps.
         """
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
-        """At a logging step: adds numbers [0-d] of this rank, which are then summed over ranks.
-
-        Reads nothing from the device.
-        """
+        """At a logging step: adds numbers [0-d] to sum over ranks; reads nothing off the device."""
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
         """Adds numbers to the line of a logging step, from the sums over all ranks.
 
-        On a GPU the next step has been launched meanwhile; `values` say which step it is.
+        On a GPU the next step has been launched by then; `values` has the line's step.
         """
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Takes a whole line of metrics; `batch` is of its step, or of the next one on a GPU."""
+        """Receives a whole line of metrics; `batch` is of its step, or the next one's on a GPU."""
 
     def allows_save(self, *, required: bool) -> bool:
-        """Writes data that must be on the disk before a checkpoint; returns whether it is."""
+        """Writes data that must be on disk before a checkpoint; returns whether it is there."""
         return True
 
     def on_save(self, run: Trainer, *, required: bool) -> None:
-        """Saves the state of the run; a required one is on the disk when this returns."""
+        """Saves the state of the run; a required save is on disk when this returns."""
 
     def on_evaluation(self, run: Trainer, values: Mapping[str, float]) -> None:
-        """Takes the numbers of one evaluation."""
+        """Receives the numbers of one evaluation."""
 
     def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
-        """After the evaluations of a step; `all_done` says whether none was left out."""
+        """After the evaluations of a step; `all_done` says whether all of them ran."""
 
     def results_of(self, step: int) -> Collection[str] | None:
-        """The numbers of evaluations that an earlier start has written; None if unknown."""
+        """Names of evaluation results that an earlier start has written; None if unknown."""
         return None
 
 
@@ -129,14 +126,8 @@ class Trainer:
     ) -> None:
         """Puts the parts together; nothing is trained or written yet.
 
-        Args:
-            setup: the run's settings, settled for its ranks.
-            model: already on its device, frozen as `optim.freeze` says, not compiled.
-            loader: gives the local batches of this rank.
-            evaluations: by name; all ranks call them together.
-            data: describes the training data, in JSON's types; stored in checkpoints and compared
-                when a run is resumed.
-            observers: take part in this order.
+        `setup` is settled for its ranks; `model` is on its device, frozen as `optim.freeze` says,
+        and not compiled. `observers` are called in this order. The rest is as in `make_trainer`.
         """
         self.config, self.given, self.ranks = setup.config, setup.given, setup.ranks
         self.model, self.loader = model, loader
@@ -144,13 +135,12 @@ class Trainer:
         self.evaluations, self.data, self.observers = dict(evaluations), dict(data), observers
         self.device = model.device
         self.run_id: str = from_rank_0(secrets.token_hex(8), ranks)
-        """The run, over all its starts: in every file of its checkpoints, and in its ledger."""
+        """Identifies the run over all its starts, in its checkpoints and its ledger."""
         self.stages, self.total_steps = config.stages, config.run.total_steps
         self.stage = self.stages[0]
-        """The part of the run that the present step is of."""
         self.step = self.start_step = self.saved_step = 0
         self.compiled_from = 0
-        """The step before which nothing was compiled that is used now."""
+        """The step at which compilation last started afresh."""
         self.ema = build_weight_average(model, config.optim) if config.optim.ema_decay else None
         self.parallel = Parallel(model, self.ema, config.efficiency, ranks)
         self.optimizer = build_optimizer(model, config)
@@ -159,49 +149,40 @@ class Trainer:
         self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self._batch_norms = BatchNormBackup(model) if config.run.max_bad_steps else None
         model.set_stage(self.stage.config.data, self.stage.config.model)
-        self.clock: StepClock | None = None
-        """The clock of the `fit` that is under way; None outside of one."""
+        self.clock: StepClock | None = None  # set within `fit` only
 
     def resume(self, checkpoint: Path) -> None:
-        """Restores the state that a checkpoint of this run holds; all ranks call it together.
+        """Restores the state of a checkpoint of this run; all ranks call it together.
 
         Only rank 0 reads it, and sends its content to the others.
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            ValueError: it is damaged, or of another model, objective or other data.
+            ValueError: it is damaged, or has another model, objective or other data.
         """
         state = read_state(checkpoint, self.ranks)
         refuse_another_run(state, self.config, self.data)
         if self.ema is not None:
             self.ema.separate()
         restore_checkpoint(
-            checkpoint,
-            state,
-            model=self.model,
-            ema=self.ema,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            ranks=self.ranks,
-        )
+            checkpoint, state, model=self.model, ema=self.ema, optimizer=self.optimizer,
+            scaler=self.scaler, ranks=self.ranks,
+        )  # fmt: skip
         self.step = self.saved_step = state.step
         self._enter_stage()
         self.run_id = state.run_id
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
 
     def fit(self) -> None:
-        """Trains to the end of the run, or until a signal asks for a stop (see `Interruption`).
+        """Trains to the end of the run, or until a signal requests a stop (see `Interruption`).
 
         Raises:
             Interrupted: a signal came; a checkpoint of the last step is written.
-            FloatingPointError: a loss or a gradient norm was not finite in more than
-                `run.max_bad_steps` steps; names the step. Raised at the next logging, checkpoint or
-                evaluation step.
-            TooManyBadSamplesError: more samples had to be replaced than the config allows. Raised
-                at the next logging step.
-            ValueError: no evaluation gives the metric `checkpoint.best`, or samples have classes
-                that the objective does not look at.
-            OSError: the run folder, or the last checkpoint, cannot be written; or the ledger was
+            FloatingPointError: the loss or gradient norm of more than `run.max_bad_steps` steps was
+                not finite; names the step. Raised at a logging, checkpoint or evaluation step.
+            TooManyBadSamplesError: too many samples were replaced. Raised at a logging step.
+            ValueError: no evaluation gives `checkpoint.best`, or the objective ignores classes.
+            OSError: the run folder or the last checkpoint cannot be written, or the ledger was
                 moved or removed. Raised at the next checkpoint.
             RuntimeError: the weights of ranks differ.
         """
@@ -234,8 +215,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Updates the weights once, unless the loss or the gradient norm is not finite.
 
-        The host does not wait for the device here, except with optimizers that need it to (see
-        `optim.update`). So the next logging step is the first that can report a non-finite one.
+        The host does not wait for the device, except with optimizers that need it to (see
+        `optim.update`), so a non-finite value is reported at the next logging step.
 
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
@@ -265,14 +246,9 @@ class Trainer:
         """
         self.parallel.begin_step()
         loss = back_propagate(
-            self.model,
-            self.parallel.encode,
-            batch,
-            self.stage.config,
-            self.ranks,
-            scale_loss=self._scale_loss,
-            begin=self.begin,
-        )
+            self.model, self.parallel.encode, batch, self.stage.config, self.ranks,
+            scale_loss=self._scale_loss, begin=self.begin,
+        )  # fmt: skip
         self.parallel.join_gradients()
         return loss
 
@@ -302,8 +278,8 @@ class Trainer:
     def save(self, *, required: bool = True) -> None:
         """Lets observers save the present step; all ranks call it together.
 
-        A required checkpoint is on the disk when this returns. Another is written while training
-        continues, and if that fails it is only logged, loudly: the next one may fit.
+        A required checkpoint is on disk when this returns. Others are written while training
+        continues; their failure is only logged, loudly, since the next one may fit.
 
         Raises:
             OSError: a required one cannot be written, or the ledger was moved or removed.
@@ -316,7 +292,7 @@ class Trainer:
         self.begin("other")
 
     def _enter_stage(self) -> bool:
-        """Switches to the current step's stage. Returns True if it is another one."""
+        """Switches to the current step's stage; returns whether it is a new one."""
         span = span_at(self.config.run.spans, self.step)
         if span.number == self.stage.span.number:
             return False
@@ -324,14 +300,14 @@ class Trainer:
         logger.info("from step %d on: %s", span.first_step, describe_stage(self.stage))
         self.model.set_stage(self.stage.config.data, self.stage.config.model)
         if self.config.efficiency.compile != "off":
-            torch.compiler.reset()  # so that graphs are those that a start would compile
+            torch.compiler.reset()  # a fresh start would compile the same graphs
         self.parallel.rebuild()
         self.compiled_from = self.step
         return True
 
     @contextlib.contextmanager
     def _fitting(self) -> Iterator[tuple[StepMeter, Interruption]]:
-        """Opens the clock, the observers and signals for `fit`, and closes them at the end."""
+        """Opens clock, observers and signals for `fit`, and closes them at the end."""
         self.start_step = self.compiled_from = self.step
         if self.ema is not None:
             self.ema.share_frozen(self.model)
@@ -347,20 +323,21 @@ class Trainer:
             yield meter, interruption
 
     def _missing_evaluations(self) -> list[str]:
-        """Evaluations that were due at the step we resume from and have written no numbers."""
-        known = [observer.results_of(self.step) for observer in self.observers]
-        written = [name for names in known if names is not None for name in names]
-        missing = [
-            name
-            for name in self.evaluations
-            if any(names is not None for names in known)
-            and not any(key.startswith(f"{name}/") for key in written)
+        """Evaluations of the step we resume from whose numbers were not written."""
+        if self.step == 0 or not self.is_due(self.config.run.evaluate_every_steps):
+            return []
+        known = [
+            names for one in self.observers if (names := one.results_of(self.step)) is not None
         ]
-        is_due = self.step > 0 and self.is_due(self.config.run.evaluate_every_steps)
-        return from_rank_0(missing, self.ranks) if is_due else []
+        keys = [key for names in known for key in names]
+        missing = [
+            name for name in self.evaluations
+            if known and not any(key.startswith(f"{name}/") for key in keys)
+        ]  # fmt: skip
+        return from_rank_0(missing, self.ranks)
 
     def batches(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """The batches of the steps that are left."""
+        """The batches of the remaining steps."""
         left = self.total_steps - self.step
         batches = itertools.islice(self.loader.batches(self.step), left)
         if self.config.objective.uses_texts:
@@ -383,11 +360,11 @@ class Trainer:
         return batch
 
     def _settle_buckets(self, batch: Batch) -> None:
-        """Does a backward pass that does not count, so that a start cannot be seen in the results.
+        """Does a backward pass that does not count, so that a start leaves no trace in the results.
 
         DDP puts gradients into buckets by the order of parameters, and after its first backward
-        pass by the order in which they came. A gradient's place decides in which order three or
-        more ranks are added up, so the first step of each start would be rounded in another way.
+        pass by the order in which they arrived. A gradient's place decides in which order three or
+        more ranks are summed, so the first step of each start would be rounded differently.
         """
         if not self.parallel.has_buckets:
             return
@@ -419,28 +396,21 @@ class Trainer:
         learnt = {name: one for name, one in self.model.learnt.items() if one.ndim == 0}
         run, done, group = self.config.run, self.step, self.optimizer.param_groups[0]
         seen, before = run.draws_before(done), run.draws_before(done - len(meter))
-        head: dict[str, float] = {
-            "step": done,
-            "samples_seen": seen,
-            **({"stage": self.stage.span.number + 1} if len(self.stages) > 1 else {}),
-        }
+        head: dict[str, float] = {"step": done, "samples_seen": seen}
+        if len(self.stages) > 1:
+            head["stage"] = self.stage.span.number + 1
         rate = group["lr"] / group["lr_scale"]  # without layer decay
         read = meter.begin_line([*add_up(sums, self.ranks, self.device), *learnt.values()])
 
         def write(batch: Batch) -> None:
             line = read()
             self._check_steps(line.steps, done=done)
-            values: dict[str, float] = {
-                **head,
-                **meter.summary(
-                    line,
-                    samples=seen - before,
-                    world_size=self.ranks.world_size,
-                    steps_left=self.total_steps - done,
-                ),
-                **dict(zip(learnt, line.numbers[len(sums) :], strict=True)),
-                "lr": rate,
-            }
+            summary = meter.summary(
+                line, samples=seen - before, world_size=self.ranks.world_size,
+                steps_left=self.total_steps - done,
+            )  # fmt: skip
+            of_learnt = dict(zip(learnt, line.numbers[len(sums) :], strict=True))
+            values = {**head, **summary, **of_learnt, "lr": rate}
             totals = dict(zip(sums, line.numbers, strict=False))
             for observer in self.observers:
                 observer.measure(self, totals, values)
@@ -457,7 +427,7 @@ class Trainer:
             write(batch)
 
     def _lets_lines_wait(self) -> bool:
-        """Whether a line is written when the next step is launched, so that the device works on."""
+        """Whether lines are written after the next launch, so that the device keeps working."""
         return self.device.type == "cuda" and self.step < self.stage.span.end_step
 
     def _mark_reading(self) -> None:
@@ -469,7 +439,7 @@ class Trainer:
         """Runs the named evaluations of the present step.
 
         Raises:
-            Interrupted: a signal came; a resumed run does the evaluations that are missing.
+            Interrupted: a signal came; a resumed run does the missing evaluations.
         """
         if not names:
             return
@@ -486,7 +456,7 @@ class Trainer:
             observer.on_evaluated(self, values, all_done=len(names) == len(self.evaluations))
 
     def _evaluate_one(self, name: str) -> dict[str, float]:
-        """Evaluates by the run's own sizes, in every stage."""
+        """Evaluates with the run's own sizes, in every stage."""
         self.mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
         with self.parallel.evaluated(model) as evaluated:
@@ -508,18 +478,18 @@ class Trainer:
         raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
 
     def is_due(self, every_steps: int) -> bool:
-        """Whether an action of every `every_steps` steps (0: never) and of the end is due now."""
+        """Whether an action of every `every_steps` steps (0: only at the end) is due now."""
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def begin(self, part: Part) -> None:
-        """Counts the time from now on as this part of a step."""
+        """Counts the time from now on towards this part of a step."""
         if self.clock is not None:
             self.clock.begin(part)
 
     def mark(self, phase: str, *, part: Part | None = None, waits_for_ranks: bool = False) -> None:
         """Tells a watchdog which phase begins, and whether some of it waits in a collective.
 
-        `part` is the part of a step that the time counts for; None continues the present one.
+        `part` is the part of a step that the time counts towards; None continues the present one.
         """
         if part is not None:
             self.begin(part)

@@ -1,0 +1,52 @@
+"""Runs are compared by their losses and by the tensors of their models and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.training.metrics import read_metrics
+
+IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+def last_of(run: Path) -> Path:
+    return list_checkpoints(run / "checkpoints")[-1]
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return {
+        f"{file.stem}: {name}": tensor
+        for file in checkpoint.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compares bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def assert_close_states(
+    found: Path, expected: Path, *, rtol: float, atol: float, of_in_proj_bias: float | None = None
+) -> None:
+    """Compares the last checkpoints of two runs.
+
+    A key's bias changes no attention, so its gradient is all rounding, which AdamW enlarges.
+    """
+    states, expected_states = state_of(last_of(found)), state_of(last_of(expected))
+    assert states.keys() == expected_states.keys()
+    for name, tensor in states.items():
+        allowed = (of_in_proj_bias or 10 * atol) if name.endswith("in_proj_bias") else atol
+        torch.testing.assert_close(tensor, expected_states[name], rtol=rtol, atol=allowed, msg=name)
