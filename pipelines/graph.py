@@ -141,12 +141,7 @@ def files_for_dali(files: Sequence[NDArray[np.uint8]]) -> TensorListCPU:
 
 
 def decode_windows(
-    first: Any,
-    starts: Any,
-    shapes: Any,
-    *,
-    device: torch.device,
-    form: ImageForm,
+    first: Any, starts: Any, shapes: Any, *, device: torch.device, form: ImageForm
 ) -> Any:
     """The window of each image, uint8 [h w c]; sizes differ."""
     if form == "pixels":
@@ -201,10 +196,7 @@ def build_evaluation_graph(
         kinds = [(types.UINT8, 1, None), (types.FLOAT, 1, None), (types.FLOAT, 1, None)]
         encoded, starts, ends = _inputs(next_inputs, kinds)
         whole = fn.decoders.image(
-            encoded,
-            output_type=types.RGB,
-            adjust_orientation=False,
-            **_decoder_settings(device),
+            encoded, output_type=types.RGB, adjust_orientation=False, **_decoder_settings(device)
         )
         if is_fused(data.resample, device):
             unflipped = types.Constant([0], dtype=types.INT32)

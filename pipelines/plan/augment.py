@@ -89,12 +89,7 @@ def neutral_rows(size: int, *, stages: int) -> NDArray[np.float32]:
 
 
 def draw_rows(
-    augmentation: Augmentation,
-    draws: NDArray[np.int64],
-    *,
-    key: int,
-    image_size: int,
-    stages: int,
+    augmentation: Augmentation, draws: NDArray[np.int64], *, key: int, image_size: int, stages: int
 ) -> NDArray[np.float32]:
     """Draws the rows of some images, float32 [b k]; columns as in `Column`.
 

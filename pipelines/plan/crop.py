@@ -86,9 +86,7 @@ def _random_windows(
 
 
 def evaluation_regions(
-    heights: NDArray[np.integer[Any]],
-    widths: NDArray[np.integer[Any]],
-    data: DataConfig,
+    heights: NDArray[np.integer[Any]], widths: NDArray[np.integer[Any]], data: DataConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The region of each image that evaluation resamples to a square, in its own pixels.
 

@@ -518,11 +518,7 @@ def _check_source(source: PlanSource) -> None:
 
 
 def _check_sizes(
-    names: Sequence[str],
-    sizes: Sequence[int],
-    weights: tuple[int, ...],
-    *,
-    global_batch_size: int,
+    names: Sequence[str], sizes: Sequence[int], weights: tuple[int, ...], *, global_batch_size: int
 ) -> None:
     """Refuses a source whose epoch has fewer samples than its part of one batch."""
     total = sum(weights)

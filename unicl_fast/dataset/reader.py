@@ -298,10 +298,7 @@ class PackedDataset:
         return image[len(self._layout.pnm_header) :].reshape(self._layout.shape)
 
     def read_pixels(
-        self,
-        indices: Int64Array,
-        out: npt.NDArray[np.uint8],
-        positions: Int64Array,
+        self, indices: Int64Array, out: npt.NDArray[np.uint8], positions: Int64Array
     ) -> npt.NDArray[np.bool_]:
         """Reads many raw images and compares their checksums: 1 us each for 3 kB.
 

@@ -35,12 +35,7 @@ import xxhash
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from unicl_fast.system.checked_fields import (
-    LARGEST_INT,
-    Count,
-    from_json_values,
-    require,
-)
+from unicl_fast.system.checked_fields import LARGEST_INT, Count, from_json_values, require
 from unicl_fast.system.untrusted_files import open_file, parse_json
 from unicl_fast.system.wording import shorten
 

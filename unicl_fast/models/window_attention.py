@@ -63,10 +63,7 @@ def _attend(block: Any, x: Tensor) -> Tensor:
         table = table.unflatten(0, (side + 2 * beyond, -1))
         table = table[beyond : beyond + side, beyond : beyond + side].flatten(0, 1)
     mixed = window_attention(
-        attention.qkv(x),
-        table,
-        [*window, *shift, not any(padding)],
-        attention.scale,
+        attention.qkv(x), table, [*window, *shift, not any(padding)], attention.scale
     )
     if any(padding):
         mixed = torch.roll(mixed[:, :height, :width], tuple(shift), dims=(1, 2))

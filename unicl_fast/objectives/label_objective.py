@@ -75,13 +75,7 @@ class LabelObjective(Objective):
         )
 
     def mix(
-        self,
-        images: Tensor,
-        classes: Classes,
-        batch: Batch,
-        *,
-        seed: int,
-        global_batch_size: int,
+        self, images: Tensor, classes: Classes, batch: Batch, *, seed: int, global_batch_size: int
     ) -> tuple[Tensor, Classes]:
         """Mixes neighbours and their labels; each image then has a text of its own."""
         if not self.mixes:

@@ -117,13 +117,7 @@ class Objective:
         """Refuses (ValueError) an unsuitable number of images on each rank."""
 
     def mix(
-        self,
-        images: Tensor,
-        classes: Classes,
-        batch: Batch,
-        *,
-        seed: int,
-        global_batch_size: int,
+        self, images: Tensor, classes: Classes, batch: Batch, *, seed: int, global_batch_size: int
     ) -> tuple[Tensor, Classes]:
         """Changes this rank's normalised images [b c h w] and their classes before encoding."""
         return images, classes
