@@ -25,13 +25,7 @@ class FeatureLoader:
     def __init__(
         self, steps: RankSteps, features: Sequence[FeatureFile], *, device: torch.device
     ) -> None:
-        """Opens nothing.
-
-        Args:
-            steps: plans the samples, and their texts and targets.
-            features: stored features of each data set, all of one dtype.
-            device: where batches end up.
-        """
+        """`features` are stored ones of each data set, all of one dtype; batches go to `device`."""
         self.steps, self.plan = steps, steps.plan
         self.reading = ReadingTime(decodes_files=False)
         self._features, self._device = list(features), device

@@ -57,20 +57,12 @@ def build_train_graph(
 ) -> Pipeline:
     """Decode the window, resample it to a crop, flip it, augment it.
 
-    Args:
-        next_inputs: gives what `host_batches.graph_inputs` makes: images, window starts (row,
-            column) int32 [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], and,
-            with augmentation, its rows float32 [b m]. Crops come without windows and flips.
-        data: the settings of crops.
-        batch_size: most samples of a batch.
-        device: where images end up.
-        threads: number of decoding threads.
-        ahead: batches that are ready before they are requested.
-        form: in which images enter.
-        augmentation: what the data sets need (see `operators.parts_for`); None needs nothing.
+    `next_inputs` gives the inputs of `host_batches.graph_inputs`: images in this `form`, window
+    starts (row, column) and shapes (height, width) int32 [b 2], flips int32 [b 1], and, with
+    `augmentation` (`operators.parts_for`), its rows float32 [b m]; crops come without windows and
+    flips. `threads` decode, and `ahead` batches are ready before they are requested.
 
-    Returns:
-        A pipeline with one output, uint8 [b h w c] on `device`.
+    Returns a pipeline with one output, uint8 [b h w c] on `device`.
     """
     fused = is_fused(data.resample, device)
     kinds = _kinds_of(form) + [(types.FLOAT, 1, None)] * (augmentation is not None)
@@ -102,10 +94,7 @@ def build_decoding_graph(
     ahead: int = 1,
     form: ImageForm = "files",
 ) -> Pipeline:
-    """Decode the windows and output only their shapes: for measuring the cost of decoding.
-
-    Inputs are those of `build_train_graph` without augmentation, and so are the arguments.
-    """
+    """As `build_train_graph`, but only decodes: for measuring; outputs the windows' shapes."""
     pipeline = Pipeline(**_pipeline_settings(batch_size, device, threads, ahead))
     with pipeline:
         first, starts, shapes, flips = _inputs(next_inputs, _kinds_of(form))

@@ -82,10 +82,7 @@ def graph_inputs(
 ) -> tuple[Any, ...]:
     """The inputs of `graph.build_train_graph`.
 
-    Args:
-        planned: the batch.
-        images: encoded images, which are cut to what their windows need; or pixels uint8
-            [b h w 3].
+    Encoded images are cut to what their windows need; others are pixels uint8 [b h w 3].
     """
     num_views = planned.num_views
     starts, shapes, flips = split_windows(planned.windows.transpose(1, 0, 2).reshape(-1, 5))

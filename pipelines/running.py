@@ -27,12 +27,10 @@ from .host_batches import HostBatch, Metadata
 Outputs = Generator[tuple[Tensor, Metadata], None, None]
 """The images of each batch, and its metadata."""
 
-_SMALL_BATCH_BYTES = 5_000_000
-"""Bytes of a small batch's crops."""
+_SMALL_BATCH_BYTES = 5_000_000  # bytes of a small batch's crops
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's decoded windows, before they are resized, beyond which one batch is enough."""
-_SOUND_SIDE = 16
-"""Pixels of a side of the image that any decoder accepts."""
+_SOUND_SIDE = 16  # pixels of a side of the image that any decoder accepts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,19 +56,18 @@ def choose_pace(
 ) -> Pace:
     """Chooses the pace of a loader whose batches have `num_images`, over all views.
 
-    Decoders hold all windows of a batch, `window_bytes` each on average. Eight images of 88
-    megapixels take 1.1 GB, and 8.3 GB with the usual batches ahead (4.6 GB without); a stop waits
-    until the batches under way are decoded. So very large images are decoded one batch at a time.
-
-    On the CPU two graphs have half of the threads each, so that no thread waits for another. With
-    one thread, or nothing decoded ahead, there is one graph: two would only take turns waiting.
+    Decoders hold all windows of a batch, `window_bytes` each on average.
     """
     ahead = data.prefetch
     if not ahead:
+        # Eight images of 88 megapixels take 1.1 GB, and 8.3 GB with the usual batches ahead; a stop
+        # waits until the batches under way are decoded.
         is_small = 3 * num_images * data.image_size**2 <= _SMALL_BATCH_BYTES
         is_large = num_images * window_bytes >= _LARGE_BATCH_BYTES
         ahead = 1 if is_large else 4 if is_small else 2
     threads = data.threads or usable_cores()
+    # Two graphs with half of the threads each, so that no thread waits for another; with one thread
+    # or one batch ahead they would only take turns waiting.
     if threads == 1 or ahead == 1 or device.type != "cpu":
         return Pace(threads=(threads,), ahead=ahead)
     return Pace(threads=(-(-threads // 2), threads // 2), ahead=ahead)
@@ -103,17 +100,11 @@ def decode(
     the graph is gone: the default executor counts references and reuses a buffer only when nobody
     holds it (a test pins that).
 
-    Args:
-        build: makes a graph that gets its inputs from a function, as `build_train_graph` does.
-        host_batches: the batches; iterated in another thread, so that waiting for storage hides
-            behind decoding, and closed at the end.
-        batch_size: size of the largest batch.
-        device: where the graphs' images end up.
-        pace: of the graphs; as many batches again are prepared on the host.
+    `build` makes a graph, as `build_train_graph` does. `host_batches` are iterated in another
+    thread, so that waiting for storage hides behind decoding, and closed at the end. `batch_size`
+    is that of the largest batch; the host prepares as many batches ahead as `pace` says of graphs.
 
-    Raises:
-        DecodingError: DALI failed at the batch that was to come out next. Errors of `host_batches`
-            are raised unchanged.
+    Raises DecodingError if DALI fails at the next batch; errors of `host_batches` pass unchanged.
     """
     with (
         contextlib.closing(host_batches),
@@ -215,18 +206,10 @@ def find_undecodable(
     """Finds the images of a batch that the decoder refuses, and its reasons, by row; often one.
 
     DALI says that a batch failed, seldom at which image. So each sample is decoded by itself, by
-    the same graph with batches of one. That is slow (about the time of the batch on one thread, and
-    a new graph after each image that fails), but happens only after a failure.
+    the same graph (`build`) with batches of one: slow, but only after a failure. `inputs` are those
+    of the graph: encoded images, two columns for the window, and more with one row a sample.
 
-    Args:
-        build: makes the graph that failed, as `build_train_graph` does.
-        inputs: of the batch, as for the graph: encoded images, two corners or a corner and a size
-            of the window, and more with one row a sample.
-        device: where the graph's images end up.
-
-    Raises:
-        DecodingError: the decoder fails at a sound image too, so the images are not the cause (a
-            device that is lost, or out of memory).
+    Raises DecodingError if a sound image fails too: the device is lost, or out of memory.
     """
     reasons: dict[int, str] = {}
     start, size = 0, len(inputs[0])

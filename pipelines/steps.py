@@ -102,8 +102,7 @@ class RankSteps:
     ) -> None:
         """Takes the arguments of `TrainLoader`, and the plan of its run.
 
-        Raises:
-            ValueError: the ranks cannot share a global batch.
+        Raises ValueError: the ranks cannot share a global batch.
         """
         self.datasets, self.plan = list(datasets), plan
         self.bad = BadSamples(datasets, plan, quarantine)
@@ -138,8 +137,7 @@ class RankSteps:
     def begin(self, step: int) -> None:
         """Announces that the images of a step are about to be read; from any thread.
 
-        Raises:
-            DamagedDatasetError: a data set's arrays were cut short meanwhile.
+        Raises DamagedDatasetError: a data set's arrays were cut short meanwhile.
         """
         self._check_arrays()
         self._follow(step)

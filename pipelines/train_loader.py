@@ -39,13 +39,11 @@ from .trial import try_decoder
 class TrainLoader:
     """One rank's batches of a run; implements `unicl_fast.batch.Loader`.
 
-    Other libraries' loops iterate over it, and save its `state_dict` with the model's: iterating
-    begins at the step after the last batch that was handed out, or where `load_state_dict` says, on
-    any number of ranks. It ends with the run, whose steps are its length.
+    A batch is the same whichever step iterating begins at, and the batches of all ranks join to the
+    same global batch for any number of ranks. Bad samples are replaced and change nothing else.
 
-    Batches are the same whichever step they are requested from, and the ranks' batches of one step
-    join to the same global batch for any number of ranks. Bad samples are replaced, and change
-    nothing else.
+    Other libraries' loops iterate over it and save its `state_dict` with the model's: iterating
+    continues after the last batch handed out, or where `load_state_dict` says, to the run's end.
     """
 
     _running: Generator[Batch, None, None] | None = None
@@ -66,7 +64,7 @@ class TrainLoader:
         """Checks that the data can be planned and that the ranks can share a batch.
 
         Args:
-            config: the run's.
+            config: the run's, or a stage's.
             datasets: to train on, open; the caller closes them.
             weights: each data set's part of every batch; None uses the numbers of samples.
             prompts: made from the same data sets in the same order.
@@ -74,8 +72,8 @@ class TrainLoader:
             world_size: how many there are in a global batch.
             device: where batches end up; `data.decode_device` says whether it decodes images.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
-            spans: those of the run, if it has stages; `config` is then that of number `stage`.
-            stage: see `spans`.
+            spans: those of a run in stages.
+            stage: number of the stage that `config` is for.
 
         Raises:
             ValueError: stages, data that cannot be planned or shared, or a decoder that fails.
@@ -183,12 +181,6 @@ class TrainLoader:
                     f"{own[name]}: resume with the data and settings that the run began with"
                 )
         self._next_step = int(state_dict["next_step"])
-
-    def metadata_without_decoding(self, num_steps: int) -> Iterator[TrainMetadata]:
-        """Metadata of the first steps, each read and not decoded: for measuring storage."""
-        with self.steps.reading_ahead(0), contextlib.closing(self.host.batches(0)) as batches:
-            for batch in itertools.islice(batches, num_steps):
-                yield batch.metadata
 
     def close(self) -> None:
         """Stops decoding and frees its buffers; batches that are still held stay valid."""

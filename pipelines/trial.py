@@ -23,8 +23,7 @@ from .graph import Pipeline, build_evaluation_graph, build_train_graph
 from .host_batches import HostBatch
 from .running import decode
 
-_IMAGES = 64
-"""Images of each data set that are tried."""
+_IMAGES = 64  # images of each data set that are tried
 
 _tried: set[tuple[str, ...]] = set()
 
@@ -32,8 +31,7 @@ _tried: set[tuple[str, ...]] = set()
 def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device) -> None:
     """Decodes images of data sets as training and evaluation do, once for each device and set.
 
-    Raises:
-        ValueError: the process crashed, failed or hung; says how, and names a remedy.
+    Raises ValueError: the process crashed, failed or hung; says how, and names a remedy.
     """
     key = (str(device), *(dataset.location for dataset in datasets))
     if key in _tried:

@@ -25,8 +25,7 @@ from .evaluate import __main__ as evaluate
 from .pack import __main__ as pack_dataset
 
 _MARK = ".unicl-demo"
-_Words = list[str | Path]
-"""Arguments of a program."""
+_Words = list[str | Path]  # arguments of a program
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "a photo of the number {}.",

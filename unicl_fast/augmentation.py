@@ -25,8 +25,7 @@ from unicl_fast.system.checked_fields import (
 
 Policy = Literal["none", "rand", "trivial", "auto"]
 
-LARGEST_MAGNITUDE = 10.0
-"""RandAugment's magnitudes run from 0 to this, as in timm."""
+LARGEST_MAGNITUDE = 10.0  # randAugment's magnitudes run from 0 to this, as in timm
 
 Sigma = Annotated[float, Meta(gt=0, le=20)]
 Ratio = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]

@@ -543,8 +543,7 @@ class TrainConfig:
     def settings_of_stages(self) -> tuple[TrainConfig, ...]:
         """The config of each stage, also while the run's length is not known.
 
-        Raises:
-            ValueError: names a stage that the run's last one could not follow.
+        Raises ValueError: names a stage that the run's last one could not follow.
         """
         return configs_of_stages(self)
 

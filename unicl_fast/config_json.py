@@ -41,8 +41,7 @@ def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, 
 def with_settled(given: Any, changes: Any) -> TrainConfig:
     """A settled config, from `config_to_dict` of the given one and `settled_values`.
 
-    Raises:
-        ValueError: as `config_from_dict`.
+    Raises ValueError: as `config_from_dict`.
     """
     if not isinstance(changes, dict) or not all(isinstance(one, dict) for one in changes.values()):
         raise ValueError(f"settled must hold groups of settings, not {changes!r:.100}")
@@ -54,8 +53,7 @@ def with_settled(given: Any, changes: Any) -> TrainConfig:
 def config_from_dict(values: Any) -> TrainConfig:
     """Rebuilds a config from `config_to_dict`'s result or its JSON.
 
-    Raises:
-        ValueError: a group or field that this version does not know, or a value out of range.
+    Raises ValueError: a group or field that this version does not know, or a value out of range.
     """
     try:
         return from_json_values(TrainConfig, values)

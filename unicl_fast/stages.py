@@ -132,8 +132,7 @@ def span_at(spans: Sequence[Span], step: int) -> Span:
 def configs_of_stages(config: Any) -> tuple[Any, ...]:
     """The `TrainConfig` of each stage of a run; the last one has the run's own settings.
 
-    Raises:
-        ValueError: a stage that the run's last one could not follow; names it.
+    Raises ValueError: a stage that the run's last one could not follow; names it.
     """
     configs = []
     for text in config.run.stages:

@@ -5,6 +5,8 @@ An epoch is read without decoding for each window of the order and each size of 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +78,9 @@ def _read_an_epoch(
             traffic = dataset.remote.store.traffic
             loader = open_loader(dataset, config)
             before, started = traffic.read_bytes, time.perf_counter()
-            for _ in loader.metadata_without_decoding(len(dataset) // config.run.global_batch_size):
-                pass
+            steps = len(dataset) // config.run.global_batch_size
+            with loader.steps.reading_ahead(0), contextlib.closing(loader.host.batches(0)) as read:
+                for _ in itertools.islice(read, steps):
+                    pass
             seconds = time.perf_counter() - started
             return (traffic.read_bytes - before) / dataset.needed_bytes, seconds

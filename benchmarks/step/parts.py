@@ -65,7 +65,10 @@ def measure_parts(config: TrainConfig, batch: Batch, *, rounds: int) -> Figures:
     """Seconds of each part, and in times of its floor; RuntimeError if the parts differ."""
     step = StepInParts(*build_trainer(config, batch))
     compare(step)
-    operations = step.count_operations()
+    with step.counter:
+        step.back_propagate()
+    step.trainer.optimizer.zero_grad()
+    operations = {name: count for name, count in step.operations.items() if count}
     step.take()  # warm-up
     taken = [step.take() for _ in range(rounds)]
     whole = [sum(seconds.values()) for seconds in taken]

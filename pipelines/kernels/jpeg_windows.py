@@ -24,8 +24,7 @@ _RST0, _SOI, _EOI, _SOS, _DRI = 0xD0, 0xD8, 0xD9, 0xDA, 0xDD
 _BLOCK = 8
 _PLAINLY_ENLARGED = 2
 """Up to this many columns of coarser colour, libjpeg repeats them instead of interpolating."""
-_SCANNED_AT_ONCE = 64
-"""Bytes that are searched for a marker in one go."""
+_SCANNED_AT_ONCE = 64  # bytes that are searched for a marker in one go
 
 
 def _define_marker_bytes(typing: Any, address: Any) -> Any:

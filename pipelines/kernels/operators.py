@@ -103,8 +103,7 @@ class _Compiled(NumbaFunction):
     def __init__(self, run: Any, image_size: int, *, in_types: list[Any]) -> None:
         """The first input is an image, the rest are vectors, of the types given.
 
-        Raises:
-            RuntimeError: this DALI calls such functions in another way.
+        Raises RuntimeError: this DALI calls such functions in another way.
         """
         if not self._is_known():
             raise RuntimeError(

@@ -31,8 +31,7 @@ _LANES = 4
 _LINE_PLACES = 7
 _ROW_PLACES = _LINE_PLACES + 16
 _COLUMN_PLACES = 15
-_FEW_TAPS = 16
-"""Up to which products are added up by their upper halves; see `_add_rows`."""
+_FEW_TAPS = 16  # up to which products are added up by their upper halves; see `_add_rows`
 # Lines of small images are multiples of this: what LLVM's loops take at once.
 _LINE = 32
 _MOST_VALUES = 1 << 15  # these stay in the cache

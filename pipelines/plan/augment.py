@@ -44,8 +44,7 @@ class Operator(enum.IntEnum):
     AUTO_CONTRAST = 11
 
 
-NUM_PARAMETERS = 6
-"""The most parameters that an operator has."""
+NUM_PARAMETERS = 6  # the most parameters that an operator has
 
 
 class Column(enum.IntEnum):
@@ -221,8 +220,7 @@ TRIVIAL = (
     _EQUALIZE,
     Operation("Identity", Operator.IDENTITY),
 )
-TRIVIAL_LEVELS = 31
-"""Strengths that TrivialAugment draws from."""
+TRIVIAL_LEVELS = 31  # strengths that TrivialAugment draws from
 
 _AUTO_FACTOR: dict[str, Any] = {"kind": _Kind.PLAIN, "start": 0.1, "slope": 1.8}
 AUTO = (

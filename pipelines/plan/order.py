@@ -235,8 +235,7 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
     Fractions of small denominators and sample counts are kept exactly; anything else is rounded
     to a billionth of the whole.
 
-    Raises:
-        ValueError: a weight that is not a positive finite number, or is below a billionth.
+    Raises ValueError: a weight that is not a positive finite number, or is below a billionth.
     """
     if not weights:
         raise ValueError("there must be at least one source of samples")

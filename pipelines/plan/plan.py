@@ -217,20 +217,11 @@ class TrainPlan:
     ) -> None:
         """Checks that every draw will find a sample with a text.
 
-        Args:
-            sources: the data sets.
-            data: the settings of texts, crops and flips.
-            global_batch_size: samples of one step over all ranks.
-            seed: decides everything that is drawn.
-            weights: each source's part of every batch, in any unit; None uses the numbers of
-                samples, so that all sources finish an epoch together.
-            augmentations: each source's, all with the same number of views; None is none.
-            spans: of all stages of the run; none is a run of one.
-            stage: number of the one that is planned here.
-
-        Raises:
-            ValueError: an empty source, one smaller than its part of a batch, or a sample without
-                text.
+        `weights` are each source's part of every batch, in any unit; None uses the numbers of
+        samples, so that all sources finish an epoch together. `augmentations` are each source's,
+        with one number of views. `spans` are those of a run in stages, of which `stage` is planned
+        here. Raises ValueError for an empty source, one smaller than its part of a batch, or a
+        sample without text.
         """
         for source in sources:
             _check_source(source)
@@ -302,13 +293,8 @@ class TrainPlan:
 
         A substitute is another sample of the same source, with its own text, window, flip and
         augmentation, as a function of (data, seed, step, global index, attempt). Successive
-        attempts at one global index try every other sample of its source, in an order drawn for it,
-        before any is repeated. A substitute can appear twice in the batch or the epoch.
-
-        Args:
-            step: step of the batch.
-            global_index: indices in the global batch [b].
-            attempt: counted from 1; the next one is for a substitute that is bad too.
+        attempts (from 1) at a `global_index` [b] try every other sample of its source, in an order
+        drawn for it, before any is repeated. A substitute can appear twice in a batch or an epoch.
         """
         source_ids, sample_ids = self._scheduled(step, global_index)
         draws = self._draws_before(step) + global_index

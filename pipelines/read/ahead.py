@@ -22,8 +22,7 @@ batches; limited to half of `data.cache_bytes`."""
 
 Schedule = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
 """Sources and samples of a chunk of the order, by its number; None after the end."""
-_Block = tuple[int, int, int]
-"""The numbers of a source, of a file in it, and of a block in that."""
+_Block = tuple[int, int, int]  # the numbers of a source, of a file in it, and of a block in that
 _JOIN_SECONDS = 2.0
 
 

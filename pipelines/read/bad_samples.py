@@ -46,10 +46,8 @@ class BadSamples:
     ) -> None:
         """No sample is known to be bad yet.
 
-        Args:
-            datasets: those of the plan.
-            plan: says which samples may replace a bad one.
-            quarantine: the list in the run's folder, shared by its ranks; None writes none.
+        The `plan` of these data sets says which samples may replace a bad one. `quarantine` is the
+        list in the run's folder, shared by its ranks; None writes none.
         """
         self._datasets, self._plan = list(datasets), plan
         self._bad: set[tuple[int, int]] = set()
@@ -90,8 +88,7 @@ class BadSamples:
         Returns:
             The batch, a copy if samples were replaced; the rows that were read, and what was read.
 
-        Raises:
-            TooManyBadSamplesError: no good sample was found in place of a bad one.
+        Raises TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
         if not self._bad and sound.all():
             return planned, np.empty(0, np.int64), []

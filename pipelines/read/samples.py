@@ -28,8 +28,7 @@ class SampleReader:
     ) -> tuple[list[PlannedBatch], EncodedImages]:
         """Reads encoded images; returns the batches, with substitutes, and the images of all.
 
-        Raises:
-            TooManyBadSamplesError: no good sample was found in place of a bad one.
+        Raises TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
         source_ids, sample_ids = _ids_of(batches)
         limit = self._max_pixels

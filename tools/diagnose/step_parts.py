@@ -86,10 +86,3 @@ class StepInParts:
         with self.part("text encoder backward"):
             torch.autograd.backward(roots[1:], gradients)
         return loss.detach()
-
-    def count_operations(self) -> dict[str, int]:
-        """FLOPs of the matrix products and convolutions of each part."""
-        with self.counter:
-            self.back_propagate()
-        self.trainer.optimizer.zero_grad()
-        return {name: count for name, count in self.operations.items() if count}

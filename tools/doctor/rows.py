@@ -15,8 +15,7 @@ from typing import Literal, NamedTuple
 from unicl_fast.system.child import Death, run_limited
 from unicl_fast.system.wording import shorten
 
-_SECONDS = 600.0
-"""Limit of a check: on a busy machine importing torch needs minutes."""
+_SECONDS = 600.0  # limit of a check: on a busy machine importing torch needs minutes
 
 
 class Found(NamedTuple):

@@ -21,8 +21,7 @@ from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
-_MOST_IN_JSON = 10_000
-"""Faults that are kept in memory; --list has them all."""
+_MOST_IN_JSON = 10_000  # faults that are kept in memory; --list has them all
 # advice for faults of a data set at {0}
 _IN_A_FOLDER = (
     "copy the named files again; damaged images can be left out by: unicl-pack build {0} --out DIR"

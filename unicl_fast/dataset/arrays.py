@@ -47,8 +47,7 @@ ARRAY_DTYPES = {
     "tokens": np.dtype("<u2"),
     "labels": np.dtype("<i4"),
 }
-NO_FILE = 2**32 - 1
-"""The source file number of an image that is in the data set's own shard."""
+NO_FILE = 2**32 - 1  # the source file number of an image that is in the data set's own shard
 IN_PLACE_DTYPES = {
     "places": np.dtype([("file", "<u4"), ("offset", "<u8"), ("size", "<u4")]),
     "files": np.dtype(
@@ -64,11 +63,9 @@ PIXELS_NAME = "pixels.npy"
 PIXEL_DTYPE = np.dtype("|u1")
 CHANNELS = 3
 
-HEADER_BYTES = 512
-"""Length of our .npy headers, fixed before the number of rows is known."""
+HEADER_BYTES = 512  # length of our .npy headers, fixed before the number of rows is known
 _MAGIC = b"\x93NUMPY\x01\x00"
-_BLOCK_ROWS = 1 << 16
-"""Rows checked at once: a few megabytes, which stay in cache."""
+_BLOCK_ROWS = 1 << 16  # rows checked at once: a few megabytes, which stay in cache
 
 Index = TypeVar("Index", int, npt.NDArray[np.int64])
 Rows = npt.NDArray[Any]

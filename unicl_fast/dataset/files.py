@@ -50,8 +50,7 @@ logger = logging.getLogger(__name__)
 _MAX_OPEN_FILES = 256
 _READINGS = 3
 _BETWEEN_READINGS_SECONDS = 1.0
-_UNUSED_DAYS = 30
-"""Local copies unused for so long are removed to make room."""
+_UNUSED_DAYS = 30  # local copies unused for so long are removed to make room
 
 Fault = ValueError | FileNotFoundError
 

@@ -30,8 +30,7 @@ from unicl_fast.system.untrusted_files import open_file
 _CHECKSUM_DIGITS = 16
 _APPENDED_BYTES = 1 << 18
 """Bytes buffered before they are hashed and written, since rows of arrays are a few bytes each."""
-BLOCK = 512
-"""Bytes of a tar header, and the unit of padding."""
+BLOCK = 512  # bytes of a tar header, and the unit of padding
 _ZEROS = bytes(BLOCK)
 END_OF_TAR = bytes(2 * BLOCK)
 

@@ -14,16 +14,11 @@ from unicl_fast.system.untrusted_files import parse_json, read_file
 from unicl_fast.system.wording import shorten
 from unicl_fast.text.hierarchies import Hierarchy
 
-FORMAT_VERSION = 1
-"""Shards hold JPEGs and PNGs."""
-RAW_FORMAT_VERSION = 2
-"""Images are decoded, in one array."""
-WEBP_FORMAT_VERSION = 3
-"""Shards hold a WebP, which readers of version 1 do not expect."""
-IN_PLACE_FORMAT_VERSION = 4
-"""Images stay in their source files."""
-PPM_FORMAT_VERSION = 5
-"""Shards hold a PPM, an uncompressed image."""
+FORMAT_VERSION = 1  # shards hold JPEGs and PNGs
+RAW_FORMAT_VERSION = 2  # images are decoded, in one array
+WEBP_FORMAT_VERSION = 3  # shards hold a WebP, which readers of version 1 do not expect
+IN_PLACE_FORMAT_VERSION = 4  # images stay in their source files
+PPM_FORMAT_VERSION = 5  # shards hold a PPM, an uncompressed image
 _KNOWN_VERSIONS = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
 

@@ -25,10 +25,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-CONNECTIONS = 8
-"""Concurrent requests of one process: a store gives about 50 MB/s for each."""
-TRANSFER_BYTES = 8 << 20
-"""Size of a request when reading a whole object."""
+CONNECTIONS = 8  # concurrent requests of one process: a store gives about 50 MB/s for each
+TRANSFER_BYTES = 8 << 20  # size of a request when reading a whole object
 TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5
 """Doubled after each try, plus or minus a quarter, so that ranks spread out."""

@@ -34,8 +34,7 @@ logger = logging.getLogger("unicl_fast")
 
 TOKENS_PREFIX = "tokens-"
 """Prefix of the folders' names."""
-LONGEST_CAPTION = 255
-"""Most tokens that a row of captions.npy can express."""
+LONGEST_CAPTION = 255  # most tokens that a row of captions.npy can express
 _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
 _FEWEST_FOR_PROCESSES = 50_000

@@ -52,8 +52,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     The ranks must meet, and each collective must end, within `timeout_seconds`. After an error in
     the context this rank leaves without waiting for others, which can be waiting for it.
 
-    Raises:
-        ValueError: another rank has the same GPU.
+    Raises ValueError: another rank has the same GPU.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield _with_cores(Ranks())

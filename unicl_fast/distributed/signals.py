@@ -19,14 +19,11 @@ from unicl_fast.system.program import EXIT_ABORTED
 if TYPE_CHECKING:
     from unicl_fast.distributed.ranks import PendingMaximum, Ranks
 
-EXIT_FAULT = 1
-"""A fault: a disk, a device, a loss that is not finite, a lost rank."""
-EXIT_WRONG_INPUT = 2
-"""Wrong input or usage: the same command would fail again."""
+EXIT_FAULT = 1  # A fault: a disk, a device, a loss that is not finite, a lost rank
+EXIT_WRONG_INPUT = 2  # wrong input or usage: the same command would fail again
 EXIT_HUNG = 70
 """EX_SOFTWARE of sysexits.h: a phase exceeded its limit. (124 is that of timeout(1).)"""
-EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: stopped on request, and can be resumed."""
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, and can be resumed
 
 AT_NO_RISK = "no step is at risk; resume with --resume auto"
 

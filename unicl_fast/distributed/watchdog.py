@@ -24,8 +24,7 @@ from unicl_fast.system.untrusted_files import open_file
 
 logger = logging.getLogger(__name__)
 
-_WAITING = 2.0
-"""How many times longer a phase can last if it waits for other ranks."""
+_WAITING = 2.0  # how many times longer a phase can last if it waits for other ranks
 # Longer than any phase can last, so that the watchdog's message, which says more, comes first;
 # torch ends a collective that exceeds this because the watchdog itself cannot run.
 _GROUP_TIMEOUTS = 15

@@ -36,8 +36,7 @@ from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import weights_digest
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 
-_BLOCK_BYTES = 64 << 20
-"""Bytes of features compared at once."""
+_BLOCK_BYTES = 64 << 20  # bytes of features compared at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

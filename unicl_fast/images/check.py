@@ -122,8 +122,7 @@ def check_image(
         max_pixels: an image whose header names more is refused before decoding.
         format: the form of the result; "packed" keeps the bytes of any kind that a data set stores.
 
-    Raises:
-        ImageError: the image is damaged, not an image, too large, or of an unsupported kind.
+    Raises ImageError: the image is damaged, not an image, too large, or of an unsupported kind.
     """
     if not data:
         raise ImageError("empty", "the file is empty")

@@ -25,8 +25,7 @@ from unicl_fast.images.encoded_images import EncodedImages, ppm_header
 MAX_PIXELS = 89_478_485
 """Largest image accepted by default, checked before allocating memory: a quarter GiB as RGB, and
 Pillow's limit for decompression bombs."""
-MAX_SIDE = 65_500
-"""libjpeg's limit for a side."""
+MAX_SIDE = 65_500  # libjpeg's limit for a side
 PILLOW_FORMATS = (
     "JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "TIFF", "PPM", "ICO", "PCX", "SGI",
     "PSD", "QOI", "XVThumb",
@@ -35,16 +34,13 @@ PILLOW_FORMATS = (
 signature (TGA), which would accept any file."""
 JPEG_BEGINS = b"\xff\xd8"
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
-_SMALLEST_CUT = 128
-"""Images with a shorter side from this on get restart markers."""
+_SMALLEST_CUT = 128  # images with a shorter side from this on get restart markers
 _SEGMENTS_A_ROW = 8
 _SHORTEST_SEGMENT = 32
 """Pixels between markers. A marker costs bytes and the prediction of colour: 2 to 3 % of a
 photograph in 4:2:0, 4 % in 4:4:4; segments of half the length cost twice that."""
-MAX_WEBP_SIDE = 16_383
-"""WebP stores a side in 14 bits."""
-WEBP_METHOD = 4
-"""libwebp's effort, 0 to 6; 4 is its default."""
+MAX_WEBP_SIDE = 16_383  # webP stores a side in 14 bits
+WEBP_METHOD = 4  # libwebp's effort, 0 to 6; 4 is its default
 PNG_COMPRESSION = 3
 """zlib's level. Photographs of 256 pixels need 12.5 ms; at 6, the default, 27 ms, 3 % smaller."""
 

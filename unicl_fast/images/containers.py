@@ -22,8 +22,7 @@ _ALPHA_OR_FRAMES = frozenset({b"ALPH", b"ANIM", b"ANMF"})
 _LOSSLESS_SIGNATURE = 0x2F
 _LOSSLESS_ALPHA_BIT = 28  # after 14 bits of width and 14 of height
 
-_ZEROS = bytes(8)
-"""An even number: RIFF pads to one."""
+_ZEROS = bytes(8)  # an even number: RIFF pads to one
 _QOI_END = bytes(7) + b"\1"
 
 

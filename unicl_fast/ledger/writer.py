@@ -176,9 +176,8 @@ class Ledger:
         A checkpoint of steps that a rank has not recorded would leave a hole in the ledger if that
         rank died now.
 
-        Raises:
-            OSError: they are not, and are `required` (else an error is logged), or a rank's file
-                was moved or removed: its content cannot be written again.
+        Raises OSError: they are not, and are `required` (else an error is logged), or a rank's file
+        was moved or removed: its content cannot be written again.
         """
         self._write()
         is_there = True

@@ -17,8 +17,7 @@ from unicl_fast.models.blocks import KNOWN_BLOCKS
 from unicl_fast.models.text_encoder import TextAttention
 from unicl_fast.system.installation import install_command
 
-ALPHA = 16
-"""Fixed, so that a learning rate keeps its meaning when the rank changes."""
+ALPHA = 16  # fixed, so that a learning rate keeps its meaning when the rank changes
 
 
 def add_adapters(

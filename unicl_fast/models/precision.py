@@ -172,8 +172,7 @@ def set_device_arithmetic(efficiency: EfficiencyConfig, device: torch.device) ->
 
 # From bytes to the encoder's input.
 
-_CACHED_VALUES = 1 << 18
-"""Values normalised at once on the CPU: 1 MiB of fp32, one core's L2 cache."""
+_CACHED_VALUES = 1 << 18  # values normalised at once on the CPU: 1 MiB of fp32, one core's L2 cache
 _LARGE_VALUES = 1 << 20
 """From 4 MiB of fp32 on, the result is stored past the caches, which could not hold it, in reused
 memory."""
@@ -260,10 +259,8 @@ def _lines(
 # while two threads decoded, the plain kernel took 94 us, and the main thread's total per image fell
 # from 105 to 60.
 
-_BLOCK_VALUES = 48
-"""Values of one streaming store: three vectors of 16, whole RGB pixels."""
-_ALIGNMENT = 64
-"""Bytes to which its target is aligned; torch's memory is."""
+_BLOCK_VALUES = 48  # values of one streaming store: three vectors of 16, whole RGB pixels
+_ALIGNMENT = 64  # bytes to which its target is aligned; torch's memory is
 _LANES = 16
 
 

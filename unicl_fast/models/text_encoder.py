@@ -23,8 +23,7 @@ start out nearly equal."""
 
 VarlenAttention = Callable[..., Tensor]
 """`torch.nn.attention.varlen.varlen_attn`, or an equivalent."""
-VARLEN_TYPES = {torch.float16, torch.bfloat16}
-"""The types that it accepts."""
+VARLEN_TYPES = {torch.float16, torch.bfloat16}  # the types that it accepts
 
 
 class TokenRow(NamedTuple):

@@ -86,8 +86,7 @@ def window_attention(qkv: Tensor, table: Tensor, layout: Sequence[int], scale: f
     Returns:
         [b height width, heads d] in the type of `qkv`; softmax and sums are computed in fp32.
 
-    Raises:
-        ValueError: sizes that do not fit, or tensors that are not on a CUDA device.
+    Raises ValueError: sizes that do not fit, or tensors that are not on a CUDA device.
     """
     mixed = _empty_mixed(qkv)
     _launch(_forward, qkv, table, layout, scale, mixed)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from unicl_fast.objectives.operands import Operands
 
-_BIAS_INIT = -10.0
-"""As SigLIP: all pairs start as negatives, which nearly all are."""
+_BIAS_INIT = -10.0  # as SigLIP: all pairs start as negatives, which nearly all are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -376,7 +376,7 @@ def _group_texts(rows: TokenArray, labels: Int64Array, factors: UInt64Array) -> 
         keys: int64 [u], their class ids if no label or prompt gives one.
         index: int64 [b], the text of each row.
         counts: int64 [u].
-        lengths: int64 [u], as from `row_lengths`.
+        lengths: int64 [u], in tokens without padding.
         text_labels, unlabelled, num_conflicts: as from `_label_texts`.
         num_unlabelled: texts with a sample without label.
     """

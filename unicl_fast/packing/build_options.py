@@ -19,8 +19,7 @@ from unicl_fast.packing.ray_engine import Engine, require_engine
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.workers import ImageOptions
 
-DEFAULT_IMAGE_SECONDS = 30.0
-"""A hundred times as long as the largest ordinary photograph needs."""
+DEFAULT_IMAGE_SECONDS = 30.0  # A hundred times as long as the largest ordinary photograph needs
 
 _FREE_TO_CHANGE = {"restart", "workers", "engine", "known"}
 """Options that can change when a build resumes: they leave no trace in the data set."""

@@ -41,8 +41,7 @@ DEFAULT_DISTANCE = 4
 pairs of unrelated photographs (docs/data.md)."""
 _MODEL = "en_core_web_sm"
 """spaCy's English model."""
-MORE_THAN = 5
-"""A concept occurs more often than this."""
+MORE_THAN = 5  # A concept occurs more often than this
 HowToCount = Literal["auto", "words", "noun-phrases"]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
@@ -58,8 +57,7 @@ _STOP_WORDS = frozenset(
 )
 """English words that name nothing visible, which noun phrases do not have either."""
 _BINS = 30
-_FAR = 3
-"""Histograms end at the 99th percentile if the largest value lies this many times as far."""
+_FAR = 3  # histograms end at the 99th percentile if the largest value lies this many times as far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

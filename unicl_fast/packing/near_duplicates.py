@@ -26,8 +26,7 @@ from unicl_fast.packing.in_order import in_order
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
 
-MAX_DISTANCE = 12
-"""Beyond this, unrelated images are near each other, and the search is slow."""
+MAX_DISTANCE = 12  # beyond this, unrelated images are near each other, and the search is slow
 MAX_PAIRS = 20_000_000
 _BITS = 64
 _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)

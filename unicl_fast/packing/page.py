@@ -21,8 +21,7 @@ from unicl_fast.system.wording import count_of
 _SIDE = 200
 _QUALITY = 80
 _MOST_CLASSES = 40
-_ENDS_OF_CLASSES = 15
-"""Largest and smallest classes shown if there are more than `_MOST_CLASSES`."""
+_ENDS_OF_CLASSES = 15  # largest and smallest classes shown if there are more than `_MOST_CLASSES`
 
 ShownImage = dict[str, Any]
 """A sample to show; `page.html` names the fields. Its texts are untrusted."""

@@ -36,8 +36,7 @@ from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.tokenizer import Tokenizer
 
-_TOKENISE_TOGETHER = 1024
-"""Captions that the tokenizer's threads share."""
+_TOKENISE_TOGETHER = 1024  # captions that the tokenizer's threads share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

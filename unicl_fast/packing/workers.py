@@ -55,15 +55,12 @@ from unicl_fast.text.tokenizer import Tokenizer
 BYTES_PER_PIXEL = 40
 """Most bytes in use for each pixel while decoding and encoding. Measured: 25 for transparent WebP
 and JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another 6."""
-CHUNKS_AHEAD = 3
-"""Chunks under way for each worker: one in hand, one waiting, one on its way back."""
+CHUNKS_AHEAD = 3  # chunks under way for each worker: one in hand, one waiting, one on its way back
 _SMALL_FILE_BYTES = 16_000_000
-_BYTES_BESIDE_IMAGES = 400_000_000
-"""The tokenizer, decoders' tables, and the heap's slack."""
+_BYTES_BESIDE_IMAGES = 400_000_000  # the tokenizer, decoders' tables, and the heap's slack
 _CHUNK_ITEMS = 128
 _CHUNK_BYTES = 4_000_000
-_ANSWER_BYTES = 1_000_000
-"""A worker sends its answers once their images are this large together."""
+_ANSWER_BYTES = 1_000_000  # A worker sends its answers once their images are this large together
 _EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"P6": "ppm"}
 """The extensions of a data set's files, by their first two bytes."""
 _GROWTH = {"png": 8, "ppm": 16}

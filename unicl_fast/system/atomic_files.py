@@ -125,8 +125,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
     Yields:
         A function to call before writing: RuntimeError if another process has taken over.
 
-    Raises:
-        ValueError: another process, which is named, writes there, or nobody can.
+    Raises ValueError: another process, which is named, writes there, or nobody can.
     """
     path = folder / LOCK_NAME
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")

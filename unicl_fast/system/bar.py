@@ -16,8 +16,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-_SOON = 2.0
-"""Seconds before a bar is shown."""
+_SOON = 2.0  # seconds before a bar is shown
 
 
 class ForgivingStderr:

@@ -44,9 +44,8 @@ def check_fields(instance: object, *, name: str = "") -> None:
 def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
     """Builds a dataclass, and nested ones, from JSON values; messages call the object `name`.
 
-    Raises:
-        ValueError: a field is unknown, of another type or out of range, or has no default and is
-            missing.
+    Raises ValueError: a field is unknown, of another type or out of range, or has no default and is
+    missing.
     """
     types_of = _field_types(cls)  # type: ignore[arg-type]  # mypy: a type is not Hashable
     _refuse_unknown(values, types_of, name=name)

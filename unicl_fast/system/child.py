@@ -22,10 +22,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-OUT_OF_MEMORY = 77
-"""Exit code of a child that ran into its memory limit."""
-_STARTS = 3
-"""Attempts to start a child that is killed while it starts, perhaps by the OOM killer."""
+OUT_OF_MEMORY = 77  # exit code of a child that ran into its memory limit
+_STARTS = 3  # attempts to start a child that is killed while it starts, perhaps by the OOM killer
 
 # multiprocessing's spawn would run the user's main module again in each child, which is as slow as
 # all other imports, and start another process to track resources.

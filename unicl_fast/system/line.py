@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-_SOON = 2.0
-"""Seconds without output before the line is shown."""
+_SOON = 2.0  # seconds without output before the line is shown
 _LOOK_SECONDS = 0.5
 _UP, _ERASE_REST = b"\x1b[A", b"\x1b[K"
 

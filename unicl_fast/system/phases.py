@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 OR_WAITING = ", or waiting for other ranks"
 """Suffix of a phase's name if its work contains collectives that are not marked one by one."""
-START_PATIENCE = 3.0
-"""The patience of phases before the first step is done."""
+START_PATIENCE = 3.0  # the patience of phases before the first step is done
 
 
 class Phase(NamedTuple):

@@ -19,8 +19,7 @@ MOST_BYTES = 64 << 20
 _MOST_YAML_BYTES = 256 << 10  # PyYAML needs some 20 s for a megabyte
 _MOST_YAML_VALUES = 100_000
 """Limit of values with all aliases expanded: nine lines can mean a billion."""
-_MOST_DEPTH = 100
-"""Limit of nested objects and lists, which are read recursively."""
+_MOST_DEPTH = 100  # limit of nested objects and lists, which are read recursively
 _BLOCK_BYTES = 1 << 20
 _YAML_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 YAML_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")

@@ -14,8 +14,7 @@ from pathlib import Path
 from unicl_fast.system.untrusted_files import read_json, read_text, reading_table
 from unicl_fast.system.wording import count_of
 
-_MOST_LEVELS = 100
-"""WordNet has 20; without a limit, a damaged file could use any amount of memory."""
+_MOST_LEVELS = 100  # wordNet has 20; without a limit, a damaged file could use any amount of memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,8 +44,7 @@ LABEL_BITS = 32
 """A class id is `source << LABEL_BITS | label`: the data set's number and the int32 label."""
 _LABELS_END = 1 << 31
 _GROUPS_SHOWN = 3
-_FEWEST_CACHED = 10_000
-"""Fewer prompts are tokenised in a fraction of a second."""
+_FEWEST_CACHED = 10_000  # fewer prompts are tokenised in a fraction of a second
 _MOST_FILES = 8
 """The most recently used files that a cache keeps; 87 MB for 21,841 classes and 80 templates."""
 
@@ -82,8 +81,7 @@ class ClassPrompts:
             cache_folder: keeps the token rows of many prompts for the next start and the other
                 ranks of this machine; None keeps nothing.
 
-        Raises:
-            ValueError: class names without templates, or a template without exactly one "{}".
+        Raises ValueError: class names without templates, or a template without exactly one "{}".
         """
         for source, (names, templates) in enumerate(sources):
             if names:

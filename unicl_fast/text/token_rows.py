@@ -25,8 +25,7 @@ UInt64Array = npt.NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _INDEX_BITS = np.uint64(0xFFFFFFFF)
-_AHEAD = 16
-"""Rows by which the search prefetches; 8 and 32 are as fast."""
+_AHEAD = 16  # rows by which the search prefetches; 8 and 32 are as fast
 _CACHE_LINE = 64
 
 
@@ -117,7 +116,7 @@ def unique_rows(
         index: int64 [b], the distinct row of each row.
         counts: int64 [u].
         distinct: [u, l], rows[first].
-        lengths: int64 [u], their `row_lengths`.
+        lengths: int64 [u], in tokens without padding.
     """
     for compare in (False, True):
         first, index, counts = _group_rows(rows, hashes, table, compare)
@@ -149,7 +148,7 @@ def _take_rows(
             _prefetch(ahead + np.uint64(offset))
         source, target = np.uint64(row), np.uint64(index[row])
         if index[row] == num_taken:  # the first of its group: groups are numbered in order
-            # the largest position of a token, as in `row_lengths`
+            # the largest position of a token, not the first from the end: this loop vectorises
             tokens = np.int32(0)
             for position in range(length):
                 token = rows[source, np.uint64(position)]
@@ -218,21 +217,6 @@ def find_rows(
                     break
             position = (position + np.uint64(1)) & mask
     return found
-
-
-@kernel
-def row_lengths(rows: TokenArray) -> Any:
-    """int64 [k]: lengths of rows without padding."""
-    lengths = np.empty(len(rows), np.int64)
-    for row in range(len(rows)):
-        # the largest position of a token, not the first from the end: without an early exit the
-        # loop vectorises
-        length = np.int32(0)
-        for position in range(rows.shape[1]):
-            end = np.int32(position + 1) if rows[row, position] != 0 else np.int32(0)
-            length = max(length, end)
-        lengths[row] = length
-    return lengths
 
 
 @kernel

@@ -73,8 +73,7 @@ def source_files() -> set[Path]:
 def check_ranks_agree(description: Mapping[str, Any], ranks: Ranks) -> None:
     """Compares the description of every rank with rank 0's; all ranks call it together.
 
-    Raises:
-        ValueError: names, on every rank, the first rank that differs and its first difference.
+    Raises ValueError: names, on every rank, the first rank that differs and its first difference.
     """
     text = json.dumps(description, sort_keys=True)
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
@@ -111,8 +110,7 @@ def check_weights_agree(model: nn.Module, ranks: Ranks, *, step: int) -> None:
     BatchNorm's averages are not compared: each rank's are of its local batches. Nor are tensors
     that `efficiency.shard=full` divides.
 
-    Raises:
-        RuntimeError: names the parameters that differ.
+    Raises RuntimeError: names the parameters that differ.
     """
     if ranks.world_size == 1:
         return

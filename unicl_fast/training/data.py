@@ -103,8 +103,7 @@ def distinct_names(locations: Sequence[str], *, may_repeat: bool = False) -> lis
     It is the last part of the path, with as many parts before it as tell data sets apart: a-test
     and b-test for a/test and b/test. If a data set `may_repeat`, its second name ends in -2.
 
-    Raises:
-        ValueError: one data set is there twice, or names cannot be told apart.
+    Raises ValueError: one data set is there twice, or names cannot be told apart.
     """
     paths: list[tuple[str, ...]] = []
     shown = list(map(without_secrets, locations))  # names are shown and stored
@@ -225,8 +224,7 @@ def rows_of_class_names(
 
     Classes with a prompt in common share a row, so the training's own prompts are needed.
 
-    Raises:
-        ValueError: no data set of the training has such a name.
+    Raises ValueError: no data set of the training has such a name.
     """
     starts = np.cumsum(prompts.num_classes) - prompts.num_classes
     row_of: dict[str, int] = {}
@@ -262,8 +260,7 @@ def warn_of_shared_images(
 def check_tokenizer(dataset: PackedDataset, config: TrainConfig) -> None:
     """Gives captions the model's tokens, and refuses token ids that it would misread.
 
-    Raises:
-        ValueError: packed with another vocabulary, or for another one than the model's.
+    Raises ValueError: packed with another vocabulary, or for another one than the model's.
     """
     tokenizer, size = tokenizer_of(config), config.model.vocab_size
     if config.objective.uses_texts:

@@ -49,8 +49,7 @@ def drawing(path: Path) -> Iterator[None]:
 def plain_texts() -> contextlib.AbstractContextManager[None]:
     """Makes matplotlib draw texts literally, without looking for formulas in them.
 
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed; says how to install it.
+    Raises ModuleNotFoundError: matplotlib is not installed; says how to install it.
     """
     try:
         from matplotlib import rc_context

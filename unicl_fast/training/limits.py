@@ -82,9 +82,8 @@ class NonfiniteSteps(Observer):
         `steps` holds loss and gradient norm of the last of the run's first `done` steps. The loss
         scaler, if enabled, handles gradient norms that are not finite.
 
-        Raises:
-            FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at
-                any loss scale; names the step.
+        Raises FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at
+        any loss scale; names the step.
         """
         scales_loss = scaler.is_enabled()
         for step, (loss, grad_norm) in enumerate(steps, start=done - len(steps)):
@@ -190,8 +189,7 @@ class ReplacedSamples(Observer):
     def check_total(self, total: int) -> None:
         """Stops a run whose `total` exceeds the limit; the same on all ranks.
 
-        Raises:
-            TooManyBadSamplesError: names the file that lists them.
+        Raises TooManyBadSamplesError: names the file that lists them.
         """
         if total > self._max_fraction * max(self._draws, LEAST_DRAWS):
             raise TooManyBadSamplesError(

@@ -47,14 +47,12 @@ _EncodeOne = Callable[[UniCL, Tensor], Tensor]
 FIXED_BYTES = {"cuda": 3_000_000_000, "cpu": 0}
 """Memory of a GPU outside torch's allocator. An unmeasured estimate: about 0.5 GB of CUDA context
 and kernels, 1 GB of NCCL's buffers, 1.5 GB of DALI's decoder. On a host it is in use already."""
-SLACK = 0.1
-"""Part of the sum that is added for temporaries of single layers and fragmentation."""
+SLACK = 0.1  # part of the sum that is added for temporaries of single layers and fragmentation
 _DENSE_COPIES = 7.25
 """Matrices as large as the logits at the dense loss's peak, in backward: 7.3 by the peak memory of
 a process (torch 2.13, CPU). Products, logits with and without counts, weighted logits twice and two
 gradients make 7; byte masks are the rest."""
-_BATCHES_IN_FLIGHT = 4
-"""Decoded batches of a rank besides the step's own, in both decoding graphs."""
+_BATCHES_IN_FLIGHT = 4  # decoded batches of a rank besides the step's own, in both decoding graphs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,8 +98,7 @@ def plan(
     less. `longest_text` is in tokens; None means the context length. Every text of a batch is
     assumed to be that long and distinct.
 
-    Raises:
-        ValueError: ranks that cannot share the global batch evenly, or an unknown encoder.
+    Raises ValueError: ranks that cannot share the global batch evenly, or an unknown encoder.
     """
     config = _with_known_precision(config, device_type)
     efficiency, objective = config.efficiency, config.objective
@@ -185,9 +182,8 @@ def check_memory(
     Called before the model is built. `free_bytes` is the least of all ranks; None reads this
     rank's. `stage` is the config's index in `run.stages`.
 
-    Raises:
-        ValueError: more is needed than is free, for any texts; says what would fit. Or
-            `efficiency.window_attention=triton` cannot work here.
+    Raises ValueError: more is needed than is free, for any texts; says what would fit. Or
+    `efficiency.window_attention=triton` cannot work here.
     """
     arguments: dict[str, Any] = {
         "device_bytes": free_memory(device) if free_bytes is None else free_bytes,

@@ -234,8 +234,7 @@ class MetricsWriter:
     ) -> None:
         """Opens the file; drops lines of steps after `start_step`, which a crash left.
 
-        Raises:
-            OSError: the folder cannot be written.
+        Raises OSError: the folder cannot be written.
         """
         self._path = run_folder / METRICS_NAME
         if self._path.is_file():

@@ -121,8 +121,7 @@ def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str
 def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
     """`optim.name` over `parameter_groups`, at the rate for the global batch size.
 
-    Raises:
-        ValueError: the optimizer is not installed, or cannot work with this device or precision.
+    Raises ValueError: the optimizer is not installed, or cannot work with this device or precision.
     """
     optim, efficiency = config.optim, config.efficiency
     groups = parameter_groups(model, optim)
@@ -150,8 +149,7 @@ def load_apex_optimizers() -> ModuleType:
     PyPI's `apex` is a web toolkit, so apex is recognised by its contents. `amp_C`, the compiled
     extension of its optimizers, is tried first, so that another project is not even imported.
 
-    Raises:
-        ValueError: it is not installed, another project is, or it lacks its CUDA extensions.
+    Raises ValueError: it is not installed, another project is, or it lacks its CUDA extensions.
     """
     try:
         import amp_C  # noqa: F401  apex itself notices its absence only when an optimizer is made

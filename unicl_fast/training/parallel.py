@@ -38,8 +38,7 @@ class Parallel:
     ) -> None:
         """Compiles the encoders if the config says so, and divides or replicates the model.
 
-        Raises:
-            ValueError: `efficiency.shard=full` cannot divide these encoders.
+        Raises ValueError: `efficiency.shard=full` cannot divide these encoders.
         """
         self._model, self._ranks = model, ranks
         self._whole_copy: sharding.WholeCopy | None = None

@@ -80,8 +80,7 @@ def settle(
     `datasets` are data.train's, open; without any, the data are the caller's business. `stored` is
     the settled config of the checkpoint that the run resumes from.
 
-    Raises:
-        ValueError: the data lack labels or a hierarchy that the objective needs.
+    Raises ValueError: the data lack labels or a hierarchy that the objective needs.
     """
     before = None if stored is None else stored.efficiency.precision
     precision = settle_precision(config.efficiency.precision, device, stored=before, ranks=ranks)
@@ -104,8 +103,7 @@ def settle_kernels(
 ) -> TrainConfig:
     """Settles compilation, window attention and the loss; all ranks call it together.
 
-    Raises:
-        SharedRefusal: a kernel of the config cannot work on some rank; all ranks raise it.
+    Raises SharedRefusal: a kernel of the config cannot work on some rank; all ranks raise it.
     """
     kernels = {
         "compile": settle_compilation(config.efficiency, model, device, ranks=ranks),
@@ -155,9 +153,8 @@ def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
 def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
     """Fills in the options of the objective that depend on the data.
 
-    Raises:
-        ValueError: samples without labels for an objective that needs them, other classes than its
-            options say, or levels of a hierarchy if no data set has one.
+    Raises ValueError: samples without labels for an objective that needs them, other classes than
+    its options say, or levels of a hierarchy if no data set has one.
     """
     objective, manifests = config.objective, [dataset.manifest for dataset in datasets]
     if config.data.prompts == "levels" and not any(one.hierarchy for one in manifests):

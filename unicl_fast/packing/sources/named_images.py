@@ -14,8 +14,7 @@ from unicl_fast.packing.sources.spool import Source
 from unicl_fast.packing.sources.trees import Tree, find_image
 from unicl_fast.system.wording import count_of
 
-_ENOUGH = 1000
-"""After so many missing images in a row from the start, a wrong folder is reported."""
+_ENOUGH = 1000  # after so many missing images in a row from the start, a wrong folder is reported
 _FOLDERS_TRIED = 100
 _ADDRESS = re.compile(r"https?://")
 

@@ -32,8 +32,7 @@ from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
-_READ_TOGETHER = 1024
-"""Samples whose captions the tokenizer's threads share."""
+_READ_TOGETHER = 1024  # samples whose captions the tokenizer's threads share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

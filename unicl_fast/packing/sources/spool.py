@@ -26,10 +26,8 @@ from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fi
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows, require_text
 from unicl_fast.system.wording import count_of
 
-_CACHE_KILOBYTES = 16_000
-"""Memory of the database for any number of samples; 64 MB are not faster."""
-READ_ITEMS = 256
-"""Items read at once; SQLite below 3.32 allows 999 values in a statement."""
+_CACHE_KILOBYTES = 16_000  # memory of the database for any number of samples; 64 MB are not faster
+READ_ITEMS = 256  # items read at once; SQLite below 3.32 allows 999 values in a statement
 _WRITE_ROWS = 64
 _MOST_PENDING_BYTES = 1_000_000
 _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode

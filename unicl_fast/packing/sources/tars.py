@@ -43,14 +43,12 @@ IMAGES = frozenset(
 )
 _TEXTS = ("txt", "cls", "json")
 _NOT_REGULAR = "not a regular file but a link or a device"
-MAX_TEXT_BYTES = 1 << 20
-"""Largest size of a .txt, .cls or .json."""
+MAX_TEXT_BYTES = 1 << 20  # largest size of a .txt, .cls or .json
 _GZIPPED = (".tar.gz", ".tgz")
 TARS = (".tar", *_GZIPPED)
 
 NO_SAMPLE = "files that belong to no sample"
-_MAX_HEADER_BYTES = 1 << 20
-"""Limit for all headers of a member; a path has 4,096."""
+_MAX_HEADER_BYTES = 1 << 20  # limit for all headers of a member; a path has 4,096
 _PADDING = 1 << 20
 """Bytes after the end mark in which another archive can start; GNU tar pads to 10,240 bytes."""
 

@@ -36,8 +36,7 @@ _MAX_PATH_BYTES = 4096
 """Linux's PATH_MAX. Longer names cannot exist, and resolving them costs quadratic time."""
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
-_MADE_ON_UNIX = 3
-"""Only then do the upper 16 bits of a member's attributes tell its kind of file."""
+_MADE_ON_UNIX = 3  # only then do the upper 16 bits of a member's attributes tell its kind of file
 
 
 class FolderTree:
