@@ -462,7 +462,7 @@ def test_a_smaller_image_meets_the_encoder_that_timm_builds_for_it(
 
 def test_encoders_that_cannot_take_the_sizes_of_all_stages_are_refused() -> None:
     options: dict[str, Any] = {"drop_path": 0.0, "key": DropPathKey(0)}
-    with pytest.raises(ValueError, match="of 28 pixels: of the encoders that are built for one"):
+    with pytest.raises(ValueError, match="of 28 pixels: of encoders built for one"):
         build_image_encoder("eva02_tiny_patch14_224", image_size=56, other_sizes=[28], **options)
     with pytest.raises(ValueError, match=r"of 30 pixels: .*; set data.image_size=16 or 32"):
         build_image_encoder("test_vit", image_size=64, other_sizes=[30], **options)

@@ -374,7 +374,7 @@ def test_batches_with_other_classes_than_the_objective_takes_are_refused(
 
 def test_a_model_without_texts_says_so(images: torch.Tensor) -> None:
     _, model = evaluated("supcon")
-    for_it = "has no text encoder.*: take .*linear-probe or knn"
+    for_it = "has no text encoder.*: use .*linear-probe or knn"
     with pytest.raises(ValueError, match=for_it):
         require_text_encoder(model, "zero-shot")
     with pytest.raises(ValueError, match=for_it):

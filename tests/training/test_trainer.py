@@ -137,7 +137,7 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
             plain.changed(data={"shuffle_groups": 8})
         ),
         "precision was 'fp64' and is now 'fp16'": tiny_config(precision="fp16"),
-        "the state of AdamW, and optim.name now means Lamb": tiny_config(optimizer="lamb"),
+        "the state of AdamW, but optim.name now means Lamb": tiny_config(optimizer="lamb"),
     }.items():
         with pytest.raises(ValueError, match=message):
             trainer_of(images, config).resume(checkpoint)

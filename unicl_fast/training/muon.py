@@ -22,7 +22,7 @@ _COEFFICIENTS = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-"""Of each Newton-Schulz step, as in modded-nanogpt; timm's default too."""
+"""Coefficients of each Newton-Schulz step, as in modded-nanogpt; also timm's default."""
 _SIZE_OF_ADAMW = 0.2
 """Root mean square of AdamW's updates in long runs. Muon's are scaled to it (Liu et al., arXiv
 2502.16982), so that learning rates and weight decay mean the same."""
