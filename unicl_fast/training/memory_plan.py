@@ -283,7 +283,7 @@ class _Encoders:
     feature_width: int
     trainable_sizes: tuple[int, ...]  # of each parameter that is updated
     divided_shapes: tuple[tuple[torch.Size, bool], ...]
-    """Shapes of the encoders' parameters, which `shard=full` divides by rows; whether they train."""
+    """Shapes of encoder parameters, which `shard=full` divides by rows, and if they train."""
     largest_block: int  # its number of parameters
     outside_blocks: int  # number of the encoders' parameters in no block
 
