@@ -80,7 +80,7 @@ KNOWN = {
 ONES = {
     "load_model": r"^def load_model\(",
     "bars": r"^from tqdm import",
-    "runners of risky children": r"setrlimit\(",
+    "runners of risky children": r"RLIMIT_DATA, \(",
     "tables of bottlenecks": r"^LIMITS\b",
     "writers of rows of CSV lists": r"csv\.writer\(",
 }
