@@ -219,6 +219,7 @@ def with_changes(*changes: tuple[str, str, Any]) -> TrainConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some four minutes of CPU time, on a busy machine too
 def test_pairs_of_options_train_or_are_refused_by_name(images: torch.Tensor) -> None:
     """Three steps end with a finite loss, or a sentence before the first names an option."""
     trained, faults = 0, []

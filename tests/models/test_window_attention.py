@@ -38,7 +38,9 @@ from unicl_fast.models.sharding import WholeCopy
 pytest.importorskip("triton")
 
 
-ROUNDING = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# fp32: 8 units in the last place. A random search of windows found 6.6 where timm's sums, which are
+# in another order, had 4.2.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """A relative error that the kernels may have, even if timm's is smaller."""
 
 
