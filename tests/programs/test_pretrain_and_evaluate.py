@@ -105,10 +105,10 @@ def test_captions_are_evaluated_in_training_as_unicl_eval_does(data: Path, tmp_p
     assert 0 < seen["retrieval/captions/loss"] < 10
     assert any("zero_shot/labels/top1" in line for line in read_metrics(out))
     assert (out / "checkpoints" / "best.json").is_file()
-    told = evaluated("retrieval", out, "--data", data / "captions")
+    found = evaluated("retrieval", out, "--data", data / "captions")
     for name in ("image_to_text", "text_to_image"):
         for key in (f"{name}_recall_at_{k}" for k in (1, 5, 10)):
-            assert seen[f"retrieval/captions/{key}"] == told[key], key
+            assert seen[f"retrieval/captions/{key}"] == found[key], key
     two = tmp_path / "two"
     run(
         *("pretrain", *SMALL, "--data.train", data / "captions", *sets[:2], "--out", two),

@@ -37,7 +37,7 @@ DEFAULT_BLOCK_BYTES = 4 << 20
 _PART = ".part"
 _FILLED_TO = 0.8
 """Fraction of the limit kept when making room, so that one listing of blocks serves many."""
-_TOUCH_SECONDS = 10.0  # A block used more recently is not touched again
+_TOUCH_SECONDS = 10.0  # a block used more recently is not touched again
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.002, 0.02
 _OWN_TURN_SECONDS = 5.0
 _LOCK_PATIENCE_SECONDS = 300.0
