@@ -122,7 +122,8 @@ def run(package: Path, program: str, *words: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
         cwd=package.parent,
-        env=clean | {"XDG_CACHE_HOME": str(cache)} | environment,
+        # without bytecode: Python takes a file's old one if its second and its size are equal
+        env=clean | {"XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=240,
