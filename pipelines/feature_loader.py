@@ -1,7 +1,8 @@
-"""Batches of stored features instead of images; a step then runs no image encoder, and no DALI."""
+"""Batches of stored features instead of images and texts: a step then runs no encoder, no DALI."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 
@@ -11,9 +12,13 @@ from numpy.typing import NDArray
 
 from unicl_fast.batch import Batch, ReadingTime, copied_ahead
 from unicl_fast.dataset.feature_files import FeatureFile
+from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
+from unicl_fast.text.token_rows import TokenArray
 
 from .read.bad_samples import BadSampleError
-from .steps import PlannedStep, RankSteps
+from .steps import PlannedStep, RankSteps, TrainMetadata
+
+_JOINED = 64  # parts of texts that are kept apart
 
 
 class FeatureLoader:
@@ -23,12 +28,20 @@ class FeatureLoader:
     """
 
     def __init__(
-        self, steps: RankSteps, features: Sequence[FeatureFile], *, device: torch.device
+        self,
+        steps: RankSteps,
+        features: Sequence[FeatureFile],
+        texts: TextFeatures | None = None,
+        *,
+        device: torch.device,
     ) -> None:
-        """`features` are stored ones of each data set, all of one dtype; batches go to `device`."""
+        """`features` are stored ones of each data set, all of one dtype; batches go to `device`.
+
+        Without `texts`, batches have tokens.
+        """
         self.steps, self.plan = steps, steps.plan
         self.reading = ReadingTime(decodes_files=False)
-        self._features, self._device = list(features), device
+        self._features, self._texts, self._device = list(features), texts, device
         self._dtype: torch.dtype = getattr(torch, features[0].dtype)
         self._unreadable = [np.array(sorted(one.unreadable), np.int64) for one in features]
 
@@ -50,8 +63,34 @@ class FeatureLoader:
         for first in itertools.count(start_step, at_once):
             yield from map(self._batch_of, self.steps.plan_steps(first, at_once))
 
+    def texts_of(self, start_step: int, end_step: int) -> TokenArray:
+        """The distinct texts [m l] of this rank's batches from `start_step` to `end_step` - 1."""
+        found: list[TokenArray] = []
+        for first in range(start_step, end_step, self.steps.at_once):
+            planned = self.steps.plan_steps(first, min(self.steps.at_once, end_step - first))
+            batches = [self._metadata_of(step)[0].texts.tokens for step in planned]
+            found.append(distinct_texts(torch.cat(batches).numpy()))
+            if len(found) == _JOINED:
+                found = [_joined(found)]
+        return _joined(found)
+
     def _batch_of(self, step: PlannedStep) -> Batch:
         self.steps.begin(step.batch.step)
+        metadata, values = self._metadata_of(step)
+        if self._texts is not None:
+            texts = metadata.texts
+            numbers = self._texts.find(texts.tokens.numpy())
+            if (numbers < 0).any():
+                raise ValueError(
+                    f"step {step.batch.step} has a text without stored features: resume the run, "
+                    "which encodes it"
+                )
+            texts = dataclasses.replace(texts, tokens=self._texts.take(numbers))
+            metadata = dataclasses.replace(metadata, texts=texts)
+        return metadata.with_images(torch.from_numpy(values).view(self._dtype))
+
+    def _metadata_of(self, step: PlannedStep) -> tuple[TrainMetadata, NDArray[np.generic]]:
+        """A batch with tokens and without images, and its images' features [b w]."""
         sources, samples = step.batch.source_ids, step.batch.sample_ids
         kind = self._features[0].rows
         values = np.empty((len(samples), kind.shape[1]), kind.dtype)
@@ -59,15 +98,22 @@ class FeatureLoader:
         for number, one in enumerate(self._features):
             mine = np.flatnonzero(sources == number)
             values[mine] = one.rows[samples[mine]]
-            sound[mine] = ~np.isin(samples[mine], self._unreadable[number])
+            sound[mine] = one.stored[samples[mine]]
+            sound[mine] &= ~np.isin(samples[mine], self._unreadable[number])
         actual, rows, others = self.steps.bad.replace(step.batch, sound, self._read_one)
         for row, other in zip(rows.tolist(), others, strict=True):
             values[row] = other
-        metadata = self.steps.metadata_of(step, actual)
-        return metadata.with_images(torch.from_numpy(values).view(self._dtype))
+        return self.steps.metadata_of(step, actual), values
 
     def _read_one(self, source: int, sample: int) -> NDArray[np.generic]:
         row = self._features[source].row(sample)
         if row is None:
             raise BadSampleError("it could not be read when features were stored")
         return row
+
+
+def _joined(parts: Sequence[TokenArray]) -> TokenArray:
+    longest = max(one.shape[1] for one in parts)
+    return distinct_texts(
+        np.concatenate([np.pad(one, ((0, 0), (0, longest - one.shape[1]))) for one in parts])
+    )

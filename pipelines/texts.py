@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.text_files import distinct_texts, lengths_of
 from unicl_fast.objectives.targets import ImageLabels
 from unicl_fast.system.kernels import kernel
 from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.token_rows import TokenArray
 
 from .plan.plan import PlannedBatch
 
@@ -47,12 +51,45 @@ def gather_texts(
         if len(chosen):
             labels = planned.labels[chosen]
             found = prompts.tokens[prompts.rows_of(number, labels, planned.templates[chosen])]
-            # Up to the end token: 0 is padding after it, and "!" before.
-            lengths = (found.shape[1] - np.argmax(found[:, ::-1] != 0, axis=1)).astype(np.int64)
             starts = np.arange(len(chosen), dtype=np.int64) * found.shape[1]
-            _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)
+            # up to the end token: 0 is padding after it, and "!" before
+            _copy_texts(found.reshape(-1), starts, lengths_of(found), chosen, rows)
             classes[chosen] = prompts.classes_of(number, labels)
     return rows, classes
+
+
+def gather_every_text(
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    *,
+    text: str,
+    context_length: int,
+    rank: int,
+    world_size: int,
+) -> TokenArray:
+    """The distinct texts [m l] that any step can have, as `gather_texts` gives them.
+
+    `text` is `data.text`. Each rank gets a part; together they have all.
+    """
+    found = [np.zeros((0, context_length), prompts.tokens.dtype)]
+    for dataset in datasets if text != "labels" else ():
+        for samples in itertools.islice(blocks_of(dataset.samples), rank, None, world_size):
+            counts = samples["captions_count"].astype(np.int64)
+            firsts = np.repeat(samples["captions_start"].astype(np.int64), counts)
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            captions = dataset.captions.take(firsts + within)
+            starts = captions["tokens_start"].astype(np.int64)
+            lengths = captions["tokens_length"].astype(np.int64)
+            rows = np.zeros((len(captions), context_length), prompts.tokens.dtype)
+            _copy_texts(np.asarray(dataset.tokens), starts, lengths, np.arange(len(rows)), rows)
+            found.append(distinct_texts(rows))
+    if len(own := prompts.tokens[rank::world_size]):
+        rows = np.zeros((len(own), context_length), own.dtype)
+        starts = np.arange(len(own), dtype=np.int64) * own.shape[1]
+        _copy_texts(np.ascontiguousarray(own).reshape(-1), starts, lengths_of(own),
+                    np.arange(len(own)), rows)  # fmt: skip
+        found.append(rows)
+    return distinct_texts(np.concatenate(found))
 
 
 def gather_labels(

@@ -99,7 +99,7 @@ READ_ELSEWHERE = {
     *("model.vocab_size", "model.tokenizer"),
     *("model.init", "model.init_image", "model.init_text", "efficiency.activation_checkpointing"),
     *("efficiency.compile", "efficiency.window_attention", "efficiency.micro_batch_size"),
-    *("efficiency.loss", "efficiency.image_features", "efficiency.shard", "run.steps"),
+    *("efficiency.loss", "efficiency.stored_features", "efficiency.shard", "run.steps"),
     *("run.device", "run.max_bad_steps", "run.timeout_seconds"),
 }
 

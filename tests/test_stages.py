@@ -135,6 +135,6 @@ def test_what_stages_cannot_go_with_is_refused() -> None:
             data=DataConfig(
                 image_size=64, crop_scale=(1, 1), crop_ratio=(1, 1), flip_probability=0
             ),
-            efficiency=EfficiencyConfig(image_features="features"),
+            efficiency=EfficiencyConfig(stored_features="features"),
             optim=OptimConfig(freeze=("image",)),
         )

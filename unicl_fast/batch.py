@@ -30,7 +30,8 @@ class Texts:
     """The distinct texts of a local batch."""
 
     tokens: Tensor
-    """int64 [u l]: token rows, padded with 0 to the context length."""
+    """int64 [u l]: token rows, padded with 0 to the context length; or stored features of a frozen
+    text encoder, [u w] of its type (`efficiency.stored_features`)."""
     lengths: NDArray[np.int64]
     """int64 [u]: tokens of each row without padding; on the host, since they decide shapes."""
     index: Tensor
@@ -67,7 +68,7 @@ class Batch:
     """The optimizer step, counted from 0."""
     images: Tensor
     """uint8 [b h w c], RGB; or stored features of a frozen image encoder, [b w] of its type
-    (`efficiency.image_features`)."""
+    (`efficiency.stored_features`)."""
     second_images: Tensor | None = None
     """uint8 [b h w c], RGB: the second view of each image, if `data.augment` has two."""
     texts: Texts

@@ -44,7 +44,7 @@ Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-Projection = Literal["linear", "biased", "none"]
+Projection = Literal["linear", "biased", "mlp", "none"]
 OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 
 INITIAL_WEIGHTS = ("init", "init_image", "init_text")
@@ -219,9 +219,14 @@ class ModelConfig:
     """Added to the variance in the text encoder's LayerNorms: 1e-12 in the paper's code, 1e-5 in
     open_clip's models, 1e-6 in SigLIP."""
     image_projection: Projection = "linear"
-    """Projection of the image encoder's features, to embed_dim: linear, biased or none."""
+    """Projection of the image encoder's features, to embed_dim: linear, biased, mlp or none. mlp is
+    a head with a hidden layer of 2 embed_dim and GELU, for encoders that are frozen."""
     text_projection: Projection = "linear"
     """Projection of the text encoder's features, as image_projection."""
+    standardise: bool = False
+    """Standardise the encoders' features before the projections, by their mean and deviation on the
+    training data (texts by one factor). Needs efficiency.stored_features, or an init that has the
+    statistics; they are part of the model."""
     embed_dim: Width = 512
     """Dimension of the image and text features."""
     init: str = ""
@@ -384,12 +389,12 @@ class EfficiencyConfig:
     """Hold all logits (dense), or compute the same loss in tiles without storing them (tiled), in a
     fiftieth of the memory. triton computes tiles by kernels on CUDA and needs the package triton.
     auto is the fastest on the machine, kernels only once a trial has given the right numbers."""
-    image_features: str = ""
-    """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
-    is encoded once: here, in an earlier run, or in one at the same time. They are stored unrounded
-    and found by a hash of weights, preprocessing and images. Empty encodes images in each step.
-    Needs data.crop_scale 1 1, data.crop_ratio 1 1, data.flip_probability 0, no augmentation, and a
-    folder that all ranks see."""
+    stored_features: str = ""
+    """Folder that keeps features of frozen encoders, so that an image, and with optim.freeze=image
+    text a text, is encoded once: here, in an earlier run, or in another one. They are stored
+    unrounded and found by a hash of weights, preprocessing and images, or by the text's tokens.
+    Empty encodes in each step. Needs data.crop_scale 1 1, data.crop_ratio 1 1,
+    data.flip_probability 0, no augmentation, and a folder that all ranks see."""
     shard: Shard = "off"
     """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
     parameter's optimizer state on one rank; the result equals off's, bit for bit. full also divides
@@ -523,7 +528,11 @@ class TrainConfig:
             "with these options has others: set it to 0, and efficiency.activation_checkpointing "
             "if memory is short",
         )
-        _check_image_features(self)
+        require(
+            not self.model.standardise or objective.has_space,
+            f"model.standardise is for encoders with projections, and {name} has none",
+        )
+        _check_stored_features(self)
         self.settings_of_stages  # noqa: B018  checks them
 
     def changed(self, **groups: Mapping[str, Any]) -> TrainConfig:
@@ -548,11 +557,11 @@ class TrainConfig:
         return configs_of_stages(self)
 
 
-def _check_image_features(config: TrainConfig) -> None:
+def _check_stored_features(config: TrainConfig) -> None:
     """Refuses stored features of images that differ between epochs."""
-    if not config.efficiency.image_features:
+    if not config.efficiency.stored_features:
         return
-    option = "efficiency.image_features stores features of a frozen image encoder"
+    option = "efficiency.stored_features stores features of a frozen image encoder"
     require(
         "image" in config.optim.freeze,
         f"{option}, and this run trains it: add --optim.freeze image",

@@ -104,7 +104,7 @@ _PHOTOS = _MIXED.changed(
     run={"samples": 12_800},
 )
 # Without crops an image is the same in every epoch, so a locked encoder encodes it once if
-# efficiency.image_features names a folder.
+# efficiency.stored_features names a folder.
 _PHOTOS_FEATURES = _PHOTOS.changed(
     data={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
 )
@@ -129,7 +129,7 @@ PRESETS = {
     "mixed-small": Preset("photographs at 64 pixels, minutes on two CPU cores", _MIXED),
     "photos-small": Preset("photographs from ImageNet's weights, locked; the same cores", _PHOTOS),
     "photos-features": Preset(
-        "the same without crops, for stored features (--efficiency.image-features)",
+        "the same without crops, for stored features (--efficiency.stored-features)",
         _PHOTOS_FEATURES,
     ),
 }
@@ -184,7 +184,7 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
     if name.startswith("photos"):
         config = config.changed(model={"init_image": facts.weights})
     if name == "photos-features":
-        config = config.changed(efficiency={"image_features": features})
+        config = config.changed(efficiency={"stored_features": features})
     if name == "swin-tiny":
         config = config.changed(efficiency={"micro_batch_size": _power_of_two(room)})
     batch_size = config.run.global_batch_size

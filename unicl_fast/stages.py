@@ -167,11 +167,11 @@ def _check_stage(config: Any, settings: dict[str, Any]) -> None:
         stage["context_length"] == own["context_length"] or objective.uses_texts,
         "context_length is for objectives with texts",
     )
+    encoded = ["image_size", "crop_scale", *["context_length"] * ("text" in config.optim.freeze)]
     require(
-        not config.efficiency.image_features
-        or all(stage[name] == own[name] for name in ("image_size", "crop_scale")),
-        "efficiency.image_features needs images that are the same in every step: leave out "
-        "image_size and crop_scale, or image_features",
+        not config.efficiency.stored_features or all(stage[name] == own[name] for name in encoded),
+        "efficiency.stored_features needs images and texts that are the same in every step: leave "
+        f"out {', '.join(encoded)}, or stored_features",
     )
     require(
         stage["global_batch_size"] == own["global_batch_size"]

@@ -1,38 +1,102 @@
-"""Files of features while they are written: runs that write at once, and runs that were killed."""
+"""Files of features: what a killed process leaves is continued, and never changed."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from unicl_fast.dataset.feature_files import (
     RowsWriter,
+    has_features,
     make_rows,
-    partial_path,
     read_features,
-    seal_features,
+    seal_rows,
+    sole_storer,
+    write_features,
+)
+from unicl_fast.dataset.text_files import (
+    distinct_texts,
+    lengths_of,
+    read_text_features,
+    write_text_features,
 )
 
+ROWS = np.arange(6, dtype="<f4").reshape(3, 2)
 
-def test_what_killed_runs_leave_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    left, living, foreign, own = (
-        partial_path(tmp_path, key, token)
-        for key, token in (("key", "1"), ("key", "2"), ("other", "3"), ("key", "4"))
-    )
-    for path in (left, living, foreign):
-        make_rows(path, num_samples=3, width=2, kind="<f4")
-        writer = RowsWriter(path)
-        if path != living:  # as the kernel does for a process that is killed
-            writer.close()
-        else:
-            held = writer
-    make_rows(own, num_samples=3, width=2, kind="<f4")
-    assert sorted(tmp_path.iterdir()) == sorted([living, foreign, own])
-    rows = np.arange(6, dtype="<f4").reshape(3, 2)
-    held.write(np.arange(3), rows)
-    held.close()
-    seal_features(living, tmp_path, "key", dtype="float32", unreadable=[1])
+
+def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path: Path) -> None:
+    with sole_storer(tmp_path, "key"):
+        make_rows(tmp_path, "key", num_samples=3, width=2, kind="<f4")
+        assert not has_features(tmp_path, "key")  # as after a kill at this point
+        make_rows(tmp_path, "key", num_samples=3, width=2, kind="<f4")
+        writer = RowsWriter(tmp_path, "key")
+        writer.write(np.array([0]), ROWS[:1])
+        stored = np.array([True, False, True])
+        seal_rows(tmp_path, "key", dtype="float32", stored=stored, unreadable=[2])
+        writer.write(np.array([1]), ROWS[1:2])  # and killed here
+        writer.close()
     found = read_features(tmp_path, "key", num_samples=3)
-    assert np.array_equal(found.rows, rows)
+    assert found.stored.tolist() == stored.tolist()
+    assert np.array_equal(found.row(0), ROWS[0])
     assert found.row(1) is None
+    assert found.row(2) is None
+    make_rows(tmp_path, "key", num_samples=3, width=2, kind="<f4")  # keeps what is there
+    seal_rows(tmp_path, "key", dtype="float32", stored=np.ones(3, np.bool_), unreadable=[2])
+    assert np.array_equal(read_features(tmp_path, "key", num_samples=3).row(1), ROWS[1])
+
+
+def test_all_rows_are_written_at_once_and_only_by_the_first(tmp_path: Path) -> None:
+    write_features(tmp_path, "key", ROWS)
+    write_features(tmp_path, "key", ROWS + 1)
+    found = read_features(tmp_path, "key", num_samples=3)
+    assert np.array_equal(found.rows, ROWS)
+    assert found.stored.all()
+
+
+@pytest.mark.parametrize("field", ["stored", "unreadable", "dtype"])
+def test_a_description_that_was_changed_is_refused(tmp_path: Path, field: str) -> None:
+    write_features(tmp_path, "key", ROWS)
+    path = tmp_path / "key.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: "AAAA"}))
+    with pytest.raises(ValueError, match=r"key\.npy are damaged: .*remove key\.npy and key\.json"):
+        read_features(tmp_path, "key", num_samples=3)
+
+
+def test_texts_are_found_by_their_tokens_over_files_and_paddings(tmp_path: Path) -> None:
+    first = np.array([[5, 9, 0], [5, 7, 9]], np.uint16)
+    second = np.array([[5, 8, 8, 9]], np.uint32)
+    write_text_features(tmp_path, "key", first, torch.tensor([[1.0], [2.0]]).bfloat16())
+    write_text_features(tmp_path, "key", second, torch.tensor([[3.0]]).bfloat16())
+    write_text_features(tmp_path, "other", first[:1], torch.tensor([[4.0]]))
+    found = read_text_features(tmp_path, "key")
+    asked = np.array([[5, 8, 8, 9], [5, 9, 0, 0], [5, 7, 9, 0], [5, 7, 0, 0]], np.uint16)
+    numbers = found.find(asked)
+    assert numbers[3] == -1
+    values = found.take(numbers[:3])
+    assert values.dtype == torch.bfloat16
+    assert values.flatten().tolist() == [3, 1, 2]
+    assert read_text_features(tmp_path, "none").find(asked).tolist() == [-1] * 4
+
+
+def test_texts_of_a_damaged_file_are_refused(tmp_path: Path) -> None:
+    write_text_features(tmp_path, "key", np.array([[5, 9]], np.uint16), torch.ones(1, 2))
+    (path,) = tmp_path.glob("text-key-*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"are damaged: its xxh3 is .* remove it"):
+        read_text_features(tmp_path, "key")
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="are damaged"):
+        read_text_features(tmp_path, "key", check=False)
+
+
+def test_distinct_texts_come_by_length_and_tokens() -> None:
+    rows = np.array([[5, 9, 0], [4, 9, 0], [5, 9, 0], [9, 0, 0], [1, 1, 1]], np.uint16)
+    found = distinct_texts(rows)
+    assert found.tolist() == [[9, 0, 0], [4, 9, 0], [5, 9, 0], [1, 1, 1]]
+    assert lengths_of(found).tolist() == [1, 2, 2, 3]

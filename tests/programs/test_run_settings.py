@@ -184,7 +184,7 @@ def test_auto_chooses_a_preset_for_the_data_and_the_machine(
     assert config.run.samples <= 100 * given.num_images
     assert config.efficiency.micro_batch_size == micro_batch
     stored = "run/features" if name == "photos-features" else ""
-    assert config.efficiency.image_features == stored
+    assert config.efficiency.stored_features == stored
     assert config.model.init_image == ("timm:here" if name.startswith("photos") else "")
     assert ("pip install" in reasons) == (name == "mixed-small")
     assert f"{given.num_images:,} image" in reasons

@@ -1,8 +1,10 @@
-"""`efficiency.image_features`: an image is encoded once, and the run is the one that encodes it."""
+"""`efficiency.stored_features`: each is encoded once, and the run is that which encodes."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,10 +18,12 @@ from program_runs import SMALL, call, losses, run
 from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import fold_statistics
 from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.tools import ledger
 from unicl_fast.training import run as run_module
@@ -47,7 +51,7 @@ def config_of(
         **(FIXED | settings),
     )  # fmt: skip
     config = dataclasses.replace(config, data=data)
-    efficiency = {"image_features": str(features or "")}
+    efficiency = {"stored_features": str(features or "")}
     return config.changed(optim={"freeze": ("image",)}, efficiency=efficiency)
 
 
@@ -87,7 +91,7 @@ def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
     assert all(torch.equal(one.sample_ids, two.sample_ids) for one, two in pairs)
     assert (tmp_path / "stored" / "contact-sheet.png").exists()  # of the epoch that is encoded
     encode = Mock(side_effect=AssertionError("they are stored"))
-    monkeypatch.setattr(stored_features, "_store", encode)
+    monkeypatch.setattr(stored_features, "_Store", encode)
     again, trainer, _ = trained(stored, tmp_path / "again")
     assert all(map(torch.equal, again, expected))
     monkeypatch.setattr(type(trainer.model.image_encoder), "forward", encode)
@@ -166,7 +170,7 @@ def test_stored_features_that_are_damaged_are_refused(data: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"optim": {"freeze": ("image:2",)}}, r"this run trains it: add --optim\.freeze image"),
-        ({"optim": {"freeze": (), "lora": "image:2"}}, "image_features .* this run trains it"),
+        ({"optim": {"freeze": (), "lora": "image:2"}}, "stored_features .* this run trains it"),
         ({"data": {"crop_ratio": (0.75, 1.0)}}, "this run draws crops: add"),
         (
             {"data": {"crop_scale": (0.5, 1), "flip_probability": 0.5, "augment": ("clip",)}},
@@ -182,13 +186,141 @@ def test_features_that_would_differ_between_epochs_are_refused(changes: dict, me
         config.changed(**changes)
 
 
+def both_frozen(*datasets: Path, features: Path | None, **settings: object) -> TrainConfig:
+    """Both encoders locked, and heads of the widths of the encoders."""
+    config = config_of(*datasets, features=features, **settings)
+    model = {"drop_path": 0.0, "image_projection": "mlp", "text_projection": "mlp"}
+    return config.changed(optim={"freeze": ("image", "text")}, model=model)
+
+
+def test_a_run_of_two_stored_towers_is_the_run_that_encodes(data: Path, tmp_path: Path) -> None:
+    """Texts are encoded beside others, so their features differ by rounding."""
+    sources = data / "labels", data / "captions"
+    config = both_frozen(*sources, features=tmp_path / "features", precision="fp64")
+    config = config.changed(run={"steps": 3})  # fewer draws than samples
+    plain = config.changed(efficiency={"stored_features": ""})
+    expected, encoding, _ = trained(plain, tmp_path / "encoding")
+    found, trainer, fed = trained(config, tmp_path / "stored")
+    assert all(one.texts.tokens.ndim == 2 for one in fed)
+    assert fed[0].texts.tokens.dtype == torch.float64
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+    pairs = zip(trainer.model.parameters(), encoding.model.parameters(), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two)
+    stored = [json.loads(one.read_text()) for one in (tmp_path / "features").glob("*.json")]
+    assert all("stored" in one for one in stored)  # only those that were drawn
+    # a longer run adds what it needs, beside it or for all
+    longer = config.changed(run={"steps": 30})
+    trained(longer, tmp_path / "longer")
+    stored = [json.loads(one.read_text()) for one in (tmp_path / "features").glob("*.json")]
+    assert not any("stored" in one for one in stored)
+    again, *_ = trained(config, tmp_path / "again")
+    assert all(map(torch.equal, again, found))  # what was stored is never encoded anew
+
+
+def test_heads_standardise_by_the_training_data_and_keep_the_statistics(
+    data: Path, tmp_path: Path
+) -> None:
+    config = both_frozen(data / "captions", features=tmp_path / "features", precision="fp32")
+    config = config.changed(model={"standardise": True}, optim={"ema_decay": 0.5})
+    trainer = trainer_of(config, tmp_path / "run")
+    (name,) = (tmp_path / "features").glob("*.npy")
+    rows = torch.from_numpy(np.load(name)).double()
+    head = trainer.model.head("image")
+    torch.testing.assert_close(head.mean.double(), rows.mean(0))
+    deviation = rows.std(0, correction=0)
+    torch.testing.assert_close((1 / head.factor).double(), deviation, rtol=1e-4, atol=1e-6)
+    assert trainer.model.head("text").factor.ndim == 0
+    assert torch.equal(trainer.ema.module.head("image").mean, head.mean)
+    weights = trainer.model.state_dict()
+    folded = copy.deepcopy(trainer.model).eval()
+    fold_statistics(folded)
+    assert folded.config.model.standardise is False
+    assert not any(name.endswith(("mean", "factor")) for name in folded.state_dict())
+    batch = next(trainer.loader.batches(0))
+    for encode, given in (("encode_image", batch.images), ("encode_text", batch.texts.tokens)):
+        one, two = getattr(trainer.model, encode)(given), getattr(folded, encode)(given)
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    trainer.train_step(batch)
+    assert torch.equal(trainer.model.state_dict()["image_mean"], weights["image_mean"])
+    trainer.loader.close()
+
+
+@pytest.mark.parametrize("kind", ["linear", "biased"])
+def test_a_projection_of_one_layer_gets_the_bias_that_folding_needs(kind: str) -> None:
+    config = tiny_config(precision="fp32").changed(
+        model={"standardise": True, "image_projection": kind}
+    )
+    model = build_model(config).eval()
+    features = torch.randn(9, 64) * 3 + 1
+    model.set_statistics("image", features.mean(0), features.std(0))
+    model.set_statistics("text", torch.zeros(16), torch.full((16,), 2.0))
+    texts = torch.randn(3, 16)
+    before = model.encode_image(features), model.encode_text(texts)
+    fold_statistics(model)
+    assert model.config.model.image_projection == "biased"
+    assert model.config.model.text_projection == "linear"
+    after = model.encode_image(features), model.encode_text(texts)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_store_is_continued_and_gives_the_same_features(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = both_frozen(data / "labels", features=tmp_path / "whole", precision="fp32")
+    trainer_of(config, tmp_path / "run").loader.close()
+    broken = config.changed(efficiency={"stored_features": str(tmp_path / "killed")})
+    monkeypatch.setattr(stored_features, "_SEALED_AT_ONCE", 8)
+    encode, calls = stored_features._Store._encode, itertools.count()
+
+    def failing(self: object, images: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 2:  # a blank image comes first
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_features._Store, "_encode", failing)
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of(broken, tmp_path / "run")
+    (sealed,) = (tmp_path / "killed").glob("*.json")
+    assert "stored" in json.loads(sealed.read_text())
+    shown = Mock(wraps=encode)
+    monkeypatch.setattr(stored_features._Store, "_encode", lambda self, one: shown(self, one))
+    trainer_of(broken, tmp_path / "run").loader.close()
+    assert shown.call_count < 1 + 2  # the blank one, and the batch that was not stored
+    (one,), (two,) = ((tmp_path / name).glob("*.npy") for name in ("whole", "killed"))
+    assert np.array_equal(np.load(one), np.load(two))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_store_and_feed_both_towers_as_one_does(data: Path, tmp_path: Path) -> None:
+    frozen = [*LOCKED, "--optim.freeze", "image", "text", "--model.drop-path", "0"]
+    frozen += ["--model.standardise", "True", "--model.image-projection", "mlp"]
+    frozen += ["--data.train", data / "labels", data / "captions"]
+    for out, *more in (("one",), ("two", "--nproc", "2")):
+        folder = tmp_path / f"features-{out}"
+        given = ["--efficiency.stored-features", folder, "--out", tmp_path / out, *more]
+        run("pretrain", *frozen, *given)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    texts = [sorted((tmp_path / f"features-{one}").glob("text-*")) for one in ("one", "two")]
+    assert [one.name for one in texts[0]] == [two.name for two in texts[1]]  # the same bits
+    for checkpoint in (tmp_path / "one" / "checkpoints").iterdir():
+        if checkpoint.name > "step-00000006":
+            shutil.rmtree(checkpoint)
+    expected = losses(tmp_path / "one")
+    given = ["--efficiency.stored-features", tmp_path / "features-two", "--out", tmp_path / "one"]
+    run("pretrain", *frozen, *given, "--resume", "auto", "--nproc", "2")
+    assert losses(tmp_path / "one") == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_from_stored_features_resumes_on_other_ranks_with_its_ledger(
     data: Path, tmp_path: Path
 ) -> None:
     sources = ["--data.train", data / "labels", data / "captions"]
-    features = ["--efficiency.image-features", tmp_path / "features"]
+    features = ["--efficiency.stored-features", tmp_path / "features"]
     run("pretrain", *LOCKED, *sources, "--out", tmp_path / "encoding")
     out = tmp_path / "stored"
     done = run("pretrain", *LOCKED, *sources, *features, "--out", out, "--nproc", "2")

@@ -101,11 +101,13 @@ class ModelConversion(Conversion):
         from unicl_fast.conversion.initial import load_encoders
         from unicl_fast.conversion.output import require_new
         from unicl_fast.conversion.sources import find_own
+        from unicl_fast.models.unicl import fold_statistics
         from unicl_fast.system.line import line
 
         require_new(self.out)  # before minutes are spent
         with line(f"reading {self.model}"):
             model = load_encoders(self.model, weights=self.weights).float()
+            fold_statistics(model)
         if needs_texts and model.text_encoder is None:
             raise ValueError(
                 f"{self.model} was trained with objective.name={model.config.objective.name} and "

@@ -78,9 +78,9 @@ class Bench:
         # a run in stages is measured with its own settings, those of the last stage
         config = config.changed(run={"stages": ()})
         require(
-            not config.efficiency.image_features,
+            not config.efficiency.stored_features,
             "unicl-bench measures runs that decode and encode images: leave "
-            "efficiency.image_features out",
+            "efficiency.stored_features out",
         )
         self.ranks, self.device, self.folder = ranks, device, folder
         self.free_bytes = min(gather_integers(free_memory(device), ranks))

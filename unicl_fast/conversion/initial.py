@@ -172,7 +172,8 @@ class _Loading:
             self._refuse(f"objective.name={model.config.objective.name} has no text encoder")
         is_whole = self._option == "init"
         names = [*(IMAGE_SETTINGS if image else ()), *(TEXT_SETTINGS if has_text else ())]
-        names += ["embed_dim", "image_projection"] if is_whole and image and model.has_space else []
+        space = ["embed_dim", "image_projection", "standardise"]
+        names += space if is_whole and image and model.has_space else []
         names += ["text_projection"] if is_whole and has_text else []
         config, needed = model.config.model, source.settings
         pairs = {name: (getattr(config, name), needed[name]) for name in names if name in needed}
@@ -251,12 +252,12 @@ class _Loading:
 
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or keeps the fresh one if the source's has another shape."""
-        names = [one for one in (name, f"{name}_bias") if one in self._own]
-        given = self._given
-        if not names:
+        head = re.compile(f"{name.partition('_')[0]}_(?!encoder[.])")
+        names, given = list(filter(head.match, self._own)), self._given
+        if name not in names:
             return
         fits = [one in given and given[one].shape == self._own[one].shape for one in names]
-        if all(fits) and (f"{name}_bias" in given) == (f"{name}_bias" in names):
+        if all(fits) and set(filter(head.match, given)) == set(names):
             self._take("", {one: given[one] for one in names}, name)
             return
         found = list(given[name].shape) if name in given else "none"

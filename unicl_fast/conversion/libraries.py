@@ -29,7 +29,7 @@ from unicl_fast.conversion.output import (
     write_tensors,
 )
 from unicl_fast.models.image_encoder import feature_width
-from unicl_fast.models.unicl import UniCL, project
+from unicl_fast.models.unicl import Head, UniCL
 from unicl_fast.system.installation import install_command
 
 _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
@@ -97,14 +97,15 @@ class Tower(nn.Module):
     Exporters need modules of one input and one output.
     """
 
-    def __init__(
-        self, encoder: nn.Module, projection: nn.Parameter | None, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, encoder: nn.Module, head: Head) -> None:
         super().__init__()
-        self.encoder, self.projection, self.bias = encoder, projection, bias
+        self.encoder = encoder
+        for name, tensor in head._asdict().items():
+            self.register_buffer(name, tensor)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.normalize(project(self.encoder(inputs), self.projection, self.bias), dim=-1)
+        head = Head(*(getattr(self, name) for name in Head._fields))
+        return F.normalize(head(self.encoder(inputs)), dim=-1)
 
 
 Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
@@ -136,8 +137,8 @@ def write_exported_programs(model: UniCL, folder: Path) -> float:
 
 def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) -> float:
     assert model.text_encoder is not None
-    image = Tower(model.image_encoder, model.image_projection, model.image_projection_bias).eval()
-    text = Tower(model.text_encoder, model.text_projection, model.text_projection_bias).eval()
+    image = Tower(model.image_encoder, model.head("image")).eval()
+    text = Tower(model.text_encoder, model.head("text")).eval()
     images, tokens = sample_images(model), sample_tokens(model)
     differences = []
     with new_folder(folder) as aside:

@@ -62,6 +62,8 @@ _MATRICES = {
     "text.text_projection": "text_projection",
 }
 _LINEARS = {
+    "visual.head.mlp.fc1": "image_hidden",
+    "visual.head.mlp.fc2": "image_projection",
     **dict.fromkeys(("visual.head.proj", "visual.attnpool.c_proj"), "image_projection"),
     **dict.fromkeys(("text_projection", "text.text_projection"), "text_projection"),
 }
@@ -80,8 +82,12 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     vision = model_cfg["vision_cfg"]
     _refuse_others("vision_cfg", vision)
     if vision.get("timm_model_name"):
-        if vision.get("timm_proj") == "mlp" or pooling(model_cfg) in ("abs_attn", "rot_attn"):
-            refuse_settings("vision_cfg", vision, ("timm_proj", "timm_pool"))
+        is_mlp = vision.get("timm_proj") == "mlp"
+        pools_otherwise = pooling(model_cfg) in ("abs_attn", "rot_attn")
+        if pools_otherwise or (is_mlp and vision.get("timm_proj_bias")):
+            refuse_settings("vision_cfg", vision, ("timm_proj", "timm_proj_bias", "timm_pool"))
+        if is_mlp:
+            return {"image_encoder": vision["timm_model_name"], "image_projection": "mlp"}
         # without timm_proj, open_clip projects with timm's classifier
         has_bias = vision.get("timm_proj_bias") or not vision.get("timm_proj", "linear")
         projection = "biased" if has_bias else "linear"
@@ -265,6 +271,11 @@ def _require_convertible(model: UniCL) -> None:
             f"open_clip builds {name} only for images of {own_size} pixels, but this model was "
             f"trained at {size}: convert it to timm, hf or onnx instead"
         )
+    if model.config.model.text_projection == "mlp":
+        raise ValueError(
+            "model.text_projection=mlp: open_clip projects this encoder's texts by one matrix: "
+            "convert it to onnx instead"
+        )
     width = feature_width(model.image_encoder)
     if width != int(model.image_encoder.num_features):  # type: ignore[arg-type]
         raise ValueError(
@@ -279,7 +290,7 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
         "timm_model_name": config.image_encoder,
         "timm_model_pretrained": False,
         "timm_pool": "",  # the model's own
-        "timm_proj": "linear",
+        "timm_proj": "mlp" if config.image_projection == "mlp" else "linear",
         "timm_proj_bias": config.image_projection == "biased",
         "image_size": model.config.data.image_size,
     }
@@ -320,8 +331,12 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
 def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
     """Renames the model's tensors to open_clip's."""
     names = {"image_projection_bias": "visual.head.proj.bias",
+             "image_hidden_bias": "visual.head.mlp.fc1.bias",
              "text_projection_bias": "text_projection.bias"}  # fmt: skip
     linears = {"image_projection": "visual.head.proj.weight"}  # [out in]
+    if model.config.model.image_projection == "mlp":
+        linears = {"image_hidden": "visual.head.mlp.fc1.weight",
+                   "image_projection": "visual.head.mlp.fc2.weight"}  # fmt: skip
     if model.text_projection_bias is not None:
         linears["text_projection"] = "text_projection.weight"
     tensors = {}

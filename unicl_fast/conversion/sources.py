@@ -60,7 +60,7 @@ TEXT_SETTINGS = (
     *("text_width", "text_layers", "text_heads", "vocab_size", "text_activation", "text_causal"),
     *("text_pool", "text_mlp_ratio", "text_norm_eps", "tokenizer"),
 )
-_SPACE_SETTINGS = ("embed_dim", "image_projection", "text_projection")
+_SPACE_SETTINGS = ("embed_dim", "image_projection", "text_projection", "standardise")
 _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -348,7 +348,7 @@ def _source_of(given: str, config: TrainConfig, file: Path, rename: _Rename) -> 
     """A model whose whole config is known."""
     names = [*IMAGE_SETTINGS]
     if config.objective.has_space:
-        names += ["embed_dim", "image_projection"]
+        names += ["embed_dim", "image_projection", "standardise"]
     if config.objective.uses_texts:
         names += [*TEXT_SETTINGS, "text_projection", "context_length"]
     return Source(

@@ -1,19 +1,22 @@
 """Features of a frozen image encoder, one row for each sample, used instead of images.
 
     KEY.npy    [N width], in the encoder's output type; bfloat16 as its bits, uint16
-    KEY.json   the type, the checksum of KEY.npy, and the samples with unreadable images
+    KEY.json   the type, which rows are stored, their checksum, samples with unreadable images
 
 The key is a hash of everything that affects the features, so files of other weights, images or
-preprocessing are never found. KEY.json is written last: without it there are no features.
+preprocessing are never found. A row is stored once KEY.json says so, and is never written again:
+what a killed process leaves is continued, and a run that needs more rows adds them.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,11 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.atomic_files import flush_to_disk, lock, locked, write_text_atomically
-from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.system.atomic_files import lock, make_folder, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.system.untrusted_files import open_regular, read_file
+
+_ROWS_AT_ONCE = 4096  # rows that are read together for a checksum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +42,15 @@ class FeatureFile:
     """[N width]."""
     dtype: str
     """The name of their type; bfloat16 rows are uint16."""
+    stored: NDArray[np.bool_]
+    """[N]: whether a sample's row is there. One that could not be read has none, and counts."""
     unreadable: frozenset[int]
-    """Samples without features."""
+    """Samples without features, since their images could not be read."""
 
     def row(self, sample: int) -> NDArray[Any] | None:
         """The features of a sample [width]; None if its image could not be read."""
-        return None if sample in self.unreadable else self.rows[sample]
+        has_row = self.stored[sample] and sample not in self.unreadable
+        return self.rows[sample] if has_row else None
 
 
 def feature_key(
@@ -77,38 +85,41 @@ def feature_key(
 
 
 def has_features(folder: Path, key: str) -> bool:
-    """Whether complete features are stored under that key."""
+    """Whether features, maybe not of all samples, are stored under that key."""
     return all((folder / f"{key}.{kind}").is_file() for kind in ("json", "npy"))
 
 
-def partial_path(folder: Path, key: str, token: str) -> Path:
-    """The file that rows are written to before it gets its final name."""
-    return folder / f".{key}.{token}.partial"
+@contextlib.contextmanager
+def sole_storer(folder: Path, key: str) -> Iterator[None]:
+    """Makes the folder, and waits until no other process writes features of that key."""
+    make_folder(folder)
+    descriptor, _ = open_regular(folder / f".{key}.lock", os.O_RDWR | os.O_CREAT, mode=0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
-    """Creates a file for rows of NumPy's type `kind`; removes its key's leftovers of crashes."""
-    for left in path.parent.glob(partial_path(Path(), path.name.split(".")[1], "*").name):
-        with contextlib.suppress(OSError), locked(left) as is_unused:
-            if is_unused:
-                left.unlink()
-    shape = (num_samples, width)
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
+def make_rows(folder: Path, key: str, *, num_samples: int, width: int, kind: str) -> None:
+    """Makes KEY.npy for rows of NumPy's type `kind`, unless rows are stored there."""
+    if not has_features(folder, key):
+        path, shape = folder / f"{key}.npy", (num_samples, width)
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
 
 
 class RowsWriter:
-    """Writes rows into a file of `make_rows`; several processes can write different ones at once.
+    """Writes rows into the file of `make_rows`; several processes can write different ones at once.
 
     With `pwrite`: on a network drive, pages of a mapped file would overwrite neighbouring rows.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file, created by `make_rows`."""
+    def __init__(self, folder: Path, key: str) -> None:
+        path = folder / f"{key}.npy"
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         self._offset, self._row_bytes = int(rows.offset), rows.shape[1] * rows.itemsize
         self._file = open_regular(path, os.O_WRONLY)[0]
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock(self._file, shared=True)  # until its process ends: marks it as used
 
     def write(self, samples: NDArray[np.int64], rows: NDArray[Any]) -> None:
         """Writes `rows` [k width] for these samples."""
@@ -125,23 +136,30 @@ class RowsWriter:
         os.close(self._file)
 
 
-def seal_features(
-    aside: Path, folder: Path, key: str, *, dtype: str, unreadable: Iterable[int]
+def seal_rows(
+    folder: Path, key: str, *, dtype: str, stored: NDArray[np.bool_], unreadable: Iterable[int]
 ) -> None:
-    """Gives a file with all rows its name and description, unless another run stored the same."""
-    values = {"dtype": dtype, "xxh3": file_checksum(aside), "unreadable": sorted(unreadable)}
-    flush_to_disk(aside)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks on folders
-            lock(descriptor, wait=True)
+    """Says in KEY.json that these rows, which are on disk, are stored."""
+    rows = np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+    values = {"dtype": dtype, "xxh3": _checksum(rows, stored), "unreadable": sorted(unreadable)}
+    if not stored.all():
+        packed = zlib.compress(np.packbits(stored).tobytes())
+        values["stored"] = base64.b64encode(packed).decode()
+    write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
+
+
+def write_features(folder: Path, key: str, features: NDArray[Any]) -> None:
+    """Stores the features [N width] of all samples, unless another process has."""
+    with sole_storer(folder, key), contextlib.ExitStack() as stack:
         if has_features(folder, key):
-            aside.unlink()
             return
-        aside.rename(folder / f"{key}.npy")
-        write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
-    finally:
-        os.close(descriptor)
+        num_samples, width = features.shape
+        make_rows(folder, key, num_samples=num_samples, width=width, kind=features.dtype.str)
+        writer = stack.enter_context(contextlib.closing(RowsWriter(folder, key)))
+        writer.write(np.arange(num_samples), features)
+        writer.flush()
+        every = np.ones(num_samples, np.bool_)
+        seal_rows(folder, key, dtype=str(features.dtype), stored=every, unreadable=())
 
 
 def read_features(folder: Path, key: str, *, num_samples: int, check: bool = True) -> FeatureFile:
@@ -149,16 +167,34 @@ def read_features(folder: Path, key: str, *, num_samples: int, check: bool = Tru
     path = folder / f"{key}.npy"
     try:
         values = parse_checksummed_json(read_file(folder / f"{key}.json"))
-        if check and (found := file_checksum(path)) != values["xxh3"]:
-            raise ValueError(f"its xxh3 is {found}, {key}.json says {values['xxh3']}")
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if rows.ndim != 2 or len(rows) != num_samples:
             raise ValueError(f"{num_samples} rows are expected, {list(rows.shape)} came")
+        stored = np.ones(num_samples, np.bool_)
+        if "stored" in values:
+            packed = zlib.decompressobj().decompress(
+                base64.b64decode(values["stored"]), num_samples // 8 + 1
+            )
+            stored = np.unpackbits(np.frombuffer(packed, np.uint8), count=num_samples).view(
+                np.bool_
+            )
+        if check and (found := _checksum(rows, stored)) != values["xxh3"]:
+            raise ValueError(f"its xxh3 is {found}, {key}.json says {values['xxh3']}")
         return FeatureFile(
-            rows=rows, dtype=str(values["dtype"]), unreadable=frozenset(values["unreadable"])
-        )
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+            rows=rows, dtype=str(values["dtype"]), stored=stored,
+            unreadable=frozenset(values["unreadable"]),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise ValueError(
             f"the stored features {path} are damaged: {error}; remove {key}.npy and {key}.json, "
             "and they are made again"
         ) from error
+
+
+def _checksum(rows: NDArray[Any], stored: NDArray[np.bool_]) -> str:
+    """XXH3 of the stored rows: what a killed process wrote beyond them does not matter."""
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        digest.update(np.ascontiguousarray(rows[part][stored[part]]).view(np.uint8))
+    return digest.hexdigest()

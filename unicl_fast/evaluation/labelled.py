@@ -6,10 +6,8 @@ same features again and again. `dataset.feature_files` has the format.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,7 +108,7 @@ def labelled_features(
     on_ranks = ModelOnRanks.of(model)
     encoders, ranks = on_ranks.model, on_ranks.ranks
     require_layer(encoders, layer)
-    weights = weights_digest(encoders, "image_encoder.", "image_projection")
+    weights = weights_digest(encoders, "image_")
     found: list[LabelledFeatures] = []
     first: EvaluationData | None = None
     for spec in specs:
@@ -146,15 +144,8 @@ def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weigh
 
 
 def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) -> None:
-    """Stores features atomically; a disk that refuses is a warning, not an error."""
-    aside = feature_files.partial_path(folder, key, secrets.token_hex(4))
+    """Stores features; a disk that refuses is a warning, not an error."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            np.save(file, features, allow_pickle=False)
-        feature_files.seal_features(aside, folder, key, dtype=str(features.dtype), unreadable=())
+        feature_files.write_features(folder, key, features)
     except OSError as error:
         logger.warning("features are not kept: %s cannot be written: %s", folder, error)
-    finally:
-        with contextlib.suppress(OSError):  # it was renamed, or never made
-            aside.unlink()

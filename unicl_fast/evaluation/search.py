@@ -11,7 +11,6 @@ images. A search is exact and reads the file block by block: neither holds all f
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from unicl_fast.evaluation.inference import ImageLike, Model
 from unicl_fast.evaluation.labelled import key_of_features
 from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import weights_digest
-from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.system.atomic_files import temporary_folder
 
 _BLOCK_BYTES = 64 << 20  # bytes of features compared at once
 
@@ -164,38 +163,33 @@ def open_index(
 def _stored(on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path) -> NDArray[Any]:
     """The features of a data set, mapped from a file, which is made if needed."""
     model, ranks = on_ranks.model, on_ranks.ranks
-    weights = weights_digest(model, "image_encoder.", "image_projection")
+    weights = weights_digest(model, "image_")
     key = key_of_features(model, dataset, layer="projection", weights=weights)
     key = from_rank_0(key, ranks)
     if not from_rank_0(feature_files.has_features(folder, key), ranks):
-        name = from_rank_0(f".{key}.{secrets.token_hex(4)}.partial", ranks)
-        _encode_into(folder / name, folder, key, on_ranks, dataset)
+        _encode_into(folder, key, on_ranks, dataset)
     with refused_together(ranks):
         # one rank is enough: the check reads the whole file
         size, check = len(dataset), ranks.is_main
         return feature_files.read_features(folder, key, num_samples=size, check=check).rows
 
 
-def _encode_into(
-    aside: Path, folder: Path, key: str, on_ranks: ModelOnRanks, dataset: PackedDataset
-) -> None:
-    """Encodes a data set into the file `aside`, on all ranks, and gives it its name."""
+def _encode_into(folder: Path, key: str, on_ranks: ModelOnRanks, dataset: PackedDataset) -> None:
+    """Encodes a data set into the file of that key, on all ranks."""
     ranks, num_samples = on_ranks.ranks, len(dataset)
-    width = on_ranks.model.config.model.embed_dim
-    try:
+    shape = {"num_samples": num_samples, "width": on_ranks.model.config.model.embed_dim}
+    with contextlib.ExitStack() as stack:
         with rank_0_alone(ranks):
             if ranks.is_main:
-                make_folder(folder)
-                feature_files.make_rows(aside, num_samples=num_samples, width=width, kind="<f4")
-        with contextlib.closing(feature_files.RowsWriter(aside)) as writer:
-            loader = on_ranks.loader(dataset)
-            for samples, features in on_ranks.encoded(loader, num_samples=num_samples):
-                writer.write(samples.numpy(), features.float().numpy())
-            writer.flush()
+                stack.enter_context(feature_files.sole_storer(folder, key))
+                feature_files.make_rows(folder, key, **shape, kind="<f4")
+        writer = stack.enter_context(contextlib.closing(feature_files.RowsWriter(folder, key)))
+        loader = on_ranks.loader(dataset)
+        for samples, features in on_ranks.encoded(loader, num_samples=num_samples):
+            writer.write(samples.numpy(), features.float().numpy())
+        writer.flush()
         gather_integers(0, ranks)  # once all have written
         with rank_0_alone(ranks):
             if ranks.is_main:
-                feature_files.seal_features(aside, folder, key, dtype="float32", unreadable=())
-    finally:
-        if ranks.is_main:
-            aside.unlink(missing_ok=True)
+                every = np.ones(num_samples, np.bool_)
+                feature_files.seal_rows(folder, key, dtype="float32", stored=every, unreadable=())

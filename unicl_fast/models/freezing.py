@@ -53,7 +53,7 @@ def merge(model: UniCL) -> None:
 
 def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
     """Whether a tower's encoder or projection is trained, so its features need gradients."""
-    own = (f"{tower}_encoder.", f"{tower}_projection")
+    own = f"{tower}_"  # encoder, hidden layer, projection
     return any(one.requires_grad for name, one in model.named_parameters() if name.startswith(own))
 
 
@@ -72,7 +72,9 @@ def _find(model: UniCL) -> FrozenParts:
         attribute = kind if kind.endswith("_projection") else f"{kind}_encoder"
         part = _part(model, attribute, f"optim.freeze: {entry}")
         if isinstance(part, nn.Parameter):
-            names |= {attribute, f"{attribute}_bias"} & {n for n, _ in model.named_parameters()}
+            tower = kind.removesuffix("projection")  # with its hidden layer
+            own = {name for name, _ in model.named_parameters() if name.startswith(tower)}
+            names |= {name for name in own if not name.startswith(f"{tower}encoder.")}
             continue
         begun, whole = list(part.modules()), [part]
         if count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import xxhash
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import Configured, DataConfig, ModelConfig, Projection
+from unicl_fast.config import Configured, DataConfig, ModelConfig
 from unicl_fast.models.image_encoder import (
     DropPathKey,
     build_image_encoder,
@@ -22,6 +22,8 @@ from unicl_fast.models.image_encoder import (
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import Encoded
+
+Tower = Literal["image", "text"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,11 +40,44 @@ class FrozenParts:
     """`weights_digest` of `in_base`; empty if nothing is left out."""
 
 
+class Head(NamedTuple):
+    """The way from an encoder's features [n w] into the common space [n d].
+
+    Standardises, then multiplies once, or twice with GELU between; a part that is None is skipped.
+    """
+
+    mean: Tensor | None = None
+    """[w], of the encoder's features on the training data."""
+    factor: Tensor | None = None
+    """[w], one over their standard deviations; [] for texts, which need one for all."""
+    hidden: Tensor | None = None
+    """[w h]."""
+    hidden_bias: Tensor | None = None
+    """[h]."""
+    weight: Tensor | None = None
+    """[w d], or [h d]."""
+    bias: Tensor | None = None
+    """[d]."""
+
+    def __call__(self, features: Float[Tensor, "n w"]) -> Float[Tensor, "n d"]:
+        if self.mean is not None:
+            features = features - self.mean
+        if self.factor is not None:
+            features = features * self.factor
+        if self.hidden is not None:
+            features = features @ self.hidden
+            features = features if self.hidden_bias is None else features + self.hidden_bias
+            features = F.gelu(features)
+        if self.weight is not None:
+            features = features @ self.weight
+        return features if self.bias is None else features + self.bias
+
+
 class UniCL(nn.Module, Configured):
     """Maps images and texts to unit vectors in one space; also holds the objective's parameters.
 
-    `text_encoder` and `text_projection` are None if the objective has no texts, projections if it
-    has no common space or `model.image_projection` is none. `learnt_names` names the objective's
+    `text_encoder` and the text's head are None if the objective has no texts, heads if it has no
+    common space; `head` says which tensors a head has. `learnt_names` names the objective's
     parameters, such as `logit_scale`.
     """
 
@@ -74,8 +109,12 @@ class UniCL(nn.Module, Configured):
         super().__init__()
         self.frozen = FrozenParts()
         self.drop_path_key = DropPathKey(seed)
-        self.image_projection = self.image_projection_bias = None
-        self.text_projection = self.text_projection_bias = None
+        for tower in ("image", "text"):
+            for part in Head._fields:
+                if part in ("mean", "factor"):
+                    self.register_buffer(_name_of(tower, part), None)
+                else:
+                    setattr(self, _name_of(tower, part), None)
         self.has_space = objective.has_space
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -90,17 +129,67 @@ class UniCL(nn.Module, Configured):
             self.text_encoder: Any = build_text_encoder(config) if objective.uses_texts else None
             image_width = feature_width(self.image_encoder)
             if objective.has_space:
-                self.image_projection, self.image_projection_bias = _projection(
-                    config.image_projection, image_width, config
-                )
+                self._build_head("image", image_width, config)
             if objective.uses_texts:
-                self.text_projection, self.text_projection_bias = _projection(
-                    config.text_projection, config.text_width, config
-                )
+                self._build_head("text", config.text_width, config)
             learnt = objective.parameters(image_width)
         for name, parameter in learnt.items():
             self.register_parameter(name, parameter)
         self.learnt_names = tuple(learnt)
+
+    def _build_head(self, tower: Tower, width: int, config: ModelConfig) -> None:
+        """Draws a projection into the common space, as CLIP's: about preserves the features' norm.
+
+        An MLP has the shapes of open_clip's, so that it can be exported (timm_proj=mlp).
+        """
+        is_image = tower == "image"
+        kind = config.image_projection if is_image else config.text_projection
+        if kind == "none" and width != config.embed_dim:
+            raise ValueError(
+                f"model.{tower}_projection=none uses features as they are: model.embed_dim "
+                f"({config.embed_dim}) must be the width of the {tower} encoder's, {width}"
+            )
+
+        def drawn(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.normal_(torch.empty(rows, columns), std=rows**-0.5))
+
+        own: dict[str, Tensor] = {}
+        if config.standardise:  # the identity, until the statistics are known
+            own["factor"] = torch.ones(width if is_image else ())
+            own |= {"mean": torch.zeros(width)} if is_image else {}
+        if kind == "mlp":
+            inner = 2 * config.embed_dim if is_image else (width + config.embed_dim) // 2
+            own["hidden"] = drawn(width, inner)
+            if is_image:
+                own["hidden_bias"] = nn.Parameter(torch.zeros(inner))
+            width = inner
+        if kind != "none":
+            own["weight"] = drawn(width, config.embed_dim)
+        if kind == "biased":
+            own["bias"] = nn.Parameter(torch.zeros(config.embed_dim))
+        for part, value in own.items():
+            setattr(self, _name_of(tower, part), value)
+
+    def head(self, tower: Tower) -> Head:
+        """The way from a tower's encoder into the common space, with the tensors of this model."""
+        return Head(*(getattr(self, _name_of(tower, part)) for part in Head._fields))
+
+    def set_statistics(
+        self, tower: Tower, mean: Float[Tensor, " w"], deviation: Float[Tensor, " w"]
+    ) -> None:
+        """Sets the statistics by which `model.standardise` standardises features.
+
+        Texts keep their mean, which changes no similarity that training could not change as well,
+        and get one factor, since libraries have no place for more in a text's head.
+        """
+        head = self.head(tower)
+        assert head.factor is not None
+        if head.mean is None:
+            deviation = deviation.square().mean().sqrt()
+        else:
+            head.mean.copy_(mean)
+        # a constant dimension says nothing, and stays as small as it is
+        head.factor.copy_(1 / deviation.where(deviation > 0, 1))
 
     def train(self, mode: bool = True) -> UniCL:
         """Sets training mode; frozen parts stay in evaluation mode."""
@@ -141,28 +230,30 @@ class UniCL(nn.Module, Configured):
         features: Tensor = images if images.ndim == 2 else self.image_encoder(images)
         if not self.has_space:
             return _at_least_fp32(features)
-        return _unit_norm(project(features, self.image_projection, self.image_projection_bias))
+        return _unit_norm(self.head("image")(features))
 
     def encode_text(
-        self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
+        self, tokens: Int[Tensor, "u l"] | Float[Tensor, "u w"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
         """Unit-norm features of token rows, padded after the end-of-text token.
 
-        Only `num_tokens` tokens are computed (None: all): at least all real ones, which is not
-        checked, since that would read the device. Raises ValueError without a text encoder.
+        Also accepts precomputed encoder features [u w]; the encoder is then skipped. Only
+        `num_tokens` tokens are computed (None: all): at least all real ones, which is not checked,
+        since that would read the device. Raises ValueError without a text encoder.
         """
         if self.text_encoder is None:
             raise ValueError(
                 f"this model was trained with objective.name={self.config.objective.name} and has "
                 "no text encoder: use unicl-eval linear-probe or knn"
             )
-        features = self.text_encoder(tokens, num_tokens)
-        return _unit_norm(project(features, self.text_projection, self.text_projection_bias))
+        is_encoded = tokens.is_floating_point()
+        features = tokens if is_encoded else self.text_encoder(tokens, num_tokens)
+        return _unit_norm(self.head("text")(features))
 
     def forward(
         self,
         images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"],
-        tokens: Int[Tensor, "u l"] | None = None,
+        tokens: Int[Tensor, "u l"] | Float[Tensor, "u v"] | None = None,
         num_tokens: int | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
     ) -> Encoded:
@@ -178,13 +269,32 @@ class UniCL(nn.Module, Configured):
         self.drop_path_key.set(step=step, global_index=global_index)
 
 
-def project(
-    features: Float[Tensor, "n w"], weight: Tensor | None, bias: Tensor | None
-) -> Float[Tensor, "n d"]:
-    """Features times weight [w d] plus bias [d]; each is skipped if None."""
-    if weight is not None:
-        features = features @ weight
-    return features if bias is None else features + bias
+@torch.no_grad()
+def fold_statistics(model: UniCL) -> None:
+    """Makes the standardisation of features a part of the heads' first layers, for other libraries.
+
+    Features change by rounding only.
+    """
+    if not model.config.model.standardise:
+        return
+    projections: dict[str, str] = {}
+    for tower in ("image", "text"):
+        head = model.head(tower)
+        if head.factor is None:
+            continue
+        first = "weight" if head.hidden is None else "hidden"
+        matrix: Tensor = getattr(head, first)
+        matrix.mul_(head.factor[:, None] if head.mean is not None else head.factor)
+        if head.mean is not None:
+            name = _name_of(tower, "bias" if head.hidden is None else "hidden_bias")
+            old = getattr(model, name)
+            shift = -(head.mean @ matrix)
+            setattr(model, name, nn.Parameter(shift if old is None else old + shift))
+            if head.hidden is None:
+                projections[f"{tower}_projection"] = "biased"
+        for part in ("mean", "factor"):
+            setattr(model, _name_of(tower, part), None)
+    model.config = model.config.changed(model={"standardise": False, **projections})
 
 
 def weights_digest(model: UniCL, *prefixes: str) -> str:
@@ -197,22 +307,10 @@ def weights_digest(model: UniCL, *prefixes: str) -> str:
     return digest.hexdigest()
 
 
-def _projection(
-    kind: Projection, width: int, model: ModelConfig
-) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Weight [width d] and bias [d] of a projection into the common space."""
-    embed_dim = model.embed_dim
-    if kind == "none":
-        if width != embed_dim:
-            raise ValueError(
-                f"model.image_projection=none uses features as they are: model.embed_dim "
-                f"({embed_dim}) must be the width of the image encoder's, {width}"
-            )
-        return None, None
-    bias = nn.Parameter(torch.zeros(embed_dim)) if kind == "biased" else None
-    # as in CLIP: about preserves the norm of features
-    weight = nn.init.normal_(torch.empty(width, embed_dim), std=width**-0.5)
-    return nn.Parameter(weight), bias
+def _name_of(tower: str, part: str) -> str:
+    """The attribute that holds a part of a tower's head."""
+    names = {"weight": "projection", "bias": "projection_bias"}
+    return f"{tower}_{names.get(part, part)}"
 
 
 def _unit_norm(features: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from unicl_fast.checkpoints.load import build_model, read_state
@@ -18,6 +19,7 @@ from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
@@ -25,6 +27,7 @@ from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.feature_loader import FeatureLoader
 from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.pipelines.texts import gather_every_text
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
@@ -48,8 +51,14 @@ from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.observers import ContactSheet, DatasetNumbers, LedgerKeeper, SoleWriter
 from unicl_fast.training.settle import Setup, set_up
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
-from unicl_fast.training.stored_features import stored_features
+from unicl_fast.training.stored_features import (
+    statistics_of,
+    stored_image_features,
+    stored_text_features,
+)
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
+
+_ROWS_AT_ONCE = 4096
 
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; called as `TrainLoader` is."""
@@ -136,27 +145,80 @@ def build_trainer(
         mark("reading the checkpoint", patience=START_PATIENCE)
         with refused_together(ranks):
             trainer.resume(checkpoint)
-    if config.efficiency.image_features and encodes_features:
-        features = _stored_features(trainer, data, build, sheet)
-        fed = [FeatureLoader(one.steps, features, device=device) for one in loaders]
+    if config.efficiency.stored_features and encodes_features:
+        images = _stored_images(trainer, data, build, sheet)
+        fed = [FeatureLoader(one.steps, images, device=device) for one in loaders]
+        texts = _stored_texts(trainer, data, fed)
+        if texts is not None:
+            fed = [FeatureLoader(one.steps, images, texts, device=device) for one in loaders]
         trainer.loader = _in_stages(fed, config)
+        if config.model.standardise and state is None:
+            _set_statistics(trainer, images, texts)
     return trainer
 
 
-def _stored_features(
+def _stored_images(
     trainer: Trainer, data: RunData, build: Callable[..., PlannedLoader], sheet: ContactSheet
 ) -> list[FeatureFile]:
-    """Features of a frozen encoder, for images as the last stage shows them."""
+    """Features of the frozen image encoder: of all images, or of those that a short run draws."""
     last = data.config.settings_of_stages[-1]
-    in_order = last.changed(data={"shuffle_window": 0})
-    return stored_features(
+    num_draws: int | None = data.config.run.draws_before(trainer.total_steps)
+    weights = data.weights
+    if num_draws is not None and num_draws >= sum(map(len, data.datasets)):
+        last, num_draws, weights = last.changed(data={"shuffle_window": 0}), None, None
+    return stored_image_features(
         trainer.model,
         data.datasets,
-        build_loader=lambda: build(in_order, prompts=data.prompts, weights=None),
+        build_loader=lambda: build(last, prompts=data.prompts, weights=weights),
+        num_draws=num_draws,
         on_first_batch=sheet.draw,
         ranks=trainer.ranks,
         device=trainer.device,
     )
+
+
+def _stored_texts(
+    trainer: Trainer, data: RunData, loaders: Sequence[FeatureLoader]
+) -> TextFeatures | None:
+    """Features of the text encoder, if it is frozen: of all texts, or of those the run draws."""
+    config, ranks = data.config, trainer.ranks
+    if "text" not in config.optim.freeze or not config.objective.uses_texts:
+        return None
+    mark("looking for the texts of the run", patience=START_PATIENCE)
+    num_texts = len(data.prompts.tokens) + sum(len(one.captions) for one in data.datasets)
+    if config.run.draws_before(trainer.total_steps) > num_texts:
+        tokens = gather_every_text(
+            data.datasets, data.prompts, text=config.data.text, rank=ranks.rank,
+            context_length=config.model.context_length, world_size=ranks.world_size,
+        )  # fmt: skip
+    else:
+        parts = zip(loaders, config.run.spans, strict=True)
+        found = [one.texts_of(span.first_step, span.end_step) for one, span in parts]
+        tokens = distinct_texts(np.concatenate(found))
+    folder = Path(config.efficiency.stored_features)
+    return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=True)
+
+
+def _set_statistics(
+    trainer: Trainer, images: Sequence[FeatureFile], texts: TextFeatures | None
+) -> None:
+    """Standardises by the training data, unless the initial weights came with statistics."""
+    mark("measuring the features", patience=START_PATIENCE)
+    dtype: torch.dtype = getattr(torch, images[0].dtype)
+    of_images = (
+        torch.from_numpy(np.array(one.rows[start : start + _ROWS_AT_ONCE][kept])).view(dtype)
+        for one in images
+        for start in range(0, len(one.rows), _ROWS_AT_ONCE)
+        if (kept := one.stored[start : start + _ROWS_AT_ONCE]).any()
+    )
+    models = [trainer.model, *([trainer.ema.module] if trainer.ema is not None else [])]
+    parts = {"image": of_images} | ({} if texts is None else {"text": texts.parts()})
+    for tower, features in parts.items():
+        if not all(bool((one.head(tower).factor == 1).all()) for one in models):
+            continue
+        mean, deviation = statistics_of(features)
+        for one in models:
+            one.set_statistics(tower, mean, deviation)
 
 
 def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] | None]:

@@ -182,13 +182,18 @@ def texts_to_encode(
 ) -> tuple[Tensor, int | None, Tensor, Tensor]:
     """Cuts off the padding that no text needs, and counts tokens, so that none is computed.
 
+    Stored features [u w] stay as they are.
+
     Returns:
         Token rows [u l]; the number of their tokens that are not padding; class ids [u] and counts
         [u] of the texts. Sizes are rounded up as `rounds_sizes` says.
     """
-    rounds, longest = rounds_sizes(efficiency, texts.tokens.device), int(texts.lengths.max())
-    tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
-    found = tokens, int(texts.lengths.sum()), class_ids, texts.counts
+    rounds, found = rounds_sizes(efficiency, texts.tokens.device), (texts.tokens, None)
+    if not texts.tokens.is_floating_point():
+        longest = int(texts.lengths.max())
+        tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
+        found = tokens, int(texts.lengths.sum())
+    found = *found, class_ids, texts.counts
     return pad_texts(*found) if rounds else found
 
 

@@ -81,8 +81,10 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
         images = model.encode_image(torch.empty(num_rows, *shape, dtype=weight_type))
         features = [images]
         if model.text_encoder is not None:
-            rows = torch.empty(len(lengths), int(lengths.max()), dtype=torch.int64)
-            features.append(model.encode_text(rows, int(lengths.sum())))
+            rows, num_tokens = torch.empty_like(batch.texts.tokens, device="cpu"), None
+            if not rows.is_floating_point():
+                rows, num_tokens = rows[:, : int(lengths.max())], int(lengths.sum())
+            features.append(model.encode_text(rows, num_tokens))
         trained = [one for one in features if one.requires_grad]
         torch.autograd.backward(trained, [torch.ones_like(one) for one in trained])
     world_size = config.run.global_batch_size // batch.batch_size
