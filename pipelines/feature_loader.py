@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
@@ -33,20 +32,23 @@ class FeatureLoader:
         features: Sequence[FeatureFile],
         texts: TextFeatures | None = None,
         *,
+        end_step: int,
         device: torch.device,
     ) -> None:
         """`features` are stored ones of each data set, all of one dtype; batches go to `device`.
 
-        Without `texts`, batches have tokens.
+        Without `texts`, batches have tokens. Batches end before `end_step`, the run's or the
+        stage's last: a short run has no features of later ones.
         """
         self.steps, self.plan = steps, steps.plan
         self.reading = ReadingTime(decodes_files=False)
         self._features, self._texts, self._device = list(features), texts, device
+        self._end_step = end_step
         self._dtype: torch.dtype = getattr(torch, features[0].dtype)
         self._unreadable = [np.array(sorted(one.unreadable), np.int64) for one in features]
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches of the steps `start_step`, `start_step + 1`, ... without end.
+        """Batches of the steps `start_step`, `start_step + 1`, ...
 
         Raises:
             TooManyBadSamplesError: so many samples have no features that none can be fed.
@@ -59,15 +61,18 @@ class FeatureLoader:
         """Does nothing: no file is held open."""
 
     def _batches(self, start_step: int) -> Generator[Batch, None, None]:
-        at_once = self.steps.at_once
-        for first in itertools.count(start_step, at_once):
-            yield from map(self._batch_of, self.steps.plan_steps(first, at_once))
+        for planned in self._planned(start_step):
+            yield from map(self._batch_of, planned)
 
-    def texts_of(self, start_step: int, end_step: int) -> TokenArray:
-        """The distinct texts [m l] of this rank's batches from `start_step` to `end_step` - 1."""
+    def _planned(self, start_step: int) -> Iterator[list[PlannedStep]]:
+        for first in range(start_step, self._end_step, self.steps.at_once):
+            count = min(self.steps.at_once, self._end_step - first)
+            yield self.steps.plan_steps(first, count)
+
+    def texts_from(self, start_step: int) -> TokenArray:
+        """The distinct texts [m l] of this rank's batches from `start_step` on."""
         found: list[TokenArray] = []
-        for first in range(start_step, end_step, self.steps.at_once):
-            planned = self.steps.plan_steps(first, min(self.steps.at_once, end_step - first))
+        for planned in self._planned(start_step):
             batches = [self._metadata_of(step)[0].texts.tokens for step in planned]
             found.append(distinct_texts(torch.cat(batches).numpy()))
             if len(found) == _JOINED:
@@ -108,7 +113,7 @@ class FeatureLoader:
     def _read_one(self, source: int, sample: int) -> NDArray[np.generic]:
         row = self._features[source].row(sample)
         if row is None:
-            raise BadSampleError("it could not be read when features were stored")
+            raise BadSampleError("it could not be read, or was not, when features were stored")
         return row
 
 

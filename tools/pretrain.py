@@ -197,8 +197,12 @@ def evaluate_in_run(
     from unicl_fast.evaluation.retrieval import evaluate_captions
     from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
-    shown = ranks.is_main and not quiet
-    on_ranks = ModelOnRanks(model=model, ranks=ranks, progress=shown)
+    shown, config = ranks.is_main and not quiet, model.config
+    folder = Path(config.efficiency.stored_features) if config.efficiency.stored_features else None
+    on_ranks = ModelOnRanks(
+        model=model, ranks=ranks, progress=shown, folder=folder,
+        text_folder=folder if "text" in config.optim.freeze else None,
+    )  # fmt: skip
     if not dataset.manifest.class_names:
         return evaluate_captions(on_ranks, dataset)
     result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)

@@ -296,7 +296,7 @@ def test_a_killed_store_is_continued_and_gives_the_same_features(
 @pytest.mark.dist
 def test_two_ranks_store_and_feed_both_towers_as_one_does(data: Path, tmp_path: Path) -> None:
     frozen = [*LOCKED, "--optim.freeze", "image", "text", "--model.drop-path", "0"]
-    frozen += ["--model.standardise", "True", "--model.image-projection", "mlp"]
+    frozen += ["--model.standardise", "--model.image-projection", "mlp"]
     frozen += ["--data.train", data / "labels", data / "captions"]
     for out, *more in (("one",), ("two", "--nproc", "2")):
         folder = tmp_path / f"features-{out}"

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.atomic_files import lock, make_folder, write_text_atomically
+from unicl_fast.system.atomic_files import is_at, lock, make_folder, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.system.untrusted_files import open_regular, read_file
 
@@ -93,12 +93,18 @@ def has_features(folder: Path, key: str) -> bool:
 def sole_storer(folder: Path, key: str) -> Iterator[None]:
     """Makes the folder, and waits until no other process writes features of that key."""
     make_folder(folder)
-    descriptor, _ = open_regular(folder / f".{key}.lock", os.O_RDWR | os.O_CREAT, mode=0o600)
-    try:
+    path = folder / f".{key}.lock"
+    while True:
+        descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
         with contextlib.suppress(OSError):  # a file system without locks
             lock(descriptor, wait=True)
+        if is_at(descriptor, path):  # the last writer removes it
+            break
+        os.close(descriptor)
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -36,17 +36,21 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
+from unicl_fast.evaluation.stored import stored_rows
 from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
+from unicl_fast.text.tokenizer import pad_rows
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
+from unicl_fast.training.stored_features import stored_text_features
 
 _ALONE = Ranks()
+_PROJECTED_AT_ONCE = 4096  # stored features, 20 MB of 1,280 numbers
 _G = TypeVar("_G")
 _T = TypeVar("_T")
 
@@ -66,6 +70,10 @@ class ModelOnRanks:
     ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
     batch_size: int = 256  # images encoded at once by each rank
     progress: bool = False  # whether progress bars are shown
+    folder: Path | None = None
+    """Keeps features of the image encoder, which are then looked for; None keeps nothing."""
+    text_folder: Path | None = None
+    """Keeps features of the text encoder."""
 
     @classmethod
     def of(cls, model: LoadedModel | ModelOnRanks) -> ModelOnRanks:
@@ -93,7 +101,18 @@ class ModelOnRanks:
 
         Raises EvaluationStopped on all ranks if a stop was requested.
         """
-        return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
+        if self.folder is None:
+            return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
+        rows = stored_rows(self, dataset, self.folder, layer="encoder")
+        if not self.ranks.is_main:
+            return None
+        parts = (
+            torch.from_numpy(np.array(rows[start : start + _PROJECTED_AT_ONCE]))
+            for start in range(0, len(rows), _PROJECTED_AT_ONCE)
+        )
+        if layer == "encoder":
+            return torch.cat(list(parts))
+        return torch.cat([encode_images(self.model, part).cpu() for part in parts])
 
     def encode(
         self, loader: EvaluationLoader, *, num_samples: int, layer: Layer = "projection"
@@ -227,13 +246,26 @@ def encode_images(
 
 @torch.no_grad()
 def encode_token_rows(
-    model: UniCL, rows: Sequence[NDArray[Any]], *, batch_size: int = 512, progress: bool = False
+    model: UniCL,
+    rows: Sequence[NDArray[Any]],
+    *,
+    batch_size: int = 512,
+    progress: bool = False,
+    folder: Path | None = None,
 ) -> Float[Tensor, "m d"]:
-    """Unit-norm features of m texts: token ids with start and end tokens, unpadded."""
+    """Unit-norm features of m texts: token ids with start and end tokens, unpadded.
+
+    A `folder` keeps the encoder's features, as a run's `efficiency.stored_features` does.
+    """
     if not rows:
         raise ValueError("there are no texts to encode")
     precision = Precision(model.config.efficiency.precision)
     device = device_of(model)
+    if folder is not None:
+        tokens = pad_rows(rows, max(map(len, rows)), np.dtype(np.uint32))
+        stored = stored_text_features(model, tokens, folder, ranks=_ALONE, progress=progress)
+        with precision.autocast(device.type):
+            return model.encode_text(stored.take(stored.find(tokens)).to(device))
     # texts of similar length together, since padding costs as much as text
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     features = []

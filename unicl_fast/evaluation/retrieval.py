@@ -213,7 +213,11 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     own = None
     if own_rows := rows[ranks.rank :: ranks.world_size]:
         own = encode_token_rows(
-            model, own_rows, batch_size=on_ranks.batch_size, progress=on_ranks.progress
+            model,
+            own_rows,
+            batch_size=on_ranks.batch_size,
+            progress=on_ranks.progress,
+            folder=on_ranks.text_folder,
         ).cpu()
     texts = collect_rows(own, num_rows=len(rows), ranks=ranks)
     if images is None or texts is None:

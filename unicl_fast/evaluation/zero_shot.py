@@ -50,11 +50,13 @@ def zero_shot_classifier(
     batch_size: int = 512,
     progress: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    folder: Path | None = None,
 ) -> Float[Tensor, "k d"]:
     """One unit-norm row for each class, from templates with one `{}` each.
 
     All `ranks` call it together and get all rows; each encodes the prompts of some classes.
-    Raises ValueError for a model without a text encoder.
+    A `folder` keeps the text encoder's features. Raises ValueError for a model without a text
+    encoder.
     """
     require_text_encoder(model, "zero-shot classification")
     size = -(-len(class_names) // ranks.world_size)
@@ -62,7 +64,9 @@ def zero_shot_classifier(
     own = class_names[ranks.rank * size :][:size] or class_names[:1]
     prompts = [fill_template(template, name) for name in own for template in templates]
     rows = tokenizer_of(model.config).encode(prompts)
-    features = encode_token_rows(model, rows, batch_size=batch_size, progress=progress)
+    features = encode_token_rows(
+        model, rows, batch_size=batch_size, progress=progress, folder=folder
+    )
     each = features.view(len(own), len(templates), -1)
     classifier = F.normalize(each.mean(dim=1), dim=-1)
     padded = F.pad(classifier, (0, 0, 0, size - len(own)))
@@ -109,7 +113,7 @@ def evaluate_zero_shot(
     else:
         classifier = zero_shot_classifier(
             model, manifest.class_names, templates=manifest.templates,
-            progress=on_ranks.progress, ranks=on_ranks.ranks,
+            progress=on_ranks.progress, ranks=on_ranks.ranks, folder=on_ranks.text_folder,
         )  # fmt: skip
 
     def judge(features: Tensor) -> ClassificationResult:
@@ -205,7 +209,7 @@ def zero_shot(
         every = (*names, *(tree.names if tree is not None else ()))
         rows = zero_shot_classifier(
             on_ranks.model, every, templates=opened.templates,
-            progress=on_ranks.progress, ranks=on_ranks.ranks,
+            progress=on_ranks.progress, ranks=on_ranks.ranks, folder=on_ranks.text_folder,
         )  # fmt: skip
         number_of = {name: number for number, name in enumerate(every)}
         classifier, labels = rows[: len(names)], all_labels(dataset)

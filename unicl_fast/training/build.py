@@ -147,11 +147,16 @@ def build_trainer(
             trainer.resume(checkpoint)
     if config.efficiency.stored_features and encodes_features:
         images = _stored_images(trainer, data, build, sheet)
-        fed = [FeatureLoader(one.steps, images, device=device) for one in loaders]
-        texts = _stored_texts(trainer, data, fed)
-        if texts is not None:
-            fed = [FeatureLoader(one.steps, images, texts, device=device) for one in loaders]
-        trainer.loader = _in_stages(fed, config)
+
+        def feed(texts: TextFeatures | None) -> list[FeatureLoader]:
+            spans = zip(loaders, config.run.spans, strict=True)
+            return [
+                FeatureLoader(one.steps, images, texts, end_step=span.end_step, device=device)
+                for one, span in spans
+            ]
+
+        texts = _stored_texts(trainer, data, feed(None))
+        trainer.loader = _in_stages(feed(texts), config)
         if config.model.standardise and state is None:
             _set_statistics(trainer, images, texts)
     return trainer
@@ -193,7 +198,7 @@ def _stored_texts(
         )  # fmt: skip
     else:
         parts = zip(loaders, config.run.spans, strict=True)
-        found = [one.texts_of(span.first_step, span.end_step) for one, span in parts]
+        found = [one.texts_from(span.first_step) for one, span in parts]
         tokens = distinct_texts(np.concatenate(found))
     folder = Path(config.efficiency.stored_features)
     return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=True)

@@ -182,18 +182,17 @@ class _Store:
         steps = -(-(num_draws or sum(plan.sizes)) // size)
         while num_draws is None and min(plan.epochs(steps)) < 1:
             steps += 1
-        missing = np.zeros(steps * size, np.bool_)
+        missing, count = np.zeros(steps * size, np.bool_), 0
         sources, samples = plan.schedule(0, steps, rank=0, world_size=1)
         for number, key in enumerate(self._keys):
             mine = np.flatnonzero(sources == number)
             missing[mine] = ~self._stored[key][samples[mine]]
-        if not missing.any():
+            count += len(np.unique(samples[mine][missing[mine]]))
+        if not count:
             return 0
         first = int(missing.argmax()) // size
-        count = int(missing.sum())
         logger.info("encoding %s once, for %s", count_of(count, "image"), self._folder)
-        self._model.train()  # as in a step: frozen parts are in evaluation mode
-        with self._open() as writers:
+        with _in_evaluation_mode(self._model), self._open() as writers:
             batches = itertools.islice(loader.batches(first), steps - first)
             for number in range(first + 1, steps + 1):
                 phase = f"storing features of batch {number} of {steps}"
@@ -315,8 +314,11 @@ def stored_text_features(
         for start, end in zip(new.tolist(), ends, strict=True)
         for at in range(start, end, _TEXTS_AT_ONCE)
     ]
-    model.train()  # as in a step: frozen parts are in evaluation mode
-    with Bar(desc="encode texts", total=len(wanted), shown=progress and ranks.is_main) as bar:
+    bar_shown = progress and ranks.is_main
+    with (
+        _in_evaluation_mode(model),
+        Bar(desc="encode texts", total=len(wanted), shown=bar_shown) as bar,
+    ):
         pending, begun = dict[str, Tensor](), 0
         for number, batch in enumerate(batches):
             if number % ranks.world_size == ranks.rank:
@@ -335,6 +337,17 @@ def stored_text_features(
     gather_integers(0, ranks)  # once all is written
     with refused_together(ranks):
         return read_text_features(folder, key, check=False)
+
+
+@contextlib.contextmanager
+def _in_evaluation_mode(model: UniCL) -> Iterator[None]:
+    """As frozen parts are in a step; an evaluation may have come with a model in training mode."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def _united(parts: Collection[Tensor]) -> Tensor:
