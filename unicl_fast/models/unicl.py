@@ -22,6 +22,9 @@ from unicl_fast.models.image_encoder import (
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import Encoded
+from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, normal_tensor
+
+_NOISE = 0x201E
 
 Tower = Literal["image", "text"]
 
@@ -59,11 +62,16 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     """[d]."""
 
-    def __call__(self, features: Float[Tensor, "n w"]) -> Float[Tensor, "n d"]:
+    def __call__(
+        self, features: Float[Tensor, "n w"], noise: Float[Tensor, "n w"] | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Maps features; `noise` is added to standardised ones."""
         if self.mean is not None:
             features = features - self.mean
         if self.factor is not None:
             features = features * self.factor
+        if noise is not None:
+            features = features + noise
         if self.hidden is not None:
             features = features @ self.hidden
             features = features if self.hidden_bias is None else features + self.hidden_bias
@@ -116,6 +124,8 @@ class UniCL(nn.Module, Configured):
                 else:
                     setattr(self, _name_of(tower, part), None)
         self.has_space = objective.has_space
+        self.noise_deviation = config.feature_noise
+        self._noise_keys: Tensor | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.image_encoder = build_image_encoder(
@@ -230,7 +240,7 @@ class UniCL(nn.Module, Configured):
         features: Tensor = images if images.ndim == 2 else self.image_encoder(images)
         if not self.has_space:
             return _at_least_fp32(features)
-        return _unit_norm(self.head("image")(features))
+        return _unit_norm(self.head("image")(features, self._noise_of(features)))
 
     def encode_text(
         self, tokens: Int[Tensor, "u l"] | Float[Tensor, "u w"], num_tokens: int | None = None
@@ -265,8 +275,18 @@ class UniCL(nn.Module, Configured):
         return Encoded(self.encode_image(images), texts, self.learnt)
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
-        """Sets the branches that the next forward passes drop, in training mode."""
+        """Sets what the next forward passes drop, and their noise, in training mode."""
         self.drop_path_key.set(step=step, global_index=global_index)
+        if self.noise_deviation:
+            key = fold_key(self.drop_path_key.seed, _NOISE, step)
+            self._noise_keys = fold_key_tensor(key, global_index)
+
+    def _noise_of(self, features: Float[Tensor, "b w"]) -> Float[Tensor, "b w"] | None:
+        """Noise of `model.feature_noise`, a function of seed, step and global index."""
+        if not self.training or not self.noise_deviation or self._noise_keys is None:
+            return None
+        noise = normal_tensor(self._noise_keys, features.shape[1])
+        return (noise * self.noise_deviation).to(features.dtype)
 
 
 @torch.no_grad()

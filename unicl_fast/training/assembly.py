@@ -19,7 +19,7 @@ from unicl_fast.models.precision import Precision, place_module, set_device_arit
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
-from unicl_fast.training.limits import NonfiniteSteps, ReplacedSamples
+from unicl_fast.training.limits import NonfiniteSteps, Patience, ReplacedSamples
 from unicl_fast.training.micro_batches import check_micro_batches
 from unicl_fast.training.observers import Checkpoints, RunLog, WeightsAgree
 from unicl_fast.training.settle import Setup, set_up, settle_kernels
@@ -89,6 +89,7 @@ def assemble(
         RunLog(config.run.trackers, run_folder, ranks=ranks, progress=progress),
         WeightsAgree(),
         NonfiniteSteps(config.run, sources=config.data.train, ranks=ranks, run_folder=run_folder),
+        Patience(config.run.patience, run_folder),
         ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=run_folder),
     ]
     keep = config.checkpoint.keep

@@ -322,13 +322,19 @@ def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
 
 def evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) -> list[str]:
     """The names of `data.evaluate` in metrics; ValueError if one occurs twice."""
-    labelled = config.objective.evaluation
-    kinds = [labelled if one.manifest.class_names else "retrieval" for one in datasets]
     try:
         names = distinct_names(config.data.evaluate)
     except ValueError as error:
         raise ValueError(f"data.evaluate: {error}") from error
-    return [f"{kind}/{name}" for kind, name in zip(kinds, names, strict=True)]
+    pairs = zip(names, datasets, strict=True)
+    return [f"{kind}/{name}" for name, one in pairs for kind in _kinds_of(config, one)]
+
+
+def _kinds_of(config: TrainConfig, dataset: PackedDataset) -> list[str]:
+    """All that can be measured on a data set: its labels, its captions."""
+    kinds = [config.objective.evaluation] if dataset.manifest.class_names else []
+    has_captions = config.objective.uses_texts and len(dataset.captions)
+    return [*kinds, *["retrieval"] * bool(has_captions or not kinds)]
 
 
 def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[str, Evaluation]:
@@ -340,13 +346,16 @@ def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[
     names = from_rank_0(names, ranks)  # links can lead to other names on other ranks
     if ranks.is_main:
         warn_of_shared_images(data.datasets, datasets)
-    for dataset, name in zip(datasets, names, strict=True):
-        if config.objective.uses_texts:
+    counts = [len(_kinds_of(config, one)) for one in datasets]
+    each = [one for one, count in zip(datasets, counts, strict=True) for _ in range(count)]
+    for dataset, name in zip(each, names, strict=True):
+        if config.objective.uses_texts and name.startswith("retrieval/"):
             log_cut_captions(dataset, config.model.context_length)
         rows = None
         if config.objective.evaluation == "accuracy":
             class_names = dataset.manifest.class_names
             rows = rows_of_class_names(data.datasets, class_names, prompts=data.prompts)
         arguments = {"dataset": dataset, "rows_of_classes": rows, "ranks": ranks}
+        arguments["kind"] = name.partition("/")[0]
         evaluations[name] = functools.partial(evaluate, **arguments)
     return evaluations

@@ -88,6 +88,13 @@ def folder_and_weight(spec: str) -> tuple[str, float | None]:
         return spec, None
 
 
+def held_out_beside(train: str) -> str:
+    """The part that `unicl-pack build --split` held out of a data set, or ""."""
+    folder = folder_and_weight(train)[0]
+    path = Path(folder).parent / "held-out"
+    return str(path) if not is_url(folder) and path.is_dir() else ""
+
+
 def cache_options(data: DataConfig) -> CacheOptions:
     """The config's settings of the cache for data sets under URLs."""
     return CacheOptions(

@@ -1,4 +1,4 @@
-"""Limits of a run: non-finite steps and replaced samples.
+"""Limits of a run: non-finite steps, replaced samples, evaluations without progress.
 
 Every rank counts steps and samples; they are judged at logging steps, on all ranks alike, so that
 no other step waits for the device or another rank. A `Batch` has the ids of the samples that it
@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.config import RunConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
-from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.wording import without_secrets
+from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.training.metrics import lines_until
 from unicl_fast.training.trainer import Observer, Trainer
 
 logger = logging.getLogger(__name__)
@@ -198,6 +200,45 @@ class ReplacedSamples(Observer):
                 f"{LEAST_DRAWS}) allows: {self._where} says which and why; mend the data, or set "
                 "data.max_bad_fraction higher"
             )
+
+
+class Patience(Observer):
+    """Ends a run that `run.patience` evaluations in a row have not made better."""
+
+    def __init__(self, patience: int, folder: Path | None) -> None:
+        """0 is endless; `folder` has the metrics of earlier starts."""
+        self._patience, self._folder = patience, folder
+        self._metric: str | None = None
+        self._values: list[float] = []
+
+    @contextlib.contextmanager
+    def fitting(self, run: Trainer) -> Iterator[None]:
+        """Reads the results of earlier starts."""
+        self._metric = choose_best_metric(run.config.checkpoint.best, run.evaluations)
+        known: list[float] = []
+        if self._metric is not None and self._folder is not None and run.ranks.is_main:
+            by_step = {line["step"]: line for line in lines_until(self._folder, run.step)
+                       if self._metric in line}  # fmt: skip
+            known = [line[self._metric] for line in by_step.values()]
+        self._values = from_rank_0(known, run.ranks)
+        run.ends_early = self._has_waited()
+        yield
+
+    def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
+        if self._metric in values:
+            self._values.append(values[self._metric])
+        if self._has_waited() and run.step < run.total_steps:
+            run.ends_early = True
+            logger.info(
+                "the run ends at step %d of %d: %s has not risen in %s (run.patience)",
+                run.step, run.total_steps, self._metric,
+                count_of(self._patience, "evaluation"),
+            )  # fmt: skip
+
+    def _has_waited(self) -> bool:
+        values = self._values
+        best = max(range(len(values)), key=values.__getitem__, default=0)
+        return 0 < self._patience <= len(values) - 1 - best
 
 
 def _for_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
 from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_to_dict
-from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import (
     configure_logging,
     is_restarted,
@@ -41,7 +40,7 @@ from unicl_fast.training.build import (
     open_checked,
     open_evaluated,
 )
-from unicl_fast.training.data import folder_and_weight
+from unicl_fast.training.data import folder_and_weight, held_out_beside
 from unicl_fast.training.figures import draw_curves, drawing
 from unicl_fast.training.settle import check_settings, settle_objective
 from unicl_fast.training.summary import describe_run
@@ -166,8 +165,11 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
 def _next(trainer: Trainer, run_folder: Path) -> str:
     """The command of a suitable evaluation, on held-out data if they are known."""
     data = trainer.config.data
-    given = [*data.evaluate, *map(_held_out_beside, data.train)]
-    checkpoint = shlex.quote(str(run_folder))
+    given = [*data.evaluate, *map(held_out_beside, data.train)]
+    is_best_kept = (
+        trainer.config.run.patience and (run_folder / "checkpoints" / "best.json").exists()
+    )
+    checkpoint = shlex.quote(str(run_folder / "best" if is_best_kept else run_folder))
     held_out = shlex.quote(without_secrets(next(filter(None, given), "DIR")))
     if not trainer.config.objective.uses_texts:
         train = shlex.quote(without_secrets(folder_and_weight(data.train[0])[0]))
@@ -176,13 +178,6 @@ def _next(trainer: Trainer, run_folder: Path) -> str:
     kinds = [name.partition("/")[0].replace("_", "-") for name in trainer.evaluations]
     kind = next(iter(kinds), "zero-shot" if has_classes else "retrieval")
     return f"unicl-eval {kind} --checkpoint {checkpoint} --data {held_out}"
-
-
-def _held_out_beside(train: str) -> str:
-    """The part that `unicl-pack build --split` held out of a data set, or ""."""
-    folder = folder_and_weight(train)[0]
-    path = Path(folder).parent / "held-out"
-    return str(path) if not is_url(folder) and path.is_dir() else ""
 
 
 def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.checkpoints.files import MEAN_METRIC, main_metrics
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.checkpoints.state import refuse_another_run, restore_checkpoint
 from unicl_fast.distributed.ranks import from_rank_0
@@ -138,7 +139,10 @@ class Trainer:
         """Identifies the run over all its starts, in its checkpoints and its ledger."""
         self.stages, self.total_steps = config.stages, config.run.total_steps
         self.stage = self.stages[0]
-        self.step = self.start_step = self.saved_step = 0
+        self.step = self.start_step = 0
+        self.saved_step = -1  # the start can be the best
+        self.ends_early = False
+        """Set by an observer: the run ends with the present step."""
         self.compiled_from = 0
         """The step at which compilation last started afresh."""
         self.ema = build_weight_average(model, config.optim) if config.optim.ema_decay else None
@@ -189,7 +193,7 @@ class Trainer:
         run = self.config.run
         with self._fitting() as (meter, interruption), self.batches() as batches:
             self._evaluate(meter, interruption, self._missing_evaluations())
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self.ends_early:
                 batch = self._next_batch(batches)
                 loss, grad_norm = self.train_step(batch)
                 self._write_line(batch)  # of the step before: the device is busy with this one
@@ -211,6 +215,9 @@ class Trainer:
                 if evaluates:
                     self._evaluate(meter, interruption, self.evaluations)
                 del batch  # before the next one is requested
+            if self.ends_early and self.saved_step < self.step:
+                self._check(meter)
+                self.save()
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Updates the weights once, unless the loss or the gradient norm is not finite.
@@ -323,8 +330,12 @@ class Trainer:
             yield meter, interruption
 
     def _missing_evaluations(self) -> list[str]:
-        """Evaluations of the step we resume from whose numbers were not written."""
-        if self.step == 0 or not self.is_due(self.config.run.evaluate_every_steps):
+        """Evaluations of the step we resume from whose numbers were not written.
+
+        A run that starts from a whole model is measured before its first step.
+        """
+        starts_fresh = self.step == 0 and not self.config.model.init
+        if starts_fresh or not self.is_due(self.config.run.evaluate_every_steps):
             return []
         known = [
             names for one in self.observers if (names := one.results_of(self.step)) is not None
@@ -334,7 +345,13 @@ class Trainer:
             name for name in self.evaluations
             if known and not any(key.startswith(f"{name}/") for key in keys)
         ]  # fmt: skip
+        if known and self._has_mean and MEAN_METRIC not in keys:
+            missing = list(self.evaluations)
         return from_rank_0(missing, self.ranks)
+
+    @property
+    def _has_mean(self) -> bool:
+        return len(self.evaluations) > 1
 
     def batches(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         """The batches of the remaining steps."""
@@ -452,8 +469,17 @@ class Trainer:
         except EvaluationStopped:
             self.save()  # also if one was begun, which may have failed
             self._stop(interruption)
+        all_done = len(names) == len(self.evaluations)
+        main = [values[key] for key in main_metrics(self.evaluations).values() if key in values]
+        if self._has_mean and len(main) == len(self.evaluations):
+            values |= self._announce({MEAN_METRIC: sum(main) / len(main)})
         for observer in self.observers:
-            observer.on_evaluated(self, values, all_done=len(names) == len(self.evaluations))
+            observer.on_evaluated(self, values, all_done=all_done)
+
+    def _announce(self, values: dict[str, float]) -> dict[str, float]:
+        for observer in self.observers:
+            observer.on_evaluation(self, values)
+        return values
 
     def _evaluate_one(self, name: str) -> dict[str, float]:
         """Evaluates with the run's own sizes, in every stage."""
@@ -465,10 +491,7 @@ class Trainer:
                 results = self.evaluations[name](evaluated.eval())
             finally:
                 evaluated.set_stage(self.stage.config.data, self.stage.config.model)
-        values = {f"{name}/{key}": value for key, value in results.items()}
-        for observer in self.observers:
-            observer.on_evaluation(self, values)
-        return values
+        return self._announce({f"{name}/{key}": value for key, value in results.items()})
 
     def _stop(self, interruption: Interruption) -> NoReturn:
         if self.ranks.world_size > 1:  # no rank leaves before the checkpoint is whole
