@@ -100,6 +100,7 @@ READ_ELSEWHERE = {
     *("model.init", "model.init_image", "model.init_text", "efficiency.activation_checkpointing"),
     *("efficiency.compile", "efficiency.window_attention", "efficiency.micro_batch_size"),
     *("efficiency.loss", "efficiency.stored_features", "efficiency.shard", "run.steps"),
+    *("model.standardise", "model.feature_noise", "run.patience"),
     *("run.device", "run.max_bad_steps", "run.timeout_seconds"),
 }
 

@@ -155,7 +155,8 @@ def test_a_metric_that_no_evaluation_gives_is_refused(images: torch.Tensor, tmp_
     with pytest.raises(ValueError, match="it has none: set data.evaluate"):
         choose_best_metric("zero_shot/cats/top1", [])
     assert choose_best_metric("", []) is None
-    assert choose_best_metric("", ["retrieval/a", "zero_shot/b"]) == "retrieval/a/recall_at_1"
+    assert choose_best_metric("", ["retrieval/a"]) == "retrieval/a/recall_at_1"
+    assert choose_best_metric("", ["retrieval/a", "zero_shot/b"]) == "evaluated/mean"
 
 
 def test_a_key_that_is_not_among_the_numbers_keeps_no_best(

@@ -283,3 +283,63 @@ def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None
     told = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert told[0].startswith("9 of the 36 samples")
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 5])
+def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(
+    images: torch.Tensor, tmp_path: Path, stop_at: int
+) -> None:
+    config = config_of(steps=9).changed(
+        run={"patience": 2, "evaluate_every_steps": 1}, checkpoint={"every_steps": 1}
+    )
+    values = {1: 0.1, 2: 0.4, 3: 0.3, 4: 0.5, 5: 0.5, 6: 0.2, 7: 0.9}
+
+    def trainer(steps: int) -> Trainer:
+        def evaluation(model: object) -> dict[str, float]:
+            return {"top1": values[made.step], "extra": 1.0}
+
+        made = make_trainer(
+            config, StepLoader(images, change=recorded), run_folder=tmp_path, progress=False,
+            evaluations={"some": evaluation},
+        )  # fmt: skip
+        made.total_steps = steps
+        return made
+
+    if stop_at:
+        trainer(stop_at).fit()
+        resumed = trainer(9)
+        resumed.resume(list_checkpoints(tmp_path / "checkpoints")[-1])
+    else:
+        resumed = trainer(9)
+    resumed.fit()
+    assert resumed.step == 6
+    assert [one.name for one in list_checkpoints(tmp_path / "checkpoints")][-1] == "step-00000006"
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["step"] == 4
+    again = trainer(9)
+    again.resume(tmp_path / "checkpoints" / "step-00000006")
+    again.fit()
+    assert again.step == 6
+
+
+def test_a_run_from_a_whole_model_is_measured_first_and_its_best_is_not_worse(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    config = config_of(steps=2).changed(model={"init": "elsewhere"})
+    seen: list[float] = []
+
+    def evaluation(model: object) -> dict[str, float]:
+        seen.append(0.9 - len(seen) / 10)
+        return {"top1": seen[-1]}
+
+    evaluations = {"some": evaluation, "other": lambda model: {"top1": 0.5}}
+    trainer = make_trainer(
+        config, StepLoader(images, change=recorded), run_folder=tmp_path, progress=False,
+        evaluations=evaluations,
+    )  # fmt: skip
+    trainer.fit()
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {
+        "step": 0, "metric": "evaluated/mean", "value": pytest.approx(0.7)
+    }  # fmt: skip
+    assert (tmp_path / "checkpoints" / "step-00000000").is_dir()
+    values = [line["evaluated/mean"] for line in read_metrics(tmp_path) if "evaluated/mean" in line]
+    assert values == pytest.approx([0.7, 0.65])

@@ -166,10 +166,9 @@ def _next(trainer: Trainer, run_folder: Path) -> str:
     """The command of a suitable evaluation, on held-out data if they are known."""
     data = trainer.config.data
     given = [*data.evaluate, *map(held_out_beside, data.train)]
-    is_best_kept = (
-        trainer.config.run.patience and (run_folder / "checkpoints" / "best.json").exists()
-    )
-    checkpoint = shlex.quote(str(run_folder / "best" if is_best_kept else run_folder))
+    has_best = (run_folder / "checkpoints" / "best.json").exists()
+    takes_best = trainer.config.run.patience and has_best
+    checkpoint = shlex.quote(str(run_folder / "best" if takes_best else run_folder))
     held_out = shlex.quote(without_secrets(next(filter(None, given), "DIR")))
     if not trainer.config.objective.uses_texts:
         train = shlex.quote(without_secrets(folder_and_weight(data.train[0])[0]))

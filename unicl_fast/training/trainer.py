@@ -334,8 +334,8 @@ class Trainer:
 
         A run that starts from a whole model is measured before its first step.
         """
-        starts_fresh = self.step == 0 and not self.config.model.init
-        if starts_fresh or not self.is_due(self.config.run.evaluate_every_steps):
+        is_due = self.is_due(self.config.run.evaluate_every_steps)
+        if not (is_due if self.step else self.config.model.init):
             return []
         known = [
             names for one in self.observers if (names := one.results_of(self.step)) is not None
