@@ -171,7 +171,7 @@ _ENCODED_ONCE = {False: 20_000, True: 100_000}
 """The most images worth encoding before the first step, without and with a GPU: two cores encode
 some 200 images/s."""
 _ENCODED_LARGE = 40_000
-"""The most images worth encoding at 224 pixels without a GPU; at 128 it takes a third of the time."""
+"""The most images worth encoding at 224 pixels without a GPU; 128 pixels take a third as long."""
 _MOST_EPOCHS = 100
 _LEAST_EPOCHS_OF_HEADS = 10
 _SWIN_TINY_BYTES = (9e9, 0.11e9)
