@@ -28,7 +28,12 @@ KINDS = [("linear", "linear"), ("mlp", "linear"), ("mlp", "mlp")]
 
 def headed(image: str, text: str) -> UniCL:
     """A small model whose heads have statistics of their own."""
-    model = {"image_projection": image, "text_projection": text, "standardise": True}
+    model = {
+        "image_projection": image,
+        "text_projection": text,
+        "standardise": True,
+        "feature_noise": 1.0,
+    }
     found = model_with_weights_that_matter(small_config().changed(model=model))
     generator = torch.Generator().manual_seed(5)
     for tower, width in (("image", 64), ("text", 32)):

@@ -101,7 +101,7 @@ class Tower(nn.Module):
         super().__init__()
         self.encoder = encoder
         for name, tensor in head._asdict().items():
-            self.register_buffer(name, tensor)
+            setattr(self, name, tensor)
 
     def forward(self, inputs: Tensor) -> Tensor:
         head = Head(*(getattr(self, name) for name in Head._fields))

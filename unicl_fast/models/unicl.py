@@ -314,7 +314,9 @@ def fold_statistics(model: UniCL) -> None:
                 projections[f"{tower}_projection"] = "biased"
         for part in ("mean", "factor"):
             setattr(model, _name_of(tower, part), None)
-    model.config = model.config.changed(model={"standardise": False, **projections})
+    model.noise_deviation = 0.0
+    plain = {"standardise": False, "feature_noise": 0.0}
+    model.config = model.config.changed(model=plain | projections)
 
 
 def weights_digest(model: UniCL, *prefixes: str) -> str:
