@@ -245,8 +245,7 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
 
 
 def _heads_for(config: TrainConfig, facts: Facts) -> TrainConfig:
-    """Long enough for the data, with ten evaluations; more noise for few images, and smaller ones
-    if they are many."""
+    """A length and ten evaluations for the data; much noise for few images, small ones of many."""
     samples = max(config.run.samples, _LEAST_EPOCHS_OF_HEADS * facts.num_images)
     every = samples // config.run.global_batch_size // 10
     config = config.changed(

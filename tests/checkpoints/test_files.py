@@ -19,7 +19,6 @@ from small_runs import tiny_config, trainer_of
 import unicl_fast.checkpoints.files as checkpoint_files
 from unicl_fast.checkpoints.files import (
     Best,
-    choose_best_metric,
     list_checkpoints,
     read_best,
     save_tensors,
@@ -27,6 +26,7 @@ from unicl_fast.checkpoints.files import (
 )
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
 from unicl_fast.conversion.initial import load_encoders
+from unicl_fast.training.metrics import choose_best_metric
 from unicl_fast.training.trainer import Trainer
 
 

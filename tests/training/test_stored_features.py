@@ -223,6 +223,7 @@ def test_heads_standardise_by_the_training_data_and_keep_the_statistics(
 ) -> None:
     config = both_frozen(data / "captions", features=tmp_path / "features", precision="fp32")
     config = config.changed(model={"standardise": True}, optim={"ema_decay": 0.5})
+    config = config.changed(run={"steps": 5})  # three epochs
     trainer = trainer_of(config, tmp_path / "run")
     (name,) = (tmp_path / "features").glob("*.npy")
     rows = torch.from_numpy(np.load(name)).double()

@@ -30,8 +30,6 @@ from unicl_fast.system.untrusted_files import NotRegularError, read_json
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
-MEAN_METRIC = "evaluated/mean"
-"""The mean of the main metrics, if a run has several evaluations."""
 _BEST_FILE = "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -148,29 +146,6 @@ class Best:
     metric: str
     """Key of metrics.jsonl."""
     value: float
-
-
-def main_metrics(evaluations: Iterable[str]) -> dict[str, str]:
-    """The key of metrics.jsonl by which each evaluation is judged."""
-    return {
-        name: f"{name}/{'recall_at_1' if name.startswith('retrieval/') else 'top1'}"
-        for name in evaluations
-    }
-
-
-def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
-    """The key of metrics.jsonl for `checkpoint.best`; ValueError if no evaluation measures it."""
-    defaults = main_metrics(evaluations)
-    if choice == "none" or not (choice or defaults):
-        return None
-    if not choice:
-        return MEAN_METRIC if len(defaults) > 1 else next(iter(defaults.values()))
-    if choice != MEAN_METRIC and not any(choice.startswith(f"{name}/") for name in defaults):
-        known = ", ".join(defaults.values()) or "none: set data.evaluate"
-        raise ValueError(
-            f"checkpoint.best={choice}: no evaluation of this run gives that number; it has {known}"
-        )
-    return choice
 
 
 def read_best(checkpoints_folder: Path) -> Best | None:

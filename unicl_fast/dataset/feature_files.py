@@ -202,5 +202,5 @@ def _checksum(rows: NDArray[Any], stored: NDArray[np.bool_]) -> str:
     digest = xxhash.xxh3_64()
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
-        digest.update(np.ascontiguousarray(rows[part][stored[part]]).view(np.uint8))
+        digest.update(rows[part][stored[part]].tobytes())
     return digest.hexdigest()

@@ -47,15 +47,11 @@ class TextFeatures:
         self._features = [one["features"] for one in files]  # mapped from their files
         self._starts = np.cumsum([0, *map(len, rows)])
 
-    def parts(self) -> list[Tensor]:
-        """All features [m w], by file."""
-        return list(self._features)
-
     def find(self, tokens: TokenArray) -> NDArray[np.int64]:
         """The number int64 [k] of each text [k l], padded with 0; -1 if it is not stored."""
         rows = np.ascontiguousarray(tokens, np.uint32)
         hashes = hash_rows(rows, position_factors(rows.shape[1]))
-        return find_rows(rows, hashes, self._table, self._distinct)
+        return np.asarray(find_rows(rows, hashes, self._table, self._distinct))
 
     def take(self, numbers: NDArray[np.int64]) -> Tensor:
         """The features [k w] of texts by the numbers of `find`."""
@@ -79,7 +75,8 @@ def distinct_texts(tokens: TokenArray) -> TokenArray:
 
 def lengths_of(tokens: TokenArray) -> NDArray[np.int64]:
     """The number of tokens int64 [k] of texts [k l], padded with 0."""
-    return np.where(tokens, np.arange(1, tokens.shape[1] + 1), 0).max(axis=1, initial=0)
+    ends = np.where(tokens, np.arange(1, tokens.shape[1] + 1), 0)
+    return np.asarray(ends.max(axis=1, initial=0), np.int64)
 
 
 def read_text_features(folder: Path, key: str, *, check: bool = True) -> TextFeatures:

@@ -8,24 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from unicl_fast.batch import EvaluationLoader
 from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import from_rank_0, gather_integers, rank_0_alone
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, rank_0_alone
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL, weights_digest
 
-if TYPE_CHECKING:
-    from unicl_fast.evaluation.features import ModelOnRanks
-
 _KEY_VERSION = 1  # version of the pipeline, part of the key
+
+
+class RanksEncoder(Protocol):
+    """As `features.ModelOnRanks`, which uses this module."""
+
+    @property
+    def model(self) -> UniCL: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    def loader(self, dataset: PackedDataset) -> EvaluationLoader: ...
+    def encoded(
+        self, loader: EvaluationLoader, *, num_samples: int, layer: Layer
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> str:
@@ -39,7 +52,7 @@ def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> st
 
 
 def stored_rows(
-    on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path, *, layer: Layer
+    on_ranks: RanksEncoder, dataset: PackedDataset, folder: Path, *, layer: Layer
 ) -> NDArray[Any]:
     """Features [n w] of a data set, mapped from a file, which all ranks make if needed.
 
@@ -65,7 +78,7 @@ def stored_rows(
 
 
 def _encode_into(
-    folder: Path, key: str, on_ranks: ModelOnRanks, dataset: PackedDataset, layer: Layer
+    folder: Path, key: str, on_ranks: RanksEncoder, dataset: PackedDataset, layer: Layer
 ) -> None:
     """Encodes a data set into the file of that key, on all ranks."""
     model, ranks, num_samples = on_ranks.model, on_ranks.ranks, len(dataset)

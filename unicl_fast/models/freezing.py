@@ -73,8 +73,8 @@ def _find(model: UniCL) -> FrozenParts:
         part = _part(model, attribute, f"optim.freeze: {entry}")
         if isinstance(part, nn.Parameter):
             tower = kind.removesuffix("projection")  # with its hidden layer
-            own = {name for name, _ in model.named_parameters() if name.startswith(tower)}
-            names |= {name for name in own if not name.startswith(f"{tower}encoder.")}
+            head = [name for name, _ in model.named_parameters() if name.startswith(tower)]
+            names |= {name for name in head if not name.startswith(f"{tower}encoder.")}
             continue
         begun, whole = list(part.modules()), [part]
         if count:

@@ -11,23 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from unicl_fast.checkpoints.load import build_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.config_json import config_to_dict
-from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
-from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.feature_loader import FeatureLoader
 from unicl_fast.pipelines.plan.plan import TrainPlan
-from unicl_fast.pipelines.texts import gather_every_text
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
@@ -46,19 +41,13 @@ from unicl_fast.training.data import (
     tokenizer_of,
     warn_of_shared_images,
 )
+from unicl_fast.training.feature_run import feed_features
 from unicl_fast.training.memory_plan import check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.observers import ContactSheet, DatasetNumbers, LedgerKeeper, SoleWriter
 from unicl_fast.training.settle import Setup, set_up
-from unicl_fast.training.stages import PlannedLoader, StagedLoader
-from unicl_fast.training.stored_features import (
-    statistics_of,
-    stored_image_features,
-    stored_text_features,
-)
+from unicl_fast.training.stages import PlannedLoader, in_stages
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
-
-_ROWS_AT_ONCE = 4096
 
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; called as `TrainLoader` is."""
@@ -123,7 +112,7 @@ def build_trainer(
     )  # fmt: skip
     with refused_together(ranks):
         loaders = _build_loaders(data, functools.partial(build, weights=data.weights))
-    loader = _in_stages(loaders, config)
+    loader = in_stages(loaders, config)
     sheet = ContactSheet(
         run_folder / "contact-sheet.png" if ranks.is_main else None,
         class_names=[dataset.manifest.class_names for dataset in datasets],
@@ -146,84 +135,11 @@ def build_trainer(
         with refused_together(ranks):
             trainer.resume(checkpoint)
     if config.efficiency.stored_features and encodes_features:
-        images = _stored_images(trainer, data, build, sheet)
-
-        def feed(texts: TextFeatures | None) -> list[FeatureLoader]:
-            spans = zip(loaders, config.run.spans, strict=True)
-            return [
-                FeatureLoader(one.steps, images, texts, end_step=span.end_step, device=device)
-                for one, span in spans
-            ]
-
-        texts = _stored_texts(trainer, data, feed(None))
-        trainer.loader = _in_stages(feed(texts), config)
-        if config.model.standardise and state is None:
-            _set_statistics(trainer, images, texts)
-    return trainer
-
-
-def _stored_images(
-    trainer: Trainer, data: RunData, build: Callable[..., PlannedLoader], sheet: ContactSheet
-) -> list[FeatureFile]:
-    """Features of the frozen image encoder: of all images, or of those that a short run draws."""
-    last = data.config.settings_of_stages[-1]
-    num_draws: int | None = data.config.run.draws_before(trainer.total_steps)
-    weights = data.weights
-    if num_draws is not None and num_draws >= sum(map(len, data.datasets)):
-        last, num_draws, weights = last.changed(data={"shuffle_window": 0}), None, None
-    return stored_image_features(
-        trainer.model,
-        data.datasets,
-        build_loader=lambda: build(last, prompts=data.prompts, weights=weights),
-        num_draws=num_draws,
-        on_first_batch=sheet.draw,
-        ranks=trainer.ranks,
-        device=trainer.device,
-    )
-
-
-def _stored_texts(
-    trainer: Trainer, data: RunData, loaders: Sequence[FeatureLoader]
-) -> TextFeatures | None:
-    """Features of the text encoder, if it is frozen: of all texts, or of those the run draws."""
-    config, ranks = data.config, trainer.ranks
-    if "text" not in config.optim.freeze or not config.objective.uses_texts:
-        return None
-    mark("looking for the texts of the run", patience=START_PATIENCE)
-    num_texts = len(data.prompts.tokens) + sum(len(one.captions) for one in data.datasets)
-    if config.run.draws_before(trainer.total_steps) > num_texts:
-        tokens = gather_every_text(
-            data.datasets, data.prompts, text=config.data.text, rank=ranks.rank,
-            context_length=config.model.context_length, world_size=ranks.world_size,
+        feed_features(
+            trainer, loaders, datasets=data.datasets, weights=data.weights, prompts=data.prompts,
+            build_loader=build, on_first_batch=sheet.draw, is_fresh=state is None,
         )  # fmt: skip
-    else:
-        parts = zip(loaders, config.run.spans, strict=True)
-        found = [one.texts_from(span.first_step) for one, span in parts]
-        tokens = distinct_texts(np.concatenate(found))
-    folder = Path(config.efficiency.stored_features)
-    return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=True)
-
-
-def _set_statistics(
-    trainer: Trainer, images: Sequence[FeatureFile], texts: TextFeatures | None
-) -> None:
-    """Standardises by the training data, unless the initial weights came with statistics."""
-    mark("measuring the features", patience=START_PATIENCE)
-    dtype: torch.dtype = getattr(torch, images[0].dtype)
-    of_images = (
-        torch.from_numpy(np.array(one.rows[start : start + _ROWS_AT_ONCE][kept])).view(dtype)
-        for one in images
-        for start in range(0, len(one.rows), _ROWS_AT_ONCE)
-        if (kept := one.stored[start : start + _ROWS_AT_ONCE]).any()
-    )
-    models = [trainer.model, *([trainer.ema.module] if trainer.ema is not None else [])]
-    parts = {"image": of_images} | ({} if texts is None else {"text": texts.parts()})
-    for tower, features in parts.items():
-        if not all(bool((one.head(tower).factor == 1).all()) for one in models):
-            continue
-        mean, deviation = statistics_of(features)
-        for one in models:
-            one.set_statistics(tower, mean, deviation)
+    return trainer
 
 
 def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] | None]:
@@ -294,13 +210,6 @@ def _build_loaders(data: RunData, build: Callable[..., PlannedLoader]) -> list[P
     return loaders
 
 
-def _in_stages(
-    loaders: Sequence[PlannedLoader], config: TrainConfig
-) -> StagedLoader | PlannedLoader:
-    """Joins the loaders of stages into the run's."""
-    return StagedLoader(loaders, config.run.spans) if config.run.stages else loaders[0]
-
-
 def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
     """Opens `data.evaluate`; ValueError if a data set has nothing to evaluate."""
     objective = config.objective
@@ -355,7 +264,8 @@ def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[
         if config.objective.evaluation == "accuracy":
             class_names = dataset.manifest.class_names
             rows = rows_of_class_names(data.datasets, class_names, prompts=data.prompts)
-        arguments = {"dataset": dataset, "rows_of_classes": rows, "ranks": ranks}
-        arguments["kind"] = name.partition("/")[0]
-        evaluations[name] = functools.partial(evaluate, **arguments)
+        kind = name.partition("/")[0]
+        evaluations[name] = functools.partial(
+            evaluate, dataset=dataset, rows_of_classes=rows, ranks=ranks, kind=kind
+        )
     return evaluations

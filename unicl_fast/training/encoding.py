@@ -188,12 +188,12 @@ def texts_to_encode(
         Token rows [u l]; the number of their tokens that are not padding; class ids [u] and counts
         [u] of the texts. Sizes are rounded up as `rounds_sizes` says.
     """
-    rounds, found = rounds_sizes(efficiency, texts.tokens.device), (texts.tokens, None)
-    if not texts.tokens.is_floating_point():
-        longest = int(texts.lengths.max())
-        tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
-        found = tokens, int(texts.lengths.sum())
-    found = *found, class_ids, texts.counts
+    rounds, tokens = rounds_sizes(efficiency, texts.tokens.device), texts.tokens
+    num_tokens = None
+    if not tokens.is_floating_point():
+        longest, num_tokens = int(texts.lengths.max()), int(texts.lengths.sum())
+        tokens = tokens[:, : round_up_length(longest) if rounds else longest]
+    found = tokens, num_tokens, class_ids, texts.counts
     return pad_texts(*found) if rounds else found
 
 

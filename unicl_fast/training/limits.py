@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.config import RunConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.training.metrics import lines_until
+from unicl_fast.training.metrics import choose_best_metric, lines_until
 from unicl_fast.training.trainer import Observer, Trainer
 
 logger = logging.getLogger(__name__)
@@ -217,15 +216,14 @@ class Patience(Observer):
         self._metric = choose_best_metric(run.config.checkpoint.best, run.evaluations)
         known: list[float] = []
         if self._metric is not None and self._folder is not None and run.ranks.is_main:
-            by_step = {line["step"]: line for line in lines_until(self._folder, run.step)
-                       if self._metric in line}  # fmt: skip
-            known = [line[self._metric] for line in by_step.values()]
+            metric, lines = self._metric, lines_until(self._folder, run.step)
+            known = list({one["step"]: one[metric] for one in lines if metric in one}.values())
         self._values = from_rank_0(known, run.ranks)
         run.ends_early = self._has_waited()
         yield
 
     def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
-        if self._metric in values:
+        if self._metric is not None and self._metric in values:
             self._values.append(values[self._metric])
         if self._has_waited() and run.step < run.total_steps:
             run.ends_early = True

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ from unicl_fast.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
+MEAN_METRIC = "evaluated/mean"
+"""The mean of the main metrics, if a run has several evaluations."""
 METRICS_NAME = "metrics.jsonl"
 _MOST_BYTES = 4 << 30  # of a file that is read: some five million lines
 _RECENT_SUMMARIES = 20  # whose steps predict the time of the next ones
@@ -306,6 +308,29 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
             path, damaged[0] + 1, shorten(lines[damaged[0]]), len(damaged), len(lines),
         )  # fmt: skip
     return [values for values in [*found, _parse_line(cut_off)] if values is not None]
+
+
+def main_metrics(evaluations: Iterable[str]) -> dict[str, str]:
+    """The key of metrics.jsonl by which each evaluation is judged."""
+    return {
+        name: f"{name}/{'recall_at_1' if name.startswith('retrieval/') else 'top1'}"
+        for name in evaluations
+    }
+
+
+def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
+    """The key of metrics.jsonl for `checkpoint.best`; ValueError if no evaluation measures it."""
+    defaults = main_metrics(evaluations)
+    if choice == "none" or not (choice or defaults):
+        return None
+    if not choice:
+        return MEAN_METRIC if len(defaults) > 1 else next(iter(defaults.values()))
+    if choice != MEAN_METRIC and not any(choice.startswith(f"{name}/") for name in defaults):
+        known = ", ".join(defaults.values()) or "none: set data.evaluate"
+        raise ValueError(
+            f"checkpoint.best={choice}: no evaluation of this run gives that number; it has {known}"
+        )
+    return choice
 
 
 def lines_until(run_folder: Path, step: int) -> list[dict[str, float]]:

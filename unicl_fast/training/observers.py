@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import Tensor
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.checkpoints.state import collect_tensors, describe_state
 from unicl_fast.checkpoints.writer import CheckpointWriter
 from unicl_fast.config import TrackerName
@@ -33,6 +32,7 @@ from unicl_fast.training.metrics import (
     METRICS_NAME,
     DatasetMeter,
     MetricsWriter,
+    choose_best_metric,
     lines_until,
     read_metrics,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
 from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_to_dict
@@ -42,6 +42,7 @@ from unicl_fast.training.build import (
 )
 from unicl_fast.training.data import folder_and_weight, held_out_beside
 from unicl_fast.training.figures import draw_curves, drawing
+from unicl_fast.training.metrics import choose_best_metric
 from unicl_fast.training.settle import check_settings, settle_objective
 from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Trainer

@@ -16,7 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,15 +77,6 @@ class EpochLoader(Loader, Protocol):
     plan: TrainPlan
 
 
-class StoredFeatures(NamedTuple):
-    """What a `FeatureLoader` feeds."""
-
-    images: list[FeatureFile]
-    """Of each data set."""
-    texts: TextFeatures | None
-    """None if the text encoder is trained, or there is none."""
-
-
 def stored_image_features(
     model: UniCL,
     datasets: Sequence[PackedDataset],
@@ -137,7 +128,7 @@ def stored_image_features(
 
 
 def _stored(folder: Path, key: str, size: int) -> tuple[NDArray[np.bool_], frozenset[int]]:
-    """Which samples are stored under a key, and which of them are unreadable."""
+    """The samples that are stored under a key, and the unreadable ones among them."""
     if not has_features(folder, key):
         return np.zeros(size, np.bool_), frozenset()
     found = read_features(folder, key, num_samples=size, check=False)
@@ -378,13 +369,3 @@ def _key_of_texts(model: UniCL) -> str:
     }
     del facts["text_projection"]
     return xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
-
-
-def statistics_of(parts: Iterator[Tensor] | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [w] of features [k w] that come in parts, in fp64."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for part in parts:
-        rows = part.double()
-        count, total, squares = count + len(rows), total + rows.sum(0), squares + (rows**2).sum(0)
-    mean = total / count
-    return mean, (squares / count - mean**2).clamp(min=0).sqrt()

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.checkpoints.files import MEAN_METRIC, main_metrics
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.checkpoints.state import refuse_another_run, restore_checkpoint
 from unicl_fast.distributed.ranks import from_rank_0
@@ -37,7 +36,7 @@ from unicl_fast.system.phases import (
     mark,
     stopping_when,
 )
-from unicl_fast.training.metrics import StepMeter, add_up
+from unicl_fast.training.metrics import MEAN_METRIC, StepMeter, add_up, main_metrics
 from unicl_fast.training.optim import (
     build_optimizer,
     build_schedule,

@@ -1,0 +1,141 @@
+"""Lets a run whose encoders are frozen feed their stored features instead of images and texts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unicl_fast.batch import Batch
+from unicl_fast.dataset.feature_files import FeatureFile
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
+from unicl_fast.distributed.ranks import sum_over_ranks
+from unicl_fast.models.unicl import Tower
+from unicl_fast.pipelines.feature_loader import FeatureLoader
+from unicl_fast.pipelines.texts import gather_every_text
+from unicl_fast.system.phases import START_PATIENCE, mark
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.training.stages import PlannedLoader, in_stages
+from unicl_fast.training.stored_features import stored_image_features, stored_text_features
+from unicl_fast.training.trainer import Trainer
+
+_MEASURED = 65_536
+"""Samples whose features are standardised by; 20,000 give the mean within a hundredth of the
+deviation."""
+
+
+def feed_features(
+    trainer: Trainer,
+    loaders: Sequence[PlannedLoader],
+    *,
+    datasets: Sequence[PackedDataset],
+    weights: Sequence[float] | None,
+    prompts: ClassPrompts,
+    build_loader: Callable[..., PlannedLoader],
+    on_first_batch: Callable[[Batch], None],
+    is_fresh: bool,
+) -> None:
+    """Replaces the loader of a run by one of stored features, which are encoded now if needed.
+
+    `loaders` are those of the run's stages; `build_loader` builds one of other settings for the
+    same data. A fresh run also measures the features that `model.standardise` needs. All ranks call
+    it; raises as `stored_image_features`.
+    """
+    config, spans = trainer.config, trainer.config.run.spans
+    images = _stored_images(trainer, datasets, weights, prompts, build_loader, on_first_batch)
+
+    def feed(texts: TextFeatures | None) -> list[FeatureLoader]:
+        device, pairs = trainer.device, zip(loaders, spans, strict=True)
+        return [
+            FeatureLoader(one.steps, images, texts, end_step=span.end_step, device=device)
+            for one, span in pairs
+        ]
+
+    texts = None
+    if "text" in config.optim.freeze and config.objective.uses_texts:
+        texts = _stored_texts(trainer, datasets, prompts, feed(None))
+    trainer.loader = in_stages(feed(texts), config)
+    if config.model.standardise and is_fresh:
+        _set_statistics(trainer, has_texts=texts is not None)
+
+
+def _stored_images(
+    trainer: Trainer,
+    datasets: Sequence[PackedDataset],
+    weights: Sequence[float] | None,
+    prompts: ClassPrompts,
+    build_loader: Callable[..., PlannedLoader],
+    on_first_batch: Callable[[Batch], None],
+) -> list[FeatureFile]:
+    """Features of all images, or of those that a short run draws."""
+    config = trainer.config
+    last = config.settings_of_stages[-1]
+    num_draws: int | None = config.run.draws_before(trainer.total_steps)
+    if num_draws is not None and num_draws >= sum(map(len, datasets)):
+        last, num_draws, weights = last.changed(data={"shuffle_window": 0}), None, None
+    return stored_image_features(
+        trainer.model,
+        datasets,
+        build_loader=lambda: build_loader(last, prompts=prompts, weights=weights),
+        num_draws=num_draws,
+        on_first_batch=on_first_batch,
+        ranks=trainer.ranks,
+        device=trainer.device,
+    )
+
+
+def _stored_texts(
+    trainer: Trainer,
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    loaders: Sequence[FeatureLoader],
+) -> TextFeatures:
+    """Features of all texts, or of those that a short run draws."""
+    config, ranks = trainer.config, trainer.ranks
+    mark("looking for the texts of the run", patience=START_PATIENCE)
+    num_texts = len(prompts.tokens) + sum(len(one.captions) for one in datasets)
+    if config.run.draws_before(trainer.total_steps) > num_texts:
+        tokens = gather_every_text(
+            datasets, prompts, text=config.data.text, context_length=config.model.context_length,
+            rank=ranks.rank, world_size=ranks.world_size,
+        )  # fmt: skip
+    else:
+        parts = zip(loaders, config.run.spans, strict=True)
+        found = [one.texts_from(span.first_step) for one, span in parts]
+        tokens = distinct_texts(np.concatenate(found))
+    folder = Path(config.efficiency.stored_features)
+    return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=True)
+
+
+def _set_statistics(trainer: Trainer, *, has_texts: bool) -> None:
+    """Standardises by the run's first samples, unless the initial weights brought statistics."""
+    mark("measuring the features", patience=START_PATIENCE)
+    models = [trainer.model, *([trainer.ema.module] if trainer.ema is not None else [])]
+    sums: dict[Tower, Tensor] = {}
+    size = trainer.config.run.global_batch_size
+    steps = min(trainer.total_steps, -(-_MEASURED // size))
+    with contextlib.closing(trainer.loader):
+        for batch in itertools.islice(trainer.loader.batches(0), steps):
+            rows: dict[Tower, Tensor] = {"image": batch.images}
+            if has_texts:
+                rows["text"] = batch.texts.tokens[batch.texts.index]
+            for tower, part in rows.items():
+                values = part.double()
+                ones = torch.ones_like(values[:1])
+                own = torch.cat([ones * len(values), values.sum(0, True), (values**2).sum(0, True)])
+                sums[tower] = sums[tower] + own if tower in sums else own
+    for tower, own in sums.items():
+        factor = trainer.model.head(tower).factor
+        if factor is None or not bool((factor == 1).all()):
+            continue
+        count, total, squares = sum_over_ranks(own, trainer.ranks)
+        mean = total / count
+        deviation = (squares / count - mean**2).clamp(min=0).sqrt()
+        for one in models:
+            one.set_statistics(tower, mean, deviation)
