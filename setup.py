@@ -25,7 +25,7 @@ setup(
         "unicl_fast.system": ["page_base.html", "page_parts.html"],
         "unicl_fast.packing": ["page.html"],
         "unicl_fast.conversion": ["card.md"],
-        "unicl_fast.evaluation": ["serve.html", "serve.js"],
+        "unicl_fast.evaluation": ["*.html", "*.js", "openapi.json"],
         "unicl_fast.tools.diagnose": ["page.html"],
     },
 )

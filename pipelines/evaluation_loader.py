@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -43,8 +43,12 @@ class EvaluationLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        samples: Sequence[int] | None = None,
     ) -> None:
-        """As for `TrainLoader`; `batch_size` is this rank's, its last batch may be smaller."""
+        """As for `TrainLoader`; `batch_size` is this rank's, its last batch can be smaller.
+
+        Shows the given `samples`, shared likewise, or all.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         self._dataset = dataset
@@ -60,7 +64,8 @@ class EvaluationLoader:
             num_images=batch_size,
             window_bytes=mean_image_bytes([dataset], data),
         )
-        ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
+        chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples)
+        ids = chosen[rank::world_size].astype(np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
 
     def __len__(self) -> int:

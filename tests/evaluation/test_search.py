@@ -1,8 +1,11 @@
-"""Search by texts and images: exact, bounded in memory, and encoded once."""
+"""Search by texts and images: by several signals, bounded in memory, and encoded once."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,17 @@ from small_runs import objective_config, tiny_config
 
 from unicl_fast import Model
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.evaluation import features
-from unicl_fast.evaluation.search import nearest_rows, open_index
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation import features, nearest, search
+from unicl_fast.evaluation.kept_rows import kept_rows
+from unicl_fast.evaluation.nearest import Rows, best, similarities
+from unicl_fast.evaluation.search import SearchIndex, Titles, open_index
+from unicl_fast.evaluation.signals import fuse, measure, standardise, typed
+from unicl_fast.evaluation.words import Words
 
 
-class Rows(np.ndarray):
+class Watched(np.ndarray):
     """Remembers the most rows that were read at once."""
 
     most = 0
@@ -33,8 +42,10 @@ def test_blocks_find_what_a_sort_finds(top: int) -> None:
     queries, rows = (generator.normal(size=(n, 6)).astype(np.float32) for n in (3, 200))
     rows[150] = rows[20]  # the first of equal ones comes first
     queries[0] = rows[20]
-    kept = rows.view(Rows)
-    values, places = nearest_rows(queries, kept, top=top, block_bytes=4 * 6 * 30)
+    kept = rows.view(Watched)
+    scores = similarities(queries, kept, block_bytes=4 * 6 * 30)
+    places = np.stack([best(one, top) for one in scores])
+    values = np.take_along_axis(scores, places, axis=1)
     order = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :top]
     assert places.tolist() == order.tolist()
     expected = np.take_along_axis(queries @ rows.T, order, axis=1)
@@ -58,7 +69,9 @@ def test_images_are_encoded_once_and_found_by_texts_and_images(
         for number, file in enumerate(files):
             file.write_bytes(index.image_file(number))
         expected = model.embed_images([tmp_path / "query"]) @ model.embed_texts(["two dogs"]).T
-        scores = {one.sample: one.score for one in index.by_texts(["two dogs"], top=99)[0]}
+        scores = {
+            one.sample: one.score for one in index.by_texts(["two dogs"], top=99, by=["images"])[0]
+        }
         assert len(scores) == len(index) == 20
         assert scores[0] == pytest.approx(expected.item(), abs=1e-3)
         by_image = index.by_images(files, top=2)
@@ -77,11 +90,234 @@ def test_images_are_encoded_once_and_found_by_texts_and_images(
             (again,) = index.by_texts(["a red car"], top=3)
     assert [one.sample for one in again] == [one.sample for one in second]
     assert set(tmp_path.iterdir()) == kept
-    (stored,) = tmp_path.glob("*.npy")
-    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    images, _ = sorted(tmp_path.glob("*.npy"), key=lambda path: path.stat().st_size)
+    images.write_bytes(images.read_bytes()[:-1] + b"x")
     without = Model(build_model(objective_config("ce")).double())
     for one, said in ((model, "are damaged"), (without, "no projection")):
         with pytest.raises(ValueError, match=said):
             open_index(one, data / "captions", folder=tmp_path).__enter__()
     with open_index(model, data / "classes") as index:  # kept nowhere
         assert index.by_texts(["a cat"], top=1)[0][0].labels
+
+
+TITLES = (
+    "Red wooden chair", "Leather armchair", "Kitchen table", "Sofa for three", "Soft teddy bear",
+    "Curtain rail", "Two chairs and a table", "Hairbrush", "Bürostuhl aus Holz", "木製の椅子",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("chair", [0, 6, 1]),
+        ("chairs", [6, 0]),
+        ("CHAIR red", [0, 6, 1]),
+        ("cahirs", [6, 0]),
+        ("chiar", [0]),
+        ("armchairs", [1]),
+        ("tables", [2, 6]),
+        ("teddys", [4]),
+        ("sofas", [3]),
+        ("stuhl", [8]),
+        ("buro", [8]),
+        ("木製", [9]),
+        ("kitchen tabel", [2, 6]),
+        ("brush", [7]),
+        ("zebra", []),
+        ("!", []),
+    ],
+)
+def test_words_find_plurals_parts_of_words_and_typing_errors(query: str, found: list[int]) -> None:
+    scores = Words(TITLES).scores(query)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert [row for row in best(scores, 5).tolist() if scores[row] > 0][: len(found)] == found
+    assert bool(scores.any()) == bool(found)
+
+
+DOCUMENTS = ("blue shirt", "red shirt", "green shirt", "red hat", "shirt")
+
+
+def test_a_word_of_the_query_counts_by_its_rarity_and_nothing_is_sure_without_words() -> None:
+    words = Words(DOCUMENTS)
+    scores = words.scores("red hat shirt")
+    assert best(scores, 2).tolist() == [3, 1]
+    assert scores[3] < 1
+    assert words.scores("hat")[3] == pytest.approx(words.scores("red hat")[3])
+    assert words.scores("shirt")[4] == 1
+    assert best(words.scores("shirts"), 1).tolist() == [4], "a shirt, and nothing else"
+    for query in ("red hat shirt", "shirts", "hat", "bluee"):
+        alone = [words.score_of(query, text) for text in DOCUMENTS]
+        assert alone == pytest.approx(words.scores(query).tolist()), query
+    assert words.score_of("hat", "nothing known") == 0
+    many = " ".join(f"word{number}" for number in range(64))
+    assert not words.scores(f"{many} hat").any(), "words beyond the 64th are not looked at"
+    with pytest.raises(ValueError, match="empty vocabulary"):
+        Words(["!", "?"])
+
+
+def test_titles_without_a_text_are_neither_near_nor_far() -> None:
+    titles = Titles([("a", "b"), (), ("b",), ("c", "a")], [1] * 4)
+    assert titles.texts == ["a", "b", "c"]
+    found = titles.per_sample(np.array([[1.0, 5.0, 3.0]], np.float32))
+    assert found.tolist() == [[5, pytest.approx(13 / 3), 5, 3]]
+
+
+def test_a_weak_word_does_not_outweigh_the_images() -> None:
+    """Standardised, a single hit in a thousand titles would be 31 deviations above the mean."""
+    images = np.random.default_rng(0).normal(size=(1, 1000)).astype(np.float32)
+    images[0, 5] = 8
+    words = np.zeros((1, 1000), np.float32)
+    words[0, 7] = 0.5
+    scores = fuse(standardise({"images": images, "words": words}), {"images": 1, "words": 1})
+    assert best(scores[0], 1).tolist() == [5]
+
+
+def test_weights_follow_what_finds_the_titles_and_stay_above_zero() -> None:
+    titles = [(f"a thing {number}",) for number in range(300)]
+    generator = np.random.default_rng(0)
+    asked: list[str] = []
+
+    def scores_of(texts: list[str], _: list[tuple[int, str]]) -> dict[str, np.ndarray]:
+        """Images know most things by their number; titles are noise."""
+        noise = generator.normal(size=(2, len(texts), 300)).astype(np.float32)
+        numbers = [int("0" + "".join(filter(str.isdigit, text))) for text in texts]
+        for row, number in enumerate(numbers):
+            noise[0, row, number % 300] += 3
+        asked.extend(texts)
+        return {"images": noise[0], "titles": noise[1]}
+
+    found = measure(titles, [1] * 300, scores_of)
+    assert found["queries"] == len(asked) == 200
+    assert found["weights"] == {"images": 4, "titles": 1}
+    reached = found["mean_reciprocal_rank"]
+    assert reached["all"] > reached["titles"]
+    assert set(reached) == {"all", "images", "titles"}
+    captioned = [(*own, "another") for own in titles]
+
+    def without(texts: list[str], left_out: list[tuple[int, str]]) -> dict[str, np.ndarray]:
+        assert [captioned[sample][0] for sample, _ in left_out] == texts
+        assert [title for _, title in left_out] == texts
+        return scores_of(texts, left_out)
+
+    assert measure(captioned, [2] * 300, without)["weights"] == {"images": 4, "titles": 1}
+    assert typed("a", generator) == "a"
+    assert len(typed("one two three four", generator).split()) == 2
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_of_changed_items_only_new_ones_are_encoded(tmp_path: Path) -> None:
+    encoded: list[int] = []
+
+    def rows_of(items: list[int], key: str, family: str = "f") -> list[float]:
+        def encode(new):
+            encoded.extend(items[number] for number in new)
+            yield np.array(new), np.array([[items[one], 1] for one in new], np.float32)
+
+        found = kept_rows(
+            tmp_path, key, family=family, items=np.array(items, np.uint64), width=2,
+            encode=encode, ranks=Ranks(),
+        )  # fmt: skip
+        return found[:, 0].tolist()
+
+    first = list(range(20))
+    assert rows_of(first, "a") == first
+    changed = [99, *first[2:], 5, 50]  # added, deleted, doubled, moved
+    assert rows_of(changed, "b") == changed
+    assert encoded == [*first, 99, 50]
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"b"}, "90 % are in b"
+    assert rows_of(first[10:], "c") == first[10:]
+    assert rows_of(changed, "b") == changed
+    assert encoded == [*first, 99, 50]
+    rows_of([1, 2], "d", family="g")
+    assert encoded[-2:] == [1, 2], "other weights"
+    kept = next(tmp_path.glob("b.npy"))
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="are damaged"):
+        rows_of([*changed, 7], "e")
+    assert not list(tmp_path.glob(".*")), "leftovers"
+
+
+@pytest.mark.dali
+def test_products_are_added_and_removed_without_encoding_the_others(
+    model: Model, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both data sets have the same photographs of cats and frogs, in another order."""
+    encoded = {"images": 0, "texts": 0}
+
+    def count(kind: str, room: ModuleType, name: str) -> None:
+        encode = getattr(room, name)
+
+        def counting(model: Any, rows: Any, **options: Any) -> Any:
+            encoded[kind] += len(rows)
+            return encode(model, rows, **options)
+
+        monkeypatch.setattr(room, name, counting)
+
+    count("images", features, "encode_images")
+    count("texts", search, "encode_token_rows")
+    part = tmp_path / "part"
+    for number, path in enumerate(sorted((data / "classes").rglob("*.jpg"))):
+        if number % 3:
+            copy = part / path.relative_to(data / "classes")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    folder = tmp_path / "kept"
+    with open_index(model, part, folder=folder) as index:
+        num_part = len(index)
+        assert encoded["images"] == num_part
+    with open_index(model, data / "classes", folder=folder) as index:
+        rows, num_all = np.array(index.images.rows), len(index)
+        assert encoded["images"] == num_all > num_part
+        assert encoded["texts"] == len(index.titles.texts)
+        frogs = index.by_texts(["frogs"], top=2)[0]
+        assert [one.labels for one in frogs] == [("frog",), ("frog",)]
+        assert index.report["weights"].keys() == {"images", "titles", "words"}
+    with open_index(model, data / "classes") as alone:
+        np.testing.assert_allclose(rows, alone.images.rows, atol=1e-6)
+
+
+@pytest.mark.dali
+def test_a_search_says_what_it_lacks(
+    model: Model, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with open_index(model, data / "captions") as index:
+        assert index.signals == ["images", "titles"]
+        assert "words are not searched without scikit-learn: pip install" in caplog.text
+        for by, said in ((["words"], "of which"), ([], "of which")):
+            with pytest.raises(ValueError, match=said):
+                index.by_texts(["a"], by=by)
+        with pytest.raises(ValueError, match="must be a list"):
+            index.by_texts("a dog")
+    without = Model(build_model(objective_config("supcon")))
+    with PackedDataset(data / "labels") as dataset:
+        rows = np.ones((len(dataset), 4), np.float32)
+        index = SearchIndex(without, dataset, rows)
+        with pytest.raises(ValueError, match="no text encoder"):
+            index.by_texts(["a"])
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_cells_find_nearly_all_of_many_rows_and_say_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss", reason="pip install --no-deps faiss-cpu")
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(50, 16))
+    rows = centres[generator.integers(50, size=4000)] + generator.normal(size=(4000, 16)) / 2
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    queries = rows[:60] + 0.01
+    few = Rows(rows)
+    few.approximate(tmp_path / "cells", queries)
+    assert (few.recall, list(tmp_path.iterdir())) == (1, [])
+    monkeypatch.setattr(nearest, "EXACT_BYTES", 1000)
+    monkeypatch.setattr(nearest, "_CANDIDATES", 300)
+    for _ in range(2):  # made, and found again
+        many = Rows(rows)
+        many.approximate(tmp_path / "cells", queries)
+        assert 0.95 <= many.recall <= 1
+        exact, found = few.similarities(queries), many.similarities(queries)
+        shared = [set(best(a, 100)) & set(best(b, 100)) for a, b in zip(exact, found, strict=True)]
+        assert sum(map(len, shared)) / 6000 == pytest.approx(many.recall, abs=0.02)
+        np.testing.assert_allclose(found.max(axis=1), exact.max(axis=1), atol=2e-3)
+        monkeypatch.setattr(nearest, "_make_cells", None)

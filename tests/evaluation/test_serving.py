@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from browser import dump_page
 from small_runs import tiny_config
+from starlette.responses import Response
+from starlette.routing import Route
 
 from unicl_fast import Model
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation import serving
 from unicl_fast.evaluation.search import SearchIndex
-from unicl_fast.evaluation.serving import Server, _Handler
+from unicl_fast.evaluation.serving import make_app, make_server
 
 NAMES = ("dog", "cat", "horse")
-
-
-class _Outer(_Handler):
-    """Also serves a page that uses the other one as a person does, and a photograph for it."""
-
-    photo: Path
-
-    def do_GET(self) -> None:  # noqa: N802 - the name of its base
-        own = {"/photo": (self.photo.read_bytes(), "image/jpeg")}
-        own |= {"/outer": (_USED, "text/html"), "/outer.js": (_USE, "text/javascript")}
-        if self.path in own:
-            content, kind = own[self.path]
-            self._send(content if isinstance(content, bytes) else content.encode(), kind=kind)
-        else:
-            super().do_GET()
 
 
 _USED = '<iframe id="page" src="/" width="390" height="900"></iframe><script src="/outer.js">'
@@ -113,92 +105,198 @@ def index(model: Model, data: Path) -> Iterator[SearchIndex]:
             yield index
 
 
-@pytest.fixture
-def server(model: Model, index: SearchIndex, photo: Path) -> Iterator[Server]:
-    with Server(model, name="runs/<first>", classes=NAMES, port=0, index=index) as server:
-        server.RequestHandlerClass = type("_", (_Outer,), {"photo": photo})
-        thread = threading.Thread(target=server.serve_forever)
+@dataclass
+class Running:
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+
+@contextlib.contextmanager
+def running(
+    model: Model, index: SearchIndex | None, photo: Path, **options: str
+) -> Iterator[Running]:
+    """Also serves a page that uses the other one as a person does, and a photograph for it."""
+    app = make_app(model, name="runs/<first>", classes=NAMES, index=index, **options)
+    for path, content, kind in (
+        ("/photo", photo.read_bytes(), "image/jpeg"),
+        ("/outer", _USED, "text/html"),
+        ("/outer.js", _USE, "text/javascript"),
+    ):
+        response = Response(content, media_type=kind)
+        app.router.routes.append(Route(path, response))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = make_server(app)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield server
+            while not server.started:
+                time.sleep(0.01)
+            yield Running(listening.getsockname()[1])
         finally:
-            server.shutdown()
+            server.should_exit = True
             thread.join()
 
 
+@pytest.fixture
+def server(model: Model, index: SearchIndex, photo: Path) -> Iterator[Running]:
+    with running(model, index, photo) as server:
+        yield server
+
+
 def ask(
-    server: Server, method: str, path: str, body: bytes | None = None, **headers: str
+    server: Running, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, bytes]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as line:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as line:
         line.request(method, path, body=body, headers=headers)
         answer = line.getresponse()
         return answer.status, answer.read()
 
 
-def answer(server: Server, path: str, question: str | dict[str, Any], image: bytes = b"") -> Any:
-    text = question if isinstance(question, str) else json.dumps(question)
-    status, content = ask(server, "POST", path, text.encode() + b"\n" + image)
-    assert status == 200
-    return json.loads(content)
+def post(server: Running, path: str, question: Any, image: bytes | None = None) -> tuple[int, Any]:
+    if image is not None:
+        question = {**question, "image": base64.b64encode(image).decode()}
+    body = question if isinstance(question, bytes) else json.dumps(question).encode()
+    status, content = ask(server, "POST", path, body)
+    return status, json.loads(content)
 
 
 def test_questions_about_classes_and_images_are_answered(
-    server: Server, model: Model, index: SearchIndex, photo: Path
+    server: Running, model: Model, index: SearchIndex, photo: Path
 ) -> None:
     question = {"classes": list(NAMES), "template": "a photo of a {}."}
     (expected,) = model.classify([photo], NAMES)
-    found = answer(server, "/classify", question, photo.read_bytes())
-    assert found == {"classes": [list(one) for one in expected.items()]}
-    for image, asked in (
-        (b"no image", question),
-        (photo.read_bytes(), "[]"),
-        (photo.read_bytes(), "{"),
-        (photo.read_bytes(), {"classes": ["dog"], "template": "{}"}),
+    for asked in (question, {}):
+        status, found = post(server, "/classify", asked, photo.read_bytes())
+        assert (status, found) == (200, {"classes": [list(one) for one in expected.items()]})
+    for image, asked, status in (
+        (b"no image", question, 422),
+        (photo.read_bytes(), {"classes": ["dog"]}, 422),
+        (photo.read_bytes(), {"classes": ["dog", "dog"]}, 422),
+        (photo.read_bytes(), {"classes": ["dog", 5]}, 422),
+        (photo.read_bytes(), {"template": "none"}, 422),
+        (photo.read_bytes(), {"classes": [str(one) for one in range(1001)]}, 422),
+        (None, question, 422),
+        (None, {**question, "image": "?"}, 422),
+        (None, [], 422),
+        (None, b"{", 400),
     ):
-        assert list(answer(server, "/classify", asked, image)) == ["error"]
+        answered, content = post(server, "/classify", asked, image)
+        assert (answered, list(content)) == (status, ["error"]), (asked, content)
     (by_text,), (by_image,) = index.by_texts(["a dog"], top=24), index.by_images([photo], top=24)
     for question, image, expected in (
-        ({"text": "a dog"}, b"", by_text),
+        ({"text": "a dog"}, None, by_text),
         ({}, photo.read_bytes(), by_image),
     ):
-        found = answer(server, "/search", question, image)["found"]
+        status, content = post(server, "/search", question, image)
+        found = content["found"]
+        assert status == 200
         assert [one["sample"] for one in found] == [one.sample for one in expected]
         assert found[0]["caption"] == expected[0].caption
         assert found[0]["score"] == pytest.approx(expected[0].score)
+    assert len(post(server, "/search", {"text": "a dog", "top": 3})[1]["found"]) == 3
     status, content = ask(server, "GET", f"/image/{by_text[0].sample}")
     assert (status, content) == (200, index.image_file(by_text[0].sample))
-    for number in (str(len(index)), "-1", "x", "", "9" * 5000):
+    for number in (str(len(index)), "-1", "x", "", "%D9%A3", "9" * 5000):
         assert ask(server, "GET", f"/image/{number}")[0] == 404
-    for question, image in (({}, b"no image"), ({"text": 5}, b""), ("[]", b"")):
-        assert list(answer(server, "/search", question, image)) == ["error"]
+    for question, image in (
+        ({}, b"no image"), ({"text": 5}, None), ([], None), ({}, None), ({"text": "  "}, None),
+        ({"text": "a", "top": 0}, None), ({"text": "a" * 100_001}, None), ({"words": "a"}, None),
+    ):  # fmt: skip
+        status, content = post(server, "/search", question, image)
+        assert (status, list(content)) == (422, ["error"]), question
+    assert ask(server, "GET", "/search")[0] == 405
 
 
 def test_only_this_machine_is_served_and_hostile_requests_print_nothing(
-    server: Server, capfd: pytest.CaptureFixture[str]
+    server: Running, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert server.server_address[0] == "127.0.0.1"
-    assert ask(server, "GET", "/", Host="evil.example:80")[0] == 403
-    assert ask(server, "POST", "/classify", b"{}\n", Origin="http://evil.example")[0] == 403
-    assert ask(server, "POST", "/classify", b"{}\n", Origin=server.address[:-1])[0] == 200
-    assert ask(server, "GET", "/serving.py")[0] == 404
-    assert ask(server, "GET", "/../serving.py")[0] == 404
-    assert ask(server, "GET", "/")[0] == 200
-    assert "is not JSON" in answer(server, "/classify", "[" * 100_000)["error"]
-    assert ask(server, "POST", "/classify", **{"Content-Length": "9" * 5000})[0] == 404
+    own = {"Sec-Fetch-Site": "same-origin", "Origin": server.address[:-1]}
+    for status, path, headers in (
+        (403, "/", {"Host": "evil.example:80"}),
+        (403, "/", {"Host": "127.0.0.1.evil.example"}),
+        (403, "/image/0", {"Sec-Fetch-Site": "cross-site"}),
+        (403, "/image/0", {"Sec-Fetch-Site": "same-site"}),
+        (403, "/model", {"Origin": "http://evil.example"}),
+        (403, "/model", {"Origin": "null"}),
+        (200, "/image/0", own),
+        (200, "/image/0", {"Sec-Fetch-Site": "none", "Host": f"localhost:{server.port}"}),
+        (404, "/serving.py", {}),
+        (404, "/../serving.py", {}),
+        (200, "/", {}),
+    ):
+        assert ask(server, "GET", path, **headers)[0] == status, (path, headers)
+    assert ask(server, "POST", "/classify", b"{}", Origin="http://evil.example")[0] == 403
+    assert ask(server, "POST", "/classify", b"{}", **own)[0] == 422
+    for deep in (b"[" * 100_000, b'{"a":' * 100_000, b'{"classes":' + b"[" * 100_000):
+        assert post(server, "/classify", deep)[0] == 422
+    assert ask(server, "POST", "/classify", **{"Content-Length": "9" * 5000})[0] == 400
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "_MOST_BODY", 1 << 20)
+        large = b'{"text": "' + b"a" * (1 << 20)
+        assert post(server, "/search", large) == (413, {"error": "the body is larger than 1 MB"})
     reset = struct.pack("ii", 1, 0)  # closing sends a reset
-    for request in (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET /", b"\0" * 99, b""):
-        with socket.create_connection(server.server_address) as line:
+    short = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n"
+    short += b'{"text": "a dog"}'
+    for request in (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET /", b"\0" * 99, b"", short):
+        with socket.create_connection(("127.0.0.1", server.port)) as line:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             line.sendall(request)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+        line.sendall(short)
+        line.shutdown(socket.SHUT_WR)
+        assert b" 200 " not in line.makefile("rb").read(), "a body that was cut short"
+    monkeypatch.setattr(serving, "_SECONDS", 0.1)
+    for sent, said in ((b"", b""), (b"GET / HTTP/1.1\r\nHo", b""), (short, b" 408 ")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+            line.sendall(sent)
+            assert said in line.makefile("rb").read(), sent
     assert ask(server, "GET", "/model")[0] == 200
-    for thread in threading.enumerate():
-        if thread.name.startswith("Thread-") and "process_request" in thread.name:
-            thread.join(10)
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_token_is_asked_for_and_other_hosts_may_be_named(
+    model: Model, index: SearchIndex, photo: Path
+) -> None:
+    with running(model, index, photo, host="0.0.0.0", token="sEcrét &1") as server:
+        for status, path, headers in (
+            (200, "/", {"Host": "shop.example"}),
+            (401, "/model", {}),
+            (401, "/image/0?token=wrong", {}),
+            (401, "/image/0", {"Authorization": "Bearer "}),
+            (200, "/image/0?token=sEcr%C3%A9t%20%261", {}),
+            (200, "/model", {"Authorization": b"Bearer sEcr\xc3\xa9t &1"}),
+            (403, "/model?token=sEcr%C3%A9t%20%261", {"Sec-Fetch-Site": "cross-site"}),
+        ):
+            assert ask(server, "GET", path, **headers)[0] == status, (path, headers)
+
+
+def test_headers_and_the_description_of_the_interface(server: Running) -> None:
+    for path in ("/", "/model", "/image/0", "/nothing", "/docs"):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as line:
+            line.request("GET", path)
+            answer = line.getresponse()
+            assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin", path
+            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+            assert "Server" not in answer.headers
+    described = json.loads(ask(server, "GET", "/openapi.json")[1])
+    assert set(described["paths"]) == {"/search", "/classify", "/model", "/image/{number}"}
+    kinds = (serving.SearchQuestion, serving.SearchAnswer)
+    kinds += (serving.ClassifyQuestion, serving.ClassifyAnswer)
+    place = "#/components/schemas/{name}"
+    _, schemas = msgspec.json.schema_components(kinds, ref_template=place)
+    others = {"Error", "ModelAnswer"}
+    assert described["components"]["schemas"].keys() == schemas.keys() | others
+    assert described["components"]["schemas"].items() >= schemas.items(), "openapi.json is old"
+    answered = json.loads(ask(server, "GET", "/model")[1])
+    assert set(answered) == set(described["components"]["schemas"]["ModelAnswer"]["properties"])
+    assert b"/docs.js" in ask(server, "GET", "/docs")[1]
+
+
 def test_a_browser_searches_and_classifies(
-    server: Server, model: Model, index: SearchIndex, photo: Path, tmp_path: Path
+    server: Running, model: Model, index: SearchIndex, photo: Path, tmp_path: Path
 ) -> None:
     found = dump_page(server.address + "outer", tmp_path)
     assert found["focused"] == "text"

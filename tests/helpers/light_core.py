@@ -10,7 +10,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-ABSENT = ("nvidia.dali", "matplotlib", "tensorboard")
+ABSENT = ("nvidia.dali", "matplotlib", "tensorboard", "starlette", "sklearn", "faiss")
 sys.modules.update(dict.fromkeys(ABSENT))  # any import of them fails, where they are installed too
 
 import torch  # noqa: E402
@@ -22,8 +22,8 @@ from unicl_fast.batch import ListLoader  # noqa: E402
 from unicl_fast.objectives.targets import collate  # noqa: E402
 from unicl_fast.training.assembly import make_trainer  # noqa: E402
 
-NEED_EXTRAS = ("objectives.loss_triton", "packing.sources.parquet_rows")
-"""Modules that are imported where triton and pyarrow are there."""
+NEED_EXTRAS = ("objectives.loss_triton", "packing.sources.parquet_rows", "evaluation.serving")
+"""Modules that are imported where triton, pyarrow and Starlette are there."""
 
 
 def main(folder: Path) -> None:

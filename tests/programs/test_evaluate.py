@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import Weights
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.sources import weights_checksum
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import protocol_metric, short_name
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import read_class_names, read_templates
@@ -80,7 +82,7 @@ def test_images_of_a_folder_are_classified_and_embedded(
         cut.write_bytes(b"\xff\xd8\xff no image")
         call(evaluate, *command, *where, "--data", data / "classes", "--out", tmp_path / out)
         cut.unlink()
-        assert "left out: 1 file" in capsys.readouterr().out
+        assert re.search(r"left out: 1 file \(\S+cut.jpg\)", capsys.readouterr().out)
     table = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     model = load_model(trained, device="cpu")
@@ -96,6 +98,12 @@ def test_images_of_a_folder_are_classified_and_embedded(
         assert answer["classes"] == pytest.approx(other, abs=0.02)
     call(evaluate, "classify", *where, "--data", data / "labels", "--classes", "cat", "frog")
     assert capsys.readouterr().out.count("%") == 2 * len(rows)
+    call(evaluate, "classify", *where, "--data", paths[0], "--top", "10")  # by the run's classes
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{paths[0].name}: ")
+    with PackedDataset(data / "labels") as dataset:
+        names = dataset.manifest.class_names
+    assert {one.rpartition(" ")[0] for one in line.split(": ")[1].split(", ")} == set(names)
 
 
 def test_a_plain_folder_of_images_is_classified_and_embedded(
@@ -112,7 +120,7 @@ def test_a_plain_folder_of_images_is_classified_and_embedded(
     call(evaluate, "classify", *where, "--classes", "cat", "frog")
     said = capsys.readouterr().out
     assert sorted(line.split(":")[0] for line in said.splitlines() if "%" in line) == names
-    assert "left out: 1 file" in said
+    assert "left out: 1 file (cut.jpg)" in said
     call(evaluate, "embed", *where, "--out", tmp_path / "rows.parquet")
     rows = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
     assert sorted(rows["name"]) == names
@@ -132,7 +140,10 @@ def test_a_data_set_is_searched_by_texts_and_images(
     monkeypatch.setattr("sys.stdin", io.StringIO("a frog\n\n"))
     call(evaluate, *search, "--top", "2")
     assert capsys.readouterr().out.splitlines() == lines[3:6]
-    assert len(list((trained / "features").glob("*.npy"))) == 1
+    assert len(list((trained / "features").glob("*.npy"))) == 2, "of images, and of class names"
+    call(evaluate, *search, "--query", "frogs", "a forg", "--by", "words", "--top", "2")
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[row].split("[")[1].split("]")[0] for row in (1, 2, 4, 5)] == ["frog"] * 4
     assert "there is no such file" in refusal_of(evaluate, *search, "--image", data / "none.jpg")
 
 
@@ -240,6 +251,9 @@ def test_data_sets_of_clip_benchmark_have_its_lists() -> None:
          "give one of the two"),
         ("embed --data {labels} --out {tmp}/a.csv", "end in .npy or .parquet"),
         ("classify --data {labels} --classes a a", "two or more class names"),
+        ("search --data {tmp}/sets --query a", "holds packed data sets: name one: {tmp}/sets/a"),
+        ("search --data {labels} --query a --by nothing", "invalid choice"),
+        ("serve --host 0.0.0.0", "--host 0.0.0.0 answers other machines: give --token, too"),
     ],
 )  # fmt: skip
 def test_wrong_uses_are_refused(
@@ -249,7 +263,11 @@ def test_wrong_uses_are_refused(
         require_clip_benchmark()
     places = {"tmp": tmp_path, "labels": data / "labels", "captions": data / "captions"}
     words = [word.format(**places) for word in arguments.split()]
-    assert message in refusal_of(evaluate, *words, "--checkpoint", trained, "--device", "cpu")
+    if "/sets" in arguments:
+        shutil.copytree(data / "labels", tmp_path / "sets" / "a")
+    assert message.format(**places) in refusal_of(
+        evaluate, *words, "--checkpoint", trained, "--device", "cpu"
+    )
 
 
 def test_a_linear_probe_finds_its_features_again(
@@ -308,6 +326,19 @@ def test_retrieval_reads_urls_and_lists_and_reports_chance(
     for line in lines:
         shutil.copy(flickr / json.loads(line)["image"], tmp_path / "images")
     assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
+
+
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("unicl_fast.evaluation.inference.load_model", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit) as ended:
+            call(evaluate, "serve", "--checkpoint", trained, "--port", port)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"127.0.0.1, port {port}: Address already in use; --port 0 picks a free one" in said
 
 
 OWN = """

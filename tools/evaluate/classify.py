@@ -13,13 +13,14 @@ from .command import Number, Use, require_ending
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(Use):
-    """Names the images of a folder by classes that you type; prints a line per image.
+    """Names images by classes that you type, or the run's own; prints a line per image.
 
     Example: unicl-eval classify --checkpoint runs/first --data photos/ --classes cat dog
     """
 
-    classes: tuple[str, ...]
-    """Two or more class names in words, or one file with a name per line."""
+    classes: tuple[str, ...] = ()
+    """Two or more class names in words, or one file with a name per line; by default the classes
+    that the run was trained on."""
     templates: str = "simple"
     """Prompt templates: a file with one per line, imagenet, simple, or clip-benchmark:KEY."""
     top: Number = 3
@@ -39,7 +40,11 @@ class Classify(Use):
         from unicl_fast.text.class_lists import read_class_names, read_templates
 
         one_file = len(self.classes) == 1
-        names: Sequence[str] = read_class_names(self.classes[0]) if one_file else self.classes
+        names: Sequence[str] = self.classes or self.own_classes()
+        if one_file:
+            names = read_class_names(self.classes[0])
+        if not names:
+            raise ValueError("this model names no classes: give them by --classes")
         templates = read_templates(self.templates)
         with self.encoded("projection", names=names) as (model, dataset, features):
             if features is None:

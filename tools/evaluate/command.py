@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from unicl_fast.evaluation.inference import Model
 
 # The type of an option holds its range, as in the config.
+_NAMES_SHOWN = 5
 Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 
 
@@ -73,6 +74,18 @@ class ModelCommand(abc.ABC):
 
         found = find_own(str(self.checkpoint))
         return dataclasses.replace(self, checkpoint=found or self.checkpoint)
+
+    def own_classes(self) -> tuple[str, ...]:
+        """The class names of the data that a run was trained on; none of any other model."""
+        from unicl_fast.checkpoints.files import STATE_FILE
+        from unicl_fast.checkpoints.load import read_state
+        from unicl_fast.conversion.sources import find_own
+
+        found = find_own(str(self.checkpoint))
+        if found is None or not (found / STATE_FILE).is_file():
+            return ()
+        of_sets: list[list[str]] = read_state(found).data.get("class_names", [])
+        return tuple(dict.fromkeys(name for names in of_sets for name in names))
 
     def features_folder(self, given: str) -> Path | None:
         """The folder that --features means; None for none."""
@@ -153,8 +166,8 @@ class Use(RankedCommand):
     """A command that uses a model on images without judging it."""
 
     data: str
-    """Images: a packed data set (a folder or a URL), a folder of images, or any source of
-    unicl-pack build. Unreadable files are named and left out."""
+    """Images: a packed data set (a folder or a URL), a folder of images, one image, or any source
+    of unicl-pack build. Unreadable files are named and left out."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.data]
@@ -167,6 +180,7 @@ class Use(RankedCommand):
 
         ValueError if the model does not have the layer, or cannot classify by these `names`.
         """
+        from unicl_fast.dataset.reader import QUARANTINE_NAME
         from unicl_fast.evaluation.data import open_data
         from unicl_fast.evaluation.features import require_layer
         from unicl_fast.evaluation.inference import Model
@@ -182,7 +196,18 @@ class Use(RankedCommand):
                 yield model, data.dataset, features
                 refused = data.dataset.manifest.num_quarantined
                 if on_ranks.ranks.is_main and refused:
-                    print(f"refused when packing, and left out: {count_of(refused, 'file')}")
+                    names = _names_of(data.dataset.folder / QUARANTINE_NAME)
+                    print(f"refused when packing, and left out: {count_of(refused, 'file')}{names}")
+
+
+def _names_of(quarantine: Path) -> str:
+    """The first names of a list of refused files; data sets under URLs keep theirs."""
+    if not quarantine.is_file():
+        return ""
+    from unicl_fast.packing.quarantine import read_left_out
+
+    *names, more = [*(row.name for row in read_left_out(quarantine)), ""][: _NAMES_SHOWN + 1]
+    return f" ({', '.join(names)}{', ...' if more else ''})"
 
 
 def require_ending(path: Path, *endings: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unicl_fast.evaluation.choices import SIGNALS, Signal
 from unicl_fast.system.wording import count_of, print_text
 
 from .command import Number, Use
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Use):
-    """Finds the images of a data set that are nearest to texts or to example images.
+    """Finds the images of a data set that fit texts or resemble example images.
 
-    The images are encoded once and kept in a folder. Without --query and --image, texts are read
-    from the terminal or the standard input, one a line.
+    Texts are compared with images, with titles (captions and class names), and with their words, so
+    that a plural, a part of a word or a typing error finds it, too. What is encoded is kept in a
+    folder. Without --query and --image, texts are read from the terminal or the standard input, one
+    a line.
 
     Example: unicl-eval search --checkpoint runs/shop --data packed/shop --query "red apples"
     """
@@ -32,6 +35,8 @@ class Search(Use):
     """Texts to search for."""
     image: tuple[Path, ...] = ()
     """Image files to search for."""
+    by: tuple[Signal, ...] = SIGNALS
+    """Signals that rank images; several are weighed as measured on the data's own titles."""
     top: Number = 10
     """Images shown for each."""
     features: str = "auto"
@@ -46,21 +51,18 @@ class Search(Use):
             raise ValueError(f"{file} is a file, not a text: --image {file} searches by it")
 
     def run(self) -> None:
-        from unicl_fast.evaluation.features import require_text_encoder
         from unicl_fast.evaluation.search import open_index
 
         folder = self.features_folder(self.features)
         with contextlib.ExitStack() as stack:
             on_ranks = stack.enter_context(self.model())
-            if self.query or not self.image:
-                require_text_encoder(on_ranks.model, "search by texts")  # before images are encoded
             index = stack.enter_context(open_index(on_ranks, self.data, folder=folder))
             if not on_ranks.ranks.is_main:
                 return
             for path in self.image:
                 _print_found(str(path), index.by_images([path], top=self.top)[0])
             for text in self.query if self.query or self.image else _typed(index):
-                _print_found(text, index.by_texts([text], top=self.top)[0])
+                _print_found(text, index.by_texts([text], top=self.top, by=self.by)[0])
 
 
 def _typed(index: SearchIndex) -> Iterator[str]:

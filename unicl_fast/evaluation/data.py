@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from PIL import Image
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.object_store import is_url
@@ -94,12 +96,19 @@ def check_data(spec: str) -> None:
     """Raises for a data set that is missing or visibly wrong, without packing anything."""
     if _is_packed(spec):
         PackedDataset(spec, verify=False).close()
+    elif within := sorted(one.parent for one in Path(spec).glob(f"*/{MANIFEST_NAME}")):
+        raise ValueError(f"{spec} holds packed data sets: name one: {' '.join(map(str, within))}")
     elif not (Path(spec).exists() or Path(spec).parent.is_file() or "{" in spec):
         raise FileNotFoundError(f"nothing is at {spec}: give a packed data set or class folders")
 
 
 def _is_packed(spec: str) -> bool:
     return is_url(spec) or (Path(spec) / MANIFEST_NAME).is_file()
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether Pillow knows the ending of a file's name as that of images."""
+    return path.is_file() and path.suffix.lower() in Image.registered_extensions()
 
 
 @contextlib.contextmanager
@@ -127,9 +136,13 @@ def open_data(
             with refused_together(ranks), rank_0_alone(ranks):
                 if ranks.is_main:
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
-                    packed = str(folder / "packed")
+                    packed, source = str(folder / "packed"), spec
+                    if takes_loose and is_image_file(Path(spec)):  # packing reads folders of them
+                        (folder / "images").mkdir()
+                        source = str(folder / "images")
+                        shutil.copyfile(spec, folder / "images" / Path(spec).name)
                     build_dataset(
-                        [spec], packed, class_names=class_names, takes_loose=takes_loose,
+                        [source], packed, class_names=class_names, takes_loose=takes_loose,
                         progress=sys.stderr.isatty(),
                     )  # fmt: skip
             packed = from_rank_0(packed, ranks)

@@ -84,14 +84,16 @@ class ModelOnRanks:
         encoders.config = settle_decoding(encoders.config, device_of(encoders), _ALONE)
         return cls(encoders, progress=sys.stderr.isatty())
 
-    def loader(self, dataset: PackedDataset) -> EvaluationLoader:
-        """This rank's part of a data set, prepared for the model, on its device."""
+    def loader(
+        self, dataset: PackedDataset, samples: Sequence[int] | None = None
+    ) -> EvaluationLoader:
+        """This rank's part of a data set or of some samples, for the model, on its device."""
         # here, so that the protocols work with other loaders without DALI
         from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
 
         return DaliLoader(
             dataset, self.model.config.data, batch_size=self.batch_size, rank=self.ranks.rank,
-            world_size=self.ranks.world_size, device=device_of(self.model),
+            world_size=self.ranks.world_size, device=device_of(self.model), samples=samples,
         )  # fmt: skip
 
     def features(

@@ -4,38 +4,55 @@
     with open_index(model, "packed/shop") as shop:
         shop.by_texts(["red apples"])[0][0].caption
 
-The images are encoded once, each batch straight into a file named by a checksum of weights and
-images. A search is exact and reads the file block by block: neither holds all features in memory.
+A text is compared with the images, with the titles (captions and class names) by the text encoder,
+and with their words. Images and titles are encoded once, each batch straight into a file.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import xxhash
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
-from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import from_rank_0, gather_integers, rank_0_alone
-from unicl_fast.evaluation.data import open_data
-from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
+from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.evaluation.choices import SIGNALS, Signal
+from unicl_fast.evaluation.data import all_descriptions, open_data
+from unicl_fast.evaluation.features import (
+    LoadedModel,
+    ModelOnRanks,
+    encode_token_rows,
+    require_layer,
+    require_text_encoder,
+)
 from unicl_fast.evaluation.inference import ImageLike, Model
+from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.evaluation.labelled import key_of_features
+from unicl_fast.evaluation.nearest import Rows, best
+from unicl_fast.evaluation.signals import Scores, fuse, kept_measure, measure, standardise
+from unicl_fast.evaluation.words import Words
 from unicl_fast.images.codec import encode_png, open_image, pixels_of
-from unicl_fast.models.unicl import weights_digest
+from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.installation import install_command
+from unicl_fast.training.data import tokenizer_of
 
-_BLOCK_BYTES = 64 << 20  # bytes of features compared at once
+logger = logging.getLogger("unicl_fast")
+
+_TEXTS_AT_ONCE = 4096
+_VERSION = 1  # of the stored features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +62,8 @@ class Found:
     sample: int
     """Its number in the data set."""
     score: float
-    """Cosine with the query, in -1 to 1."""
+    """Cosine with the query, in -1 to 1; of several signals their mean, in standard deviations
+    above the data set's mean."""
     caption: str
     """The first one, or empty."""
     labels: tuple[str, ...]
@@ -56,29 +74,127 @@ class Found:
     """Its path in the source."""
 
 
+class Titles:
+    """The captions and class names of all samples, each distinct text once."""
+
+    def __init__(self, of_samples: Sequence[Sequence[str]], captions: Sequence[int]) -> None:
+        """`captions` is the number of captions of each, which come first; some sample has one."""
+        numbers: dict[str, int] = {}
+        flat = [numbers.setdefault(text, len(numbers)) for own in of_samples for text in own]
+        self.number_of, self.texts = numbers, list(numbers)
+        self.of_samples, self.captions = of_samples, captions
+        lengths = np.array(list(map(len, of_samples)))
+        self._numbers = np.array(flat)
+        self._with = np.flatnonzero(lengths)
+        self._starts = (np.cumsum(lengths) - lengths)[self._with]
+
+    def per_sample(self, of_texts: Float[np.ndarray, "q t"]) -> Float[np.ndarray, "q n"]:
+        """The largest value of each sample's texts; the mean for samples without."""
+        values = np.maximum.reduceat(of_texts[:, self._numbers], self._starts, axis=1)
+        found = np.empty((len(values), len(self.of_samples)), np.float32)
+        found[:] = values.mean(axis=1, keepdims=True)
+        found[:, self._with] = values
+        return found
+
+
 class SearchIndex:
-    """A model and the features of a data set's images."""
+    """A model, the features of a data set's images, and their titles."""
+
+    report: Mapping[str, Any]
+    """The result of `signals.measure`, and `recall_at_100` of the nearest images and titles."""
 
     def __init__(
-        self, model: Model, dataset: PackedDataset, features: Float[np.ndarray, "n d"]
+        self,
+        model: Model,
+        dataset: PackedDataset,
+        features: Float[np.ndarray, "n d"],
+        *,
+        titles: Titles | None = None,
+        title_features: Float[np.ndarray, "t d"] | None = None,
+        words: Words | None = None,
     ) -> None:
-        """`features` have unit norm and the data set's order, and can be a mapped file."""
-        self.model, self.dataset, self._features = model, dataset, features
+        """Features have unit norm and the order of samples and texts, and can be mapped files."""
+        self.model, self.dataset, self.titles = model, dataset, titles
+        self.images = Rows(features)
+        self.title_rows = None if title_features is None else Rows(title_features)
+        self._words = words
+        has: dict[Signal, bool] = {
+            "images": _encodes_texts(model.encoders),
+            "titles": title_features is not None,
+            "words": words is not None,
+        }
+        self.signals = [signal for signal in SIGNALS if has[signal]]
+        self.report = {"weights": dict.fromkeys(SIGNALS, 1.0)}
         self._reader = SampleReader(dataset)
 
     def __len__(self) -> int:
-        return len(self._features)
+        return len(self.images.rows)
 
-    def by_texts(self, texts: Sequence[str], *, top: int = 12) -> list[list[Found]]:
-        """The `top` images most similar to each text, best first.
+    def by_texts(
+        self, texts: Sequence[str], *, top: int = 12, by: Sequence[Signal] = SIGNALS
+    ) -> list[list[Found]]:
+        """The `top` images that fit each text best, best first.
 
-        Raises ValueError if the model has no text encoder, no texts are given, or top < 1.
+        `by` are the signals used: images and titles compare features, words spelling. Those that
+        the index lacks are left out; one alone ranks by its own scores.
+
+        Raises ValueError if none is left, no texts are given, or top < 1.
         """
-        return self._nearest(self.model.embed_texts(texts), top=top)
+        if not (used := [signal for signal in self.signals if signal in by]):
+            require_text_encoder(self.model.encoders, "search by texts")
+            raise ValueError(f"the index has {self.signals}, of which by={list(by)} has none")
+        if isinstance(texts, str) or not texts:
+            raise ValueError("texts must be a list of texts, not empty: [text] for one")
+        scores = self.scores(texts, used)
+        if len(used) == 1:
+            return self._best(scores[used[0]], top=top)
+        return self._best(fuse(standardise(scores), self.report["weights"]), top=top)
 
     def by_images(self, images: Sequence[ImageLike], *, top: int = 12) -> list[list[Found]]:
-        """As `by_texts`, for paths, Pillow images or arrays; raises as `Model.embed_images`."""
-        return self._nearest(self.model.embed_images(images), top=top)
+        """The images most similar to others: paths, Pillow images or arrays.
+
+        Raises as `Model.embed_images`.
+        """
+        return self._best(self.images.similarities(self.model.embed_images(images)), top=top)
+
+    def scores(
+        self,
+        texts: Sequence[str],
+        signals: Sequence[Signal],
+        left_out: Sequence[tuple[int, str]] = (),
+    ) -> Scores:
+        """The scores of each text with each sample, by signal.
+
+        `left_out` has for each text a sample and a title, which that sample is compared without.
+        """
+        found: Scores = {}
+        without = [(row, *one) for row, one in enumerate(left_out) if one[0] >= 0]
+        if set(signals) & {"images", "titles"}:
+            queries = self.model.embed_texts(texts, progress=False)
+        if "images" in signals:
+            found["images"] = self.images.similarities(queries)
+        if "titles" in signals and self.titles is not None and self.title_rows is not None:
+            of_texts = self.title_rows.similarities(queries)
+            for row, _, title in without:
+                of_texts[row, self.titles.number_of[title]] = of_texts[row].min()
+            found["titles"] = self.titles.per_sample(of_texts)
+        if "words" in signals and self._words is not None:
+            found["words"] = np.stack([self._words.scores(text) for text in texts])
+            for row, sample, title in without:
+                assert self.titles is not None
+                others = [one for one in self.titles.of_samples[sample] if one != title]
+                found["words"][row, sample] = self._words.score_of(texts[row], "\n".join(others))
+        return found
+
+    def weigh(self, file: Path) -> None:
+        """Measures the weights of the signals, or finds them in a file."""
+        if (titles := self.titles) is not None and len(self.signals) > 1:
+
+            def scores_of(texts: list[str], left_out: list[tuple[int, str]]) -> Scores:
+                return self.scores(texts, self.signals, left_out)
+
+            make = partial(measure, titles.of_samples, titles.captions, scores_of)
+            self.report = kept_measure(file, self.signals, make)
 
     def image_file(self, sample: int) -> bytes:
         """An image's JPEG, PNG or WebP file; raises DamagedSampleError, IndexError."""
@@ -88,13 +204,12 @@ class SearchIndex:
     def close(self) -> None:
         self._reader.close()
 
-    def _nearest(self, queries: Float[np.ndarray, "q d"], *, top: int) -> list[list[Found]]:
+    def _best(self, scores: Float[np.ndarray, "q n"], *, top: int) -> list[list[Found]]:
         if top < 1:
             raise ValueError(f"top must be positive, not {top}")
-        values, samples = nearest_rows(queries, self._features, top=top)
         return [
-            [self._describe(sample, value) for sample, value in zip(*one, strict=True)]
-            for one in zip(samples.tolist(), values.tolist(), strict=True)
+            [self._describe(sample, float(own[sample])) for sample in best(own, top).tolist()]
+            for own in scores
         ]
 
     def _describe(self, sample: int, score: float) -> Found:
@@ -107,35 +222,13 @@ class SearchIndex:
         )  # fmt: skip
 
 
-def nearest_rows(
-    queries: Float[np.ndarray, "q d"],
-    rows: Float[np.ndarray, "n d"],
-    *,
-    top: int,
-    block_bytes: int = _BLOCK_BYTES,
-) -> tuple[Float[Tensor, "q k"], Tensor]:
-    """Scores and numbers of the `top` rows with the largest product with each query, best first.
-
-    One block of rows is in memory at a time. Equal rows keep their order.
-    """
-    wanted = torch.from_numpy(queries).float()
-    size = max(1, block_bytes // (4 * rows.shape[1]))
-    best, places = torch.empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.int64)
-    for start in range(0, len(rows), size):
-        block = torch.from_numpy(np.array(rows[start : start + size], dtype=np.float32))
-        numbers = torch.arange(start, start + len(block)).expand(len(wanted), -1)
-        best = torch.cat([best, wanted @ block.T], dim=1)
-        places = torch.cat([places, numbers], dim=1)
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :top]
-        best, places = best.gather(1, order), places.gather(1, order)
-    return best, places
-
-
 @contextlib.contextmanager
 def open_index(
     model: LoadedModel | ModelOnRanks, data: str | Path, *, folder: Path | None = None
 ) -> Iterator[SearchIndex]:
-    """Encodes the images of a data set, or finds their features again; all ranks call it.
+    """Encodes the images and titles that a folder does not have yet; all ranks call it.
+
+    Only rank 0 can search by several signals, since it alone measures their weights.
 
     Args:
         model: from `unicl_fast.load_model`, or a model on ranks, which share the work.
@@ -149,47 +242,115 @@ def open_index(
         EvaluationStopped: a stop was requested; raised on all ranks.
     """
     on_ranks = ModelOnRanks.of(model)
+    ranks = on_ranks.ranks
     require_layer(on_ranks.model, "projection")
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(open_data(str(data), ranks=on_ranks.ranks, takes_loose=True))
+        opened = stack.enter_context(open_data(str(data), ranks=ranks, takes_loose=True))
         if folder is None:
             own = stack.enter_context(temporary_folder("unicl-index-"))
-            folder = Path(from_rank_0(str(own), on_ranks.ranks))
-        features = _stored(on_ranks, opened.dataset, folder)
-        index = SearchIndex(Model(on_ranks.model), opened.dataset, features)
-        yield stack.enter_context(contextlib.closing(index))
+            folder = Path(from_rank_0(str(own), ranks))
+        key, rows = _image_rows(on_ranks, opened.dataset, folder)
+        titles = _titles_of(opened.dataset)
+        title_key, title_rows = "", None
+        if titles is not None and _encodes_texts(on_ranks.model):
+            title_key, title_rows = _title_rows(on_ranks, titles, folder)
+        words = None
+        if titles is not None and ranks.is_main:
+            words = _words_of(titles)
+        index = SearchIndex(
+            Model(on_ranks.model), opened.dataset, rows,
+            titles=titles, title_features=title_rows, words=words,
+        )  # fmt: skip
+        stack.enter_context(contextlib.closing(index))
+        with rank_0_alone(ranks):
+            if ranks.is_main:
+                queries = (rows if title_rows is None else title_rows)[:100]
+                index.images.approximate(folder / f"{key}.faiss", queries)
+                if index.title_rows is not None:
+                    index.title_rows.approximate(folder / f"{title_key}.faiss", queries)
+                index.weigh(folder / f"{key}.{title_key}.search.json")
+                recalls = [one.recall for one in (index.images, index.title_rows) if one]
+                index.report = {**index.report, "recall_at_100": min(recalls)}
+        yield index
 
 
-def _stored(on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path) -> NDArray[Any]:
-    """The features of a data set, mapped from a file, which is made if needed."""
-    model, ranks = on_ranks.model, on_ranks.ranks
-    weights = weights_digest(model, "image_")
+def _image_rows(
+    on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path
+) -> tuple[str, NDArray[Any]]:
+    """The key and the features of the images."""
+    model = on_ranks.model
+    data, weights = model.config.data, weights_digest(model, "image_")
     key = key_of_features(model, dataset, layer="projection", weights=weights)
-    key = from_rank_0(key, ranks)
-    if not from_rank_0(feature_files.has_features(folder, key), ranks):
-        _encode_into(folder, key, on_ranks, dataset)
-    with refused_together(ranks):
-        # one rank is enough: the check reads the whole file
-        size, check = len(dataset), ranks.is_main
-        return feature_files.read_features(folder, key, num_samples=size, check=check).rows
+    view = [data.image_size, data.evaluation_resize, data.interpolation, data.resample]
+    arithmetic = [model.config.efficiency.precision, model.device.type, data.decode_device]
+    family = _hash_of(weights, view, [*data.mean, *data.std], arithmetic)
+
+    def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        loader = on_ranks.loader(dataset, new)
+        for numbers, features in on_ranks.encoded(loader, num_samples=len(new)):
+            yield numbers.numpy(), features.float().numpy()
+
+    rows = kept_rows(
+        folder, from_rank_0(key, on_ranks.ranks), family=family, encode=encode,
+        items=np.ascontiguousarray(dataset.samples["xxh3"]),
+        width=model.config.model.embed_dim, ranks=on_ranks.ranks,
+    )  # fmt: skip
+    return key, rows
 
 
-def _encode_into(folder: Path, key: str, on_ranks: ModelOnRanks, dataset: PackedDataset) -> None:
-    """Encodes a data set into the file of that key, on all ranks."""
-    ranks, num_samples = on_ranks.ranks, len(dataset)
-    shape = {"num_samples": num_samples, "width": on_ranks.model.config.model.embed_dim}
-    with contextlib.ExitStack() as stack:
-        with rank_0_alone(ranks):
-            if ranks.is_main:
-                stack.enter_context(feature_files.sole_storer(folder, key))
-                feature_files.make_rows(folder, key, **shape, kind="<f4")
-        writer = stack.enter_context(contextlib.closing(feature_files.RowsWriter(folder, key)))
-        loader = on_ranks.loader(dataset)
-        for samples, features in on_ranks.encoded(loader, num_samples=num_samples):
-            writer.write(samples.numpy(), features.float().numpy())
-        writer.flush()
-        gather_integers(0, ranks)  # once all have written
-        with rank_0_alone(ranks):
-            if ranks.is_main:
-                every = np.ones(num_samples, np.bool_)
-                feature_files.seal_rows(folder, key, dtype="float32", stored=every, unreadable=())
+def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[str, NDArray[Any]]:
+    """The key and the features of the texts."""
+    model, ranks = on_ranks.model, on_ranks.ranks
+    tokenizer = tokenizer_of(model.config)
+    view = [tokenizer.vocabulary_hash, tokenizer.context_length]
+    arithmetic = [model.config.efficiency.precision, model.device.type]
+    family = _hash_of(weights_digest(model, "text_"), view, arithmetic)
+    texts = [text.encode("utf-8", "surrogatepass") for text in titles.texts]
+    items = np.array(list(map(xxhash.xxh3_64_intdigest, texts)), np.uint64)
+
+    def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        mine = new[ranks.rank :: ranks.world_size]
+        for start in range(0, len(mine), _TEXTS_AT_ONCE):
+            numbers = mine[start : start + _TEXTS_AT_ONCE]
+            tokens = tokenizer.encode([titles.texts[number] for number in numbers])
+            features = encode_token_rows(model, tokens, progress=on_ranks.progress)
+            yield np.array(numbers), features.float().cpu().numpy()
+
+    key = _hash_of(family, xxhash.xxh3_128_hexdigest(items.tobytes()))
+    rows = kept_rows(
+        folder, key, family=family, items=items, width=model.config.model.embed_dim,
+        encode=encode, ranks=ranks,
+    )  # fmt: skip
+    return key, rows
+
+
+def _hash_of(*facts: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps([_VERSION, *facts]).encode())
+
+
+def _titles_of(dataset: PackedDataset) -> Titles | None:
+    """Captions and class names; None if no sample has one."""
+    names, described = dataset.manifest.class_names, all_descriptions(dataset)
+    of_samples = [
+        tuple(dict.fromkeys([*one.captions, *(names[label] for label in one.labels)]))
+        for one in described
+    ]
+    captions = [len(set(one.captions)) for one in described]
+    return Titles(of_samples, captions) if any(of_samples) else None
+
+
+def _encodes_texts(model: UniCL) -> bool:
+    with contextlib.suppress(ValueError):
+        require_text_encoder(model, "search")
+        return True
+    return False
+
+
+def _words_of(titles: Titles) -> Words | None:
+    if importlib.util.find_spec("sklearn") is None:
+        logger.warning("words are not searched without scikit-learn: %s", install_command("search"))
+        return None
+    try:
+        return Words(list(map("\n".join, titles.of_samples)))
+    except ValueError:  # signs alone
+        return None

@@ -6,6 +6,17 @@ const made = (tag, values, ...children) => {
   return element;
 };
 
+const token = new URLSearchParams(location.search).get("token");
+const headers = token ? { Authorization: `Bearer ${token}` } : {};
+const LARGEST = 64 << 20; // a longer body is refused while it is sent, and no answer read
+
+const inBase64 = (image) => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(image);
+});
+
 // Asks the program; of several questions in a row only the last one is answered.
 function asking(path) {
   let asked = 0;
@@ -13,8 +24,10 @@ function asking(path) {
     const number = ++asked;
     let answer;
     try {
-      const body = new Blob([JSON.stringify(question), "\n", image || ""]);
-      answer = await (await fetch(path, { method: "POST", body })).json();
+      if (image && image.size > LARGEST) return show({ error: "the image is larger than 64 MB" });
+      if (image) question = { ...question, image: image.size ? await inBase64(image) : "" };
+      const body = JSON.stringify(question);
+      answer = await (await fetch(path, { method: "POST", headers, body })).json();
     } catch (error) {
       answer = { error: "The program does not answer: is unicl-eval serve still running?" };
     }
@@ -51,7 +64,7 @@ function search(question, image) {
     at("search-error").textContent = answer.error || "";
     at("status").textContent = answer.error ? "" : `The ${found.length} nearest images`;
     at("found").replaceChildren(...found.map((one) => {
-      const address = `/image/${one.sample}`;
+      const address = `/image/${one.sample}${location.search}`;
       const title = one.caption || one.name;
       const image = made("img", { src: address, alt: title, loading: "lazy" });
       return made("li", {},
@@ -101,7 +114,9 @@ for (const id of ["classes", "template"]) {
     waiting = setTimeout(classify, 300);
   });
 }
-fetch("/model").then((response) => response.json()).then((model) => {
+fetch("/model", { headers }).then((response) => response.json()).then((model) => {
+  at("error").textContent = model.error || "";
+  if (model.error) return;
   const hasSearch = model.num_images !== null;
   at("model").textContent = model.name;
   at("classes").value = model.classes.join("\n");

@@ -1,185 +1,269 @@
-"""A page on this machine: search of a data set, and images tried against typed classes.
+"""A page and a JSON interface: search of a data set, and images tried against typed classes.
 
-Python's standard server suffices: it has one user, on the loopback interface. It answers only
-requests that name this host and come from its own page, so that no other site can reach the model
-through the user's browser. Images are decoded with the limits of `Model`.
+Starlette and uvicorn (the extra `serve`) do the HTTP. By default only this machine is answered, and
+only pages of this host: no other site can reach the model or show an image through a browser. An
+error has its status and {"error": "a sentence"}.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
-import threading
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import parse_qs
 
+import anyio
+import msgspec
 import numpy as np
+import uvicorn
+from msgspec import Meta
 from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unicl_fast.dataset.reader import DamagedSampleError
+from unicl_fast.evaluation.choices import LOOPBACK
 from unicl_fast.evaluation.inference import Model
-from unicl_fast.evaluation.search import SearchIndex
+from unicl_fast.evaluation.search import Found, SearchIndex
 from unicl_fast.images.codec import MAX_PIXELS, open_image, pillow_limits, pixels_of
-from unicl_fast.system.untrusted_files import parse_json
 
 MOST_CLASSES = 1000
-_HOSTS = ("127.0.0.1", "localhost")
-_MOST_BYTES = 64 << 20
-_MOST_DIGITS = 15  # most digits of a length or a sample's number; Python refuses to parse thousands
-_FOUND = 24
-_POLICY = "default-src 'self'; img-src 'self' blob:; style-src 'self' 'unsafe-inline'"
-_FILES = {"/": ("serve.html", "text/html"), "/serve.js": ("serve.js", "text/javascript")}
+_MOST_BODY = 87 << 20  # an image of 64 MB, since Base64 makes four bytes of three
+_MOST_REQUESTS = 32  # at a time, each with a body in memory; another one gets 503
+_SECONDS = 60  # that a client can stay silent
+_MOST_DIGITS = 15  # of a sample's number; Python refuses to parse thousands
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; "
+    "style-src 'self' 'unsafe-inline'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 _KINDS = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp"}
+_FILES = {  # the same everywhere: they need no token
+    "/": ("serve.html", "text/html"),
+    "/serve.js": ("serve.js", "text/javascript"),
+    "/docs": ("docs.html", "text/html"),
+    "/docs.js": ("docs.js", "text/javascript"),
+    "/openapi.json": ("openapi.json", "application/json"),
+}
+
+# As long as the captions that packing takes: a text of 60 MB would hold the model for a minute.
+Text = Annotated[str, Meta(max_length=100_000)]
+Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
-class Server(ThreadingHTTPServer):
-    """Answers for one model, an image at a time."""
+class SearchQuestion(msgspec.Struct, forbid_unknown_fields=True):
+    """Searches by `text` or, if that is empty, by `image`, a file in Base64."""
 
-    daemon_threads = True
-
-    def __init__(
-        self,
-        model: Model,
-        *,
-        name: str,
-        classes: tuple[str, ...],
-        port: int,
-        index: SearchIndex | None = None,
-    ) -> None:
-        """Listens on the loopback interface; OSError if the port is in use."""
-        super().__init__((_HOSTS[0], port), _Handler)
-        self.model, self.name, self.classes, self.index = model, name, classes, index
-        self.working = threading.Lock()
-
-    @property
-    def address(self) -> str:
-        return f"http://{_HOSTS[0]}:{self.server_port}/"
-
-    def describe(self) -> dict[str, Any]:
-        num_images = None if self.index is None else len(self.index)
-        return {"name": self.name, "classes": self.classes, "num_images": num_images}
-
-    def classify(self, body: bytes) -> dict[str, Any]:
-        """Answers a request: a line of JSON, then the image's file; ValueError if unusable."""
-        asked, image = _question(body)
-        classes, template = asked.get("classes"), asked.get("template")
-        if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
-            raise ValueError("classes must be a list of names")
-        if len(classes) > MOST_CLASSES or not isinstance(template, str):
-            raise ValueError(f"send at most {MOST_CLASSES:,} classes, and one prompt")
-        with self.working:
-            (found,) = self.model.classify(
-                [_pixels(image)], classes, templates=[template], top=20, progress=False
-            )
-        return {"classes": list(found.items())}
-
-    def search(self, body: bytes) -> dict[str, Any]:
-        """As `classify`; searches by {"text": ...}, or by the image if there is no text."""
-        asked, image = _question(body)
-        text = asked.get("text", "")
-        if self.index is None or not isinstance(text, str):
-            raise ValueError("there is no data set to search, or the text is not a string")
-        with self.working:
-            if text.strip():
-                (found,) = self.index.by_texts([text], top=_FOUND)
-            else:
-                (found,) = self.index.by_images([_pixels(image)], top=_FOUND)
-        return {"found": list(map(dataclasses.asdict, found))}
-
-    def image(self, number: str) -> bytes | None:
-        """An image's file, by its number in the data set; None if there is no such image."""
-        is_number = number.isdecimal() and len(number) <= _MOST_DIGITS
-        if self.index is None or not is_number or int(number) >= len(self.index):
-            return None
-        with self.working:
-            return self.index.image_file(int(number))
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints errors, except that of a browser that has left."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
+    text: Text = ""
+    image: bytes = b""
+    top: Annotated[int, Meta(ge=1, le=1000)] = 24
 
 
-def _question(body: bytes) -> tuple[dict[str, Any], bytes]:
-    question, _, image = body.partition(b"\n")
-    asked = parse_json(question, where="the question")
-    if not isinstance(asked, dict):
-        raise ValueError("the question must be a JSON object")
-    return asked, image
+class SearchAnswer(msgspec.Struct):
+    """The images found, best first."""
+
+    found: list[Found]
+
+
+class ClassifyQuestion(msgspec.Struct, forbid_unknown_fields=True):
+    """Names `image`, a file in Base64; by default by the model's own classes."""
+
+    image: bytes
+    classes: Annotated[list[Name], Meta(min_length=2, max_length=MOST_CLASSES)] | None = None
+    template: Annotated[str, Meta(max_length=1000)] = "a photo of a {}."
+
+
+class ClassifyAnswer(msgspec.Struct):
+    """Classes and probabilities, the 20 most probable first."""
+
+    classes: list[tuple[str, float]]
+
+
+def make_app(
+    model: Model,
+    *,
+    name: str,
+    classes: Sequence[str],
+    index: SearchIndex | None = None,
+    host: str = "127.0.0.1",
+    token: str = "",
+) -> Starlette:
+    """The page and the interface for one model, which works for one request at a time.
+
+    Only a `host` of this machine is compared with the requests'. With a `token`, each request needs
+    it, as `Authorization: Bearer` or `?token=`.
+    """
+    alone = anyio.CapacityLimiter(1)
+    count = None if index is None else len(index)
+    described = {"name": name, "classes": classes, "num_images": count}
+    page = resources.files(__package__)
+    contents = {
+        **{path: (page.joinpath(file).read_bytes(), kind) for path, (file, kind) in _FILES.items()},
+        "/model": (msgspec.json.encode(described), "application/json"),
+    }
+
+    def classify(asked: ClassifyQuestion) -> ClassifyAnswer:
+        names = classes if asked.classes is None else asked.classes
+        images, templates = [_pixels(asked.image)], [asked.template]
+        (found,) = model.classify(images, names, templates=templates, top=20, progress=False)
+        return ClassifyAnswer(list(found.items()))
+
+    def search(asked: SearchQuestion) -> SearchAnswer:
+        if index is None:
+            raise HTTPException(404, "there is no data set to search")
+        if asked.text.strip():
+            return SearchAnswer(*index.by_texts([asked.text], top=asked.top))
+        if not asked.image:
+            raise ValueError("send a text or an image to search for")
+        return SearchAnswer(*index.by_images([_pixels(asked.image)], top=asked.top))
+
+    def image_file(number: str) -> bytes:
+        is_number = number.isascii() and number.isdecimal() and len(number) <= _MOST_DIGITS
+        if index is None or not is_number or int(number) >= len(index):
+            raise HTTPException(404, "there is no such image")
+        try:
+            return index.image_file(int(number))
+        except DamagedSampleError:
+            raise HTTPException(404, "this image is damaged") from None
+
+    async def show(request: Request) -> Response:
+        content, kind = contents[request.url.path]
+        return Response(content, media_type=kind)
+
+    async def image(request: Request) -> Response:
+        number = request.path_params["number"]
+        content = await anyio.to_thread.run_sync(image_file, number, limiter=alone)
+        return Response(content, media_type=_KINDS[content[:2]])
+
+    return Starlette(
+        routes=[
+            *(Route(path, show) for path in contents),
+            Route("/image/{number}", image),
+            Route("/search", _answering(search, SearchQuestion, alone), methods=["POST"]),
+            Route("/classify", _answering(classify, ClassifyQuestion, alone), methods=["POST"]),
+        ],
+        middleware=[Middleware(_Guard, hosts=LOOPBACK if host in LOOPBACK else (), token=token)],
+        exception_handlers={HTTPException: _refuse, ClientDisconnect: _refuse},
+    )
+
+
+def _answering(
+    answer: Callable[[Any], Any], kind: Any, alone: anyio.CapacityLimiter
+) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > _MOST_BODY:  # Starlette's own limit answers without our headers
+                raise HTTPException(413, f"the body is larger than {_MOST_BODY >> 20} MB")
+        try:
+            asked = msgspec.json.decode(body, type=kind)
+            return _json(await anyio.to_thread.run_sync(answer, asked, limiter=alone))
+        except msgspec.DecodeError as error:
+            status = 422 if isinstance(error, msgspec.ValidationError) else 400
+            raise HTTPException(status, f"the body is not as asked for: {error}") from None
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
+    return endpoint
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        error = HTTPException(400, "the body is shorter than its Content-Length")
+    return _json({"error": error.detail}, status=error.status_code)
+
+
+def make_server(app: Starlette) -> uvicorn.Server:
+    """Its `run(sockets=[...])` returns after Ctrl-C or `should_exit`; it logs errors alone."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, http=_Protocol, ws="none", lifespan="off", access_log=False, log_config=None,
+            log_level="error", server_header=False, limit_concurrency=_MOST_REQUESTS,
+            timeout_graceful_shutdown=2,
+        )
+    )  # fmt: skip
+
+
+class _Guard:
+    """Lets in requests to this host, from its own pages, with the token; bounds silences."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str) -> None:
+        self._app, self._hosts, self._token = app, hosts, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        async def receive_soon() -> Message:
+            try:
+                return await asyncio.wait_for(receive(), _SECONDS)
+            except TimeoutError:
+                raise HTTPException(408, f"nothing came for {_SECONDS} seconds") from None
+
+        await (self._refusal(scope) or self._app)(scope, receive_soon, send_guarded)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        own = (f"http://{host}", f"https://{host}")  # the latter behind a proxy
+        if self._hosts and name.strip("[]") not in self._hosts:
+            return _json({"error": "only this machine is answered"}, status=403)
+        site = headers.get("sec-fetch-site", "none")
+        if headers.get("origin", own[0]) not in own or site not in ("none", "same-origin"):
+            return _json({"error": "pages of other sites are not answered"}, status=403)
+        if self._token and scope["path"] not in _FILES:
+            asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+            bearer = headers.get("authorization", "").removeprefix("Bearer ")
+            given, expected = (asked.encode(), bearer.encode("latin-1")), self._token.encode()
+            if not any(hmac.compare_digest(one, expected) for one in given):
+                asks = {"WWW-Authenticate": "Bearer"}
+                said = "this server asks for its token: Authorization: Bearer, or ?token="
+                return _json({"error": said}, status=401, headers=asks)
+        return None
+
+
+class _Protocol(H11Protocol):
+    """Also closes connections on which no whole request comes; uvicorn waits for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._unset_keepalive_if_required()
+        close = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(_SECONDS, close)
+
+
+def _json(values: Any, *, status: int = 200, headers: Any = None) -> Response:
+    content = msgspec.json.encode(values)
+    return Response(content, status, headers=headers, media_type="application/json")
 
 
 def _pixels(image: bytes) -> NDArray[np.uint8]:
     with pillow_limits(MAX_PIXELS):  # which holds for the whole process
         return pixels_of(open_image(image))
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-    timeout = 60  # seconds that a client can stay silent
-
-    def do_GET(self) -> None:
-        if not self._is_for_this_host():
-            return
-        if self.path == "/model":
-            self._answer(self.server.describe())
-        elif self.path in _FILES:
-            name, kind = _FILES[self.path]
-            content = resources.files(__package__).joinpath(name).read_bytes()
-            self._send(content, kind=f"{kind}; charset=utf-8")
-        elif self.path.startswith("/image/"):
-            self._send_image(self.path.removeprefix("/image/"))
-        else:
-            self.send_error(HTTPStatus.NOT_FOUND)
-
-    def _send_image(self, number: str) -> None:
-        try:
-            content = self.server.image(number)
-        except DamagedSampleError:
-            content = None
-        if content is None:
-            self.send_error(HTTPStatus.NOT_FOUND)
-        else:
-            self._send(content, kind=_KINDS.get(content[:2], "application/octet-stream"))
-
-    def do_POST(self) -> None:
-        if not self._is_for_this_host():
-            return
-        size = self.headers.get("Content-Length", "")
-        answers = {"/classify": self.server.classify, "/search": self.server.search}
-        if self.path not in answers or not size.isdecimal() or len(size) > _MOST_DIGITS:
-            self.send_error(HTTPStatus.NOT_FOUND)
-        elif (left := int(size)) > _MOST_BYTES:
-            while left > 0 and (part := self.rfile.read(min(left, 1 << 20))):
-                left -= len(part)  # a browser reads no answer before it has sent everything
-            self._answer({"error": f"the image is larger than {_MOST_BYTES >> 20} MB"})
-        else:
-            body = self.rfile.read(left)
-            try:
-                self._answer(answers[self.path](body))
-            except ValueError as error:
-                self._answer({"error": str(error)})
-
-    def _is_for_this_host(self) -> bool:
-        host = self.headers.get("Host", "")
-        is_own_page = self.headers.get("Origin", f"http://{host}") == f"http://{host}"
-        if not (is_ours := is_own_page and host.rsplit(":", 1)[0] in _HOSTS):
-            self.send_error(HTTPStatus.FORBIDDEN)
-        return is_ours
-
-    def _answer(self, values: dict[str, Any]) -> None:
-        self._send(json.dumps(values).encode(), kind="application/json; charset=utf-8")
-
-    def _send(self, content: bytes, *, kind: str) -> None:
-        self.send_response(HTTPStatus.OK)
-        headers = {"Content-Type": kind, "Content-Length": str(len(content))}
-        headers |= {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Stays silent."""
