@@ -17,6 +17,7 @@ from small_runs import tiny_config
 
 from unicl_fast import Tokenizer
 from unicl_fast.checkpoints.load import build_model
+from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.feature_files import has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
@@ -116,18 +117,16 @@ def test_kept_features_come_back_and_damaged_ones_are_refused(
 def test_of_two_that_keep_the_same_features_the_first_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins when rows of the first have their name, and its checksum has not."""
-    rename, second = Path.rename, []
+    """The second begins when the first has written its rows, and not yet said so."""
+    seal, second = feature_files.seal_rows, []
 
-    def rename_and_let_the_other_begin(aside: Path, target: Path) -> Path:
-        found = rename(aside, target)
+    def let_the_other_begin_and_seal(*of: object, **more: object) -> None:
         if not second:
             second.append(Thread(target=keep_features, args=(tmp_path, "key", np.ones((5, 3)))))
             second[0].start()
-            second[0].join(0.2)
-        return found
+        seal(*of, **more)
 
-    monkeypatch.setattr(Path, "rename", rename_and_let_the_other_begin)
+    monkeypatch.setattr(feature_files, "seal_rows", let_the_other_begin_and_seal)
     keep_features(tmp_path, "key", np.zeros((5, 3)))
     second[0].join()
     assert not read_features(tmp_path, "key", num_samples=5).rows.any()

@@ -147,5 +147,5 @@ def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) ->
     """Stores features; a disk that refuses is a warning, not an error."""
     try:
         feature_files.write_features(folder, key, features)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         logger.warning("features are not kept: %s cannot be written: %s", folder, error)
