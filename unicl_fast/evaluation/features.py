@@ -45,7 +45,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
 from unicl_fast.text.tokenizer import pad_rows
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
-from unicl_fast.training.encoding import encoder_input
+from unicl_fast.training.encoding import encoder_input, in_pieces
 from unicl_fast.training.settle import settle, settle_decoding
 from unicl_fast.training.stored_features import stored_text_features
 
@@ -238,11 +238,11 @@ def encode_images(
 
     The encoder's are returned in fp32 at least; the projection's have unit norm.
     """
-    normalised = encoder_input(send(images, device_of(model)), model.config)
-    with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
-        if layer == "projection":
-            return model.encode_image(normalised)
-        features: Tensor = model.image_encoder(normalised)
+    encode = model.encode_image if layer == "projection" else model.image_encoder
+    config, given = model.config, send(images, device_of(model))
+    with Precision(config.efficiency.precision).autocast(given.device.type):
+        parts = [encode(encoder_input(piece, config)) for piece in in_pieces(given)]
+    features = torch.cat(parts)
     return features.to(torch.promote_types(torch.float32, features.dtype))
 
 

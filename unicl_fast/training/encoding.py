@@ -21,6 +21,8 @@ from unicl_fast.objectives.operands import Classes, Encoded
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.training.step_clock import Part
 
+_PIECE = 32
+
 Encode = Callable[..., Encoded]
 """The model, or its DDP wrapper. Called with images and, if there are texts, their tokens, the
 number of tokens that are not padding, and the function that sends text features to other ranks."""
@@ -139,6 +141,14 @@ def encoder_autocast(
     # with divided blocks, the cache would keep whole 16-bit copies of all until forward ends
     cache_enabled = not divides_all(efficiency, ranks)
     return Precision(efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
+
+
+def in_pieces(images: Tensor) -> tuple[Tensor, ...]:
+    """Images [b ...] in pieces to encode without a graph.
+
+    A CPU needs a quarter less time for 32 at once than for 256, and an eighth of the memory.
+    """
+    return images.split(_PIECE if images.device.type == "cpu" else len(images) or 1)
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:

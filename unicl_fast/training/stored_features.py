@@ -60,7 +60,7 @@ from unicl_fast.system.bar import Bar
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.token_rows import TokenArray
-from unicl_fast.training.encoding import encoder_autocast, encoder_input
+from unicl_fast.training.encoding import encoder_autocast, encoder_input, in_pieces
 
 logger = logging.getLogger("unicl_fast")
 
@@ -261,7 +261,8 @@ class _Store:
     def _encode(self, images: Tensor) -> Tensor:
         """Features of images as the encoder gives them in a step, on the host."""
         model, config = self._model, self._model.config
-        pieces = images.split(config.efficiency.micro_batch_size or len(images))
+        at_once = config.efficiency.micro_batch_size or len(images)
+        pieces = (piece for part in images.split(at_once) for piece in in_pieces(part))
         with encoder_autocast(config.efficiency, self._ranks, images.device.type):
             return torch.cat(
                 [model.image_encoder(encoder_input(one, config)) for one in pieces]
