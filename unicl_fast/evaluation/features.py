@@ -227,15 +227,24 @@ def encode_images(
 
 @torch.no_grad()
 def encode_token_rows(
-    model: UniCL, rows: Sequence[NDArray[Any]], *, batch_size: int = 512, progress: bool = False
+    model: UniCL,
+    rows: Sequence[NDArray[Any]],
+    *,
+    batch_size: int = 512,
+    layer: Layer = "projection",
+    progress: bool = False,
 ) -> Float[Tensor, "m d"]:
-    """Unit-norm features of m texts: token ids with start and end tokens, unpadded."""
+    """Features of m texts: token ids with start and end tokens, unpadded.
+
+    The projection's have unit norm.
+    """
     if not rows:
         raise ValueError("there are no texts to encode")
     precision = Precision(model.config.efficiency.precision)
     device = device_of(model)
     # texts of similar length together, since padding costs as much as text
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    encode = model.encode_text if layer == "projection" else model.text_encoder
     features = []
     with Bar(desc="encode texts", total=len(rows), shown=progress) as bar:
         for start in range(0, len(rows), batch_size):
@@ -243,7 +252,7 @@ def encode_token_rows(
             chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]
             tokens = pad_sequence([torch.from_numpy(row) for row in chosen], batch_first=True)
             with precision.autocast(device.type):
-                features.append(model.encode_text(tokens.to(device)))
+                features.append(encode(tokens.to(device)))
             bar.update(len(chosen))
     return torch.cat(features)[torch.tensor(order).argsort()]
 

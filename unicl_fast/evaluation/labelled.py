@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -117,22 +118,42 @@ def labelled_features(
         with open_data(str(spec), ranks=ranks) as data:
             first = first or data
             labels = data.labels_among(first)
-            key = key_of_features(encoders, data.dataset, layer=layer, weights=weights)
-            is_kept = folder is not None and feature_files.has_features(folder, key)
-            is_kept = from_rank_0(is_kept, ranks)
-            extracted = None if is_kept else on_ranks.features(data.dataset, layer=layer)
-            rows = None if extracted is None else extracted.numpy()
-            with rank_0_alone(ranks):
-                if folder is not None and is_kept and ranks.is_main:
-                    size = len(data.dataset)
-                    rows = np.array(feature_files.read_features(folder, key, num_samples=size).rows)
-                    logger.info("features of %s: found again", spec)
-                elif folder is not None and rows is not None:
-                    keep_features(folder, key, rows)
+            rows = kept_features(
+                on_ranks, data.dataset, layer=layer, weights=weights, folder=folder, name=str(spec)
+            )
             if rows is not None:
                 names = first.class_names
                 found.append(with_labels(rows, labels, name=data.name, class_names=names))
     return found
+
+
+def kept_features(
+    on_ranks: ModelOnRanks,
+    dataset: PackedDataset,
+    *,
+    layer: Layer,
+    weights: str,
+    folder: Path | None,
+    name: str,
+) -> NDArray[Any] | None:
+    """Features of all images [n d] on rank 0, encoded now if `folder` does not keep them.
+
+    `weights` is the digest for `key_of_features`, `name` is for the log. All ranks call it.
+    """
+    ranks = on_ranks.ranks
+    key = key_of_features(on_ranks.model, dataset, layer=layer, weights=weights)
+    is_kept = folder is not None and feature_files.has_features(folder, key)
+    is_kept = from_rank_0(is_kept, ranks)
+    extracted = None if is_kept else on_ranks.features(dataset, layer=layer)
+    rows = None if extracted is None else extracted.numpy()
+    with rank_0_alone(ranks):
+        if folder is not None and is_kept and ranks.is_main:
+            size = len(dataset)
+            rows = np.array(feature_files.read_features(folder, key, num_samples=size).rows)
+            logger.info("features of %s: found again", name)
+        elif folder is not None and rows is not None:
+            keep_features(folder, key, rows)
+    return rows
 
 
 def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
