@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unicl_fast.dataset.reader import PackedDataset
+    from unicl_fast.evaluation.baselines import Figure, Kind
     from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.inference import Model
+    from unicl_fast.models.unicl import UniCL
 
 # The type of an option holds its range, as in the config.
 Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
@@ -172,6 +174,40 @@ class Evaluation(Written, RankedCommand):
         checksum = weights_checksum(self.checkpoint, weights=self.weights)
         described = {"checkpoint": str(self.checkpoint), "weights": self.weights}
         super().write(described | {"weights_xxh3": checksum, **values}, table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideBaselines(Evaluation):
+    """An evaluation whose figures have trivial baselines beside them."""
+
+    baselines: Literal["auto", "none"] = "auto"
+    """auto also computes trivial baselines on the model's image features, and says if one is
+    better: nearest neighbour and logistic regression for labels, ridge regression to tf-idf for
+    captions. It is for runs whose training data are on this machine, of 20,000 images with the
+    evaluated ones, which are encoded once and kept in features/ of the run; needs scikit-learn.
+    none computes none."""
+
+    def beside(
+        self, model: UniCL, data: str, *, ours: tuple[Figure, ...], kind: Kind
+    ) -> tuple[dict[str, Any], str]:
+        """Values for the JSON and a text: the baselines, or why there are none. On rank 0 alone."""
+        import sys
+
+        from unicl_fast.distributed.ranks import Ranks
+        from unicl_fast.evaluation.baselines import Measured, beside_table, of_run
+        from unicl_fast.evaluation.data import open_data
+
+        if self.baselines == "none" or not model.config.data.train:
+            return {}, ""
+        folder = self.features_folder("auto")
+        with open_data(data, ranks=Ranks(), takes_loose=kind == "captions") as opened:
+            found = of_run(
+                model, opened.dataset, kind=kind, folder=folder, progress=sys.stderr.isatty()
+            )
+        if isinstance(found, str):
+            return {"baselines": found}, f"no baselines: {found}"
+        text = beside_table(Measured(name="this model", figures=ours), found)
+        return {"baselines": [one.to_json() for one in found]}, text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from unicl_fast.evaluation.retrieval import RetrievalResult, rank_captions
 from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.wording import count_of, markdown_table
 from unicl_fast.training.data import folder_and_weight, open_datasets
+from unicl_fast.training.stored_features import find_stored
 
 Kind = Literal["labels", "captions"]
 MOST_IMAGES = 20_000
@@ -210,7 +211,6 @@ def caption_baseline(train: Part, test: Part) -> Measured:
 
     All samples have captions. Raises ValueError for captions without words.
     """
-    require_scikit_learn()
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     with cpu_clock() as seconds:
@@ -242,11 +242,16 @@ def baselines(
     kinds: Sequence[Kind] = ("labels", "captions"),
 ) -> list[Measured]:
     """All baselines of these `kinds` that both parts have labels or captions for."""
+    require_scikit_learn()
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
     found = list[Measured]()
-    if "labels" in kinds and any(train.labels) and any(test.labels):
-        found += label_baselines(train.labelled(class_names), test.labelled(class_names))
-    if "captions" in kinds and any(train.captions) and any(test.captions):
-        found.append(caption_baseline(train.captioned(), test.captioned()))
+    # matrices are small: two threads on busy cores took ten times the CPU time of one
+    with threadpool_limits(1, user_api="blas"):
+        if "labels" in kinds and any(train.labels) and any(test.labels):
+            found += label_baselines(train.labelled(class_names), test.labelled(class_names))
+        if "captions" in kinds and any(train.captions) and any(test.captions):
+            found.append(caption_baseline(train.captioned(), test.captioned()))
     return found
 
 
@@ -256,7 +261,7 @@ def of_run(
     *,
     kind: Kind,
     folder: Path | None,
-    stored: Callable[[PackedDataset], NDArray[Any] | None] | None = None,
+    encodes: bool = True,
     progress: bool = False,
 ) -> list[Measured] | str:
     """The baselines on the features of a run's image encoder, or a phrase why there are none.
@@ -268,14 +273,13 @@ def of_run(
         held_out: the evaluated data.
         kind: which baselines.
         folder: keeps features, as in `labelled_features`.
-        stored: returns the features of a training set if they are stored, with NaN for rows that
-            are not; by default images are encoded, up to `MOST_IMAGES`.
+        encodes: encodes training images whose features are not stored, up to `MOST_IMAGES`.
         progress: shows bars.
     """
     on_ranks = ModelOnRanks(model, progress=progress)
     try:
-        require_scikit_learn()
-        return _of_run(on_ranks, held_out, kind, folder, stored)
+        require_scikit_learn()  # before images are encoded
+        return _of_run(on_ranks, held_out, kind, folder, encodes)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return str(error).strip().split("\n")[0]
 
@@ -285,7 +289,7 @@ def _of_run(
     held_out: PackedDataset,
     kind: Kind,
     folder: Path | None,
-    stored: Callable[[PackedDataset], NDArray[Any] | None] | None,
+    encodes: bool,
 ) -> list[Measured]:
     data, names = on_ranks.model.config.data, held_out.manifest.class_names
     for place, _ in map(folder_and_weight, data.train):
@@ -293,34 +297,43 @@ def _of_run(
             raise FileNotFoundError(f"the training data {place} are not on this machine")
     weights = weights_digest(on_ranks.model, "image_encoder.", "image_projection")
 
-    def encode(dataset: PackedDataset) -> NDArray[Any] | None:
-        return kept_features(
+    def encode(dataset: PackedDataset) -> NDArray[Any]:
+        rows = kept_features(
             on_ranks, dataset, layer="encoder", weights=weights, folder=folder,
             name=dataset.location,
         )  # fmt: skip
+        assert rows is not None
+        return rows
 
     with contextlib.ExitStack() as stack:
         datasets = [stack.enter_context(one) for one in open_datasets(data, verify=False)[0]]
         known = {name for one in datasets for name in one.manifest.class_names}
         if kind == "labels" and (unknown := [name for name in names if name not in known]):
             raise ValueError(f"the training data lack the class {unknown[0]!r}")
-        total = sum(map(len, (*datasets, held_out)))
-        if stored is None and total > MOST_IMAGES:
+        asked = [
+            one
+            for one in datasets
+            if (one.manifest.class_names if kind == "labels" else one.manifest.num_captions)
+        ]
+        if not asked:
+            raise ValueError(f"the training data have no {kind}")
+        found_rows = [find_stored(on_ranks.model, one) for one in asked]
+        missing = [one for one, rows in zip(asked, found_rows, strict=True) if rows is None]
+        total = sum(map(len, (*missing, held_out)))
+        if missing and not encodes:
+            raise ValueError(f"the features of {missing[0].location} are not stored")
+        if total > MOST_IMAGES:
             raise ValueError(f"{count_of(total, 'image')} would be encoded, over {MOST_IMAGES:,}")
-        parts = list[Part]()
-        for one in datasets:
-            has_kind = one.manifest.class_names if kind == "labels" else one.manifest.num_captions
-            if has_kind and (rows := (stored or encode)(one)) is not None:
-                parts.append(part_of(one, rows, names))
-        if not parts:
-            raise ValueError(f"the training data have no {kind}, or their features are not stored")
+        parts = [
+            part_of(one, encode(one) if rows is None else rows, names)
+            for one, rows in zip(asked, found_rows, strict=True)
+        ]
         train = Part(
             features=np.concatenate([one.features for one in parts]),
             labels=[own for one in parts for own in one.labels],
             captions=[own for one in parts for own in one.captions],
         ).known()
         rows = encode(held_out)
-        assert rows is not None
         found = baselines(train, part_of(held_out, rows, names), class_names=names, kinds=[kind])
     if not found:
         raise ValueError(f"the training data have no {kind} in common with {held_out.location}")

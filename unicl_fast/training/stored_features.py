@@ -96,6 +96,18 @@ def stored_features(
     return files
 
 
+def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | None:
+    """A data set's features [n w] that a run has stored, NaN for missing rows; None for none."""
+    folder = Path(model.config.efficiency.image_features)
+    key = _key_of(model, dataset, weights_digest(model, "image_encoder."), model.device)
+    if not model.config.efficiency.image_features or not has_features(folder, key):
+        return None
+    file = read_features(folder, key, num_samples=len(dataset), check=False)
+    rows = torch.from_numpy(np.array(file.rows)).view(getattr(torch, file.dtype)).float().numpy()
+    rows[[n for n in range(len(rows)) if file.row(n) is None]] = np.nan
+    return rows
+
+
 def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
     config, data = model.config, model.config.data
     return feature_key(
