@@ -95,6 +95,8 @@ def test_a_phrase_says_why_there_are_no_baselines(
     words = ["zero-shot", run_folder, "--data", data / "labels"]
     monkeypatch.setattr(baselines, "MOST_IMAGES", 40)
     assert evaluated(*words)["baselines"] == "62 images would be encoded, over 40"
+    monkeypatch.setattr(baselines, "_MOST_STORED", 40)
+    assert evaluated(*words)["baselines"] == "41 training images are over 40"
     monkeypatch.undo()
     (run_folder.parent / "labels").rename(run_folder.parent / "moved")
     assert evaluated(*words)["baselines"].endswith("labels are not on this machine")

@@ -43,7 +43,8 @@ from unicl_fast.training.stored_features import find_stored
 
 Kind = Literal["labels", "captions"]
 MOST_IMAGES = 20_000
-"""Two cores encode so many in two to fifteen minutes; more training images have no baselines."""
+"""Images encoded for the baselines of a run: two cores need two to fifteen minutes."""
+_MOST_STORED = 100_000  # training images, whose features need 1 GB in fp64
 _MOST_FITTED = 2e9  # images x width x classes of a logistic regression: about a minute of fits
 _C_GRID = (1e-3, 1e-2, 0.1, 1.0)  # for standardised features
 _MOST_WORDS = 20_000
@@ -274,6 +275,8 @@ def _parts_of_run(
         known = {name for one in datasets for name in one.manifest.class_names}
         if kind == "labels" and (unknown := [name for name in names if name not in known]):
             raise ValueError(f"the training data lack the class {unknown[0]!r}")
+        if (total := sum(map(len, datasets))) > _MOST_STORED:
+            raise ValueError(f"{count_of(total, 'training image')} are over {_MOST_STORED:,}")
         stored = [find_stored(model, one) for one in datasets]
         missing = [one for one, rows in zip(datasets, stored, strict=True) if rows is None]
         if missing and not encodes:
@@ -303,16 +306,18 @@ def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
         ["on the same image features", *(f"{name}, %" for name in ours.figures), "CPU s"],
         [[one.name, *one.cells(ours.figures)] for one in (ours, *found)],
     )
-    ahead = [
-        f"{one.name} ({name} {percent(figure.rate)} against {percent(own.rate)} %)"
-        for one in found
-        for name, own in ours.figures.items()
-        if (figure := one.figures.get(name)) is not None and figure.rate > own.rate
-    ]
+    ahead = []
+    for one in found:
+        higher = [
+            f"{name} {percent(figure.rate)} against {percent(own.rate)} %"
+            for name, own in ours.figures.items()
+            if (figure := one.figures.get(name)) is not None and figure.rate > own.rate
+        ]
+        ahead += [f"{one.name} ({', '.join(higher)})"] * bool(higher)
     if not ahead:
         return table
     return (
-        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {', '.join(ahead)}: freeze both "
-        "encoders and train heads on stored features, for longer, or choose other encoders by "
-        "unicl-eval bases"
+        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}: "
+        "freeze both encoders and train heads on stored features, for longer, or choose other "
+        "encoders by unicl-eval bases"
     )
