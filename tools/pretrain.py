@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
     from unicl_fast.dataset.reader import PackedDataset
     from unicl_fast.distributed.ranks import Ranks
+    from unicl_fast.evaluation.baselines import Kind
     from unicl_fast.models.unicl import UniCL
+    from unicl_fast.training.trainer import Trainer
 
 _PROGRAM = "unicl-pretrain"
 _COLUMN = 36  # of the sentences of the short help
@@ -164,6 +166,7 @@ def _main(argv: Sequence[str]) -> None:
         build_loader=TrainLoader,
         evaluate=functools.partial(evaluate_in_run, quiet=arguments.quiet),
         initialise=initialise,
+        compare=compare_with_baselines,
         resume=resume,
         origin=origin,
         ledger=arguments.ledger,
@@ -209,6 +212,30 @@ def evaluate_in_run(
     result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
     chance = 1 / len(dataset.manifest.class_names)
     return {"top1": result.top1, "top5": result.top5, "chance": chance}
+
+
+def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
+    """A table for each data set that the run has evaluated: its last figures and the baselines."""
+    from unicl_fast.evaluation.baselines import Figure, Measured, beside_table, of_run
+    from unicl_fast.training.build import named_evaluations, open_evaluated
+    from unicl_fast.training.metrics import read_metrics
+
+    last = {name: value for line in read_metrics(run_folder) for name, value in line.items()}
+    found = []
+    folder = Path(trainer.config.efficiency.stored_features)
+    for name, dataset in named_evaluations(trainer.config, open_evaluated(trainer.config)):
+        kind: Kind = "captions" if name.startswith("retrieval/") else "labels"
+        methods = of_run(trainer.model, dataset, kind=kind, folder=folder, encodes=False)
+        if isinstance(methods, str):
+            found.append(f"{name}: no baselines: {methods}")
+            continue
+        keys = {"top-1": "top1"} | {f"R@{k}": f"text_to_image_recall_at_{k}" for k in (1, 5, 10)}
+        ours = {
+            key: Figure.of(round(last[f"{name}/{keys[key]}"] * one.num_tried), one.num_tried)
+            for key, one in methods[0].figures.items()
+        }
+        found.append(f"{name}:\n{beside_table(Measured('this run', ours), methods)}")
+    return found
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:

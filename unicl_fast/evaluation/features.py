@@ -252,12 +252,14 @@ def encode_token_rows(
     rows: Sequence[NDArray[Any]],
     *,
     batch_size: int = 512,
+    layer: Layer = "projection",
     progress: bool = False,
     folder: Path | None = None,
 ) -> Float[Tensor, "m d"]:
-    """Unit-norm features of m texts: token ids with start and end tokens, unpadded.
+    """Features of m texts: token ids with start and end tokens, unpadded.
 
-    A `folder` keeps the encoder's features, as a run's `efficiency.stored_features` does.
+    The projection's have unit norm. A `folder` keeps the encoder's, as a run's
+    `efficiency.stored_features` does.
     """
     if not rows:
         raise ValueError("there are no texts to encode")
@@ -266,10 +268,14 @@ def encode_token_rows(
     if folder is not None:
         tokens = pad_rows(rows, max(map(len, rows)), np.dtype(np.uint32))
         stored = stored_text_features(model, tokens, folder, ranks=_ALONE, progress=progress)
+        found = stored.take(stored.find(tokens)).to(device)
+        if layer == "encoder":
+            return found
         with precision.autocast(device.type):
-            return model.encode_text(stored.take(stored.find(tokens)).to(device))
+            return model.encode_text(found)
     # texts of similar length together, since padding costs as much as text
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    encode = model.encode_text if layer == "projection" else model.text_encoder
     features = []
     with Bar(desc="encode texts", total=len(rows), shown=progress) as bar:
         for start in range(0, len(rows), batch_size):
@@ -277,7 +283,7 @@ def encode_token_rows(
             chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]
             tokens = pad_sequence([torch.from_numpy(row) for row in chosen], batch_first=True)
             with precision.autocast(device.type):
-                features.append(model.encode_text(tokens.to(device)))
+                features.append(encode(tokens.to(device)))
             bar.update(len(chosen))
     return torch.cat(features)[torch.tensor(order).argsort()]
 

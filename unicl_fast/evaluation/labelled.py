@@ -10,22 +10,19 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from unicl_fast.dataset import feature_files
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.evaluation.data import EvaluationData, open_data
-from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, device_of, require_layer
-from unicl_fast.models.unicl import UniCL, weights_digest
+from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
+from unicl_fast.evaluation.stored import stored_rows
 
 logger = logging.getLogger(__name__)
-
-_KEY_VERSION = 1  # version of the pipeline, part of the key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,44 +105,33 @@ def labelled_features(
     on_ranks = ModelOnRanks.of(model)
     encoders, ranks = on_ranks.model, on_ranks.ranks
     require_layer(encoders, layer)
-    weights = weights_digest(encoders, "image_")
     found: list[LabelledFeatures] = []
     first: EvaluationData | None = None
     for spec in specs:
         with open_data(str(spec), ranks=ranks) as data:
             first = first or data
             labels = data.labels_among(first)
-            key = key_of_features(encoders, data.dataset, layer=layer, weights=weights)
-            is_kept = folder is not None and feature_files.has_features(folder, key)
-            is_kept = from_rank_0(is_kept, ranks)
-            extracted = None if is_kept else on_ranks.features(data.dataset, layer=layer)
-            rows = None if extracted is None else extracted.numpy()
-            with rank_0_alone(ranks):
-                if folder is not None and is_kept and ranks.is_main:
-                    size = len(data.dataset)
-                    rows = np.array(feature_files.read_features(folder, key, num_samples=size).rows)
-                    logger.info("features of %s: found again", spec)
-                elif folder is not None and rows is not None:
-                    keep_features(folder, key, rows)
+            rows = kept_features(on_ranks, data.dataset, layer=layer, folder=folder)
             if rows is not None:
                 names = first.class_names
                 found.append(with_labels(rows, labels, name=data.name, class_names=names))
     return found
 
 
-def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
-    """The name of the stored features of a data set; evaluations see a central crop."""
-    config = model.config
-    return feature_files.feature_key(
-        config.data, dataset, encoder=config.model.image_encoder, weights=weights, layer=layer,
-        precision=config.efficiency.precision, device_type=device_of(model).type,
-        view=config.data.evaluation_resize, version=_KEY_VERSION,
-    )  # fmt: skip
+def kept_features(
+    on_ranks: ModelOnRanks, dataset: PackedDataset, *, layer: Layer, folder: Path | None
+) -> NDArray[Any] | None:
+    """Features of all images [n d] on rank 0, encoded now if `folder` does not keep them.
 
-
-def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) -> None:
-    """Stores features; a disk that refuses is a warning, not an error."""
-    try:
-        feature_files.write_features(folder, key, features)
-    except (OSError, ValueError) as error:
-        logger.warning("features are not kept: %s cannot be written: %s", folder, error)
+    All ranks call it. A folder that cannot be written is a warning of a single process.
+    """
+    if folder is not None:
+        try:
+            rows = stored_rows(on_ranks, dataset, folder, layer=layer)
+            return np.array(rows) if on_ranks.ranks.is_main else None
+        except OSError as error:
+            if on_ranks.ranks.world_size > 1:
+                raise
+            logger.warning("features are not kept: %s cannot be written: %s", folder, error)
+    extracted = on_ranks.features(dataset, layer=layer)
+    return None if extracted is None else extracted.numpy()

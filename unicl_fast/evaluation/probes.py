@@ -138,6 +138,7 @@ def linear_probe(
     *,
     validation: LabelledFeatures | None = None,
     c: float = 0.0,
+    c_grid: Sequence[float] = (),
     metric: Metric = "top1",
     seed: int = 0,
     progress: bool = False,
@@ -149,6 +150,7 @@ def linear_probe(
         test: any label of an image is right.
         validation: chooses C instead of a part of `train`, and is fitted too.
         c: inverse strength of the penalty; 0 chooses it.
+        c_grid: candidates, ascending; empty means `C_GRID`.
         metric: C is chosen by it.
         seed: decides which images are held out.
         progress: shows a bar after two seconds.
@@ -161,7 +163,7 @@ def linear_probe(
         fitted, pairs = train.join(validation), [(train, validation)]
     else:
         fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    return _probe(fitted, test, pairs, c=c, metric=metric, progress=progress)
+    return _probe(fitted, test, pairs, c=c, c_grid=c_grid, metric=metric, progress=progress)
 
 
 def few_shot_probes(
@@ -259,6 +261,7 @@ def _probe(
     pairs: Sequence[Pair],
     *,
     c: float,
+    c_grid: Sequence[float] = (),
     metric: Metric,
     progress: bool = False,
 ) -> ProbeResult:
@@ -269,7 +272,7 @@ def _probe(
     if not c:
         ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
         chosen_by = ways[min(len(pairs), 2)]
-        scores = _search_c(pairs, metric=metric, progress=progress)
+        scores = _search_c(pairs, c_grid=c_grid or C_GRID, metric=metric, progress=progress)
         c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
         if not pairs:
             logger.warning(_DEFAULT_TAKEN, c)
@@ -284,7 +287,7 @@ def _probe(
 
 
 def _search_c(
-    pairs: Sequence[Pair], *, metric: Metric, progress: bool = False
+    pairs: Sequence[Pair], *, c_grid: Sequence[float], metric: Metric, progress: bool = False
 ) -> dict[float, float]:
     """C -> the metric on all held-out samples, from the smallest C on.
 
@@ -293,8 +296,8 @@ def _search_c(
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]
     scores: dict[float, float] = {}
-    with Bar(desc="choose C", total=len(C_GRID), shown=progress) as bar:
-        for c in C_GRID if pairs else ():
+    with Bar(desc="choose C", total=len(c_grid), shown=progress) as bar:
+        for c in c_grid if pairs else ():
             counts = ClassificationCounts(pairs[0][0].class_names)
             for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
                 _count(counts, _fit(classifier.set_params(C=c), train), held_out)

@@ -39,9 +39,9 @@ from unicl_fast.evaluation.features import (
 )
 from unicl_fast.evaluation.inference import ImageLike, Model
 from unicl_fast.evaluation.kept_rows import kept_rows
-from unicl_fast.evaluation.labelled import key_of_features
 from unicl_fast.evaluation.nearest import Rows, best
 from unicl_fast.evaluation.signals import Scores, fuse, kept_measure, measure, standardise
+from unicl_fast.evaluation.stored import key_of_features
 from unicl_fast.evaluation.words import Words
 from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import UniCL, weights_digest
@@ -280,7 +280,7 @@ def _image_rows(
     """The key and the features of the images."""
     model = on_ranks.model
     data, weights = model.config.data, weights_digest(model, "image_")
-    key = key_of_features(model, dataset, layer="projection", weights=weights)
+    key = key_of_features(model, dataset, layer="projection")
     view = [data.image_size, data.evaluation_resize, data.interpolation, data.resample]
     arithmetic = [model.config.efficiency.precision, model.device.type, data.decode_device]
     family = _hash_of(weights, view, [*data.mean, *data.std], arithmetic)

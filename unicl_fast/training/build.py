@@ -229,14 +229,16 @@ def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
     return datasets
 
 
-def evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) -> list[str]:
-    """The names of `data.evaluate` in metrics; ValueError if one occurs twice."""
+def named_evaluations(
+    config: TrainConfig, datasets: Sequence[PackedDataset]
+) -> list[tuple[str, PackedDataset]]:
+    """The evaluations of `data.evaluate`, by their names in metrics; ValueError for equal ones."""
     try:
         names = distinct_names(config.data.evaluate)
     except ValueError as error:
         raise ValueError(f"data.evaluate: {error}") from error
     pairs = zip(names, datasets, strict=True)
-    return [f"{kind}/{name}" for name, one in pairs for kind in _kinds_of(config, one)]
+    return [(f"{kind}/{name}", one) for name, one in pairs for kind in _kinds_of(config, one)]
 
 
 def _kinds_of(config: TrainConfig, dataset: PackedDataset) -> list[str]:
@@ -251,13 +253,12 @@ def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[
     evaluations: dict[str, Evaluation] = {}
     with refused_together(ranks):
         datasets = open_evaluated(config)
-        names = evaluation_names(config, datasets)
-    names = from_rank_0(names, ranks)  # links can lead to other names on other ranks
+        named = named_evaluations(config, datasets)
+    # links can lead to other names on other ranks
+    names = from_rank_0([name for name, _ in named], ranks)
     if ranks.is_main:
         warn_of_shared_images(data.datasets, datasets)
-    counts = [len(_kinds_of(config, one)) for one in datasets]
-    each = [one for one, count in zip(datasets, counts, strict=True) for _ in range(count)]
-    for dataset, name in zip(each, names, strict=True):
+    for (_, dataset), name in zip(named, names, strict=True):
         if config.objective.uses_texts and name.startswith("retrieval/"):
             log_cut_captions(dataset, config.model.context_length)
         rows = None

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from unicl_fast.training.build import (
     Evaluate,
     Initialise,
     build_trainer,
-    evaluation_names,
+    named_evaluations,
     open_checked,
     open_evaluated,
 )
@@ -50,6 +50,8 @@ from unicl_fast.training.trainer import Trainer
 logger = logging.getLogger("unicl_fast")
 
 LOG_NAME = "log.txt"
+Compare = Callable[[Trainer, Path], Sequence[str]]
+"""Lines about a finished run, called with its folder on rank 0."""
 _OF_THIS_RANK = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
@@ -68,9 +70,10 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     settle_objective(config, datasets)
     augmentations_of(config.data.augment, [dataset.location for dataset in datasets])
     evaluated = open_evaluated(config)
+    named = named_evaluations(config, evaluated)
     for dataset in (*datasets, *evaluated):
         dataset.close()
-    choose_best_metric(config.checkpoint.best, evaluation_names(config, evaluated))
+    choose_best_metric(config.checkpoint.best, [one for one, _ in named])
 
 
 def pretrain(
@@ -80,6 +83,7 @@ def pretrain(
     build_loader: BuildLoader,
     evaluate: Evaluate,
     initialise: Initialise | None = None,
+    compare: Compare | None = None,
     resume: str = "never",
     origin: str = "",
     ledger: bool = False,
@@ -89,7 +93,8 @@ def pretrain(
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
     `resume` is "never", "auto" or the path of a checkpoint; `initialise` then reads only weights
-    that the checkpoint leaves out. `origin` says in the log where the settings come from. `ledger`
+    that the checkpoint leaves out. `compare` returns baselines of the run's last evaluations, for
+    the log. `origin` says in the log where the settings come from. `ledger`
     starts a ledger; a run that has one continues it anyway. A `dry_run` ends before the first step
     and writes nothing. `quiet` shows only warnings and errors; log.txt has all lines.
 
@@ -138,10 +143,12 @@ def pretrain(
             text = json.dumps(config_to_dict(config), indent=1)
             write_text_atomically(run_folder / "config.json", text + "\n")
             write_log_to(run_folder / LOG_NAME)
-        _train_and_report(trainer, run_folder, dry_run=dry_run)
+        _train_and_report(trainer, run_folder, dry_run=dry_run, compare=compare)
 
 
-def _train_and_report(trainer: Trainer, run_folder: Path, *, dry_run: bool) -> None:
+def _train_and_report(
+    trainer: Trainer, run_folder: Path, *, dry_run: bool, compare: Compare | None
+) -> None:
     try:
         if not dry_run:
             trainer.fit()
@@ -151,15 +158,20 @@ def _train_and_report(trainer: Trainer, run_folder: Path, *, dry_run: bool) -> N
     if dry_run:
         logger.info("dry run: all is ready, and nothing was trained or written")
     elif trainer.ranks.is_main:
-        _report(trainer, run_folder)
+        _report(trainer, run_folder, compare)
 
 
-def _report(trainer: Trainer, run_folder: Path) -> None:
+def _report(trainer: Trainer, run_folder: Path, compare: Compare | None) -> None:
     mark("drawing the curves")
     curves = run_folder / "curves.png"
     with drawing(curves):
         draw_curves(run_folder, curves)
         logger.info("curves in %s", curves)
+    # only from features that are stored already: others would take longer than a report may
+    if compare is not None and trainer.config.efficiency.stored_features:
+        mark("computing baselines", patience=START_PATIENCE)
+        for line in compare(trainer, run_folder):
+            logger.info("%s", line)
     logger.info("%s done. Next: %s", count_of(trainer.step, "step"), _next(trainer, run_folder))
 
 

