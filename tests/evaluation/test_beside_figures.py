@@ -44,7 +44,7 @@ def run_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         call(
             pretrain, *SMALL, *FIXED, "--data.train", folder / "labels", folder / "captions",
             "--data.evaluate", data / "labels", data / "captions", "--out", folder / "run",
-            "--efficiency.image-features", folder / "stored",
+            "--efficiency.stored-features", folder / "stored",
         )  # fmt: skip
     return folder / "run"
 

@@ -412,8 +412,9 @@ def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path
         recipe = recipe.replace(f"packed/dtd-{name}", str(data / "labels"))
     few = ["--run.global-batch-size", "8", "--run.steps", "6", "--optim.lr", "1e-7"]
     call(pretrain, *shlex.split(recipe), *few)
-    (last,) = [line for line in read_metrics(tmp_path) if "accuracy/labels/top1" in line]
-    assert last["step"] == 6
+    lines = [line for line in read_metrics(tmp_path) if "accuracy/labels/top1" in line]
+    assert [line["step"] for line in lines] == [0, 6]  # its start is measured, too
+    last = lines[-1]
     first, tuned = load_encoders(trained), load_encoders(tmp_path)
     assert tuned.class_rows.shape == (10, tuned.image_encoder.num_features + 1)
     found = tuned.image_encoder.state_dict()

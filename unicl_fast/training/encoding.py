@@ -148,7 +148,8 @@ def in_pieces(images: Tensor) -> tuple[Tensor, ...]:
 
     A CPU needs a quarter less time for 32 at once than for 256, and an eighth of the memory.
     """
-    return images.split(_PIECE if images.device.type == "cpu" else len(images) or 1)
+    at_once = _PIECE if images.device.type == "cpu" else len(images) or 1
+    return tuple(torch.split(images, at_once))
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
