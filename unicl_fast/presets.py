@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import NamedTuple
 
 from unicl_fast.config import (
@@ -119,6 +120,7 @@ _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
         "standardise": True,
         "feature_noise": 1.0,
     },
+    objective={"logit_scale_init": math.log(5)},
     optim={
         "name": "adamw",
         "lr": 2e-3,
@@ -173,9 +175,8 @@ some 200 images/s."""
 _ENCODED_LARGE = 40_000
 """The most images worth encoding at 224 pixels without a GPU; 128 pixels take a third as long."""
 _MOST_EPOCHS = 100
-_LEAST_EPOCHS_OF_HEADS = 10
-_FEW_FOR_HEADS = 1500
-"""Below it more noise: 560 photographs of Flickr8k learn best with 2, 2,640 of Grocery with 1."""
+_EPOCHS_OF_HEADS = (60, 10)
+"""Epochs of heads on few images, up to 153,600 samples, and the fewest on many."""
 _SWIN_TINY_BYTES = (9e9, 0.11e9)
 """Memory that a step of swin-tiny needs in bf16, and adds for each image encoded at once, by
 `training/memory_plan.py` (8.7 and 0.104 GB)."""
@@ -245,14 +246,12 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
 
 
 def _heads_for(config: TrainConfig, facts: Facts) -> TrainConfig:
-    """A length and ten evaluations for the data; much noise for few images, small ones of many."""
-    samples = max(config.run.samples, _LEAST_EPOCHS_OF_HEADS * facts.num_images)
+    """A length and ten evaluations for the data, and small images if they are many."""
+    usual, least = (epochs * facts.num_images for epochs in _EPOCHS_OF_HEADS)
+    samples = max(config.run.samples, min(usual, 2 * config.run.samples), least)
     every = samples // config.run.global_batch_size // 10
     config = config.changed(
-        model={
-            "init_text": facts.text_weights,
-            "feature_noise": 2.0 if facts.num_images < _FEW_FOR_HEADS else 1.0,
-        },
+        model={"init_text": facts.text_weights},
         run={"samples": samples, "evaluate_every_steps": every, "log_every_steps": every},
     )
     if facts.num_images > _ENCODED_LARGE and not facts.gpu_bytes:

@@ -59,7 +59,9 @@ def test_all_that_decides_features_and_nothing_else_changes_their_key(
         assert {key_of(build_model(tiny_config()), dataset, "projection")} == keys
         assert model.text_projection is not None
         model.text_projection += 1
-        assert {key_of(model, dataset, "projection")} == keys, "texts do not decide features of images"
+        assert {key_of(model, dataset, "projection")} == keys, (
+            "texts do not decide features of images"
+        )
         names = [name for name, _ in model.named_parameters() if name.startswith("image_")]
         for count, name in enumerate((names[0], names[-1], "image_projection"), start=2):
             model.get_parameter(name).view(-1)[-1] += 1e-6

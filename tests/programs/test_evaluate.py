@@ -414,7 +414,6 @@ def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path
     call(pretrain, *shlex.split(recipe), *few)
     lines = [line for line in read_metrics(tmp_path) if "accuracy/labels/top1" in line]
     assert [line["step"] for line in lines] == [0, 6]  # its start is measured, too
-    last = lines[-1]
     first, tuned = load_encoders(trained), load_encoders(tmp_path)
     assert tuned.class_rows.shape == (10, tuned.image_encoder.num_features + 1)
     found = tuned.image_encoder.state_dict()

@@ -178,6 +178,11 @@ class ToOpenClip(ModelConversion):
                 f"to {data.evaluation_resize} with a crop of {data.image_size}: accuracies differ "
                 "slightly"
             )
+        if model.config.model.text_kind:
+            print(
+                "note: hf_model_name in open_clip_config.json is this folder's place: correct it "
+                "if the folder moves, to OWNER/NAME if you publish it"
+            )
         first, name = _registration(model), f"local-dir:{self.out}"
         print(f"next: {first}import open_clip; open_clip.create_model_and_transforms({name!r})")
         code = f"{first}from clip_benchmark import cli; cli.main()"

@@ -55,6 +55,11 @@ _RESNETS = {
     (128, 3, 15, 36, 10): "resnet50x64_clip",
 }
 """Width and layers of each stage to timm's name."""
+_POOLERS = {
+    "mean": "mean_pooler",
+    "cls": "cls_last_hidden_state_pooler",
+    "pooler": "cls_pooler",
+}
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _MATRICES = {
     "visual.proj": "image_projection",
@@ -245,13 +250,21 @@ def write_open_clip(model: UniCL, folder: Path) -> float:
         "model_cfg": _open_clip_config(model),
         "preprocess_cfg": preprocessing.for_open_clip(model.config.data),
     }
+    is_own, text = not model.config.model.text_kind, values["model_cfg"]["text_cfg"]
     with new_folder(folder) as aside:
+        if not is_own:  # open_clip reads transformers' config.json from the place of this name
+            write_json(aside / "config.json", model.text_encoder.network.config.to_dict())
+            text["hf_model_name"] = str(aside)
         write_json(aside / CONFIG_FILE, values)
         write_tensors(aside / WEIGHTS_FILE, _open_clip_tensors(model))
         write_own_tokenizer(model, aside)
         theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
         theirs.eval()
         images, texts = sample_images(model), sample_tokens(model)
+        if not is_own:
+            texts = model.text_encoder.with_padding(texts)[0]
+            text["hf_model_name"] = str(folder.absolute())
+            write_json(aside / CONFIG_FILE, values)
         return require_equal_features(model, theirs.encode_image(images), theirs.encode_text(texts))
 
 
@@ -261,17 +274,21 @@ def _require_convertible(model: UniCL) -> None:
     It builds timm's encoders only at timm's image size, and expects features of num_features.
     """
     name, size = model.config.model.image_encoder, model.config.data.image_size
-    if model.config.model.text_kind:
+    pool, projection = model.config.model.text_pool, model.config.model.text_projection
+    if model.config.model.text_kind and (
+        pool.replace("xlm-", "").partition(":")[0] not in ("bert", "roberta")
+        or projection not in ("linear", "mlp")
+    ):
         raise ValueError(
-            f"model.text_pool={model.config.model.text_pool} is a text encoder of transformers, "
-            "which open_clip would download by its name: convert it to hf or onnx instead"
+            f"model.text_pool={pool} with model.text_projection={projection}: open_clip has BERT "
+            "and RoBERTa, with a projection without bias: convert it to hf or onnx instead"
         )
     if (own_size := fixed_size(name)) not in (None, size):
         raise ValueError(
             f"open_clip builds {name} only for images of {own_size} pixels, but this model was "
             f"trained at {size}: convert it to timm, hf or onnx instead"
         )
-    if model.config.model.text_projection == "mlp":
+    if projection == "mlp" and not model.config.model.text_kind:
         raise ValueError(
             "model.text_projection=mlp: open_clip projects this encoder's texts by one matrix: "
             "convert it to onnx instead"
@@ -297,19 +314,27 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
     if config.image_projection == "none":  # open_clip then needs the pooling by name
         pool = getattr(model.image_encoder, "global_pool", "")
         vision |= {"timm_proj": "none", "timm_pool": pool}
-    text: dict[str, Any] = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-        "mlp_ratio": config.text_mlp_ratio,
-        "norm_kwargs": {"eps": config.text_norm_eps},
-        "no_causal_mask": not config.text_causal,
-        "pool_type": "argmax" if config.text_pool == "end" else "last",
-        "proj_bias": config.text_projection == "biased",
-        "proj_type": "none" if config.text_projection == "none" else "linear",
-    }
+    text: dict[str, Any] = (
+        {
+            "context_length": config.context_length,
+            "hf_proj_type": config.text_projection,
+            "hf_pooler_type": _POOLERS[config.text_pool.partition(":")[2]],
+        }
+        if config.text_kind
+        else {
+            "context_length": config.context_length,
+            "vocab_size": config.vocab_size,
+            "width": config.text_width,
+            "heads": config.text_heads,
+            "layers": config.text_layers,
+            "mlp_ratio": config.text_mlp_ratio,
+            "norm_kwargs": {"eps": config.text_norm_eps},
+            "no_causal_mask": not config.text_causal,
+            "pool_type": "argmax" if config.text_pool == "end" else "last",
+            "proj_bias": config.text_projection == "biased",
+            "proj_type": "none" if config.text_projection == "none" else "linear",
+        }
+    )
     if place := config.tokenizer:  # open_clip reads a folder's files whichever name this is
         name = place.removesuffix(CANONICAL)
         text["hf_tokenizer_name"] = name[7:] if name.startswith("hf-hub:") else TOKENIZER_FILES[0]
@@ -334,9 +359,14 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
              "image_hidden_bias": "visual.head.mlp.fc1.bias",
              "text_projection_bias": "text_projection.bias"}  # fmt: skip
     linears = {"image_projection": "visual.head.proj.weight"}  # [out in]
+    is_own = not model.config.model.text_kind
+    if not is_own:
+        linears |= {"text_projection": "text.proj.weight"}
+    if model.config.model.text_projection == "mlp":
+        linears |= {"text_hidden": "text.proj.0.weight", "text_projection": "text.proj.2.weight"}
     if model.config.model.image_projection == "mlp":
-        linears = {"image_hidden": "visual.head.mlp.fc1.weight",
-                   "image_projection": "visual.head.mlp.fc2.weight"}  # fmt: skip
+        linears |= {"image_hidden": "visual.head.mlp.fc1.weight",
+                    "image_projection": "visual.head.mlp.fc2.weight"}  # fmt: skip
     if model.text_projection_bias is not None:
         linears["text_projection"] = "text_projection.weight"
     tensors = {}
@@ -345,6 +375,8 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
             tensors[linears[name]] = tensor.T
         elif name.startswith("image_encoder."):
             tensors["visual.trunk." + name.removeprefix("image_encoder.")] = tensor
+        elif not is_own and name.startswith("text_encoder.network."):
+            tensors[name.replace("text_encoder.network", "text.transformer")] = tensor
         else:
             in_text = name.removeprefix("text_encoder.")
             is_block = in_text.startswith("resblocks.")
