@@ -37,9 +37,9 @@ def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> 
     cells = json.loads(text)["cells"]
     assert images_in(cells) >= 6
     shown = printed(cells)
-    assert "settings: the preset photos-features, which auto took: 23 images" in shown
+    assert "settings: the preset photos-heads, which auto took: 23 images" in shown
     assert "23 samples, 23 classes" in shown
-    assert "largest difference of (23, 128) text features: " in shown
+    assert "largest difference of (23, 512) text features: " in shown
     counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
     assert counts == list(range(1, len(counts) + 1))
 

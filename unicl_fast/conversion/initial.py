@@ -279,7 +279,9 @@ class _Loading:
 
     def _warn_of_other_images(self) -> None:
         theirs, ours = self._source.data, self._model.config.data
-        for name in ("mean", "std", "interpolation", "evaluation_resize"):
+        # a run that trains on whole images is evaluated on them, whatever the source was
+        shows_all = not ours.drawn and ours.evaluation_resize == ours.image_size
+        for name in ("mean", "std", "interpolation", *["evaluation_resize"] * (not shows_all)):
             known, present = theirs.get(name), getattr(ours, name)
             if isinstance(known, int) and isinstance(present, int):
                 # the number of pixels depends on the image size

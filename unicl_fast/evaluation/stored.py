@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +24,6 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, ra
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL, weights_digest
-
-logger = logging.getLogger(__name__)
 
 _KEY_VERSION = 1  # version of the pipeline, part of the key
 
@@ -67,10 +64,7 @@ def stored_rows(
     model, ranks = on_ranks.model, on_ranks.ranks
     key = from_rank_0(key_of_features(model, dataset, layer=layer), ranks)
     has = functools.partial(feature_files.has_features, folder, key)
-    if from_rank_0(has(), ranks):
-        if ranks.is_main:
-            logger.info("features of %s: found again", dataset.location)
-    else:
+    if not from_rank_0(has(), ranks):
         with contextlib.ExitStack() as stack:
             with rank_0_alone(ranks):
                 if ranks.is_main:
