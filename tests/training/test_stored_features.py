@@ -28,6 +28,7 @@ from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.tools import ledger
 from unicl_fast.training import run as run_module
 from unicl_fast.training import stored_features
+from unicl_fast.training.settle import check_settings
 from unicl_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.dali
@@ -263,6 +264,13 @@ def test_a_projection_of_one_layer_gets_the_bias_that_folding_needs(kind: str) -
     assert model.config.model.text_projection == "linear"
     after = model.encode_image(features), model.encode_text(texts)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_standardising_needs_features_or_a_model_that_has_statistics() -> None:
+    config = tiny_config(precision="fp32").changed(model={"standardise": True})
+    with pytest.raises(ValueError, match=r"by efficiency\.stored_features, or a model"):
+        check_settings(config, Ranks())
+    check_settings(config.changed(model={"init": "runs/heads"}), Ranks())
 
 
 def test_a_killed_store_is_continued_and_gives_the_same_features(

@@ -138,6 +138,7 @@ def build_trainer(
         feed_features(
             trainer, loaders, datasets=data.datasets, weights=data.weights, prompts=data.prompts,
             build_loader=build, on_first_batch=sheet.draw, is_fresh=state is None,
+            progress=progress,
         )  # fmt: skip
     return trainer
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch
-from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
 from unicl_fast.distributed.ranks import sum_over_ranks
@@ -40,6 +39,7 @@ def feed_features(
     build_loader: Callable[..., PlannedLoader],
     on_first_batch: Callable[[Batch], None],
     is_fresh: bool,
+    progress: bool,
 ) -> None:
     """Replaces the loader of a run by one of stored features, which are encoded now if needed.
 
@@ -48,7 +48,16 @@ def feed_features(
     it; raises as `stored_image_features`.
     """
     config, spans = trainer.config, trainer.config.run.spans
-    images = _stored_images(trainer, datasets, weights, prompts, build_loader, on_first_batch)
+    progress = progress and trainer.ranks.is_main
+    last = config.settings_of_stages[-1]
+    num_draws: int | None = config.run.draws_before(trainer.total_steps)
+    if num_draws is not None and num_draws >= sum(map(len, datasets)):
+        last, num_draws, weights = last.changed(data={"shuffle_window": 0}), None, None
+    images = stored_image_features(
+        trainer.model, datasets, num_draws=num_draws, on_first_batch=on_first_batch,
+        build_loader=lambda: build_loader(last, prompts=prompts, weights=weights),
+        ranks=trainer.ranks, device=trainer.device, progress=progress,
+    )  # fmt: skip
 
     def feed(texts: TextFeatures | None) -> list[FeatureLoader]:
         device, pairs = trainer.device, zip(loaders, spans, strict=True)
@@ -59,35 +68,10 @@ def feed_features(
 
     texts = None
     if "text" in config.optim.freeze and config.objective.uses_texts:
-        texts = _stored_texts(trainer, datasets, prompts, feed(None))
+        texts = _stored_texts(trainer, datasets, prompts, feed(None), progress=progress)
     trainer.loader = in_stages(feed(texts), config)
     if config.model.standardise and is_fresh:
         _set_statistics(trainer, has_texts=texts is not None)
-
-
-def _stored_images(
-    trainer: Trainer,
-    datasets: Sequence[PackedDataset],
-    weights: Sequence[float] | None,
-    prompts: ClassPrompts,
-    build_loader: Callable[..., PlannedLoader],
-    on_first_batch: Callable[[Batch], None],
-) -> list[FeatureFile]:
-    """Features of all images, or of those that a short run draws."""
-    config = trainer.config
-    last = config.settings_of_stages[-1]
-    num_draws: int | None = config.run.draws_before(trainer.total_steps)
-    if num_draws is not None and num_draws >= sum(map(len, datasets)):
-        last, num_draws, weights = last.changed(data={"shuffle_window": 0}), None, None
-    return stored_image_features(
-        trainer.model,
-        datasets,
-        build_loader=lambda: build_loader(last, prompts=prompts, weights=weights),
-        num_draws=num_draws,
-        on_first_batch=on_first_batch,
-        ranks=trainer.ranks,
-        device=trainer.device,
-    )
 
 
 def _stored_texts(
@@ -95,6 +79,8 @@ def _stored_texts(
     datasets: Sequence[PackedDataset],
     prompts: ClassPrompts,
     loaders: Sequence[FeatureLoader],
+    *,
+    progress: bool,
 ) -> TextFeatures:
     """Features of all texts, or of those that a short run draws."""
     config, ranks = trainer.config, trainer.ranks
@@ -110,7 +96,7 @@ def _stored_texts(
         found = [one.texts_from(span.first_step) for one, span in parts]
         tokens = distinct_texts(np.concatenate(found))
     folder = Path(config.efficiency.stored_features)
-    return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=True)
+    return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=progress)
 
 
 def _set_statistics(trainer: Trainer, *, has_texts: bool) -> None:

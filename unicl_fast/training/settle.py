@@ -63,6 +63,11 @@ def check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses (ValueError) settings that cannot work together, before anything is built."""
     check_views(config.data.augment, config.objective.num_views, name=config.objective.name)
     check_sharding(config.efficiency, optimizer=config.optim.name)
+    if config.model.standardise and not (config.efficiency.stored_features or config.model.init):
+        raise ValueError(
+            "model.standardise measures the features of the training data: name a folder by "
+            "efficiency.stored_features, or a model that has their statistics by model.init"
+        )
     for stage in config.settings_of_stages:
         stage.objective.check_local_batch(ranks.local_batch_size(stage.run.global_batch_size))
 

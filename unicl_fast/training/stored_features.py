@@ -86,6 +86,7 @@ def stored_image_features(
     on_first_batch: Callable[[Batch], None],
     ranks: Ranks,
     device: torch.device,
+    progress: bool = False,
 ) -> list[FeatureFile]:
     """The features of images, encoded now if they are not stored; all ranks call it.
 
@@ -114,7 +115,7 @@ def stored_image_features(
             found = {key: _stored(folder, key, sizes[key]) for key in sizes}
             loader = stack.enter_context(contextlib.closing(build_loader()))
             store = _Store(model, folder, keys, found, ranks)
-            encoded = store.fill(loader, num_draws, on_first_batch)
+            encoded = store.fill(loader, num_draws, on_first_batch, progress=progress)
     mark("reading stored features", patience=START_PATIENCE)
     check = ranks.is_main  # reads all of them, once
     with refused_together(ranks):
@@ -179,7 +180,12 @@ class _Store:
         self._dtype = ""
 
     def fill(
-        self, loader: EpochLoader, num_draws: int | None, on_first_batch: Callable[[Batch], None]
+        self,
+        loader: EpochLoader,
+        num_draws: int | None,
+        on_first_batch: Callable[[Batch], None],
+        *,
+        progress: bool,
     ) -> int:
         """Stores what a loader's first `num_draws` samples lack; returns how many were encoded."""
         size, plan, before = loader.plan.global_batch_size, loader.plan, self._count()
@@ -196,7 +202,11 @@ class _Store:
             return 0
         first = int(missing.argmax()) // size
         logger.info("encoding %s once, for %s", count_of(count, "image"), self._folder)
-        with _in_evaluation_mode(self._model), self._open() as writers:
+        with (
+            _in_evaluation_mode(self._model),
+            self._open() as writers,
+            Bar(desc="encode images", total=(steps - first) * size, shown=progress) as bar,
+        ):
             batches = itertools.islice(loader.batches(first), steps - first)
             for number in range(first + 1, steps + 1):
                 phase = f"storing features of batch {number} of {steps}"
@@ -205,6 +215,7 @@ class _Store:
                 if number == first + 1:
                     on_first_batch(batch)
                 self._write(batch, writers)
+                bar.update(size)
                 if number == steps or not number % max(1, _SEALED_AT_ONCE // size):
                     self._seal(writers)
         return self._count() - before
@@ -319,10 +330,9 @@ def stored_text_features(
         for start, end in zip(new.tolist(), ends, strict=True)
         for at in range(start, end, _TEXTS_AT_ONCE)
     ]
-    bar_shown = progress and ranks.is_main
     with (
         _in_evaluation_mode(model),
-        Bar(desc="encode texts", total=len(wanted), shown=bar_shown) as bar,
+        Bar(desc="encode texts", total=len(wanted), shown=progress) as bar,
     ):
         pending, begun = dict[str, Tensor](), 0
         for number, batch in enumerate(batches):
