@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -61,7 +61,7 @@ class RunLog(Observer):
         self._watch: BottleneckWatch | None = None
         self._seconds_at_peak: dict[int, float | None] = {}
         """The least time of a step, by the number of its stage."""
-        self._results: set[str] | None = None
+        self._results: dict[str, float] | None = None
         self._last_line = 0  # its step
 
     @contextlib.contextmanager
@@ -90,7 +90,9 @@ class RunLog(Observer):
     def _open(self, run: Trainer, folder: Path) -> MetricsWriter:
         make_folder(folder)
         lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
-        self._results = {key for line in lines if line["step"] == run.step for key in line}
+        self._results = {
+            k: v for line in lines if line["step"] == run.step for k, v in line.items()
+        }
         tracked = TrackedRun(folder, run.run_id, config_to_dict(run.given), run.step)
         trackers = Trackers(run.config.run.trackers, tracked)
         return MetricsWriter(folder, start_step=run.step, trackers=trackers)
@@ -133,7 +135,7 @@ class RunLog(Observer):
         say = logger.info if logger.isEnabledFor(logging.INFO) else write_line
         say(f"step {run.step}: {shown}")
 
-    def results_of(self, step: int) -> Collection[str] | None:
+    def results_of(self, step: int) -> Mapping[str, float] | None:
         """The results in the file when it was opened."""
         return self._results
 

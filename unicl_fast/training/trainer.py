@@ -103,8 +103,8 @@ class Observer:
     def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
         """After the evaluations of a step; `all_done` says whether all of them ran."""
 
-    def results_of(self, step: int) -> Collection[str] | None:
-        """Names of evaluation results that an earlier start has written; None if unknown."""
+    def results_of(self, step: int) -> Mapping[str, float] | None:
+        """Evaluation results that an earlier start has written; None if unknown."""
         return None
 
 
@@ -140,6 +140,7 @@ class Trainer:
         self.stage = self.stages[0]
         self.step = self.start_step = 0
         self.saved_step = -1  # the start can be the best
+        self._written: dict[str, float] = {}  # results of this step by an earlier start
         self.ends_early = False
         """Set by an observer: the run ends with the present step."""
         self.compiled_from = 0
@@ -336,16 +337,16 @@ class Trainer:
         is_due = self.is_due(self.config.run.evaluate_every_steps)
         if not (is_due if self.step else self.config.model.init):
             return []
-        known = [
-            names for one in self.observers if (names := one.results_of(self.step)) is not None
+        written = [
+            values for one in self.observers if (values := one.results_of(self.step)) is not None
         ]
-        keys = [key for names in known for key in names]
+        self._written = from_rank_0({k: v for each in written for k, v in each.items()}, self.ranks)
         missing = [
             name for name in self.evaluations
-            if known and not any(key.startswith(f"{name}/") for key in keys)
+            if written and not any(key.startswith(f"{name}/") for key in self._written)
         ]  # fmt: skip
-        if known and self._has_mean and MEAN_METRIC not in keys:
-            missing = list(self.evaluations)
+        if written and self._has_mean and MEAN_METRIC not in self._written:
+            missing = missing or list(self.evaluations)[-1:]  # killed before the mean was written
         return from_rank_0(missing, self.ranks)
 
     @property
@@ -469,7 +470,8 @@ class Trainer:
             self.save()  # also if one was begun, which may have failed
             self._stop(interruption)
         all_done = len(names) == len(self.evaluations)
-        main = [values[key] for key in main_metrics(self.evaluations).values() if key in values]
+        known, self._written = self._written | values, {}
+        main = [known[key] for key in main_metrics(self.evaluations).values() if key in known]
         if self._has_mean and len(main) == len(self.evaluations):
             values |= self._announce({MEAN_METRIC: sum(main) / len(main)})
         for observer in self.observers:
