@@ -306,18 +306,19 @@ def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
         ["on the same image features", *(f"{name}, %" for name in ours.figures), "CPU s"],
         [[one.name, *one.cells(ours.figures)] for one in (ours, *found)],
     )
-    ahead = []
+    ahead, by_chance = list[str](), True
     for one in found:
-        higher = [
-            f"{name} {percent(figure.rate)} against {percent(own.rate)} %"
-            for name, own in ours.figures.items()
-            if (figure := one.figures.get(name)) is not None and figure.rate > own.rate
-        ]
+        higher = list[str]()
+        for name, own in ours.figures.items():
+            if (figure := one.figures.get(name)) is not None and figure.rate > own.rate:
+                higher.append(f"{name} {percent(figure.rate)} against {percent(own.rate)} %")
+                by_chance = by_chance and figure.rate <= own.interval_95[1]
         ahead += [f"{one.name} ({', '.join(higher)})"] * bool(higher)
     if not ahead:
         return table
+    maybe = ", which may be chance" * by_chance
     return (
-        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}: "
-        "freeze both encoders and train heads on stored features, for longer, or choose other "
+        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}{maybe}: "
+        "train heads on two frozen encoders (--preset photos-heads), for longer, or choose other "
         "encoders by unicl-eval bases"
     )
