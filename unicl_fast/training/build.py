@@ -189,6 +189,8 @@ def _check_memory_of_stages(setup: Setup, longest: int) -> None:
     with refused_together(ranks):
         if config.run.stages:
             check_sizes(config, device.type)
+        if config.efficiency.stored_features and {"image", "text"} <= set(config.optim.freeze):
+            return  # a step runs no encoder
         for number, stage in enumerate(config.settings_of_stages):
             check_memory(
                 stage, ranks=ranks, device=device, longest_text=longest, free_bytes=free,
