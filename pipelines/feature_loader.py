@@ -76,8 +76,8 @@ class FeatureLoader:
             batches = [self._metadata_of(step)[0].texts.tokens for step in planned]
             found.append(distinct_texts(torch.cat(batches).numpy()))
             if len(found) == _JOINED:
-                found = [_joined(found)]
-        return _joined(found)
+                found = [distinct_texts(*found)]
+        return distinct_texts(*found)
 
     def _batch_of(self, step: PlannedStep) -> Batch:
         self.steps.begin(step.batch.step)
@@ -115,10 +115,3 @@ class FeatureLoader:
         if row is None:
             raise BadSampleError("it could not be read, or was not, when features were stored")
         return row
-
-
-def _joined(parts: Sequence[TokenArray]) -> TokenArray:
-    longest = max(one.shape[1] for one in parts)
-    return distinct_texts(
-        np.concatenate([np.pad(one, ((0, 0), (0, longest - one.shape[1]))) for one in parts])
-    )

@@ -89,7 +89,7 @@ def gather_every_text(
         _copy_texts(np.ascontiguousarray(own).reshape(-1), starts, lengths_of(own),
                     np.arange(len(own)), rows)  # fmt: skip
         found.append(rows)
-    return distinct_texts(np.concatenate(found))
+    return distinct_texts(*found)
 
 
 def gather_labels(

@@ -223,7 +223,8 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
     last = {name: value for line in read_metrics(run_folder) for name, value in line.items()}
     found = []
     folder = Path(trainer.config.efficiency.stored_features)
-    for name, dataset in named_evaluations(trainer.config, open_evaluated(trainer.config)):
+    datasets = open_evaluated(trainer.config)
+    for name, dataset in named_evaluations(trainer.config, datasets):
         kind: Kind = "captions" if name.startswith("retrieval/") else "labels"
         methods = of_run(trainer.model, dataset, kind=kind, folder=folder, encodes=False)
         if isinstance(methods, str):
@@ -235,6 +236,8 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
             for key, one in methods[0].figures.items()
         }
         found.append(f"{name}:\n{beside_table(Measured('this run', ours), methods)}")
+    for dataset in datasets:
+        dataset.close()
     return found
 
 

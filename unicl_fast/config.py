@@ -225,7 +225,7 @@ class ModelConfig:
     """Projection of the text encoder's features, as image_projection."""
     feature_noise: NonNegative = 0.0
     """Standard deviation of the noise that training adds to standardised image features, drawn by
-    seed, step and image. 1 or 2 keeps heads from learning few photographs by heart. Needs
+    seed, step and image. 1 or 2 keeps heads from memorising few photographs. Needs
     standardise."""
     standardise: bool = False
     """Standardise the encoders' features before the projections, by their mean and deviation on the

@@ -111,7 +111,7 @@ _PHOTOS_FEATURES = _PHOTOS.changed(
 )
 
 # Both encoders locked and encoded once: a run trains two matrices for seconds. docs/results.md,
-# "Heads", has the rate and the noise, which keeps few photographs from being learnt by heart.
+# "Heads", has the rate and the noise, which keeps heads from memorising few photographs.
 _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
     data={"image_size": 224, "evaluation_resize": 224},
     model={

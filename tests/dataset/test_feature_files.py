@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from feature_folders import write_features
 
 from unicl_fast.dataset.feature_files import (
     RowsWriter,
@@ -16,7 +17,6 @@ from unicl_fast.dataset.feature_files import (
     read_features,
     seal_rows,
     sole_storer,
-    write_features,
 )
 from unicl_fast.dataset.text_files import (
     distinct_texts,

@@ -10,6 +10,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from feature_folders import write_features
 from pack_runs import jpeg
 from packed_sets import Sample, pack
 from rank_workers import gather_features_of_slices, open_class_folders, ranks_of, run_on_ranks
@@ -18,7 +19,7 @@ from small_runs import tiny_config
 from unicl_fast import Tokenizer
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset import feature_files
-from unicl_fast.dataset.feature_files import read_features, write_features
+from unicl_fast.dataset.feature_files import read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features

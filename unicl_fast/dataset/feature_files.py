@@ -154,20 +154,6 @@ def seal_rows(
     write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
 
 
-def write_features(folder: Path, key: str, features: NDArray[Any]) -> None:
-    """Stores the features [N width] of all samples, unless another process has."""
-    with sole_storer(folder, key), contextlib.ExitStack() as stack:
-        if has_features(folder, key):
-            return
-        num_samples, width = features.shape
-        make_rows(folder, key, num_samples=num_samples, width=width, kind=features.dtype.str)
-        writer = stack.enter_context(contextlib.closing(RowsWriter(folder, key)))
-        writer.write(np.arange(num_samples), features)
-        writer.flush()
-        every = np.ones(num_samples, np.bool_)
-        seal_rows(folder, key, dtype=str(features.dtype), stored=every, unreadable=())
-
-
 def read_features(folder: Path, key: str, *, num_samples: int, check: bool = True) -> FeatureFile:
     """Opens stored features; `check` reads all for their checksum. ValueError if damaged."""
     path = folder / f"{key}.npy"

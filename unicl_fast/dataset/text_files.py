@@ -64,9 +64,13 @@ class TextFeatures:
         return found
 
 
-def distinct_texts(tokens: TokenArray) -> TokenArray:
-    """The distinct rows of texts [k l], padded with 0, by length and then by their tokens."""
-    rows = np.ascontiguousarray(tokens, np.uint32)
+def distinct_texts(*parts: TokenArray) -> TokenArray:
+    """The distinct rows of texts [k l], padded with 0, by length and then by their tokens.
+
+    Parts can be of different l; the result has the largest.
+    """
+    longest = max(one.shape[1] for one in parts)
+    rows = np.concatenate([_padded(np.asarray(one, np.uint32), longest) for one in parts])
     hashes = hash_rows(rows, position_factors(rows.shape[1]))
     *_, distinct, lengths = unique_rows(rows, hashes, make_table(len(rows)))
     order = np.lexsort((*distinct.T[::-1], lengths))

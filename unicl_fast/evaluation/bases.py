@@ -61,7 +61,7 @@ _WEIGHTS = (".safetensors", ".bin")
 _CONFIGS = {"config.json", "open_clip_config.json"}
 _BATCH_SIZE = 64  # images encoded at once: 256 of 224 pixels need 5 GB
 # The head, as in the preset photos-heads but for its noise: dropout and a low scale keep it from
-# learning few images by heart. Chosen on Flickr8k's and Grocery's held-out parts.
+# memorising few images. Chosen on Flickr8k's and Grocery's held-out parts.
 _WIDTH, _STEPS, _BATCH, _RATE, _DROPOUT, _SCALE = 512, 300, 256, 1e-3, 0.5, 10.0
 
 

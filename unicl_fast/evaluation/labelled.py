@@ -16,12 +16,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.feature_files import has_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
-from unicl_fast.evaluation.stored import key_of_features, stored_rows
+from unicl_fast.evaluation.stored import stored_rows
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +127,7 @@ def kept_features(
     """
     if folder is not None:
         try:
-            if has_features(folder, key_of_features(on_ranks.model, dataset, layer=layer)):
-                logger.info("features of %s: found again", dataset.location)
-            rows = stored_rows(on_ranks, dataset, folder, layer=layer)
+            rows = stored_rows(on_ranks, dataset, folder, layer=layer, says_found=True)
             return np.array(rows) if on_ranks.ranks.is_main else None
         except OSError as error:
             if on_ranks.ranks.world_size > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, ra
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL, weights_digest
+
+logger = logging.getLogger(__name__)
 
 _KEY_VERSION = 1  # version of the pipeline, part of the key
 
@@ -52,9 +55,16 @@ def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> st
 
 
 def stored_rows(
-    on_ranks: RanksEncoder, dataset: PackedDataset, folder: Path, *, layer: Layer
+    on_ranks: RanksEncoder,
+    dataset: PackedDataset,
+    folder: Path,
+    *,
+    layer: Layer,
+    says_found: bool = False,
 ) -> NDArray[Any]:
     """Features [n w] of a data set, mapped from a file, which all ranks make if needed.
+
+    `says_found` logs that they were there.
 
     Raises:
         SharedRefusal: the file is damaged.
@@ -64,7 +74,10 @@ def stored_rows(
     model, ranks = on_ranks.model, on_ranks.ranks
     key = from_rank_0(key_of_features(model, dataset, layer=layer), ranks)
     has = functools.partial(feature_files.has_features, folder, key)
-    if not from_rank_0(has(), ranks):
+    if from_rank_0(has(), ranks):
+        if says_found and ranks.is_main:
+            logger.info("features of %s: found again", dataset.location)
+    else:
         with contextlib.ExitStack() as stack:
             with rank_0_alone(ranks):
                 if ranks.is_main:

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,8 +92,7 @@ def _stored_texts(
         )  # fmt: skip
     else:
         parts = zip(loaders, config.run.spans, strict=True)
-        found = [one.texts_from(span.first_step) for one, span in parts]
-        tokens = distinct_texts(np.concatenate(found))
+        tokens = distinct_texts(*(one.texts_from(span.first_step) for one, span in parts))
     folder = Path(config.efficiency.stored_features)
     return stored_text_features(trainer.model, tokens, folder, ranks=ranks, progress=progress)
 

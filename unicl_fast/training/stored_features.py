@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.dataset.feature_files import (
@@ -317,7 +316,10 @@ def stored_text_features(
         stored = read_text_features(folder, key, check=ranks.is_main)
     lacking = np.ascontiguousarray(tokens[stored.find(tokens) < 0], np.uint32)
     parts = tensors_to_rank_0({str(ranks.rank): torch.from_numpy(lacking.view(np.int32))}, ranks)
-    united = {"tokens": _united(parts.values())} if ranks.is_main else {}
+    united = {}
+    if ranks.is_main:
+        each = [one.numpy().view(np.uint32) for one in parts.values()]
+        united["tokens"] = torch.from_numpy(distinct_texts(*each).view(np.int32))
     wanted = tensors_from_rank_0(united, ranks)["tokens"].numpy().view(np.uint32)
     if not len(wanted):
         return stored
@@ -363,13 +365,6 @@ def _in_evaluation_mode(model: UniCL) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _united(parts: Collection[Tensor]) -> Tensor:
-    """The distinct texts of all ranks, sorted."""
-    longest = max(one.shape[1] for one in parts)
-    tokens = torch.cat([F.pad(one, (0, longest - one.shape[1])) for one in parts])
-    return torch.from_numpy(distinct_texts(tokens.numpy().view(np.uint32)).view(np.int32))
 
 
 @torch.no_grad()
