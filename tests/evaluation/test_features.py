@@ -24,7 +24,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import collect_rows, model_on_ranks
-from unicl_fast.evaluation.stored import key_of_features
+from unicl_fast.evaluation.stored import keys_of_features
 from unicl_fast.models.unicl import UniCL
 
 TOKENIZER = Tokenizer()
@@ -42,7 +42,7 @@ def packed(out: Path, numbers: Sequence[int], *, caption: str = "one") -> Packed
 
 
 def key_of(model: UniCL, dataset: PackedDataset, layer: str = "encoder") -> str:
-    return key_of_features(model, dataset, layer=layer)
+    return keys_of_features(model, dataset, layer=layer)[1]
 
 
 @pytest.fixture

@@ -279,7 +279,7 @@ def test_a_linear_probe_finds_its_features_again(
     alone = evaluated("linear-probe", trained, *sets, "--figures", tmp_path)
     kept = {path: path.stat().st_mtime_ns for path in features.iterdir()}
     # the folder of classes holds the same files in the same order as the packed set
-    assert len({path.stem for path in kept}) == 1
+        assert len({path.name.partition(".")[0] for path in kept}) == 1
     assert len(kept) == 2
     assert (alone["num_train"], alone["num_test"], alone["num_fitted"]) == (21, 21, 21)
     assert alone["c"] in [row["c"] for row in alone["validation"]]

@@ -55,7 +55,7 @@ class FeatureFile:
 
 def feature_key(
     data: DataConfig,
-    dataset: PackedDataset,
+    dataset: PackedDataset | None,
     *,
     encoder: str,
     precision: str,
@@ -66,16 +66,18 @@ def feature_key(
 ) -> str:
     """The key of a data set's features: equal if and only if the features are.
 
+    Without a data set: of all features made in the same way.
+
     `encoder` is the image encoder's name, `weights` a digest of the weights that affect features,
     `view` the part of an image shown, beyond the config's sizes. `view` and `more` (a version and
     anything else relevant) are JSON values.
     """
-    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
+    images = b"" if dataset is None else dataset.samples["xxh3"].tobytes()
     facts = {
         **more,
         "encoder": encoder,
         "weights": weights,
-        "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
+        "images": [xxhash.xxh3_64_hexdigest(images), len(images) // 8],
         "view": [data.image_size, view, data.interpolation, data.resample],
         "normalisation": [*data.mean, *data.std],
         "precision": precision,

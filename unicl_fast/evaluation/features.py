@@ -105,7 +105,7 @@ class ModelOnRanks:
         """
         if self.folder is None:
             return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
-        rows = stored_rows(self, dataset, self.folder, layer="encoder")
+        _, rows = stored_rows(self, dataset, self.folder, layer="encoder")
         if not self.ranks.is_main:
             return None
         parts = (

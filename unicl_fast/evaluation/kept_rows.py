@@ -39,35 +39,35 @@ def kept_rows(
     width: int,
     encode: Encode,
     ranks: Ranks,
+    dtype: str = "float32",
 ) -> Float[np.ndarray, "n d"]:
     """The rows of all items, mapped from a file; all ranks call it and share the encoding.
 
     Raises ValueError if stored rows are damaged, OSError if the folder cannot be written.
     """
     if not from_rank_0(feature_files.has_features(folder, key), ranks):
-        new: list[int] = []
+        new: list[int] | None = None
         with contextlib.ExitStack() as stack:
             with refused_together(ranks), rank_0_alone(ranks):
                 if ranks.is_main:
                     stack.enter_context(feature_files.sole_storer(folder, key))
-                    shape = {"num_samples": len(items), "width": width}
-                    feature_files.make_rows(folder, key, **shape, kind="<f4")
-                    new = _copy_known(folder, key, family, items)
-            if new := from_rank_0(new, ranks):
-                writer = feature_files.RowsWriter(folder, key)
-                with contextlib.closing(writer):
+                    if not feature_files.has_features(folder, key):  # stored by another process
+                        shape = {"num_samples": len(items), "width": width}
+                        feature_files.make_rows(folder, key, **shape, kind=np.dtype(dtype).str)
+                        new = _copy_known(folder, key, family, items)
+            new = from_rank_0(new, ranks)
+            if new:
+                with contextlib.closing(feature_files.RowsWriter(folder, key)) as writer:
                     for numbers, rows in encode(new):
                         writer.write(numbers, rows)
                     writer.flush()
             gather_integers(0, ranks)  # once all have written
             with rank_0_alone(ranks):
-                if ranks.is_main:
+                if ranks.is_main and new is not None:
                     with replacing(folder / f"{key}.{family}.items") as partial:
                         partial.write_bytes(items.tobytes())
                     every = np.ones(len(items), np.bool_)
-                    feature_files.seal_rows(
-                        folder, key, dtype="float32", stored=every, unreadable=()
-                    )
+                    feature_files.seal_rows(folder, key, dtype=dtype, stored=every, unreadable=())
                     _remove_replaced(folder, key, family, items)
     with refused_together(ranks):
         # one rank is enough: the check reads the whole file

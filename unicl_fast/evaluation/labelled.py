@@ -127,7 +127,7 @@ def kept_features(
     """
     if folder is not None:
         try:
-            rows = stored_rows(on_ranks, dataset, folder, layer=layer, says_found=True)
+            _, rows = stored_rows(on_ranks, dataset, folder, layer=layer, says_found=True)
             return np.array(rows) if on_ranks.ranks.is_main else None
         except OSError as error:
             if on_ranks.ranks.world_size > 1:

@@ -41,7 +41,7 @@ from unicl_fast.evaluation.inference import ImageLike, Model
 from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.evaluation.nearest import Rows, best
 from unicl_fast.evaluation.signals import Scores, fuse, kept_measure, measure, standardise
-from unicl_fast.evaluation.stored import key_of_features
+from unicl_fast.evaluation.stored import stored_rows
 from unicl_fast.evaluation.words import Words
 from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import UniCL, weights_digest
@@ -249,7 +249,7 @@ def open_index(
         if folder is None:
             own = stack.enter_context(temporary_folder("unicl-index-"))
             folder = Path(from_rank_0(str(own), ranks))
-        key, rows = _image_rows(on_ranks, opened.dataset, folder)
+        key, rows = stored_rows(on_ranks, opened.dataset, folder, layer="projection")
         titles = _titles_of(opened.dataset)
         title_key, title_rows = "", None
         if titles is not None and _encodes_texts(on_ranks.model):
@@ -272,30 +272,6 @@ def open_index(
                 recalls = [one.recall for one in (index.images, index.title_rows) if one]
                 index.report = {**index.report, "recall_at_100": min(recalls)}
         yield index
-
-
-def _image_rows(
-    on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path
-) -> tuple[str, NDArray[Any]]:
-    """The key and the features of the images."""
-    model = on_ranks.model
-    data, weights = model.config.data, weights_digest(model, "image_")
-    key = key_of_features(model, dataset, layer="projection")
-    view = [data.image_size, data.evaluation_resize, data.interpolation, data.resample]
-    arithmetic = [model.config.efficiency.precision, model.device.type, data.decode_device]
-    family = _hash_of(weights, view, [*data.mean, *data.std], arithmetic)
-
-    def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-        loader = on_ranks.loader(dataset, new)
-        for numbers, features in on_ranks.encoded(loader, num_samples=len(new)):
-            yield numbers.numpy(), features.float().numpy()
-
-    rows = kept_rows(
-        folder, from_rank_0(key, on_ranks.ranks), family=family, encode=encode,
-        items=np.ascontiguousarray(dataset.samples["xxh3"]),
-        width=model.config.model.embed_dim, ranks=on_ranks.ranks,
-    )  # fmt: skip
-    return key, rows
 
 
 def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[str, NDArray[Any]]:

@@ -1,15 +1,15 @@
 """Encoder features of a data set that is evaluated, stored as those of training are.
 
 An evaluation sees the middle of an image, so the files are others than a run's. A model whose
-encoder is frozen is then evaluated again in the time of its head.
+encoder is frozen is then evaluated again in the time of its head, and of a changed data set only
+new images are encoded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.batch import EvaluationLoader
-from unicl_fast.dataset import feature_files
+from unicl_fast.dataset.feature_files import feature_key, has_features
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, rank_0_alone
+from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.evaluation.choices import Layer
+from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL, weights_digest
 
@@ -38,20 +38,12 @@ class RanksEncoder(Protocol):
     def model(self) -> UniCL: ...
     @property
     def ranks(self) -> Ranks: ...
-    def loader(self, dataset: PackedDataset) -> EvaluationLoader: ...
+    def loader(
+        self, dataset: PackedDataset, samples: Sequence[int] | None = None
+    ) -> EvaluationLoader: ...
     def encoded(
         self, loader: EvaluationLoader, *, num_samples: int, layer: Layer
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> str:
-    """The name of the stored features of a data set; evaluations see a central crop."""
-    config, prefix = model.config, "image_" if layer == "projection" else "image_encoder."
-    return feature_files.feature_key(
-        config.data, dataset, encoder=config.model.image_encoder, layer=layer,
-        weights=weights_digest(model, prefix), precision=config.efficiency.precision,
-        device_type=model.device.type, view=config.data.evaluation_resize, version=_KEY_VERSION,
-    )  # fmt: skip
 
 
 def stored_rows(
@@ -61,8 +53,8 @@ def stored_rows(
     *,
     layer: Layer,
     says_found: bool = False,
-) -> NDArray[Any]:
-    """Features [n w] of a data set, mapped from a file, which all ranks make if needed.
+) -> tuple[str, NDArray[Any]]:
+    """The key and the features [n w] of a data set, mapped from a file that all ranks make.
 
     `says_found` logs that they were there.
 
@@ -72,43 +64,31 @@ def stored_rows(
         EvaluationStopped: a stop was requested; raised on all ranks.
     """
     model, ranks = on_ranks.model, on_ranks.ranks
-    key = from_rank_0(key_of_features(model, dataset, layer=layer), ranks)
-    has = functools.partial(feature_files.has_features, folder, key)
-    if from_rank_0(has(), ranks):
-        if says_found and ranks.is_main:
-            logger.info("features of %s: found again", dataset.location)
-    else:
-        with contextlib.ExitStack() as stack:
-            with rank_0_alone(ranks):
-                if ranks.is_main:
-                    stack.enter_context(feature_files.sole_storer(folder, key))
-            if not from_rank_0(has(), ranks):  # another process may have stored them meanwhile
-                _encode_into(folder, key, on_ranks, dataset, layer)
-    with refused_together(ranks):
-        # one rank is enough: the check reads the whole file
-        size, check = len(dataset), ranks.is_main
-        return feature_files.read_features(folder, key, num_samples=size, check=check).rows
-
-
-def _encode_into(
-    folder: Path, key: str, on_ranks: RanksEncoder, dataset: PackedDataset, layer: Layer
-) -> None:
-    """Encodes a data set into the file of that key, on all ranks."""
-    model, ranks, num_samples = on_ranks.model, on_ranks.ranks, len(dataset)
-    is_space = layer == "projection" and model.has_space
-    width = model.config.model.embed_dim if is_space else feature_width(model.image_encoder)
+    family, key = from_rank_0([*keys_of_features(model, dataset, layer=layer)], ranks)
+    if says_found and ranks.is_main and has_features(folder, key):
+        logger.info("features of %s: found again", dataset.location)
     dtype = "float64" if model.config.efficiency.precision == "fp64" else "float32"
-    with rank_0_alone(ranks):
-        if ranks.is_main:
-            kind = np.dtype(dtype).str
-            feature_files.make_rows(folder, key, num_samples=num_samples, width=width, kind=kind)
-    with contextlib.closing(feature_files.RowsWriter(folder, key)) as writer:
-        loader = on_ranks.loader(dataset)
-        for samples, features in on_ranks.encoded(loader, num_samples=num_samples, layer=layer):
-            writer.write(samples.numpy(), features.numpy().astype(dtype, copy=False))
-        writer.flush()
-    gather_integers(0, ranks)  # once all have written
-    with rank_0_alone(ranks):
-        if ranks.is_main:
-            every = np.ones(num_samples, np.bool_)
-            feature_files.seal_rows(folder, key, dtype=dtype, stored=every, unreadable=())
+    is_space = layer == "projection" and model.has_space
+
+    def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        loader = on_ranks.loader(dataset, new)
+        for numbers, features in on_ranks.encoded(loader, num_samples=len(new), layer=layer):
+            yield numbers.numpy(), features.numpy().astype(dtype, copy=False)
+
+    rows = kept_rows(
+        folder, key, family=family, items=np.ascontiguousarray(dataset.samples["xxh3"]),
+        width=model.config.model.embed_dim if is_space else feature_width(model.image_encoder),
+        dtype=dtype, encode=encode, ranks=ranks,
+    )  # fmt: skip
+    return key, rows
+
+
+def keys_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> tuple[str, str]:
+    """The names of all features of a model, and of those of a data set."""
+    config, prefix = model.config, "image_" if layer == "projection" else "image_encoder."
+    of = functools.partial(
+        feature_key, config.data, encoder=config.model.image_encoder, layer=layer,
+        weights=weights_digest(model, prefix), precision=config.efficiency.precision,
+        device_type=model.device.type, view=config.data.evaluation_resize, version=_KEY_VERSION,
+    )  # fmt: skip
+    return of(None), of(dataset)
