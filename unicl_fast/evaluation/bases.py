@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ from torch.nn import functional as F
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.initial import initialise
-from unicl_fast.conversion.sources import PACKAGES, find_source, settings_of
+from unicl_fast.conversion.packages import PACKAGES, bases_at_hand
+from unicl_fast.conversion.sources import find_source, settings_of
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.baselines import (
     Figures,
@@ -57,8 +57,6 @@ from unicl_fast.training.data import tokenizer_of
 
 logger = logging.getLogger("unicl_fast")
 
-_WEIGHTS = (".safetensors", ".bin")
-_CONFIGS = {"config.json", "open_clip_config.json"}
 _BATCH_SIZE = 64  # images encoded at once: 256 of 224 pixels need 5 GB
 # The head, as in the preset photos-heads but for its noise: dropout and a low scale keep it from
 # memorising few images. Chosen on Flickr8k's and Grocery's held-out parts.
@@ -70,6 +68,10 @@ class BaseResult:
     """An image encoder, alone or with a text encoder, and its figures."""
 
     name: str
+    image: str
+    """As `model.init_image`."""
+    text: str = ""
+    """As `model.init_text`; empty for an image encoder alone."""
     num_parameters: int
     width: int  # of its image features
     methods: tuple[Measured, ...]
@@ -87,28 +89,6 @@ def bases_table(results: Sequence[BaseResult]) -> str:
         for number, one in enumerate(result.methods):
             rows.append([*(["", "", ""] if number else first), one.name, *one.cells(names)])
     return markdown_table(header, rows)
-
-
-def bases_at_hand() -> list[str]:
-    """Bases that need no network: installed packages, and whole models in the hub's cache."""
-    from huggingface_hub import errors, scan_cache_dir
-
-    found = [name for name, package in PACKAGES.items() if find_spec(package.replace("-", "_"))]
-    try:
-        repositories = scan_cache_dir().repos
-    except errors.CacheNotFound:
-        return found
-    for one in sorted(repositories, key=lambda one: one.repo_id):
-        files = {file.file_name for version in one.revisions for file in version.files}
-        has_weights = any(name.endswith(_WEIGHTS) for name in files)
-        if one.repo_type == "model" and has_weights and files & _CONFIGS:
-            found.append(f"hf-hub:{one.repo_id}")
-    return found
-
-
-def missing_packages() -> list[str]:
-    """Packages with weights that could be compared too."""
-    return [one for one in PACKAGES.values() if find_spec(one.replace("-", "_")) is None]
 
 
 def compare_bases(
@@ -144,7 +124,13 @@ def compare_bases(
     results: list[BaseResult] = []
     encoded: dict[str, _Texts] = {}
     for name in images:
-        on_ranks = ModelOnRanks.of(load_model(name, device=device))
+        try:
+            on_ranks = ModelOnRanks.of(load_model(name, device=device))
+        except (ValueError, OSError) as error:
+            if name in bases:
+                raise
+            logger.info("left out: %s", error)
+            continue
         on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
         model = on_ranks.model
         start = time.process_time()
@@ -154,7 +140,7 @@ def compare_bases(
         ]
         encoding = Measured("image features", {}, time.process_time() - start)
         results.append(BaseResult(
-            name=name, num_parameters=_size_of(model.image_encoder),
+            name=name, image=name, num_parameters=_size_of(model.image_encoder),
             width=parts[0].features.shape[1],
             methods=(encoding, *baselines(*parts, class_names=names)),
         ))  # fmt: skip
@@ -173,6 +159,7 @@ def compare_bases(
             results.append(dataclasses.replace(
                 results[-1],
                 name=f"{name} + {'its own texts' if other == name else other}",
+                text=other,
                 num_parameters=_size_of(model.image_encoder) + own.num_parameters,
                 methods=tuple(methods),
             ))  # fmt: skip

