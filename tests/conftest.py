@@ -131,9 +131,9 @@ def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _work_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine any work may take the two seconds after which bars and lines appear."""
-    for shown in (bar, line):
-        monkeypatch.setattr(shown, "_SOON", 3600.0)
+    """On a busy machine any work may take the seconds after which bars and lines appear."""
+    for shown, name in ((bar, "_SOON"), (bar, "_LOG_SECONDS"), (line, "_SOON")):
+        monkeypatch.setattr(shown, name, 3600.0)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
 import time
 
 import pytest
@@ -16,22 +18,32 @@ def _no_thread_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
 
 
-@pytest.mark.parametrize(("soon", "shown"), [(0.0, True), (60.0, True), (0.0, False)])
-def test_only_what_takes_long_is_shown(
-    soon: float, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (60.0, True), (0.0, False)])
+def test_a_log_gets_whole_lines_and_only_of_what_takes_long(
+    seconds: float,
+    shown: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bar, "_SOON", soon)
-    for _ in Bar(range(4), desc="encode images", shown=shown):
-        pass
+    monkeypatch.setattr(bar, "_LOG_SECONDS", seconds)
+    with Bar(total=4, desc="train", shown=shown) as outer:
+        for _ in Bar(range(4), desc="encode images", shown=shown, leave=False):
+            outer.set_postfix_str("loss 1")
+        Bar.write("evaluated", file=sys.stderr)
+        outer.update(4)
     said = capsys.readouterr().err
-    assert ("encode images: 100%" in said) == (shown and not soon)
-    assert bool(said) == (shown and not soon)
+    if shown and not seconds:
+        assert re.search(r"^encode images:  25%.*\n", said, re.MULTILINE)
+        assert re.search(r"^train: 100%.* loss 1]\n", said, re.MULTILINE)
+    else:
+        assert said == "evaluated\n"
+    assert not re.search(r"\r|\x1b|\n\n", said)
 
 
 def test_a_clock_that_is_set_back_does_not_stop_the_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bar, "_SOON", 0.0)
+    monkeypatch.setattr(bar, "_LOG_SECONDS", 0.0)
     clock = itertools.count(10_000.0, -3600.0)
     monkeypatch.setattr("tqdm.std.time", clock.__next__)
     with Bar(total=3) as shown:

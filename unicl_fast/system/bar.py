@@ -1,6 +1,6 @@
 """The progress bar for work whose steps can be counted; `line` is for all other work.
 
-A terminal shows it live, a log gets a line every 30 seconds; work of under two seconds shows none.
+A terminal shows it live, after two seconds; a log gets a line every 30 seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 _SOON = 2.0  # seconds before a bar is shown
+_LOG_SECONDS = 30.0  # between two lines in a log
 
 
 class ForgivingStderr:
@@ -40,21 +41,36 @@ class ForgivingStderr:
         return getattr(sys.stderr, name)
 
 
+class _Log(ForgivingStderr):
+    """stderr that is no terminal: a bar's states become lines, without what moves the cursor."""
+
+    def write(self, text: str) -> int:
+        if shown := text.replace("\x1b[A", "").strip():
+            super().write(f"{shown}\n")
+        return len(text)
+
+
 class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A tqdm on stderr, with tqdm's arguments and methods."""
 
     def __init__(self, *of: Any, shown: bool = True, **options: Any) -> None:
         """Counts the items of an iterable, or calls of `update`; writes nothing if not `shown`."""
-        usual = {
-            "delay": _SOON,
-            "mininterval": min(_SOON, 0.2 if sys.stderr.isatty() else 30),
-            "smoothing": 0.1,
-            "dynamic_ncols": True,
-        }
-        super().__init__(*of, **usual, **options, file=ForgivingStderr(), disable=not shown)
+        self._is_live, self._shown_at = sys.stderr.isatty(), time.monotonic()
+        delay, interval = (_SOON, min(_SOON, 0.2)) if self._is_live else (_LOG_SECONDS,) * 2
+        super().__init__(
+            *of, **options, delay=delay, mininterval=interval, smoothing=0.1, dynamic_ncols=True,
+            file=ForgivingStderr() if self._is_live else _Log(), disable=not shown,
+        )  # fmt: skip
         # tqdm's own clock can be set back, and the bar would stand still until it has caught up
         self._time = time.monotonic
         self.start_t = self.last_print_t = self._time()
+
+    def refresh(self, *of: Any, **options: Any) -> None:
+        """Shows the present state, in a log if it is time for a line."""
+        now = time.monotonic()
+        if self._is_live or now - self._shown_at >= _LOG_SECONDS:
+            self._shown_at = now
+            super().refresh(*of, **options)
 
     @classmethod
     def write(
