@@ -38,7 +38,7 @@ from unicl_fast.system.machine import check_current_folder, choose_environment, 
 from unicl_fast.system.phases import describe_phase
 from unicl_fast.system.program import EXIT_ABORTED, begin_program
 
-from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets
+from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets, with_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,6 +263,8 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     for name in INITIAL_WEIGHTS:
         finder.add_argument(f"--model.{name.replace('_', '-')}", f"--model.{name}")
     finder.add_argument("--objective.name")
+    for name in ("image_size", "evaluation_resize"):
+        finder.add_argument(f"--data.{name.replace('_', '-')}", f"--data.{name}", dest=name)
     finder.add_argument("--data.train", nargs="*")
     finder.add_argument("--data.fraction", nargs="*", type=_number_or_text)
     for option in ("--config", "--out"):
@@ -286,6 +288,9 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         initial={name: given for name, given in initial.items() if given is not None},
         keeps=not (found.print_config or found.dry_run),
     )
+    if (found.image_size or "").isdecimal():
+        sizes = {"image_size": int(found.image_size), "evaluation_resize": found.evaluation_resize}
+        config = with_size(config, sizes)
     if (name := values["objective.name"]) is not None:  # each objective has its own options
         config = with_values(config, {"objective": {"name": name}})
     _refuse_options_of_others(argv, config)

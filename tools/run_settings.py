@@ -91,8 +91,22 @@ def first_settings(
         origin = f"{origin}, with those of {' and '.join(filter(None, initial.values()))}"
     if file is None:
         return origin, config
+    of_data = values.get("data")
     with _naming(file):
+        config = with_size(config, of_data if isinstance(of_data, dict) else {})
         return f"{origin}, with those in {file}", with_values(config, values)
+
+
+def with_size(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """Scales `evaluation_resize` with a given `image_size`, unless it is given too.
+
+    So an evaluation shows the same part of an image as before.
+    """
+    size, resize = given.get("image_size"), config.data.evaluation_resize
+    if not isinstance(size, int) or isinstance(resize, str) or given.get("evaluation_resize"):
+        return config
+    scaled = round(resize * size / config.data.image_size)
+    return with_values(config, {"data": {"image_size": size, "evaluation_resize": scaled}})
 
 
 def _brought(initial: Mapping[str, str], own: Path | None) -> dict[str, dict[str, Any]]:

@@ -223,6 +223,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    ("given", "size", "resize"),
+    [
+        (["--preset", "photos-heads", "--data.image-size", "64"], 64, 64),
+        (["--preset", "photos-small", "--data.image_size=256"], 256, 288),
+        (["--data.image-size", "112", "--data.evaluation-resize", "112"], 112, 112),
+        (["--data.image-size", "64", "--data.evaluation-resize", "squash"], 64, "squash"),
+        (["--config", "{image_size: 112}"], 112, 128),
+        (["--config", "{image_size: 112}", "--data.image-size", "56"], 56, 64),
+        (["--config", "{image_size: 112, evaluation_resize: 112}"], 112, 112),
+        (["--config", "{evaluation_resize: longest}", "--data.image-size", "64"], 64, "longest"),
+    ],
+)
+def test_evaluations_show_the_same_part_of_images_of_another_size(
+    given: list[str], size: int, resize: int | str, tmp_path: Path
+) -> None:
+    if given[0] == "--config":
+        given[1] = str(write(tmp_path / "run.yaml", f"data: {given[1]}"))
+    data = settings_of(*given).data
+    assert (data.image_size, data.evaluation_resize) == (size, resize)
+
+
 def test_auto_looks_at_the_data_and_comes_before_file_and_options(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
