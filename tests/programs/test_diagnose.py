@@ -25,11 +25,13 @@ from program_runs import SMALL, refusal_of
 from small_runs import labelled_batch, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import bench
-from unicl_fast.tools.diagnose import clocks
+from unicl_fast.tools.diagnose import clocks, session
 from unicl_fast.tools.diagnose.advise import advise, find_limit, hints, neighbours
 from unicl_fast.tools.diagnose.diagnose import Diagnoser
 from unicl_fast.tools.diagnose.model import (
@@ -41,7 +43,7 @@ from unicl_fast.tools.diagnose.model import (
     RankFigures,
     Stage,
 )
-from unicl_fast.tools.diagnose.report import report_lines
+from unicl_fast.tools.diagnose.report import Diagnosis, report_lines
 from unicl_fast.tools.diagnose.session import gains_again
 from unicl_fast.training.assembly import make_trainer
 
@@ -315,6 +317,48 @@ def test_a_loader_that_sleeps_does_not_hold_up_the_end(
     assert words in done.stdout + done.stderr
     assert time.monotonic() - begun < 2 * 4 + 60 + 30  # the report takes a while on a busy machine
     assert not list(tmp_path.iterdir())
+
+
+def test_stored_features_are_advised_and_a_run_that_stores_them_is_timed_by_its_encoding() -> None:
+    found = diagnosis(measured(), num_images=60_000)
+    told = {
+        stored: "\n".join(report_lines(dataclasses.replace(found, stored=stored)))
+        for stored in ("", "could", "does")
+    }
+    assert "encoded once they need 0:01:00 instead of 0:16:40" in told["could"]
+    assert "stored-features" not in told[""]
+    assert "then 0:01:00 to encode 60,000 images once" in told["does"]
+    rare = dataclasses.replace(found, num_images=10**6, stored="could")
+    assert "stored-features" not in "\n".join(report_lines(rare)), "a run of a single epoch"
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("stores", [True, False])
+def test_a_run_that_stores_features_is_measured_while_it_encodes(
+    stores: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = build_preset("photos-heads" if stores else "photos-features")
+    if stores:
+        config = config.changed(efficiency={"stored_features": "features"})
+    seen: list[tuple[str, str]] = []
+
+    def on_bench(config: TrainConfig, *of: Any, **more: Any) -> contextlib.nullcontext[Any]:
+        assert not config.efficiency.stored_features
+        bench = SimpleNamespace(config=config, parts=SimpleNamespace(datasets=["12345"]))
+        return contextlib.nullcontext(bench)
+
+    def tell(found: Diagnosis) -> None:
+        seen.append((found.stored, found.num_images))
+
+    one_rank = contextlib.nullcontext((Ranks(), torch.device("cpu")))
+    monkeypatch.setattr(session, "on_ranks", lambda config: one_rank)
+    monkeypatch.setattr(session, "on_bench", on_bench)
+    diagnoser = SimpleNamespace(diagnose=measured)
+    monkeypatch.setattr(session, "Diagnoser", lambda *of, **more: diagnoser)
+    session.measure(
+        config, mock.MagicMock(), applies=False, rounds=1, samples=0, scratch=tmp_path, note=tell
+    )
+    assert seen == [("does" if stores else "could", 5)]
 
 
 @pytest.mark.dali

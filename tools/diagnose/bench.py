@@ -77,11 +77,6 @@ class Bench:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
         # a run in stages is measured with its own settings, those of the last stage
         config = config.changed(run={"stages": ()})
-        require(
-            not config.efficiency.stored_features,
-            "unicl-bench measures runs that decode and encode images: leave "
-            "efficiency.stored_features out",
-        )
         self.ranks, self.device, self.folder = ranks, device, folder
         self.free_bytes = min(gather_integers(free_memory(device), ranks))
         self.clock, self._opened = LoopClock(), contextlib.ExitStack()

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from unicl_fast.system.wording import count_of
 
@@ -22,6 +22,9 @@ SIDES = {
 }
 
 
+Stored = Literal["", "could", "does"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
     """Everything that a diagnosis has found so far."""
@@ -31,6 +34,9 @@ class Diagnosis:
     applied: list[dict[str, Any]]
     """Changes that `--apply` has measured again, and whether it kept them."""
     config: dict[str, Any]
+    num_images: int = 0
+    stored: Stored = ""
+    """Whether the run stores features of frozen encoders, or could."""
 
     @property
     def kept(self) -> list[str]:
@@ -56,7 +62,7 @@ def report_lines(found: Diagnosis) -> Iterator[str]:
     yield from _stages(measured)
     yield f"\nTHE LIMIT: {limit.sentence}"
     yield f"{limit.head_room}\n"
-    yield from _advice(measured)
+    yield from _advice(found)
     yield ""
     yield from _plan(found)
     for one in found.applied:
@@ -103,7 +109,8 @@ def rate_of(measured: Measured) -> str:
     return f"{measured.rate:,.0f} images/s"
 
 
-def _advice(measured: Measured) -> Iterator[str]:
+def _advice(found: Diagnosis) -> Iterator[str]:
+    measured = found.measured
     useful, idle = advise(measured)
     yield f"ADVICE (now {rate_of(measured)}; each change alone: median, slowest, fastest round)"
     for number, one in enumerate(useful, 1):
@@ -114,7 +121,7 @@ def _advice(measured: Measured) -> Iterator[str]:
         yield "  no change could be measured in time: raise --seconds"
     elif not useful:
         yield "  no measured change gains 3 % in each round"
-    for text in hints(measured):
+    for text in [*_stored_hint(found), *hints(measured)]:
         yield f"  worth a try, not measured: {text}"
     if idle:
         yield "  does not help: " + "; ".join(f"{one.change.option} {one}" for one in idle)
@@ -129,6 +136,24 @@ def _plan(found: Diagnosis) -> Iterator[str]:
             f"THE PLAN: the largest local batch that fits, by the memory plan, is "
             f"{measured.largest_batch:,}; now {measured.local_batch}"
         )
-    then = datetime.timedelta(seconds=round(3600 * found.hours))
-    ranks = count_of(measured.world_size, "rank")
+    then, ranks = str(_time(3600 * found.hours)), count_of(measured.world_size, "rank")
+    if found.stored == "does":
+        then = (
+            f"{_time(found.num_images / measured.rate)} to encode {found.num_images:,} images once "
+            "(efficiency.stored_features; measured with the rest of a step), and steps of the rest"
+        )
     yield f"  start: {measured.start_seconds:.0f} s; then {then} on {ranks}"
+
+
+def _stored_hint(found: Diagnosis) -> Iterator[str]:
+    """What storing features would save, if the run encodes an image in the same way each time."""
+    seconds = found.num_images / found.measured.rate
+    if found.stored == "could" and seconds < 3600 * found.hours / 2:
+        yield (
+            "--efficiency.stored-features FOLDER: the frozen encoder sees the same images in every "
+            f"epoch; encoded once they need {_time(seconds)} instead of {_time(3600 * found.hours)}"
+        )
+
+
+def _time(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=round(seconds))

@@ -100,6 +100,8 @@ class Run:
         from .report import report_lines
 
         print("\n".join(report_lines(found)), flush=True)
+        if self.apply and not found.applied:
+            print("APPLIED nothing: no measured change gains enough; use the options as they are")
         text = result_text(self, "timm", "nvidia-dali-cuda120", **found.as_dict())
         if self.json is not None:
             self.json.write_text(text, encoding="utf-8")

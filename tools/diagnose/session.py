@@ -26,7 +26,7 @@ from .bench import Bench
 from .deadline import Budget
 from .diagnose import LONGER, Diagnoser
 from .model import Change, Measured, Trial
-from .report import Diagnosis
+from .report import Diagnosis, Stored
 
 _MOST_PASSES = 4
 
@@ -45,6 +45,14 @@ def measure(
 
     Rank 0 calls `note` with each new result; `scratch` is an empty folder.
     """
+    stored: Stored = "does" if config.efficiency.stored_features else ""
+    if stored:  # what takes time is encoding; standardising needs the stored features
+        config = config.changed(
+            efficiency={"stored_features": ""}, model={"standardise": False, "feature_noise": 0.0}
+        )
+    with contextlib.suppress(ValueError):
+        config.changed(efficiency={"stored_features": "features"})
+        stored = stored or "could"
     applied: list[dict[str, Any]] = []
     refused: set[str] = set()
     with on_ranks(config) as (ranks, device):
@@ -58,7 +66,7 @@ def measure(
 
                 def tell(measured: Measured, bench: Bench = bench) -> None:
                     if ranks.is_main:
-                        note(_diagnosis(measured, bench, samples, applied))
+                        note(_diagnosis(measured, bench, samples, applied, stored))
 
                 diagnoser = Diagnoser(bench, budget, folder=place, rounds=rounds, report=tell)
                 measured = diagnoser.diagnose()
@@ -97,12 +105,19 @@ def _best(bench: Bench, measured: Measured, refused: set[str]) -> Advice | None:
 
 
 def _diagnosis(
-    measured: Measured, bench: Bench, samples: int, applied: list[dict[str, Any]]
+    measured: Measured,
+    bench: Bench,
+    samples: int,
+    applied: list[dict[str, Any]],
+    stored: Stored,
 ) -> Diagnosis:
     run = bench.config.run
     hours = (samples or run.total_steps * run.global_batch_size) / measured.rate / 3600
     config = config_to_dict(bench.config)
-    return Diagnosis(measured=measured, hours=hours, applied=list(applied), config=config)
+    return Diagnosis(
+        measured=measured, hours=hours, applied=list(applied), config=config,
+        num_images=sum(map(len, bench.parts.datasets)), stored=stored,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
