@@ -45,7 +45,7 @@ CAPTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
-    parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")
+    parser.add_argument("--samples", type=int, default=25_600, help="samples seen: 200 steps")
     arguments = parser.parse_args(begin_program())
     out: Path = arguments.out
     started = time.perf_counter()
@@ -66,8 +66,7 @@ def main() -> None:
     print("\n3. Training on labels and captions together")
     data: _Words = ["--data.train", packed / "labelled", packed / "captioned"]
     data += ["--data.evaluate", packed / "held-out"]
-    length = ["--run.samples", str(arguments.samples)] if arguments.samples else []
-    settings = ["--preset", "digits-small", *length]
+    settings = ["--preset", "digits-small", "--run.samples", str(arguments.samples)]
     run(pretrain.main, "unicl-pretrain", *settings, *data, "--out", trained)
 
     print("\n4. Classifying the held-out digits by their prompts")

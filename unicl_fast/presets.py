@@ -105,9 +105,14 @@ _PHOTOS = _MIXED.changed(
     run={"samples": 12_800},
 )
 # Without crops an image is the same in every epoch, so a locked encoder encodes it once if
-# efficiency.stored_features names a folder.
+# efficiency.stored_features names a folder. Evaluations show whole images, as training does.
 _PHOTOS_FEATURES = _PHOTOS.changed(
-    data={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
+    data={
+        "crop_scale": (1.0, 1.0),
+        "crop_ratio": (1.0, 1.0),
+        "flip_probability": 0.0,
+        "evaluation_resize": 128,
+    }
 )
 
 # Both encoders locked and encoded once: a run trains two matrices for seconds. docs/results.md,

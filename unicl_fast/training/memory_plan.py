@@ -33,6 +33,7 @@ from unicl_fast.models.compilation import (
     refuse_window_attention,
 )
 from unicl_fast.models.freezing import freeze
+from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.sharding import check_sharding, largest_load
 from unicl_fast.models.unicl import UniCL
@@ -303,13 +304,20 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
     """The config with defaults for all that leaves the encoders alone, to share `_measure`."""
     size, efficiency = config.data.image_size, config.efficiency
     return TrainConfig(
-        data=DataConfig(image_size=size, evaluation_resize=size),
+        data=DataConfig(
+            image_size=size,
+            evaluation_resize=size,
+            crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            flip_probability=0.0,
+        ),
         model=config.model,
         objective=config.objective,
         optim=OptimConfig(freeze=config.optim.freeze, lora=config.optim.lora),
         efficiency=EfficiencyConfig(
             precision=efficiency.precision,
             activation_checkpointing=efficiency.activation_checkpointing,
+            stored_features="yes" if efficiency.stored_features else "",
             window_attention="triton" if efficiency.window_attention == "triton" else "timm",
         ),
     )
@@ -356,7 +364,7 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
     precision = Precision(config.efficiency.precision)
     model = plain = build_on_meta(config, device_type)
     if config.efficiency.activation_checkpointing or config.optim.freeze:
-        all_kept = _with(config, activation_checkpointing=False)
+        all_kept = _with(config, activation_checkpointing=False, stored_features="")
         plain = build_on_meta(dataclasses.replace(all_kept, optim=OptimConfig()), device_type)
     size = config.data.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):  # some encoders hold tables of their own
@@ -364,6 +372,8 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
             one.to_empty(device="cpu").eval()
 
         def images(count: int) -> Tensor:
+            if config.efficiency.stored_features:  # a step does not run the encoder
+                return torch.empty(count, feature_width(model.image_encoder))
             pixels = torch.empty(count, 3, size, size, dtype=precision.compute_type)
             return pixels.to(memory_format=torch.channels_last)
 
