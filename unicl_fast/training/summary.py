@@ -21,7 +21,8 @@ def describe_run(trainer: Trainer, run_folder: Path, *, origin: str = "") -> lis
     settled = settled_values(config_to_dict(trainer.given), config)
     choices = [f"{g}.{name}={one}" for g in settled for name, one in settled[g].items()]
     evaluated = ", ".join(map(without_secrets, config.data.evaluate))
-    evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"
+    every, total = config.run.evaluate_every_steps, trainer.total_steps
+    evaluated += f", {_every(every, total)}" if evaluated else "nothing"
     stages = trainer.stages if len(trainer.stages) > 1 else ()
     return [
         *([f"settings: {origin}"] if origin else []),
@@ -33,13 +34,13 @@ def describe_run(trainer: Trainer, run_folder: Path, *, origin: str = "") -> lis
         *(f"from step {one.span.first_step:,} on: {describe_stage(one)}" for one in stages),
         _describe_device(trainer),
         f"saved: checkpoints in {run_folder}/checkpoints, "
-        f"{_every(config.checkpoint.every_steps)}; metrics.jsonl every "
+        f"{_every(config.checkpoint.every_steps, total)}; metrics.jsonl every "
         f"{count_of(config.run.log_every_steps, 'step')}",
     ]
 
 
-def _every(steps: int) -> str:
-    return f"every {count_of(steps, 'step')} and at the end" if steps else "at the end"
+def _every(steps: int, total: int) -> str:
+    return f"every {count_of(steps, 'step')} and at the end" if 0 < steps < total else "at the end"
 
 
 def _describe_data(trainer: Trainer) -> list[str]:
