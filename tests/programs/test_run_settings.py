@@ -198,7 +198,7 @@ def test_auto_chooses_a_preset_for_the_data_and_the_machine(
     assert config.efficiency.stored_features == stored
     assert config.model.init_image == ("timm:here" if name.startswith("photos") else "")
     is_short = name in ("photos-features", "photos-small") and given.num_images > 320
-    assert ("a short run" in reasons) == is_short
+    assert ("larger --run.samples" in reasons) == is_short
     assert ("pip install" in reasons) == (name in ("mixed-small", "photos-features"))
     assert f"{given.num_images:,} image" in reasons
 
