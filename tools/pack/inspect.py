@@ -189,6 +189,7 @@ def _in_words(inspection: Inspection) -> str:
         ("height", inspection.heights),
         ("width/height", inspection.aspects),
         ("bytes", inspection.image_bytes),
+        ("weight", inspection.weights),
     ]
     numbers = [_numbers(what, spread) for what, spread in spreads if spread]
     lines += [markdown_table(("", "least", "median", "mean", "95 %", "most"), numbers), ""]

@@ -47,6 +47,8 @@ ARRAY_DTYPES = {
     "tokens": np.dtype("<u2"),
     "labels": np.dtype("<i4"),
 }
+WEIGHT_DTYPE: np.dtype[Any] = np.dtype("<f4")
+"""A row of weights.npy, which only a data set with weights has: a sample's weight."""
 NO_FILE = 2**32 - 1  # the source file number of an image that is in the data set's own shard
 IN_PLACE_DTYPES = {
     "places": np.dtype([("file", "<u4"), ("offset", "<u8"), ("size", "<u4")]),
@@ -99,7 +101,8 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
 
 def dtypes_of(manifest: Manifest) -> dict[str, np.dtype[Any]]:
     """The types of all arrays of a data set."""
-    return ARRAY_DTYPES if manifest.in_place is None else {**ARRAY_DTYPES, **IN_PLACE_DTYPES}
+    dtypes = ARRAY_DTYPES | ({"weights": WEIGHT_DTYPE} if manifest.num_weights else {})
+    return dtypes if manifest.in_place is None else {**dtypes, **IN_PLACE_DTYPES}
 
 
 def length_of(manifest: Manifest, name: str) -> int:
@@ -178,6 +181,7 @@ def verify_arrays(
         "samples": _check_samples,
         "captions": _check_captions,
         "labels": _check_labels,
+        "weights": _check_weights,
         "places": _check_places,
         "files": _check_files,
         "names": _check_names,
@@ -262,6 +266,10 @@ def _check_labels(rows: Rows, manifest: Manifest) -> Problems:
     num_classes = len(manifest.class_names)
     wrong = (rows < 0) | (rows >= num_classes)
     return [(wrong, f"is not one of the {num_classes} classes that the manifest names")]
+
+
+def _check_weights(rows: Rows, _: Manifest) -> Problems:
+    return [(~((rows > 0) & np.isfinite(rows)), "is not a positive number")]
 
 
 def _check_places(rows: Rows, manifest: Manifest) -> Problems:

@@ -68,6 +68,8 @@ class Manifest:
     num_tokens: Count
     num_labels: Count
     """Length of labels.npy: a sample can have several labels, or none."""
+    num_weights: Count = 0
+    """Length of weights.npy, one a sample; 0 (and no field in the file) without weights."""
     num_quarantined: Count
     shards: tuple[ShardInfo, ...]
     tokenizer: str
@@ -98,7 +100,7 @@ class Manifest:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        for name in ("pixels", "in_place", "hierarchy", "license"):
+        for name in ("pixels", "in_place", "hierarchy", "license", "num_weights"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -124,6 +126,8 @@ class Manifest:
             if (getattr(manifest, field) is None) == (version == owner):
                 wanted = "needs the" if version == owner else "has no"
                 raise ValueError(f"{where}: format version {version} {wanted} field {field}")
+        if manifest.num_weights not in (0, manifest.num_samples):
+            raise ValueError(f"{where}: num_weights must be num_samples, or be left out")
         hierarchy, num_classes = manifest.hierarchy, len(manifest.class_names)
         if hierarchy is not None and hierarchy.num_classes != num_classes:
             raise ValueError(

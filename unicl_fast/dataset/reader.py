@@ -115,7 +115,7 @@ class PackedDataset:
         self.folder = files.folder
         """Folder of manifest and arrays; for a data set under a URL, in the cache."""
         self.remote = files if isinstance(files, RemoteFiles) else None
-        self.manifest = Manifest.load(self.folder)
+        self.manifest = self._load_manifest()
         self.sources = self._open_sources(cache)
         """The source files with the images; None if the data set holds its own."""
         total = self.manifest.num_samples
@@ -124,6 +124,10 @@ class PackedDataset:
         self.captions = self._open_array("captions", self.manifest.num_captions)
         self.tokens: npt.NDArray[Any] = self._open_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._open_array("labels", self.manifest.num_labels)
+        self.weights: npt.NDArray[np.float32] | None = None
+        """Each sample's weight, [N]; None without weights."""
+        if self.manifest.num_weights:
+            self.weights = self._open_array("weights", total)[:num_used]
         pixels = self.manifest.pixels
         self._layout = None if pixels is None else PixelLayout(self.location, pixels, total)
         self._files = files
@@ -455,6 +459,8 @@ class PackedDataset:
         """
         own: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         arrays = dict(zip(ARRAY_DTYPES, own, strict=True))
+        if self.weights is not None:
+            arrays["weights"] = self.weights
         if self.sources is not None:
             arrays |= self.sources.arrays
         for name, array in arrays.items():
@@ -515,11 +521,16 @@ class PackedDataset:
             raise IndexError(f"{self.location} has samples 0 to {len(self) - 1}, not {index}")
         return index
 
+    def _load_manifest(self) -> Manifest:
+        """Reads the manifest, and copies the arrays that only some data sets have."""
+        manifest = Manifest.load(self.folder)
+        if self.remote is not None and (more := dtypes_of(manifest).keys() - ARRAY_DTYPES.keys()):
+            self.remote.copy([f"{name}.npy" for name in sorted(more)])
+        return manifest
+
     def _open_sources(self, cache: CacheOptions | None) -> SourceFiles | None:
         if self.manifest.in_place is None:
             return None
-        if self.remote is not None:
-            self.remote.copy([f"{name}.npy" for name in dtypes_of(self.manifest)])
         sources = SourceFiles(self.folder, self.manifest, cache, location=self.location)
         if self.remote is not None and len(sources) and sources.cache is None:
             raise ValueError(
@@ -529,4 +540,4 @@ class PackedDataset:
         return sources
 
     def _open_array(self, name: str, length: int) -> npt.NDArray[Any]:
-        return open_array(self.folder / f"{name}.npy", ARRAY_DTYPES[name], length)
+        return open_array(self.folder / f"{name}.npy", dtypes_of(self.manifest)[name], length)

@@ -27,6 +27,8 @@ class Description:
     labels: tuple[int, ...]
     source: str
     name: str
+    weight: float | None = None
+    """None if the data set has no weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +136,9 @@ class SampleReader:
             values: Any = json.loads(bytes(member.data))
         except (ValueError, RecursionError) as error:
             raise self._damaged(index, f"its JSON cannot be read: {error}") from error
-        if not isinstance(values, dict) or set(values) != _FIELDS:
-            fields = f"the fields {sorted(_FIELDS)}, and no others"
+        wanted = _FIELDS if self._dataset.weights is None else {*_FIELDS, "weight"}
+        if not isinstance(values, dict) or set(values) != wanted:
+            fields = f"the fields {sorted(wanted)}, and no others"
             raise self._damaged(index, f"its JSON does not hold {fields}")
         try:
             return msgspec.convert(values, Description)

@@ -31,6 +31,7 @@ from unicl_fast.dataset.arrays import (
     PIXEL_DTYPE,
     PIXELS_NAME,
     SAMPLE_DTYPE,
+    WEIGHT_DTYPE,
 )
 from unicl_fast.dataset.growing_files import (
     ArrayFile,
@@ -82,6 +83,7 @@ _VERSIONS = {"webp": WEBP_FORMAT_VERSION, "ppm": PPM_FORMAT_VERSION}
 """Format versions needed for such images."""
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
+_WEIGHT_ROW = struct.Struct("<f")
 _PLACE_ROW = struct.Struct("<IQI")
 _FILE_ROW = struct.Struct("<QHQQ")
 _labels_row = functools.lru_cache(lambda count: struct.Struct(f"<{count}i"))
@@ -120,6 +122,8 @@ class PackedSample:
     source: str = ""
     """The image's origin, and `name` there: for people, not for training."""
     name: str = ""
+    weight: float | None = None
+    """None if the data set has no weights."""
     place: SourcePlace | None = None
     """The image's place in a source file, for a data set in place; `image` is then empty."""
 
@@ -136,6 +140,7 @@ class DatasetWriter:
         *,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         images: Literal["encoded", "raw", "in place"] = "encoded",
+        has_weights: bool = False,
         work: Path | None = None,
     ) -> None:
         """Creates the folder that is renamed at the end, or continues one.
@@ -145,6 +150,7 @@ class DatasetWriter:
             shard_bytes: largest size of a shard.
             images: encoded: files as they are; raw: decoded pixels of one size (format version 2);
                 in place: images with a `place` stay there (format version 4).
+            has_weights: store each sample's weight.
             work: a folder beside the final one that survives a crash, with the finished shards of
                 an earlier writer. The caller must pass the same samples and options, skip the
                 first `num_places` samples, and remove the folder at the end.
@@ -167,6 +173,9 @@ class DatasetWriter:
         self._shard: ShardFile | None = None
         self._is_raw, self._is_in_place = images == "raw", images == "in place"
         self._dtypes = ARRAY_DTYPES | (IN_PLACE_DTYPES if self._is_in_place else {})
+        self.has_weights = has_weights
+        if has_weights:
+            self._dtypes = {**self._dtypes, "weights": WEIGHT_DTYPE}
         self._image_size: tuple[int, int] | None = None
         self._pixels: ArrayFile | None = None
         self._version = FORMAT_VERSION
@@ -224,6 +233,8 @@ class DatasetWriter:
             tokens.append(ids.astype("<u2").tobytes())
         if sample.labels:
             labels.append(_labels_row(len(sample.labels)).pack(*sample.labels))
+        if self.has_weights:
+            arrays["weights"].append(_WEIGHT_ROW.pack(sample.weight))
         if self._is_in_place:
             self._add_place(sample.place)
         self.num_samples += 1
@@ -298,6 +309,7 @@ class DatasetWriter:
             num_captions=self._arrays["captions"].length,
             num_tokens=self._arrays["tokens"].length,
             num_labels=self._arrays["labels"].length,
+            num_weights=self.num_samples if self.has_weights else 0,
             num_quarantined=self.num_quarantined,
             shards=tuple(self._shards),
             tokenizer=tokenizer,
@@ -491,5 +503,6 @@ def _describe(sample: PackedSample) -> bytes:
     captions, labels = ",".join(map(_quote, sample.captions)), ",".join(map(str, sample.labels))
     # names that are not UTF-8 arrive as lone surrogates, which escapes can express
     source, name = _quote(sample.source), _quote(sample.name)
-    text = f'{{"captions":[{captions}],"labels":[{labels}],"source":{source},"name":{name}}}'
+    more = "" if sample.weight is None else f',"weight":{sample.weight!r}'
+    text = f'{{"captions":[{captions}],"labels":[{labels}],"source":{source},"name":{name}{more}}}'
     return text.encode("ascii")

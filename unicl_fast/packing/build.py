@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import xxhash
@@ -289,6 +290,7 @@ class _Contents:
     templates: tuple[str, ...]
     hierarchy: Hierarchy | None
     license: str
+    has_weights: bool
     packed: Sequence[PackedSource]
     passed_over: Counter[str]
     notes: Counter[str]
@@ -306,8 +308,9 @@ def _pack(
     # samples that were left out before cannot be packed now; the first side lists them
     packed = contents.packed if side == 0 else ()
     with DatasetWriter(
-        work.out, shard_bytes=options.shard_bytes, images=options.kept_as, work=work.path
-    ) as writer:
+        work.out, shard_bytes=options.shard_bytes, images=options.kept_as, work=work.path,
+        has_weights=contents.has_weights,
+    ) as writer:  # fmt: skip
         one_size = OneSize(images.square_side, writer.notes) if options.kept_as == "raw" else None
         num_taken_over, num_done = writer.num_samples, writer.num_places
         if num_taken_over:
@@ -372,6 +375,12 @@ def _read(
     read = read_sources(paths, options, spool)
     if options.in_place:
         require_in_place(read, spool)
+    has_weights = any(source.items.has_weights for source in read)
+    if options.weight_column and not has_weights:
+        raise ValueError(
+            f"no SOURCE has a sample with a weight, a positive number, in {options.weight_column!r}"
+            " (--weight-column)"
+        )
     packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, works)
     templates: tuple[str, ...] = ()
@@ -399,6 +408,7 @@ def _read(
         templates=templates,
         hierarchy=hierarchy,
         license=options.license or join_licenses(read),
+        has_weights=has_weights,
         packed=packed,
         passed_over=+passed_over,  # `+` drops the zeros
         notes=+notes,
@@ -507,6 +517,7 @@ def _write(
                 source=source,
                 name=item.name,
                 place=place,
+                weight=fmean(item.weights or [1.0]) if writer.has_weights else None,
             )
         )
         if result.reencoded:

@@ -170,6 +170,8 @@ class Inspection:
     aspects: Spread
     """Width divided by height."""
     image_bytes: Spread
+    weights: Spread | None
+    """None if samples have no weights."""
     exact_copies: Copies
     near_distance: int
     near_copies: Copies | None
@@ -242,6 +244,7 @@ def inspect_dataset(
             widths=_spread(rows["width"]),
             aspects=_spread(rows["width"] / rows["height"], unit=0.05),
             image_bytes=_spread(image_sizes(dataset)),
+            weights=None if dataset.weights is None else _spread(dataset.weights.astype(float)),
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,

@@ -116,6 +116,7 @@ def make_page(
             _histogram("Height", inspection.heights, "pixels"),
             _histogram("Width / height", inspection.aspects),
             _histogram(size_of, inspection.image_bytes, "bytes"),
+            *([_histogram("Weight", inspection.weights)] if inspection.weights else ()),
         ],
         exact=exact,
         near=near,

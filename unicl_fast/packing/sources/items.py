@@ -45,6 +45,8 @@ class Item:
     problem: Problem | None = None
     groups: list[str] = field(default_factory=list)
     """Values of --group-column: `--split` keeps samples with one value together."""
+    weights: list[float] = field(default_factory=list)
+    """Values of --weight-column, one a row."""
     source: str = ""
     """The name of its source, if not the SOURCE that was read: a packed data set knows its samples'
     origin."""

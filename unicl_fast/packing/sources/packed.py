@@ -61,10 +61,10 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
     if not _is_packed(path):
         every = " ".join(f"{path}/{folder}" for folder in sorted(place.folders))
         raise ValueError(f"{path} holds packed data sets: name one, or each: {every}")
-    if options.conditions() or options.scores() or options.group_column:
+    if options.conditions() or options.scores() or options.group_column or options.weight_column:
         raise ValueError(
-            f"{path} is a packed data set, which has no columns: leave --where, --min-score and "
-            "--group-column out"
+            f"{path} is a packed data set, which has no columns: leave --where, --min-score, "
+            "--group-column and --weight-column out"
         )
     items = spool.new_items()
     with PackedDataset(path) as dataset, contextlib.closing(SampleReader(dataset)) as reader:
@@ -114,6 +114,7 @@ class _Samples:
                 captions=list(text.captions),
                 labels=[self._labels[label] for label in text.labels] if not fault else [],
                 problem=Problem("damaged", fault) if fault else None,
+                weights=[] if text.weight is None else [text.weight],
                 source=text.source,
             )
 
@@ -157,7 +158,7 @@ class _Samples:
 
 
 def text_faults(dataset: PackedDataset, index: int, text: Description) -> dict[str, str]:
-    """How labels and captions in a sample's JSON contradict the arrays, by kind."""
+    """How labels, captions and weight in a sample's JSON contradict the arrays, by kind."""
     labels = tuple(dataset.labels_of(index).tolist())
     found, count = len(text.captions), int(dataset.samples[index]["captions_count"])
     faults = {}
@@ -165,6 +166,9 @@ def text_faults(dataset: PackedDataset, index: int, text: Description) -> dict[s
         faults["labels"] = f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
     if found != count:
         faults["captions"] = f"{count_of(found, 'caption')} in its JSON, {count} in samples.npy"
+    weight = None if dataset.weights is None else dataset.weights[index]
+    if weight != (None if text.weight is None else np.float32(text.weight)):
+        faults["weight"] = f"the weight is {text.weight} in its JSON, {weight} in weights.npy"
     return faults
 
 

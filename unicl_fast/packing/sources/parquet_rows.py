@@ -55,7 +55,7 @@ def convert(task: TableTask) -> TableResult:
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     conditions, scores = task.options.conditions(), task.options.scores()
     others = [column for column, _ in [*conditions, *scores]]
-    others += [columns.group] if columns.group else []
+    others += [column for column in (columns.group, columns.weight) if column]
     if set(header) >= _IMG2DATASET:
         others.append("status")
     wanted = list(dict.fromkeys((columns.image, *columns.captions, *columns.labels, *others)))
@@ -142,7 +142,7 @@ class _RowWriter:
 
     columns: Columns
     others: Sequence[str]
-    """The columns of `conditions`, `scores` and the group, and img2dataset's `status`."""
+    """Columns of `conditions`, `scores`, the group and the weight, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
     conditions: Sequence[tuple[str, str]]
     scores: Sequence[tuple[str, float]]
@@ -189,8 +189,9 @@ class _RowWriter:
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
         captions = [text for column in self.columns.captions for text in _as_list(row[column])]
-        group = {"group": row[self.columns.group]} if self.columns.group else {}
-        return {"captions": captions, "labels": labels} | group
+        more = {"group": self.columns.group, "weight": self.columns.weight}
+        others = {name: row[column] for name, column in more.items() if column}
+        return {"captions": captions, "labels": labels} | others
 
     def _image(self, images: _Images, number: int) -> dict[str, Any]:
         """Copies the image and returns its location; or returns its path, or its problem."""

@@ -45,6 +45,7 @@ class Columns:
     captions: tuple[str, ...]
     labels: tuple[str, ...]
     group: str = ""
+    weight: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,9 @@ class ListOptions:
     all. Labels are names, keys, or numbers into --class-names."""
     group_column: str = ""
     """Column with a key, such as a product's number: --split keeps images with one key together."""
+    weight_column: str = ""
+    """Column with a weight of each row, such as clicks: a positive number. An image of several rows
+    has their mean, one of a source without columns 1. See data.sample_weights of unicl-pretrain."""
     image_root: str = ""
     """Folder or zip that image paths in lists are relative to; by default the list's folder, and
     for COCO's files the folder called images, or as they are (val2017)."""
@@ -102,7 +106,7 @@ def choose_columns(path: object, header: Sequence[str], options: ListOptions) ->
     """
     named = {
         what: names_of(getattr(options, f"{what}_column"))
-        for what in ("image", "caption", "label", "group")
+        for what in ("image", "caption", "label", "group", "weight")
     }
     asked = [(name, f"--{what}-column") for what, names in named.items() for name in names]
     asked += [(column, "--where") for column, _ in options.conditions()]
@@ -127,7 +131,7 @@ def choose_columns(path: object, header: Sequence[str], options: ListOptions) ->
             "--caption-column or --label-column, such as --caption-column title --label-column "
             f"category. It has {shorten(header, limit=1000)}"
         )
-    return Columns(images[0], captions, labels, options.group_column)
+    return Columns(images[0], captions, labels, options.group_column, options.weight_column)
 
 
 def names_of(option: Sequence[str]) -> tuple[str, ...]:
@@ -168,7 +172,7 @@ def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem
 
 
 def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> None:
-    """Adds a row's captions and labels, each once; a value of a wrong type is the item's problem.
+    """Adds a row's captions and labels, each once, and its weight; bad values are problems.
 
     `where` names the row in messages.
     """
@@ -191,8 +195,23 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none
                 labels.append(label)
+    if columns.weight:
+        _add_weight(item, row.get(columns.weight), f"{where}: the weight in {columns.weight}")
     keys = _flat(row.get(columns.group)) if columns.group else ()
     join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
+
+
+def _add_weight(item: Item, value: Any, what: str) -> None:
+    """Adds a row's weight; it must be a positive number, of which float32 can hold many's sum."""
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if 1e-30 <= weight <= 1e30:
+        item.weights.append(weight)
+    else:
+        found = shorten(value, limit=200)
+        item.problem = Problem("bad row", f"{what} is {found}, not a number of 1e-30 to 1e30")
 
 
 def _values(value: Any) -> list[Any]:

@@ -149,6 +149,8 @@ class ItemStore:
         self._locate = locate
         self._count = 0
         self._num_rows = self._num_captioned = self._num_labelled = 0
+        self.has_weights = False
+        """Whether any item has a weight."""
         self._last = ("", -1)
         """Name and number of the last item found: an image's rows are mostly consecutive."""
         self._kinds: list[type[Entry]] = []
@@ -281,7 +283,8 @@ class ItemStore:
     ) -> None:
         """Writes a row: an item's texts and problem, and in its first row its other fields."""
         problem = item.problem and (item.problem.kind, item.problem.message)
-        record = (number, item.captions, item.labels, problem, item.groups, *head)
+        texts = item.captions, item.labels
+        record = (number, *texts, problem, item.groups, item.weights, *head)
         data = _encode((*record, *fields))
         self._digest.update(data if spelled is fields else _encode((*record, *spelled)))
         for label in item.labels:
@@ -291,6 +294,7 @@ class ItemStore:
         self._num_rows += 1
         self._num_captioned += bool(item.captions)
         self._num_labelled += bool(item.labels)
+        self.has_weights |= bool(item.weights)
         if len(self._pending) >= _WRITE_ROWS or self._pending_bytes > _MOST_PENDING_BYTES:
             self._flush()
 
@@ -302,17 +306,19 @@ class ItemStore:
         """Makes items of their rows, which are sorted; by number."""
         items: dict[int, Item] = {}
         for number, data in rows:
-            _, captions, labels, problem, groups, *others = _decode(data)
+            _, captions, labels, problem, groups, weights, *others = _decode(data)
             if problem is not None:
                 problem = Problem(*problem)
             if number not in items:
                 name, source, kind, *fields = others
                 entry = None if kind < 0 else self._kinds[kind](*fields)
-                items[number] = Item(name, entry, captions, labels, problem, groups, source)
+                texts = captions, labels, problem, groups, weights
+                items[number] = Item(name, entry, *texts, source)
             else:
                 item = items[number]  # as if `add_texts` had been called with it
                 if item.problem is None or item.problem.kind != TOO_MANY:
                     item.problem = problem or item.problem
+                    item.weights += weights
                     join_rows(item, captions, labels, groups)
         for item in items.values():
             require_text(item)

@@ -32,6 +32,7 @@ _MEMORY_BYTES = 5_000_000_000
 """A limit, for a page of up to 2 GB, packed and unpacked; usually 16 MB are in use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 _COLUMNS = Columns("", ("captions",), ("labels",), "group")
+_WEIGHTED = dataclasses.replace(_COLUMNS, weight="weight")
 
 
 def _recognises(place: Place) -> bool:
@@ -161,6 +162,7 @@ def _note_of(task: TableTask) -> Path:
 def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> int:
     """Adds the rows that were written; returns the number after the last."""
     file_name, number = Path(task.path).name, -1
+    columns = _WEIGHTED if task.options.weight_column else _COLUMNS
 
     def find(name: str) -> Item:
         if named is None:  # the same path in two folders would be one sample
@@ -181,14 +183,14 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
             number = row["row"]
             where = f"{file_name}, row {number}"
             if "path" in row:  # rows with one path are one sample
-                add_named(items, row["path"], row, _COLUMNS, where, find)
+                add_named(items, row["path"], row, columns, where, find)
                 continue
             item = Item(f"{file_name}:{number}")
             if "problem" in row:
                 item.problem = Problem(*row["problem"])
             else:
                 item.entry = Span(task.images_file, row["offset"], row["size"])
-                add_texts(item, row, _COLUMNS, where)
+                add_texts(item, row, columns, where)
             items.append(item)
     return number + 1
 

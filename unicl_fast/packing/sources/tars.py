@@ -145,10 +145,12 @@ class SampleMaker:
             captions or ("txt", *CAPTION_COLUMNS),
             labels or ("cls", *LABEL_COLUMNS),
             options.group_column,
+            options.weight_column,
         )
         self._conditions, self._scores = options.conditions(), options.scores()
         asked = {column for column, _ in [*self._conditions, *self._scores]} | {"status"}
-        wanted = {*self._columns.captions, *self._columns.labels, options.group_column} | asked
+        wanted = {*self._columns.captions, *self._columns.labels} | asked
+        wanted |= {self._columns.group, self._columns.weight}
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls are files
         self._items = spool.new_items()
         self._has_image = False
