@@ -14,8 +14,9 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.weights import WeightedDraws
 from unicl_fast.distributed.launch import stop
-from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
+from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader, read_weighted
 from unicl_fast.ledger.proof import LedgerProof, Run, prove
 from unicl_fast.system.checksums import parse_checksummed_json
 from unicl_fast.system.program import begin_program
@@ -31,10 +32,10 @@ class LedgerArguments:
 
     Proven: every step from the first to the last has a record of every rank, across all restarts
     and changes of the number of ranks; each complete epoch of each data set scheduled each sample
-    exactly once, and the epoch in progress none twice. The proof needs only the sample ids in the
-    ledger, and does not trust the program that planned them. It counts substitutes for damaged
-    samples, and steps done twice because the run resumed from a checkpoint. The run can still be in
-    progress.
+    exactly once (with data.sample_weights=draws as often as its weight says), and the epoch in
+    progress none more often. The proof needs only the sample ids in the ledger, and does not trust
+    the program that planned them. It counts substitutes for damaged samples, and steps done twice
+    because the run resumed from a checkpoint. The run can still be in progress.
 
     Exit code: 0 proven, 1 not proven, 2 wrong input, such as a missing ledger.
 
@@ -54,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = begin_program() if argv is None else list(argv)
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
     try:
-        replan = Replan() if arguments.replan else None
         steps_done, run = newest_checkpoint(arguments.run)
         folder = arguments.run / LEDGER_FOLDER
+        replan = Replan(folder) if arguments.replan else None
         proof = prove(folder, steps_done=steps_done, run=run, watch=replan)
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-ledger", error, code=2)
@@ -101,7 +102,8 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
 class Replan:
     """Plans the draws of a ledger again (a `watch` of `prove`), and counts those that differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._weighted = folder, dict[int, WeightedDraws]()
         self.num_draws = 0
         self.num_different = 0
         self._first = ""
@@ -117,6 +119,8 @@ class Replan:
         from unicl_fast.pipelines.plan.order import assign_sources
         from unicl_fast.pipelines.plan.plan import samples_of_draws
 
+        if not self.num_draws:
+            self._weighted = read_weighted(self._folder, header)
         draws = header.draws_before(first_step) + np.arange(ids.size, dtype=np.int64)
         planned_sources, source_draws = assign_sources(draws, header.shares)
         planned = np.empty_like(draws)
@@ -132,6 +136,7 @@ class Replan:
                 global_batch_size=header.global_batch_size,
                 shuffle_window=header.shuffle_window,
                 shuffle_groups=header.shuffle_groups,
+                weighted=self._weighted.get(number),
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_draws += ids.size
@@ -187,7 +192,10 @@ def in_words(proof: LedgerProof) -> str:
     if len(proof.holes) > _MOST_LINES:
         lines.append(f"and {count_of(len(proof.holes) - _MOST_LINES, 'more hole')}")
     if proof.holds:
-        lines.append("PROVEN: no step is missing, and every epoch schedules each sample once")
+        headers = [segment.header for segment in proof.segments]
+        by_weight = any(source.weights for header in headers for source in header.sources)
+        often = "as often as its weight says" if by_weight else "once"
+        lines.append(f"PROVEN: no step is missing, and every epoch schedules each sample {often}")
     elif proof.holes:
         lines.append(f"NOT PROVEN: the lines above are about the steps before {proof.steps}")
     else:

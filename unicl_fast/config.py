@@ -54,7 +54,7 @@ INITIAL_WEIGHTS = ("init", "init_image", "init_text")
 MUST_NOT_CHANGE = {
     "run": ("seed", "global_batch_size"),
     "efficiency": ("precision",),
-    "data": ("shuffle_window", "shuffle_groups"),
+    "data": ("shuffle_window", "shuffle_groups", "sample_weights"),
     "optim": ("lora",),
 }
 """Fields that a run keeps when it resumes, besides those of its model and objective."""
@@ -88,6 +88,9 @@ class DataConfig:
     text: Literal["any", "captions", "labels"] = "any"
     """Text of samples that have both: any, captions or labels. It is one of the captions or the
     prompt of one of the labels; any draws one of the two with equal chance, anew each time."""
+    sample_weights: Literal["none", "loss", "draws"] = "none"
+    """What the weights of samples (unicl-pack build --weight-column) multiply: none, the parts of
+    the loss, or how often samples are drawn. Samples of data sets without weights have 1."""
     templates: Literal["per_sample", "per_class"] = "per_sample"
     """Draw the prompt template for each sample, as in the paper, or for each class. per_class draws
     once for each class and batch, so that fewer prompts are encoded."""

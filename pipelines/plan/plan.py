@@ -20,6 +20,7 @@ from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.weights import WeightedDraws, Weights, are_equal
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import (
@@ -62,6 +63,8 @@ class PlanSource:
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]], for `data.prompts=levels`. None if the text of a label is its
     own prompt."""
+    weights: Weights | None = None
+    """How often each sample is drawn, relative to others [N]; None: once an epoch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +114,7 @@ def source_of(
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
         chains=chains,
+        weights=dataset.weights if data.sample_weights == "draws" else None,
     )
 
 
@@ -172,9 +176,11 @@ def samples_of_draws(
     global_batch_size: int,
     shuffle_window: int = 0,
     shuffle_groups: int = 1,
+    weighted: WeightedDraws | None = None,
 ) -> Int64Array:
-    """Draw q of a source of N samples is sample q mod N of its epoch q div N, each shuffled anew.
+    """Draw q of a source of N samples is row q mod N of its epoch q div N, each shuffled anew.
 
+    The row is the sample's number, unless samples are drawn by weight (`weighted`).
     `draws` [b] are numbered over the whole run, `source_draws` [b] among the source's own
     (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch.
     """
@@ -197,6 +203,8 @@ def samples_of_draws(
             epoch=int(epoch),
             draws=draws[chosen],
         )
+        if weighted is not None:
+            ids[chosen] = weighted.samples_of(ids[chosen], int(epoch))
     return ids
 
 
@@ -240,6 +248,13 @@ class TrainPlan:
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views
         self.seed = seed
+        self.weighted = [
+            None
+            if one.weights is None or are_equal([one.weights])
+            else WeightedDraws(one.weights, seed=seed, source=number)
+            for number, one in enumerate(sources)
+        ]
+        """How each source is drawn by weight; None if its samples come once an epoch."""
         self.shuffle_window = data.shuffle_window
         self.shuffle_groups = data.shuffle_groups
         whole = Span(number=0, first_step=0, end_step=0, first_draw=0,
@@ -328,6 +343,7 @@ class TrainPlan:
                 global_batch_size=self.global_batch_size,
                 shuffle_window=self.shuffle_window,
                 shuffle_groups=self.shuffle_groups,
+                weighted=self.weighted[number],
             )
         return source_ids, sample_ids
 

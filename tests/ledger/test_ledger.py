@@ -320,7 +320,7 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     (tmp_path / segment_name(1, 0)).write_bytes(encoded)
     found = read_segment_file(tmp_path / segment_name(1, 0))
     assert found is not None
-    replan = Replan()
+    replan = Replan(tmp_path)
     replan(found.header, 0, *(values.reshape(STEPS, N).astype(np.int64) for values in scheduled))
     assert replan.num_draws == STEPS * N
     assert replan.num_different == 0

@@ -35,6 +35,8 @@ import xxhash
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.arrays import WEIGHT_DTYPE, open_array
+from unicl_fast.dataset.weights import WeightedDraws
 from unicl_fast.system.checked_fields import LARGEST_INT, Count, from_json_values, require
 from unicl_fast.system.untrusted_files import open_file, parse_json
 from unicl_fast.system.wording import shorten
@@ -70,6 +72,8 @@ class LedgerSource:
 
     name: str
     num_samples: _Size
+    weights: str = ""
+    """XXH3-64 of the samples' weights, if they are drawn by weight; see `weights_path`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +146,28 @@ class SegmentHeader:
 
 def segment_name(segment: int, rank: int) -> str:
     return f"segment-{segment:04d}-rank-{rank:04d}.bin"
+
+
+def weights_path(folder: Path, weights: str) -> Path:
+    """The file with the weights of this checksum, an array as in a packed data set."""
+    return folder / f"weights-{weights}.npy"
+
+
+def read_weighted(folder: Path, header: SegmentHeader) -> dict[int, WeightedDraws]:
+    """The sources that are drawn by weight; ValueError for weights that were changed or removed."""
+    found = {}
+    for number, source in enumerate(header.sources):
+        if not source.weights:
+            continue
+        path = weights_path(folder, source.weights)
+        try:
+            weights = open_array(path, WEIGHT_DTYPE, source.num_samples)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+        if xxhash.xxh3_64_hexdigest(weights.data) != source.weights:
+            raise ValueError(f"{path} is damaged: its checksum is not the one in its name")
+        found[number] = WeightedDraws(weights, seed=header.seed, source=number)
+    return found
 
 
 def list_segments(folder: Path) -> dict[int, dict[int, Path]]:

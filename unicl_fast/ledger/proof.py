@@ -1,7 +1,8 @@
 """Reads a run's ledger and decides which steps, and which exact epochs, it proves.
 
 The plan is not consulted: N successive draws of a source of N samples are an epoch, and correct if
-no sample came twice. Memory is one byte per sample, for any length of run.
+no sample came twice; if they are drawn by weight, if each came as often as its weight says. Memory
+is one byte per sample (more beyond 255 draws of one in an epoch), for any length of run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import bisect
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.weights import WeightedDraws
 from unicl_fast.ledger.format import (
     DamagedSegmentError,
     LedgerSource,
@@ -23,6 +26,7 @@ from unicl_fast.ledger.format import (
     SegmentHeader,
     list_segments,
     read_segment_file,
+    read_weighted,
 )
 
 _ENDLESS = 1 << 62
@@ -62,9 +66,9 @@ class SourceProof:
     num_samples: int
     draws: int
     scheduled_twice: int
-    """Draws of a sample already drawn in the same epoch."""
+    """Draws of a sample already drawn in the same epoch, or as often as its weight says."""
     lost: int
-    """Samples that a complete epoch did not draw."""
+    """Draws of samples that a complete epoch lacks."""
     unknown: int
     """Draws of samples outside the source."""
 
@@ -189,7 +193,12 @@ def prove(
     steps = holes[0][0] if holes else done
 
     headers = [segment.header for segment in counting]
-    epochs = _EpochCounter(headers[0].sources if headers else ())
+    weighted: dict[int, WeightedDraws] = {}
+    try:
+        weighted = read_weighted(folder, headers[0]) if headers else {}
+    except ValueError as error:
+        faults.append(str(error))
+    epochs = _EpochCounter(headers[0].sources if headers else (), weighted)
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:
         for segment, start, source_ids, ids in _read_draws(counting, steps):
@@ -371,14 +380,23 @@ def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> 
 class _EpochCounter:
     """Counts the ordered draws of all sources epoch by epoch; one byte per sample."""
 
-    def __init__(self, sources: Sequence[LedgerSource]) -> None:
-        self._sources = list(sources)
-        self._seen = [np.zeros(source.num_samples, np.bool_) for source in sources]
-        """Samples drawn in each source's current epoch."""
+    def __init__(
+        self, sources: Sequence[LedgerSource], weighted: Mapping[int, WeightedDraws]
+    ) -> None:
+        self._sources, self._weighted = list(sources), weighted
+        self._left = [self._owed(number, epoch=0) for number in range(len(sources))]
+        """Draws of each sample that are left in each source's current epoch."""
         self._draws = [0] * len(self._sources)
         self._counts = np.zeros((len(self._sources), 3), np.int64)
         self._examples: list[tuple[int, int, int, int, int]] = []
         """Kind, source, epoch, sample, and the draw's number in the run (-1 if lost)."""
+
+    def _owed(self, number: int, *, epoch: int) -> NDArray[Any]:
+        """How often an epoch of a source draws each sample."""
+        if number not in self._weighted:
+            return np.ones(self._sources[number].num_samples, np.uint8)
+        counts = self._weighted[number].counts(epoch)
+        return counts.astype(np.min_scalar_type(counts.max()))
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
         """Counts draws of any shape in order; `first` is the first one's number in the run."""
@@ -391,21 +409,22 @@ class _EpochCounter:
 
     def _add_to_epoch(self, number: int, ids: Int64Array, draws: Int64Array) -> None:
         """Counts draws within one epoch of a source; `draws` are their numbers in the run."""
-        seen, size = self._seen[number], self._sources[number].num_samples
+        left, size = self._left[number], self._sources[number].num_samples
         epoch = self._draws[number] // size
         known = (ids >= 0) & (ids < size)
         self._note(_UNKNOWN, number, epoch, ids[~known], draws[~known])
         mine, draws = ids[known], draws[known]
-        again = np.ones(len(mine), np.bool_)
-        again[np.unique(mine, return_index=True)[1]] = False
-        again |= seen[mine]
+        order = np.argsort(mine, kind="stable")
+        ordered, again = mine[order], np.empty(len(mine), np.bool_)
+        before = np.arange(len(mine)) - np.searchsorted(ordered, ordered)  # of the same sample
+        again[order] = before >= left[ordered]
         self._note(_TWICE, number, epoch, mine[again], draws[again])
-        seen[mine] = True
+        np.subtract.at(left, mine[~again], 1)
         self._draws[number] += len(ids)
         if self._draws[number] % size == 0:
-            lost = np.flatnonzero(~seen)
+            lost = np.repeat(np.arange(size), left)
             self._note(_LOST, number, epoch, lost, np.full(len(lost), -1))
-            seen[:] = False
+            self._left[number] = self._owed(number, epoch=epoch + 1)
 
     def _note(
         self, kind: int, number: int, epoch: int, samples: Int64Array, draws: Int64Array

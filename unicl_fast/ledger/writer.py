@@ -14,8 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from unicl_fast.batch import Batch
+from unicl_fast.dataset.arrays import WEIGHT_DTYPE, npy_header
+from unicl_fast.dataset.weights import Weights
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import (
     LEDGER_FOLDER,
@@ -25,9 +28,10 @@ from unicl_fast.ledger.format import (
     encode_record,
     list_segments,
     segment_name,
+    weights_path,
 )
 from unicl_fast.stages import Span, span_at
-from unicl_fast.system.atomic_files import flush_to_disk, is_at
+from unicl_fast.system.atomic_files import flush_to_disk, is_at, replacing
 from unicl_fast.system.untrusted_files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -52,10 +56,18 @@ class Ledger:
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
         spans: Sequence[Span] = (),
+        weights: Sequence[Weights | None] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        """Writes nothing yet; see `SegmentHeader`. All ranks and starts of a run share `folder`."""
+        """Writes nothing yet; see `SegmentHeader`. All ranks and starts of a run share `folder`.
+
+        `weights` are those of each source if it is drawn by weight, which the proof needs.
+        """
         self.folder = folder
+        digests = ["" if one is None else xxhash.xxh3_64_hexdigest(one.data) for one in weights]
+        self._weights = dict(zip(digests, weights, strict=True))
+        pairs = zip(sources, digests or [""] * len(sources), strict=True)
+        sources = [dataclasses.replace(one, weights=digest) for one, digest in pairs]
         self._ranks = ranks or Ranks()
         self._header = SegmentHeader(
             segment=0,
@@ -81,6 +93,12 @@ class Ledger:
     def segment(self, step: int, *, run_id: str = "") -> Iterator[None]:
         """Opens a segment whose first record is of `step`, or raises OSError; a collective call."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for digest, weights in self._weights.items() if self._ranks.is_main else ():
+            path = weights_path(self.folder, digest)
+            if weights is not None and not path.exists():
+                with replacing(path) as aside:
+                    header = npy_header(WEIGHT_DTYPE, weights.shape)
+                    aside.write_bytes(header + weights.tobytes())
         newest = max(list_segments(self.folder), default=0)
         # another rank may already have opened a stage's segment when both ended
         number = 1 + max(gather_integers(newest, self._ranks))

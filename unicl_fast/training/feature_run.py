@@ -51,7 +51,8 @@ def feed_features(
     last = config.settings_of_stages[-1]
     num_draws: int | None = config.run.draws_before(trainer.total_steps)
     if num_draws is not None and num_draws >= sum(map(len, datasets)):
-        last, num_draws, weights = last.changed(data={"shuffle_window": 0}), None, None
+        once = {"shuffle_window": 0, "sample_weights": "none"}  # an epoch has each image once
+        last, num_draws, weights = last.changed(data=once), None, None
     images = stored_image_features(
         trainer.model, datasets, num_draws=num_draws, on_first_batch=on_first_batch,
         build_loader=lambda: build_loader(last, prompts=prompts, weights=weights),

@@ -167,6 +167,12 @@ def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> 
             "data.prompts=levels needs a hierarchy of classes, and no data set of data.train has "
             "one: pack with --hierarchy, or set data.prompts=labels"
         )
+    use = config.data.sample_weights
+    if (use != "none") > any(one.weights is not None for one in datasets):
+        raise ValueError(
+            f"data.sample_weights={use}: no data set of data.train has weights; pack with "
+            "--weight-column, or leave it out"
+        )
     if objective.needs_labels:
         _check_labels(objective.name, datasets)
         config = config.changed(data={"text": "labels"})
