@@ -21,6 +21,7 @@ from torch import Tensor
 from unicl_fast.batch import Batch, Targets, Texts
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.weights import are_equal
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.text.prompts import ClassPrompts
 
@@ -65,6 +66,8 @@ class TrainMetadata:
     scheduled_ids: NDArray[np.int64]
     texts: Texts
     targets: Targets
+    weights: NDArray[np.float32] | None
+    """Each sample's weight in the loss [b]; None if all are equal."""
 
     def with_images(self, images: Tensor, second_images: Tensor | None = None) -> Batch:
         """The whole batch: images uint8 [b h w c] or features [b w], and those of a second view.
@@ -78,6 +81,7 @@ class TrainMetadata:
             second_images=second_images,
             texts=self.texts,
             targets=self.targets,
+            weights=None if self.weights is None else torch.from_numpy(self.weights),
             global_index=torch.from_numpy(actual.global_index),
             sample_ids=torch.from_numpy(actual.sample_ids),
             scheduled_ids=torch.from_numpy(self.scheduled_ids),
@@ -118,6 +122,9 @@ class RankSteps:
             prompts.classes_of(number, np.arange(num_classes))
             for number, num_classes in enumerate(prompts.num_classes)
         ]
+        weights = [dataset.weights for dataset in datasets]
+        is_weighted = config.data.sample_weights == "loss" and not are_equal(weights)
+        self._weights = weights if is_weighted else None
         self._follow: Callable[[int], None] = lambda step: None
         self._planning, self._planned_ahead = threading.Lock(), dict[int, PlannedStep]()
         plan.batch(0, **self._ranks)  # refuses here what cannot be shared
@@ -163,9 +170,25 @@ class RankSteps:
         _, texts, targets = step
         if actual is not step.batch:  # substitutes bring their own texts and labels
             ((texts, targets),) = self._texts_of(actual)
+        weights = self._weights_of(actual)
+        if weights is not None:
+            sums = np.bincount(texts.index.numpy(), weights, len(texts.tokens)).astype(np.float32)
+            texts = dataclasses.replace(texts, weights=torch.from_numpy(sums))
         return TrainMetadata(
-            actual=actual, scheduled_ids=step.batch.sample_ids, texts=texts, targets=targets
-        )
+            actual=actual, scheduled_ids=step.batch.sample_ids, texts=texts, targets=targets,
+            weights=weights,
+        )  # fmt: skip
+
+    def _weights_of(self, planned: PlannedBatch) -> NDArray[np.float32] | None:
+        """The weight of each sample in the loss [b]; None if all are equal."""
+        if self._weights is None:
+            return None
+        found = np.ones(len(planned.sample_ids), np.float32)
+        for number, weights in enumerate(self._weights):
+            mine = planned.source_ids == number
+            if weights is not None:
+                found[mine] = weights[planned.sample_ids[mine]]
+        return found
 
     def _texts_of(self, planned: PlannedBatch) -> list[tuple[Texts, Targets]]:
         """Texts and targets of some steps.

@@ -38,6 +38,8 @@ class Texts:
     """int64 [b]: the row of `tokens` for each image."""
     counts: Tensor
     """int64 [u]: how many samples of this batch have each text; they sum to b."""
+    weights: Tensor | None = None
+    """float32 [u]: the sum of these samples' `Batch.weights`."""
     max_num_texts: Callable[[], int] | None = None
     """The largest u of all ranks, if they have exchanged it ahead."""
 
@@ -73,6 +75,8 @@ class Batch:
     """uint8 [b h w c], RGB: the second view of each image, if `data.augment` has two."""
     texts: Texts
     targets: Targets
+    weights: Tensor | None = None
+    """float32 [b]: the weight of each sample in the loss (`data.sample_weights`); None if equal."""
     global_index: Tensor
     """int64 [b]: global index of each sample, 0 to n - 1. Drop path is keyed on it."""
     sample_ids: Tensor | None = None
@@ -108,12 +112,13 @@ def repeated_texts(batch: Batch) -> Batch:
         lengths=np.full(len(tokens), tokens.shape[1]),
         index=torch.arange(len(tokens), device=tokens.device),
         counts=torch.ones_like(texts.index),
+        weights=batch.weights,
     )
     targets = dataclasses.replace(targets, text_class_ids=targets.class_ids)
     return dataclasses.replace(batch, texts=each, targets=targets)
 
 
-_INPUTS = ("images", "second_images", "global_index")
+_INPUTS = ("images", "second_images", "weights", "global_index")
 
 
 def _tensors(fields: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:

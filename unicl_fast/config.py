@@ -89,8 +89,8 @@ class DataConfig:
     """Text of samples that have both: any, captions or labels. It is one of the captions or the
     prompt of one of the labels; any draws one of the two with equal chance, anew each time."""
     sample_weights: Literal["none", "loss", "draws"] = "none"
-    """What the weights of samples (unicl-pack build --weight-column) multiply: none, the parts of
-    the loss, or how often samples are drawn. Samples of data sets without weights have 1."""
+    """Use of the samples' weights (unicl-pack build --weight-column): none, loss or draws. loss
+    multiplies their parts of the loss, draws how often they come. Without weights all have 1."""
     templates: Literal["per_sample", "per_class"] = "per_sample"
     """Draw the prompt template for each sample, as in the paper, or for each class. per_class draws
     once for each class and batch, so that fewer prompts are encoded."""

@@ -159,6 +159,7 @@ _SETTINGS = {
     "sigmoid, mixed": ("sigmoid", _MIXED),
     "sigmoid, labels": ("sigmoid", _BY_LABELS),
     "unicl, labels": ("unicl", _BY_LABELS),
+    "unicl, weighted labels": ("unicl", _BY_LABELS),
     "ce, labels": ("ce", {"num_classes": (2, 3), **_BY_LABELS}),
     "ce, mixed": ("ce", {"num_classes": (2, 3), **_MIXED}),
 }
@@ -216,6 +217,11 @@ def labelled_batch(
         world_size=world_size,
     )
     second = batch.images.flip(2) if objective == "supcon" else None
+    if "weighted" in objective:
+        weights, texts = 1.0 + batch.global_index**2 % 7, batch.texts
+        sums = torch.zeros(len(texts.tokens)).index_add(0, texts.index, weights)
+        texts = dataclasses.replace(texts, weights=sums)
+        batch = dataclasses.replace(batch, weights=weights, texts=texts)
     return dataclasses.replace(batch, second_images=second)
 
 

@@ -14,6 +14,7 @@ from property_tests import examples
 from reference_loss import unified_contrastive_loss as reference_loss
 
 from unicl_fast import unified_contrastive_loss
+from unicl_fast.objectives.loss import reference_loss as define_loss
 from unicl_fast.objectives.positives import Membership
 
 FORMS = ("dense", "tiled")
@@ -94,6 +95,27 @@ def test_distinct_texts_with_counts_equal_all_texts(
     torch.testing.assert_close(counted, plain, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(counted_gradients, plain_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_average_the_losses_of_rows_and_columns(form: str) -> None:
+    """As the definition, whose weights scale nothing; equal ones are as none."""
+    index, classes = torch.tensor([0, 1, 1, 2, 0, 3]), torch.tensor([0, 1, 1, 2])
+    images, features = rows(6, seed=1), rows(4, seed=2)
+    of_texts = {"text_class_ids": classes, "text_counts": index.bincount()}
+
+    def ours(weights: torch.Tensor | None = None) -> float:
+        both = None if weights is None else (weights, index.bincount(weights))
+        call = images, features, classes[index], 20.0
+        return unified_contrastive_loss(*call, form=form, **of_texts, weights=both).item()
+
+    plain = images, features[index], classes[index], 20.0
+    for scale in (1.0, 3.0):
+        weights = scale * torch.tensor([1, 5, 2, 0.5, 7, 3])
+        found = ours(weights)
+        assert found == pytest.approx(define_loss(*plain, weights).item(), rel=1e-10)
+        assert found != pytest.approx(define_loss(*plain).item(), rel=1e-2)
+        assert ours(scale * torch.ones(6)) == pytest.approx(ours())
 
 
 @pytest.mark.parametrize("form", FORMS)

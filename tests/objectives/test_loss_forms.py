@@ -63,12 +63,13 @@ def assert_equals_the_dense_form(
     directions=st.sampled_from(["both", "i2t", "t2i"]),
     unit=st.booleans(),
     duplicates=st.booleans(),
+    weighted=st.booleans(),
     seed=st.integers(0, 10_000),
 )
 @examples(150)
 def test_any_class_structure(
     compute: Compute, structure: str, sizes: tuple[int, int, int], scale: float, counts: str,
-    directions: str, unit: bool, duplicates: bool, seed: int,
+    directions: str, unit: bool, duplicates: bool, weighted: bool, seed: int,
 ) -> None:  # fmt: skip
     random = np.random.default_rng(seed)
     b, u, d = sizes
@@ -89,6 +90,8 @@ def test_any_class_structure(
     if duplicates:
         images, texts = images[: b // 2 + 1].repeat(2, 1)[:b], texts[:1].repeat(u, 1)
     options = {"text_counts": text_counts, "directions": directions}
+    if weighted:
+        options["weights"] = tuple(torch.from_numpy(random.random(n) + 0.1) for n in (b, u))
     assert_equals_the_dense_form(
         compute, images, texts, class_ids[:b], scale, text_class_ids=class_ids[b:], **options
     )

@@ -155,9 +155,10 @@ def test_images_and_texts_give_the_loss_of_a_dense_matrix(
             total = F.binary_cross_entropy_with_logits(logits, weights, reduction="sum")
             expected = total / len(images)
         else:
-            i2t = F.cross_entropy(logits, weights / weights.sum(1, keepdim=True))
-            t2i = F.cross_entropy(logits.T, (weights / weights.sum(0)).T)
-            expected = (i2t + t2i) / 2
+            i2t = F.cross_entropy(logits, weights / weights.sum(1, keepdim=True), reduction="none")
+            t2i = F.cross_entropy(logits.T, (weights / weights.sum(0)).T, reduction="none")
+            of_samples = torch.ones(12) if batch.weights is None else batch.weights
+            expected = (of_samples * (i2t + t2i)).sum() / (2 * of_samples.sum())
         assert_equal_with_gradients(model, loss_of(model, batch, config), expected)
 
 
@@ -263,7 +264,7 @@ def test_a_label_that_stands_twice_adds_up() -> None:
 
 
 # One for each thing that ranks exchange: classes and texts, views, pairs, memberships.
-FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels"]
+FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "unicl, weighted labels"]
 
 
 @pytest.mark.dist
@@ -303,8 +304,8 @@ def test_ranks_give_the_objectives_of_one_process(
                 )
 
 
-def test_micro_batches_of_images_of_several_classes(images: torch.Tensor) -> None:
-    objective = "unicl, labels"
+@pytest.mark.parametrize("objective", ["unicl, labels", "unicl, weighted labels"])
+def test_micro_batches_of_images_of_several_classes(images: torch.Tensor, objective: str) -> None:
     loader = labelled_loader(images, objective)
     loss, expected = first_gradients(images, Ranks(), objective_config(objective), loader)
     config = objective_config(objective, micro_batch_size=5)

@@ -154,16 +154,13 @@ def weights_path(folder: Path, weights: str) -> Path:
 
 
 def read_weighted(folder: Path, header: SegmentHeader) -> dict[int, WeightedDraws]:
-    """The sources that are drawn by weight; ValueError for weights that were changed or removed."""
+    """The sources that are drawn by weight; ValueError or FileNotFoundError without the weights."""
     found = {}
     for number, source in enumerate(header.sources):
         if not source.weights:
             continue
         path = weights_path(folder, source.weights)
-        try:
-            weights = open_array(path, WEIGHT_DTYPE, source.num_samples)
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from error
+        weights = open_array(path, WEIGHT_DTYPE, source.num_samples)
         if xxhash.xxh3_64_hexdigest(weights.data) != source.weights:
             raise ValueError(f"{path} is damaged: its checksum is not the one in its name")
         found[number] = WeightedDraws(weights, seed=header.seed, source=number)

@@ -168,8 +168,8 @@ def prove(
             source ids and scheduled sample ids [steps n].
 
     Raises:
-        FileNotFoundError: no ledger there.
-        ValueError: an unknown format version.
+        FileNotFoundError: no ledger there, or not the weights by which samples were drawn.
+        ValueError: an unknown format version, or damaged weights.
     """
     found = list_segments(folder) if folder.is_dir() else {}
     if not found:
@@ -193,11 +193,7 @@ def prove(
     steps = holes[0][0] if holes else done
 
     headers = [segment.header for segment in counting]
-    weighted: dict[int, WeightedDraws] = {}
-    try:
-        weighted = read_weighted(folder, headers[0]) if headers else {}
-    except ValueError as error:
-        faults.append(str(error))
+    weighted = read_weighted(folder, headers[0]) if headers else {}
     epochs = _EpochCounter(headers[0].sources if headers else (), weighted)
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:

@@ -37,6 +37,7 @@ def reference_loss(
     text_features: Float[Tensor, "n d"],
     class_ids: Int[Tensor, " n"],
     scale: Float[Tensor, ""] | float,
+    weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """The definition for n samples with one text each: equations 2 and 3 of the paper.
 
@@ -47,12 +48,19 @@ def reference_loss(
         L_t2i = the same with images and texts exchanged
         L     = (L_i2t + L_t2i) / 2
 
+    With `weights` w_i of the samples, the mean 1/n sum_i becomes sum_i w_i / sum_j w_j, in both
+    directions; other samples, as negatives or positives, count as without.
+
     Training calls `unified_contrastive_loss`, which a test compares with this on a real step.
     """
     logits = scale * image_features @ text_features.T
     positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
     targets = positives / positives.sum(dim=1, keepdim=True)  # for texts too, by symmetry
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    of_images, of_texts = (
+        F.cross_entropy(one, targets, reduction="none") for one in (logits, logits.T)
+    )
+    weights = torch.ones_like(of_images) if weights is None else weights
+    return (weights * (of_images + of_texts)).sum() / (2 * weights.sum())
 
 
 class LogitStatistics(NamedTuple):
@@ -96,6 +104,7 @@ def unified_contrastive_loss(
     *,
     text_class_ids: Int[Tensor, " u"] | Membership | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
+    weights: tuple[Float[Tensor, " b"], Float[Tensor, " u"]] | None = None,
     exclude_self: bool = False,
     directions: Literal["both", "i2t", "t2i"] = "both",
     form: LossForm = "auto",
@@ -116,6 +125,10 @@ def unified_contrastive_loss(
         text_class_ids: None means `class_ids`, one text for each image.
         text_counts: how many samples have each text; None means 1. A text of count 0 has no
             effect.
+        weights: positive weights w_i of images and W_k of texts, the sums of their samples' over
+            all ranks; None means equal ones. With the losses l of rows and columns,
+            L_i2t = sum_i w_i l_i / sum_i w_i (over all ranks) and
+            L_t2i = sum_k W_k l_k / sum_k W_k.
         exclude_self: leaves out the pairs (i, i), for two views of the same images: the first b
             texts are the images themselves, the rest are other ranks' images.
         directions: which of the two terms to compute; "both" is their mean.
@@ -153,7 +166,7 @@ def unified_contrastive_loss(
             form=form,
             with_columns=directions != "i2t",
         )
-        return mean_loss(rows, columns, text_counts, directions, all_reduce)
+        return mean_loss(rows, columns, text_counts, directions, all_reduce, weights)
 
 
 def mean_loss(
@@ -162,9 +175,17 @@ def mean_loss(
     text_counts: Tensor | None,
     directions: Literal["both", "i2t", "t2i"],
     all_reduce: AllReduce,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The mean loss over the images and texts of all ranks, from this rank's statistics."""
-    complete, i2t = all_reduce(columns, rows.losses().mean())
+    row_losses = rows.losses()
+    if weights is not None:
+        of_images, of_texts = (one.to(row_losses.dtype) for one in weights)
+        num_samples = len(of_texts) if text_counts is None else text_counts.sum()
+        # the mean of the factors over all ranks is 1
+        row_losses = row_losses * (of_images * (num_samples / of_texts.sum()))
+        text_counts = of_texts
+    complete, i2t = all_reduce(columns, row_losses.mean())
     if complete is None:
         return i2t
     text_losses = complete.losses()

@@ -39,6 +39,10 @@ class Classes(NamedTuple):
     """Indices of the encoded texts to use, int64, the same number on all ranks; None: all."""
     max_num_texts: Callable[[], int] | None = None
     """The largest u of all ranks, if they have exchanged it ahead."""
+    weights: Tensor | None = None
+    """The weight of each image in the loss, [b]; None if all are equal."""
+    text_weights: Tensor | None = None
+    """The sum of the weights of each text's images, [u]."""
 
 
 class Columns(NamedTuple):
@@ -50,6 +54,8 @@ class Columns(NamedTuple):
     """int64 [n], or all classes of each text."""
     counts: Tensor
     """int64 [n]: how many samples have each text; 0 for padding."""
+    weights: Tensor | None = None
+    """[n]: the sum of these samples' weights; None if all samples' are equal."""
 
 
 class Operands(NamedTuple):
@@ -67,3 +73,5 @@ class Operands(NamedTuple):
     """The loss's form, as in `loss.unified_contrastive_loss`."""
     ranks: Ranks
     """Each rank has equally many images of the batch, and the same texts."""
+    weights: tuple[Tensor, Tensor] | None = None
+    """Weights of this rank's images [b] and of all texts [n]; None if all samples' are equal."""

@@ -36,6 +36,7 @@ class TextColumns:
         assert classes.texts is not None
         assert classes.counts is not None
         self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
+        self._weights = classes.text_weights
         self._ranks = ranks
         self._max_num_texts = classes.max_num_texts
         if self._max_num_texts is None and self._rows is None:
@@ -59,27 +60,29 @@ class TextColumns:
             self._send_table(self._counts, num_texts)
         else:
             self._send_table(torch.stack([self._class_ids, self._counts], dim=1), num_texts)
+        if self._weights is not None:
+            self._send_table(self._weights, num_texts)
         return gathered
 
     def receive(self, text_features: Float[Tensor, "n d"]) -> Columns:
-        """Waits for the texts that `send` returned, and for their classes and counts."""
-        class_ids, counts = self._receive_tables()
-        return Columns(self._features.receive(text_features), class_ids, counts)
+        """Waits for the texts that `send` returned, and for their classes, counts and weights."""
+        return Columns(self._features.receive(text_features), *self._receive_tables())
 
     def _send_table(self, rows: Tensor, num_rows: int) -> None:
         in_flight = RowsInFlight(self._ranks)
         self._tables.append((in_flight, in_flight.send(rows, num_rows=num_rows)))
 
-    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor]:
+    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor, Tensor | None]:
         if self._ranks.world_size == 1:
-            return self._class_ids, self._counts
+            return self._class_ids, self._counts, self._weights
         tables = [in_flight.receive(table) for in_flight, table in self._tables]
+        text_weights = None if self._weights is None else tables.pop()
         if isinstance(self._class_ids, Membership):
             entries, weights, counts = tables
             samples, labels = entries.T.contiguous()
-            return Membership(samples, labels, weights), counts
+            return Membership(samples, labels, weights), counts, text_weights
         class_ids, counts = tables[0].T.contiguous()
-        return class_ids, counts
+        return class_ids, counts, text_weights
 
 
 @contextlib.contextmanager

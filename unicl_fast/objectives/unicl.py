@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class _Softmax:
+    takes_weights: ClassVar[bool] = True
+
     def loss(self, operands: Operands) -> Tensor:
         """Equations 2 and 3 of the paper, over the images and texts of all ranks."""
         from unicl_fast.objectives.loss import unified_contrastive_loss
@@ -28,6 +30,7 @@ class _Softmax:
             operands.learnt["logit_scale"].exp(),
             text_class_ids=operands.texts.class_ids,
             text_counts=operands.texts.counts,
+            weights=operands.weights,
             form=operands.form,
             all_reduce=all_reduce_over(operands.ranks),
         )

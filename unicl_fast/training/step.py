@@ -82,6 +82,8 @@ def loss_of(
         texts = columns.receive(encoded.texts)
     form = config.efficiency.loss
     operands = Operands(encoded.images, texts, classes.images, encoded.learnt, form, ranks)
+    if classes.weights is not None and texts is not None and texts.weights is not None:
+        operands = operands._replace(weights=(classes.weights, texts.weights))
     return objective.loss(operands)
 
 
