@@ -7,6 +7,7 @@ score. This needs neither a stemmer, which knows one language, nor a model.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ _INSIDE = 0.8  # of a part that is not the beginning: hair in chair, chair in ar
 _MISSPELT, _LEAST_ALIKE = 0.9, 0.72  # of an unknown word; difflib gives cahirs and chair 0.73
 _MOST_WORDS = 64  # of a query; each costs some milliseconds for each 10,000 words of the data
 _COMPARED, _ALIKE = 50, 20  # words compared letter by letter; words used for one of the query
+# Japanese has no blanks: words end where the script changes (kanji with their endings, katakana).
+_WORD = r"[㐀-鿿々]+[ぁ-ゟ]*|[ァ-ヺー-ヿ]+|[ぁ-ゟ]{2,}|[^\W㐀-鿿々ぁ-ゟァ-ヺー-ヿ]{2,}|[가-힣]"
 
 
 class Words:
@@ -28,7 +31,9 @@ class Words:
         from sklearn.feature_extraction.text import CountVectorizer
         from sklearn.preprocessing import normalize
 
-        self._count = CountVectorizer(binary=True, strip_accents="unicode", dtype=np.float32)
+        self._count = CountVectorizer(
+            binary=True, strip_accents=_plain, token_pattern=_WORD, dtype=np.float32
+        )
         rows = self._count.fit_transform(documents)
         self._has, self._brevity = rows.tocsc(), _brevity(np.diff(rows.indptr))
         self._split = self._count.build_analyzer()
@@ -89,6 +94,13 @@ class Words:
                 if ratio >= _LEAST_ALIKE:
                     found[number] = _MISSPELT * ratio
         return dict(sorted(found.items(), key=lambda one: -one[1])[:_ALIKE])
+
+
+def _plain(text: str) -> str:
+    """The text without accents and widths; voiced signs tell ガラス (glass) from カラス (crow)."""
+    parts = unicodedata.normalize("NFKD", text)
+    kept = (one for one in parts if one in "\u3099\u309a" or not unicodedata.combining(one))
+    return unicodedata.normalize("NFC", "".join(kept))
 
 
 def _brevity(num_words: Any) -> Any:
