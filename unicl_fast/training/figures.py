@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS, _MOST_ROWS, _LONGEST_NAME = 8, 4, 28  # of the contact sheet
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
+_EAST_ASIAN = ("Noto Sans CJK JP", "IPAGothic", "WenQuanYi Zen Hei", "Droid Sans Fallback")
 
 
 @contextlib.contextmanager
@@ -52,12 +54,14 @@ def plain_texts() -> contextlib.AbstractContextManager[None]:
     Raises ModuleNotFoundError: matplotlib is not installed; says how to install it.
     """
     try:
-        from matplotlib import rc_context
+        from matplotlib import font_manager, rc_context
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "figures are drawn by matplotlib, which is not installed: pip install matplotlib"
         ) from error
-    return rc_context({"text.parse_math": False, "text.usetex": False})
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["sans-serif", *(name for name in _EAST_ASIAN if name in installed)]
+    return rc_context({"text.parse_math": False, "text.usetex": False, "font.family": fonts})
 
 
 def new_figure(width: float, height: float, **settings: Any) -> Figure:
@@ -171,5 +175,6 @@ def _label(axis: Axes, *, title: str, y: str) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, flush=False) as aside:
+    with replacing(path, flush=False) as aside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn; one line for each
         figure.savefig(aside, format="png")
