@@ -116,28 +116,17 @@ class Replan:
         ids: NDArray[np.int64],
     ) -> None:
         """Compares the draws [steps n] of some steps."""
-        from unicl_fast.pipelines.plan.order import assign_sources
-        from unicl_fast.pipelines.plan.plan import samples_of_draws
+        from unicl_fast.pipelines.plan.plan import schedule_draws
 
         if not self.num_draws:
             self._weighted = read_weighted(self._folder, header)
         draws = header.draws_before(first_step) + np.arange(ids.size, dtype=np.int64)
-        planned_sources, source_draws = assign_sources(draws, header.shares)
-        planned = np.empty_like(draws)
-        for number, source in enumerate(header.sources):
-            mine = np.flatnonzero(planned_sources == number)
-            planned[mine] = samples_of_draws(
-                draws[mine],
-                source_draws[mine],
-                source=number,
-                size=source.num_samples,
-                seed=header.seed,
-                weights=header.shares,
-                global_batch_size=header.global_batch_size,
-                shuffle_window=header.shuffle_window,
-                shuffle_groups=header.shuffle_groups,
-                weighted=self._weighted.get(number),
-            )
+        planned_sources, planned = schedule_draws(
+            draws, sizes=[source.num_samples for source in header.sources], seed=header.seed,
+            weights=header.shares, global_batch_size=header.global_batch_size,
+            shuffle_window=header.shuffle_window, shuffle_groups=header.shuffle_groups,
+            weighted=self._weighted,
+        )  # fmt: skip
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_draws += ids.size
         self.num_different += int(np.count_nonzero(different))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,6 +208,31 @@ def samples_of_draws(
     return ids
 
 
+def schedule_draws(
+    draws: Int64Array,
+    *,
+    sizes: Sequence[int],
+    weights: tuple[int, ...],
+    weighted: Mapping[int, WeightedDraws | None],
+    **order: int,
+) -> tuple[NDArray[np.int32], Int64Array]:
+    """Source and sample of each draw of a run; `order` is passed to `samples_of_draws`."""
+    source_ids, source_draws = assign_sources(draws, weights)
+    sample_ids = np.empty(len(draws), dtype=np.int64)
+    for number, size in enumerate(sizes):
+        mine = _rows_of(number, source_ids, sizes)
+        sample_ids[mine] = samples_of_draws(
+            draws[mine], source_draws[mine], source=number, size=size, weights=weights,
+            weighted=weighted.get(number), **order,
+        )  # fmt: skip
+    return source_ids, sample_ids
+
+
+def _rows_of(number: int, source_ids: NDArray[np.int32], sizes: Sequence[int]) -> Any:
+    """An index of a source's rows [b]; if it is the only source, all of them without a copy."""
+    return slice(None) if len(sizes) == 1 else np.flatnonzero(source_ids == number)
+
+
 class TrainPlan:
     """Plans the batch of any step. Holds no state beyond its arguments."""
 
@@ -328,24 +353,12 @@ class TrainPlan:
         self, step: int, global_index: Int64Array
     ) -> tuple[NDArray[np.int32], Int64Array]:
         """Source and sample at each global index."""
-        draws = self._draws_before(step) + global_index
-        source_ids, source_draws = assign_sources(draws, self.weights)
-        sample_ids = np.empty(len(global_index), dtype=np.int64)
-        for number, source in enumerate(self._sources):
-            mine = self._rows_of(number, source_ids)
-            sample_ids[mine] = samples_of_draws(
-                draws[mine],
-                source_draws[mine],
-                source=number,
-                size=len(source.samples),
-                seed=self.seed,
-                weights=self.weights,
-                global_batch_size=self.global_batch_size,
-                shuffle_window=self.shuffle_window,
-                shuffle_groups=self.shuffle_groups,
-                weighted=self.weighted[number],
-            )
-        return source_ids, sample_ids
+        return schedule_draws(
+            self._draws_before(step) + global_index, sizes=self.sizes, seed=self.seed,
+            weights=self.weights, global_batch_size=self.global_batch_size,
+            shuffle_window=self.shuffle_window, shuffle_groups=self.shuffle_groups,
+            weighted=dict(enumerate(self.weighted)),
+        )  # fmt: skip
 
     def _fill_in(
         self,
@@ -361,7 +374,7 @@ class TrainPlan:
         sizes = np.empty((2, len(draws)), dtype=np.int64)
         texts = np.empty((3, len(draws)), dtype=np.int64)
         for number, source in enumerate(self._sources):
-            mine = self._rows_of(number, source_ids)
+            mine = _rows_of(number, source_ids, self.sizes)
             rows = source.samples.take(sample_ids[mine])  # 18 times as fast as [] for whole rows
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
             texts[:, mine] = self._draw_texts(step, source, rows, draws[mine], streams=streams)
@@ -393,7 +406,7 @@ class TrainPlan:
         for view in range(self.num_views):
             own = (*streams, _Purpose.SECOND_VIEW) if view else streams
             for number, augmentation in enumerate(self._augmentations):
-                mine = self._rows_of(number, source_ids)
+                mine = _rows_of(number, source_ids, self.sizes)
                 counters, key_of = draws[mine], functools.partial(self._key, *own)
                 windows[mine, view, :2], windows[mine, view, 2:4] = random_windows(
                     sizes[0, mine],
@@ -469,10 +482,6 @@ class TrainPlan:
     def _key(self, *parts: int) -> int:
         """The key of a stream, from purposes and numbers that tell streams of one purpose apart."""
         return fold_key(self.seed, *parts)
-
-    def _rows_of(self, number: int, source_ids: NDArray[np.int32]) -> Any:
-        """An index of a source's rows [b]; if it is the only source, all of them without a copy."""
-        return slice(None) if len(self._sources) == 1 else np.flatnonzero(source_ids == number)
 
 
 # How often a sample that has both kinds of text shows a caption.

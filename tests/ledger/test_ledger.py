@@ -24,6 +24,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
+from unicl_fast.dataset.weights import WeightedDraws
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.ledger import writer as ledger_module
 from unicl_fast.ledger.format import (
@@ -34,7 +35,7 @@ from unicl_fast.ledger.format import (
     read_segment_file,
     segment_name,
 )
-from unicl_fast.ledger.proof import Run, prove
+from unicl_fast.ledger.proof import Run, _EpochCounter, prove
 from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
 from unicl_fast.stages import lay_out, span_at
 from unicl_fast.tools import ledger as ledger_program
@@ -588,3 +589,15 @@ def test_a_stage_does_not_begin_before_the_records_of_the_last_one_are_down(
     monkeypatch.setattr(ledger_module.os, "write", full)
     with pytest.raises(OSError, match="another stage of the run begins"):
         record_stages(tmp_path, 0, 4)
+
+
+def test_the_proof_of_a_ledger_counts_draws_by_weight() -> None:
+    draws = WeightedDraws(np.resize(np.array([1, 0.5, 300], np.float32), 40), seed=0, source=0)
+    sound = np.concatenate([draws.samples_of(np.random.permutation(40), e) for e in range(3)])
+    wrong = sound.copy()
+    wrong[50] += 1  # one draw of another sample
+    for ids, faults in ((sound, (0, 0)), (wrong, (1, 1))):
+        counter = _EpochCounter([LedgerSource("", 40)], {0: draws})
+        counter.add(0, np.zeros(120, np.int64), ids)
+        (proof,) = counter.results()
+        assert (proof.scheduled_twice, proof.lost) == faults

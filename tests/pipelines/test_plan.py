@@ -17,6 +17,7 @@ from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES
+from unicl_fast.dataset.weights import WeightedDraws
 from unicl_fast.pipelines.plan.augment import Column
 from unicl_fast.pipelines.plan.order import assign_sources, integer_weights
 from unicl_fast.pipelines.plan.plan import (
@@ -545,3 +546,46 @@ def test_texts_of_a_batch_are_prompts_of_one_level_which_changes_from_step_to_st
             assert np.array_equal(together[step - 4].labels, whole.labels)
     substitutes = plan.substitute(1, np.arange(60), attempt=1).labels
     assert set(substitutes.tolist()) == {2, 1}
+
+
+@given(
+    weights=st.lists(st.floats(2**-10, 2**10, width=32), min_size=1, max_size=60),
+    seed=st.integers(0, 2**40),
+    first=st.integers(0, 10**6),
+)
+def test_each_epoch_draws_a_sample_as_often_as_its_share_rounded(
+    weights: list[float], seed: int, first: int
+) -> None:
+    values = np.array(weights, np.float32)
+    share = values.astype(float) * len(values) / values.sum(dtype=float)
+    draws = WeightedDraws(values, seed=seed, source=1)
+    total = np.zeros(len(values))
+    for epoch in range(first, first + 5):
+        rows = draws.samples_of(np.arange(len(values)), epoch)
+        assert np.array_equal(np.bincount(rows, minlength=len(values)), draws.counts(epoch))
+        assert (np.abs(draws.counts(epoch) - share) < 1 + 1e-6).all()
+        total += draws.counts(epoch)
+    assert (np.abs(total - 5 * share) < 3).all()  # less than five roundings could add up to
+    assert total.sum() == 5 * len(values)
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_samples_are_drawn_by_weight(window: int) -> None:
+    def schedule(*weights: float) -> tuple[np.ndarray, np.ndarray, TrainPlan]:
+        one, other = make_source(40, captions=1), make_source(25, captions=1)
+        one = dataclasses.replace(one, weights=np.resize(np.array(weights, np.float32), 40))
+        plan = make_plan(one, other, batch=13, shuffle_window=window)
+        found = (each.reshape(20, 13) for each in plan.schedule(0, 20, rank=0, world_size=1))
+        return *found, plan
+
+    plain, planned, _ = schedule(1)
+    for weight in (3, 0.1):  # equal weights change no bit
+        assert np.array_equal(schedule(weight)[1], planned)
+    sources, samples, plan = schedule(1, 0.5, 6, 0.25)
+    assert np.array_equal(sources, plain)
+    assert np.array_equal(samples[sources == 1], planned[sources == 1])
+    for epoch in samples[sources == 0].reshape(4, 40):
+        counts = np.bincount(epoch, minlength=40)
+        assert np.abs(counts - np.resize([1, 0.5, 6, 0.25], 40) / 7.75 * 4).max() < 1
+    ranks = [plan.long_batch(3, 4, rank=rank, world_size=13).sample_ids for rank in range(13)]
+    assert np.array_equal(np.stack(ranks, axis=1), samples[3:7])

@@ -55,39 +55,36 @@ def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(
         assert train(tmp_path / f"equal-{use}", packed / "three", use=use) == plain
         assert weights(tmp_path / f"equal-{use}") == weights(tmp_path / "plain")
     assert train(tmp_path / "unused", packed / "uneven", use="none") == plain
-    found = {}
+    found, both = {}, (packed / "uneven", packed / "none")
     for use in ("loss", "draws"):
         out = tmp_path / use
-        found[use] = train(out, packed / "uneven", packed / "none", use=use)
+        found[use] = train(out, *both, use=use)
         whole = weights(out)
         shutil.rmtree(out / "checkpoints" / "step-00000012")
-        train(out, packed / "uneven", packed / "none", use=use, more=("--resume", "auto"))
+        train(out, *both, use=use, more=("--resume", "auto"))
         assert (losses(out), weights(out)) == (found[use], whole)
         with pytest.raises(SystemExit) as proven:
             call(ledger, out, "--replan")
         assert proven.value.code == 0
         assert ("as often as its weight says" in capsys.readouterr().out) == (use == "draws")
+        for path in (out / "ledger").glob("weights-*.npy"):
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+            assert "is damaged" in refusal_of(ledger, out)
         locked = ("--optim.freeze", "image", "text")
         features = (*locked, "--efficiency.stored-features", tmp_path / "features")
-        both = packed / "uneven", packed / "none"
         encoded = train(tmp_path / f"{use}-encoded", *both, use=use, more=locked)
         stored = train(tmp_path / f"{use}-stored", *both, use=use, more=features)
         assert stored == pytest.approx(encoded, rel=1e-9)
-    both = train(tmp_path / "both", packed / "uneven", packed / "none", use="none")
-    assert len({*map(tuple, found.values()), tuple(both)}) == 3
+    found["none"] = train(tmp_path / "none", *both, use="none")
+    assert len(set(map(tuple, found.values()))) == 3
 
 
-@pytest.mark.parametrize(
-    ("data", "more", "message"),
-    [
-        ("none", (), "data.sample_weights=loss: no data set of data.train has weights"),
+def test_what_cannot_be_weighted_is_refused_before_training(packed: Path, tmp_path: Path) -> None:
+    for data, more, message in (
+        ("none", (), "data.sample_weights=loss: data.train has no weights"),
         ("uneven", ("--objective.mixup", "0.5"), "the loss of mixed images takes no weights"),
         ("uneven", ("--objective.name", "ce"), "the loss of objective.name=ce takes no weights"),
         ("uneven", ("--objective.name", "siglip"), "objective.name=siglip takes no weights"),
-    ],
-)
-def test_what_cannot_be_weighted_is_refused_before_training(
-    packed: Path, tmp_path: Path, data: str, more: tuple[str, ...], message: str
-) -> None:
-    given = ["--data.train", packed / data, "--data.sample-weights", "loss"]
-    assert message in refusal_of(pretrain, *GIVEN, *given, *more, "--out", tmp_path / "run")
+    ):
+        given = ["--data.train", packed / data, "--data.sample-weights", "loss", *more]
+        assert message in refusal_of(pretrain, *GIVEN, *given, "--out", tmp_path / "run")

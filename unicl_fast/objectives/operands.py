@@ -42,7 +42,7 @@ class Classes(NamedTuple):
     weights: Tensor | None = None
     """The weight of each image in the loss, [b]; None if all are equal."""
     text_weights: Tensor | None = None
-    """The sum of the weights of each text's images, [u]."""
+    """The sum of the weights of each text's images, without padded texts."""
 
 
 class Columns(NamedTuple):

@@ -37,6 +37,9 @@ class TextColumns:
         assert classes.counts is not None
         self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
         self._weights = classes.text_weights
+        if self._weights is not None:  # 0 for padded texts, here or between micro-batches
+            is_text = self._counts > 0
+            self._weights = torch.where(is_text, self._weights[is_text.cumsum(0) - 1], 0)
         self._ranks = ranks
         self._max_num_texts = classes.max_num_texts
         if self._max_num_texts is None and self._rows is None:

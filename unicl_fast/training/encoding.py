@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from unicl_fast.batch import Batch, Texts
@@ -65,24 +64,20 @@ class WholeBatch:
         self._sent: tuple[Tensor, Tensor] | None = None
         self._autocast = encoder_autocast(config.efficiency, ranks, batch.images.device.type)
         self._texts: tuple[Tensor, int | None] | None = None
-        texts = counts = text_weights = None
+        texts = counts = None
         if config.objective.uses_texts:
             tokens, num_tokens, texts, counts = texts_to_encode(
                 batch.texts, batch.targets.text_class_ids, config.efficiency
             )
             self._texts = tokens, num_tokens
-            text_weights = padded_weights(batch.texts, counts)
         largest = max_num_texts(batch.texts, config.efficiency)
+        classes = Classes(
+            classes_of_images(batch), texts, counts, max_num_texts=largest, weights=batch.weights,
+            text_weights=batch.texts.weights,
+        )  # fmt: skip
         self._images, self.classes = config.objective.mix(
             encoder_input(shown_images(batch), config),
-            Classes(
-                classes_of_images(batch),
-                texts,
-                counts,
-                max_num_texts=largest,
-                weights=batch.weights,
-                text_weights=text_weights,
-            ),
+            classes,
             batch,
             seed=config.run.seed,
             global_batch_size=config.run.global_batch_size,
@@ -215,13 +210,6 @@ def texts_to_encode(
         tokens = tokens[:, : round_up_length(longest) if rounds else longest]
     found = tokens, num_tokens, class_ids, texts.counts
     return pad_texts(*found) if rounds else found
-
-
-def padded_weights(texts: Texts, counts: Tensor) -> Tensor | None:
-    """The weights of texts [u], 0 for those that `texts_to_encode` added to round sizes up."""
-    if texts.weights is None:
-        return None
-    return F.pad(texts.weights, (0, len(counts) - len(texts.weights)))
 
 
 def max_num_texts(

@@ -36,7 +36,6 @@ from unicl_fast.training.encoding import (
     classes_of_images,
     encoder_autocast,
     max_num_texts,
-    padded_weights,
     texts_to_encode,
 )
 
@@ -76,11 +75,14 @@ class MicroBatches:
         self._size, self._normalise = efficiency.micro_batch_size, normalise
         pieces = (one.split(self._size) for one in (batch.images, batch.global_index))
         self._images = list(zip(*pieces, strict=True))
-        self._texts, classes = _texts_in_pieces(batch, efficiency, ranks)
+        self._texts, text_class_ids, text_counts = _texts_in_pieces(batch, efficiency, ranks)
         is_divided, largest = divides_all(efficiency, ranks), None
         if not is_divided:  # else some ranks repeat a piece
             largest = max_num_texts(batch.texts, efficiency, piece=self._size)
-        self.classes = classes._replace(max_num_texts=largest)
+        self.classes = Classes(
+            classes_of_images(batch), text_class_ids, text_counts, max_num_texts=largest,
+            weights=batch.weights, text_weights=batch.texts.weights,
+        )  # fmt: skip
         is_stored = batch.images.ndim == 2  # features of a frozen encoder
         is_frozen = encoder_is_frozen(model, "image")
         self._encodes_images_once = is_frozen and not is_stored and not is_divided
@@ -157,30 +159,21 @@ class MicroBatches:
 
 def _texts_in_pieces(
     batch: Batch, efficiency: EfficiencyConfig, ranks: Ranks
-) -> tuple[list[tuple[Tensor, int | None]], Classes]:
-    """The arguments of `encode_text` for each micro-batch, and the classes of the whole batch."""
+) -> tuple[list[tuple[Tensor, int | None]], Tensor, Tensor]:
+    """The arguments of `encode_text` for each micro-batch, and all class ids [u] and counts [u]."""
     texts, class_ids = batch.texts, batch.targets.text_class_ids
     size = efficiency.micro_batch_size
-    pieces, weights = [], list[Tensor]()
+    pieces = []
     for start in range(0, len(texts.tokens), size):
         part = slice(start, start + size)
         piece = dataclasses.replace(
-            texts, tokens=texts.tokens[part], lengths=texts.lengths[part],
-            counts=texts.counts[part],
-            weights=None if texts.weights is None else texts.weights[part],
-        )  # fmt: skip
+            texts, tokens=texts.tokens[part], lengths=texts.lengths[part], counts=texts.counts[part]
+        )
         pieces.append(texts_to_encode(piece, class_ids[part], efficiency))
-        own = padded_weights(piece, pieces[-1][3])
-        weights += [] if own is None else [own]
     if divides_all(efficiency, ranks):  # all ranks send parameters for each piece
         tokens, num_tokens, class_ids, counts = pieces[-1]
         again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
-        number = max(gather_integers(len(pieces), ranks)) - len(pieces)
-        pieces += [again] * number
-        weights += [torch.zeros_like(one) for one in weights[-1:]] * number
+        pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))
     rows = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
     _, _, class_ids_of_all, counts_of_all = zip(*pieces, strict=True)
-    return rows, Classes(
-        classes_of_images(batch), torch.cat(class_ids_of_all), torch.cat(counts_of_all),
-        weights=batch.weights, text_weights=torch.cat(weights) if weights else None,
-    )  # fmt: skip
+    return rows, torch.cat(class_ids_of_all), torch.cat(counts_of_all)

@@ -72,8 +72,7 @@ def check_settings(config: TrainConfig, ranks: Ranks) -> None:
     if config.data.sample_weights == "loss" and (objective.mixes or not objective.takes_weights):
         which = "mixed images" if objective.takes_weights else f"objective.name={objective.name}"
         raise ValueError(
-            f"data.sample_weights=loss: the loss of {which} takes no weights; set draws, or an "
-            "objective with weights (docs/objectives.md)"
+            f"data.sample_weights=loss: the loss of {which} takes no weights; set draws"
         )
     for stage in config.settings_of_stages:
         stage.objective.check_local_batch(ranks.local_batch_size(stage.run.global_batch_size))
@@ -177,8 +176,7 @@ def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> 
     use = config.data.sample_weights
     if (use != "none") > any(one.weights is not None for one in datasets):
         raise ValueError(
-            f"data.sample_weights={use}: no data set of data.train has weights; pack with "
-            "--weight-column, or leave it out"
+            f"data.sample_weights={use}: data.train has no weights; pack it with --weight-column"
         )
     if objective.needs_labels:
         _check_labels(objective.name, datasets)

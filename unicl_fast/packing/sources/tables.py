@@ -31,8 +31,6 @@ _PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
 """A limit, for a page of up to 2 GB, packed and unpacked; usually 16 MB are in use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
-_COLUMNS = Columns("", ("captions",), ("labels",), "group")
-_WEIGHTED = dataclasses.replace(_COLUMNS, weight="weight")
 
 
 def _recognises(place: Place) -> bool:
@@ -162,7 +160,8 @@ def _note_of(task: TableTask) -> Path:
 def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> int:
     """Adds the rows that were written; returns the number after the last."""
     file_name, number = Path(task.path).name, -1
-    columns = _WEIGHTED if task.options.weight_column else _COLUMNS
+    weight = "weight" if task.options.weight_column else ""
+    columns = Columns("", ("captions",), ("labels",), "group", weight)
 
     def find(name: str) -> Item:
         if named is None:  # the same path in two folders would be one sample
