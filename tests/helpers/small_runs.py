@@ -205,7 +205,7 @@ def labelled_batch(
     if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
-    if objective in ("clip", "siglip"):
+    if objective.startswith(("clip", "siglip")):
         labels[:] = -1
     batch = collate(
         images.roll(step, dims=0),

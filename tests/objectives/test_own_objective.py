@@ -45,8 +45,9 @@ def clip_loader(images: torch.Tensor) -> StepLoader:
 
 def test_without_a_margin_it_is_clip(images: torch.Tensor) -> None:
     clip = dataclasses.replace(tiny_config(), objective=make_objective("clip"))
-    loss, gradients = first_gradients(images, Ranks(), clip, clip_loader(images))
-    found, again = first_gradients(images, Ranks(), config_of(margin=0.0), clip_loader(images))
+    loader = labelled_loader(images, "clip, weighted")
+    loss, gradients = first_gradients(images, Ranks(), clip, loader)
+    found, again = first_gradients(images, Ranks(), config_of(margin=0.0), loader)
     assert found == loss
     for name, gradient in gradients.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-15, msg=name)

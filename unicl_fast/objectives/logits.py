@@ -22,4 +22,5 @@ def softmax_loss(logits: Tensor, pairs: Tensor, operands: Operands) -> Tensor:
     rows, columns = dense_statistics(
         logits, pairs, operands.texts.counts.to(logits.dtype), exclude_self=False, with_columns=True
     )
-    return mean_loss(rows, columns, operands.texts.counts, "both", all_reduce_over(operands.ranks))
+    all_reduce = all_reduce_over(operands.ranks)
+    return mean_loss(rows, columns, operands.texts.counts, "both", all_reduce, operands.weights)

@@ -50,7 +50,7 @@ class Objective:
     takes_levels: ClassVar[bool] = True
     """Whether texts may be classes above the labels (data.prompts=levels)."""
     takes_weights: ClassVar[bool] = False
-    """Whether the loss multiplies its parts by samples' weights (data.sample_weights=loss)."""
+    """Whether the loss uses `operands.weights` (data.sample_weights=loss)."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="objective")
