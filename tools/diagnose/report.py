@@ -146,7 +146,7 @@ def _plan(found: Diagnosis) -> Iterator[str]:
 
 
 def _stored_hint(found: Diagnosis) -> Iterator[str]:
-    """What storing features would save, if the run encodes an image in the same way each time."""
+    """The time that storing features would save, if an image is encoded alike each time."""
     seconds = found.num_images / found.measured.rate
     if found.stored == "could" and seconds < 3600 * found.hours / 2:
         yield (
