@@ -6,9 +6,10 @@ Readers of all formats make a row a dict, whose fields are one value or a list.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
 from unicl_fast.system.wording import shorten
@@ -29,6 +30,18 @@ _USUAL: dict[str, Sequence[Sequence[str]]] = {
     "label": [LABEL_COLUMNS, ("fine_label",), ("class", "cls")],
 }
 """The usual names of columns, in upper or lower case: all of the first group that is there."""
+_OF_SHOPS: dict[str, Sequence[Sequence[str]]] = {
+    "image": [
+        *(("base_image", "additional_images"), ("image_link", "additional_image_link")),
+        *(("images",), ("image_src",), ("photos",)),
+    ],
+    "caption": [("title",), ("name",), ("product_name",)],
+    "label": [("categories",), ("category",), ("product_category",), ("product_type",)],
+}
+"""Those of shops' exports, for lists without any usual name of images, or of texts."""
+
+CellsKind = Literal["all", "first", "plain"]
+_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 
 LOW_SCORE = "low score"
 """The kind of problem of rows that `--min-score` leaves out."""
@@ -41,27 +54,38 @@ FAILED_DOWNLOADS = "failed downloads of img2dataset"
 class Columns:
     """The columns of a list, or fields of a description, to read."""
 
-    image: str
+    images: tuple[str, ...]
     captions: tuple[str, ...]
     labels: tuple[str, ...]
     group: str = ""
+    guessed: tuple[str, ...] = ()
+    """Columns that were chosen by names of shops' exports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
     """How lists are read; the texts below are part of the help of `unicl-pack build`."""
 
-    image_column: str = ""
-    """Column with image paths, or images, if it is not called image, file, path or
+    image_column: Sequence[str] = ()
+    """One or several columns with image paths, or images, if not called image, file, path or
     file_name."""
     caption_column: Sequence[str] = ()
     """One or several columns with captions, if not called caption, captions or text; in tars,
-    fields of KEY.json."""
+    fields of KEY.json. '{name}, {color}' is a caption of two columns."""
     label_column: Sequence[str] = ()
     """One or several columns with labels, if not called label or labels; an image has the labels of
-    all. Labels are names, keys, or numbers into --class-names."""
+    all. Labels are names, keys, or numbers into --class-names. Any column can also be an attribute
+    in cells like size=XS,color=Black."""
     group_column: str = ""
-    """Column with a key, such as a product's number: --split keeps images with one key together."""
+    """Column with a key, such as a product's number: --split keeps images with one key together. By
+    default that of the product of which a shop's row is a variant."""
+    group_pattern: str = ""
+    """Regular expression for the part of --group-column that counts: ^[^-]+ is WS12 of
+    WS12-XS-Orange."""
+    cells: CellsKind = "all"
+    """How cells of lists are read. all: as shops write them: several images in one become a sample
+    each, paths such as Men/Tops/Tees become labels with a hierarchy, and HTML is removed; the
+    report says so. first: the same with a row's first image. plain: a cell is one value."""
     image_root: str = ""
     """Folder or zip that image paths in lists are relative to; by default the list's folder, and
     for COCO's files the folder called images, or as they are (val2017)."""
@@ -70,6 +94,28 @@ class ListOptions:
     min_score: Sequence[str] = ()
     """COLUMN=NUMBER: leave out rows of lists with a smaller value or none. Repeat it to add
     conditions."""
+
+    def asked_columns(self, header: Collection[str]) -> list[tuple[str, str]]:
+        """The columns that options name, each with the option."""
+        asked = []
+        for what in ("image", "caption", "label", "group"):
+            for name in names_of(getattr(self, f"{what}_column")):
+                names = (what == "caption" and fields_of(name, header)) or (name,)
+                asked += [(each, f"--{what}-column") for each in names]
+        asked += [(column, "--where") for column, _ in self.conditions()]
+        return asked + [(column, "--min-score") for column, _ in self.scores()]
+
+    def pattern(self) -> re.Pattern[str] | None:
+        """`group_pattern`; ValueError for what is no regular expression, or has no column."""
+        if not self.group_pattern:
+            return None
+        if not self.group_column:
+            raise ValueError("--group-pattern is for the values of a --group-column: give that too")
+        try:
+            return re.compile(self.group_pattern)
+        except re.error as error:
+            message = f"--group-pattern {self.group_pattern!r} is no regular expression: {error}"
+            raise ValueError(message) from error
 
     def conditions(self) -> list[tuple[str, str]]:
         """`where` as columns and values; ValueError for anything but COLUMN=VALUE."""
@@ -95,39 +141,60 @@ class ListOptions:
         return found
 
 
-def choose_columns(path: object, header: Sequence[str], options: ListOptions) -> Columns:
+def choose_columns(
+    path: object,
+    header: Sequence[str],
+    options: ListOptions,
+    *,
+    attributes: Collection[str] = (),
+    others: Collection[str] = (),
+) -> Columns:
     """Chooses the columns of a list: by the options, else by usual names.
 
-    Raises ValueError without a column of an option's name, with images, or with texts.
+    Cells hold `attributes`, which options name, and `others`. Raises ValueError without a column of
+    an option's name, with images, or with texts.
     """
-    named = {
-        what: names_of(getattr(options, f"{what}_column"))
-        for what in ("image", "caption", "label", "group")
-    }
-    asked = [(name, f"--{what}-column") for what, names in named.items() for name in names]
-    asked += [(column, "--where") for column, _ in options.conditions()]
-    asked += [(column, "--min-score") for column, _ in options.scores()]
-    for column, option in asked:
-        if column not in header:
-            raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
+    for column, option in options.asked_columns(header):
+        if column not in header and column not in attributes:
+            also = f", and in its cells {', '.join(others)}" if others else ""
+            raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}{also}")
 
-    def find(what: str) -> tuple[str, ...]:
-        groups = (tuple(one for one in header if one.lower() in each) for each in _USUAL[what])
+    def find(what: str, usual: dict[str, Sequence[Sequence[str]]]) -> tuple[str, ...]:
+        spelled = str.lower if usual is _USUAL else as_usual
+        groups = (tuple(one for one in header if spelled(one) in each) for each in usual[what])
         return next(filter(None, groups), ())
 
-    images, captions, labels = (named[what] or find(what) for what in ("image", "caption", "label"))
+    images = names_of(options.image_column) or find("image", _USUAL)[:1]
+    captions = names_of(options.caption_column) or find("caption", _USUAL)
+    labels = names_of(options.label_column) or find("label", _USUAL)
+    guessed: tuple[str, ...] = ()
+    if not images and options.cells != "plain":
+        images = guessed = find("image", _OF_SHOPS)
     if not images:
         raise ValueError(
             f"{path} has no column of a usual name with images or paths (image, file, path, ...); "
             f"name it by --image-column. It has {shorten(header, limit=1000)}"
         )
+    if not captions and not labels and options.cells != "plain":
+        captions, labels = find("caption", _OF_SHOPS), find("label", _OF_SHOPS)
+        guessed = (*guessed, *captions, *labels)
     if not captions and not labels:
         raise ValueError(
             f"{path} has no columns of usual names with captions or labels; name them by "
             "--caption-column or --label-column, such as --caption-column title --label-column "
             f"category. It has {shorten(header, limit=1000)}"
         )
-    return Columns(images[0], captions, labels, options.group_column)
+    return Columns(images, captions, labels, options.group_column, guessed)
+
+
+def as_usual(column: str) -> str:
+    """A column's name as usual names are written: `Image Src` is image_src."""
+    return column.strip().lower().replace(" ", "_")
+
+
+def fields_of(text: str, header: Collection[str]) -> tuple[str, ...]:
+    """The columns in braces of a caption that is made of several; none for a column's name."""
+    return () if text in header else tuple(dict.fromkeys(_IN_BRACES.findall(text)))
 
 
 def names_of(option: Sequence[str]) -> tuple[str, ...]:
@@ -138,12 +205,12 @@ def names_of(option: Sequence[str]) -> tuple[str, ...]:
 def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
     """Whether a row meets all conditions of `--where`; in a list, one equal value is enough."""
     return all(
-        any(str(value) == wanted for value in _flat(row.get(column)))
+        any(str(value) == wanted for value in flat(row.get(column)))
         for column, wanted in conditions
     )
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
     """The values in lists of any depth; not recursive, since untrusted rows could nest deeply."""
     waiting = [value]
     while waiting:
@@ -191,7 +258,7 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none
                 labels.append(label)
-    keys = _flat(row.get(columns.group)) if columns.group else ()
+    keys = flat(row.get(columns.group)) if columns.group else ()
     join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
 
 
@@ -215,7 +282,7 @@ class TableTask:
     options: ListOptions
     rows_file: str
     """Receives a JSON object for each row: `row`, and `problem`, or `captions` and `labels` with
-    `offset` and `size`, or with `path`."""
+    `offset` and `size`, or with `paths`."""
     images_file: str
 
 
@@ -226,5 +293,6 @@ class TableResult:
     labels_are_names: bool = True
     """Whether the file names all labels that are numbers."""
     passed_over: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
     """Rows that cannot be read: the first, the end or -1, and why."""

@@ -31,7 +31,7 @@ _PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
 """A limit, for a page of up to 2 GB, packed and unpacked; usually 16 MB are in use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
-_COLUMNS = Columns("", ("captions",), ("labels",), "group")
+_COLUMNS = Columns((), ("captions",), ("labels",), "group")
 
 
 def _recognises(place: Place) -> bool:
@@ -80,7 +80,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
     roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
     named = NamedImages(name, open_tree(roots.pop())) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
-    passed_over, labels_are_names = Counter[str](), True
+    passed_over, notes, labels_are_names = Counter[str](), Counter[str](), True
     for task, result in _unpack(tasks):
         path = Path(task.path)
         behind = _read_rows(task, named, items)
@@ -88,6 +88,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
             broken.append(Item(f"{path.name} from row {behind}", problem=result))
             continue
         passed_over.update(result.passed_over)
+        notes.update(result.notes)
         labels_are_names &= result.labels_are_names
         for first, end, message in result.damaged:
             rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
@@ -97,7 +98,11 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
     items.extend(broken)
     source = Source(
-        name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
+        name=name,
+        items=items,
+        labels_are_names=labels_are_names,
+        passed_over=passed_over,
+        notes=notes,
     )
     if named is not None:
         named.finish(source)
@@ -180,8 +185,9 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
             row = json.loads(line)
             number = row["row"]
             where = f"{file_name}, row {number}"
-            if "path" in row:  # rows with one path are one sample
-                add_named(items, row["path"], row, _COLUMNS, where, find)
+            for path in (paths := row.get("paths", ())):  # rows with one path are one sample
+                add_named(items, path, row, _COLUMNS, where, find)
+            if paths:
                 continue
             item = Item(f"{file_name}:{number}")
             if "problem" in row:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from unicl_fast.dataset.object_store import is_url
+from unicl_fast.packing.sources.cells import Cells, key_by_pattern
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.rows import (
@@ -29,6 +30,7 @@ from unicl_fast.packing.sources.rows import (
     Columns,
     ListOptions,
     add_texts,
+    fields_of,
     meets,
     names_of,
     too_low,
@@ -141,15 +143,20 @@ class SampleMaker:
         # .txt and .cls are ignored if an option names a field of .json
         captions, labels = names_of(options.caption_column), names_of(options.label_column)
         self._columns = Columns(
-            "",
+            (),
             captions or ("txt", *CAPTION_COLUMNS),
             labels or ("cls", *LABEL_COLUMNS),
             options.group_column,
         )
+        self._cells = Cells(
+            columns=self._columns,
+            templates={one: fields for one in captions if (fields := fields_of(one, ()))},
+            key_of=key_by_pattern(options),
+        )
         self._conditions, self._scores = options.conditions(), options.scores()
         asked = {column for column, _ in [*self._conditions, *self._scores]} | {"status"}
-        wanted = {*self._columns.captions, *self._columns.labels, options.group_column} | asked
-        self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls are files
+        self._fields = self._cells.columns_read() | asked
+        self._fields -= set(_TEXTS)  # of a .json; .txt and .cls are files
         self._items = spool.new_items()
         self._has_image = False
         self._first_problem = ""
@@ -216,7 +223,7 @@ class SampleMaker:
         else:
             item.entry = image
         if item.problem is None:
-            add_texts(item, group.row, self._columns, "the sample")
+            add_texts(item, self._cells.texts_of(group.row, ()), self._columns, "the sample")
         self.append(item)
 
     def append(self, item: Item) -> None:
