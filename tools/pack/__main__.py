@@ -226,10 +226,8 @@ def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) ->
         lines.append(f"hierarchy: {summary.hierarchy}")
     if summary.templates:
         count = count_of(len(summary.templates), "template")
-        lines.append(f"prompts: {count} for each class, such as {summary.templates[0]!r}")
-    if summary.class_names and summary.templates:
         prompt = fill_template(summary.templates[0], summary.class_names[0])
-        lines.append(f"first prompt: {shorten(prompt)}")
+        lines.append(f"prompts: {count} for each class; the first: {shorten(prompt)}")
     if summary.first_caption:
         lines.append(f"first caption: {shorten(summary.first_caption)}")
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):

@@ -421,9 +421,9 @@ def _choose_hierarchy(
 ) -> Hierarchy | None:
     """The hierarchy that --hierarchy gives, or the packed sources and labels that are paths."""
     if options.hierarchy:
-        path, named = Path(options.hierarchy), options.hierarchy_names
+        path, words = Path(options.hierarchy), options.hierarchy_names
         parents = read_parents(path, columns=options.hierarchy_columns)
-        known = read_names(Path(named)) if named else {}
+        known = read_names(Path(words)) if words else {}
         return place_classes(space, parents, known, origin=str(path))
     names, parents = name_paths(labels), join_parents(packed)
     parents |= {path: path.rpartition(PATH)[0] for path in names if PATH in path}
@@ -445,8 +445,13 @@ def _number_labels(
     for work in works:
         work.require_same("sources", checksums)
     packed = [one.manifest.class_names for one in read if isinstance(one, PackedSource)]
-    space = read_label_space(class_names) if class_names else collect_label_space(labels, packed)
-    return space, {label: space.number_of(label) for label in labels}
+    names = name_paths(labels)
+    spelled = {label: names.get(str(label), label) for label in labels}
+    if class_names:
+        space = read_label_space(class_names)
+    else:
+        space = collect_label_space(spelled.values(), packed)
+    return space, {label: space.number_of(name) for label, name in spelled.items()}
 
 
 def _check(

@@ -18,16 +18,8 @@ from unicl_fast.text.hierarchies import Hierarchy
 class LabelSpace:
     """Class names in label order, and the number of each label."""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        keys: Sequence[str] = (),
-        paths: Mapping[str, str] | None = None,
-    ) -> None:
-        """`keys` are other names that sources use for the classes, in the same order.
-
-        `paths` are the names of labels that are paths.
-        """
+    def __init__(self, names: tuple[str, ...], keys: Sequence[str] = ()) -> None:
+        """`keys` are other names that sources use for the classes, in the same order."""
         self.names, self.keys = names, keys
         numbers = {display_name(name): number for number, name in enumerate(names)}
         numbers |= {name: number for number, name in enumerate(names)}
@@ -36,15 +28,11 @@ class LabelSpace:
             numbers.pop(display_name(name), None)
         numbers |= {label: number for number, label in enumerate(spell_classes(names))}
         self._numbers = numbers | {key: number for number, key in enumerate(keys)}
-        self._numbers |= {path: self._numbers[name] for path, name in (paths or {}).items()}
 
     def find(self, label: str) -> int | None:
-        """The number of the class with this key or name, also with blanks for underscores.
-
-        A path is also found with slashes (`Men/Tops/Tees`).
-        """
+        """The number of the class with this key or name, also with blanks for underscores."""
         name = label.partition("\0")[0]
-        for spelled in (label, name, display_name(name), label.replace(PATH, "/")):
+        for spelled in (label, name, display_name(name)):
             if (number := self._numbers.get(spelled)) is not None:
                 return number
         return None
@@ -106,39 +94,27 @@ def collect_label_space(
     names = [label.partition("\0")[0] for label in spelled]
     # a source that only knows the name means the first class with this name
     known = LabelSpace(tuple(names), [label.removesuffix("\0" + "0") for label in spelled])
-    labels = dict.fromkeys(labels)
-    paths = name_paths(labels)
-    others = (paths.get(str(label), str(label)) for label in labels)
+    others = (str(label) for label in labels)
     new = sorted({display_name(label) for label in others if known.find(label) is None})
     for name in new:
         if not name.isprintable():  # nor are bytes that are not UTF-8
             raise ValueError(f"the class name {name!r} cannot be printed; rename it")
-    named = {path: name for path, name in paths.items() if path in labels}
-    return LabelSpace((*known.names, *new), (*known.keys, *new), named)
+    return LabelSpace((*known.names, *new), (*known.keys, *new))
 
 
 def name_paths(labels: Iterable[Label]) -> dict[str, str]:
     """Names of labels that are paths, and of the classes above them, by path.
 
-    A name is the last one of its path if no other path ends in it, else with the name at the first
-    level that tells them all apart: `Men Tees`, `Women Tees`.
+    A name is the last one of its path, or all of them if other paths end alike: `Men Tops Tees`.
     """
-    alike: dict[str, dict[str, list[str]]] = {}
-    for label in labels:
-        names = label.split(PATH) if isinstance(label, str) and PATH in label else []
-        for end in range(1, len(names) + 1):
-            alike.setdefault(names[end - 1], {})[PATH.join(names[:end])] = names[:end]
-    found: dict[str, str] = {}
-    for last, paths in alike.items():
-        above = [path[:-1] for path in paths.values()]
-        ways: list[list[list[str]]] = [[[] for _ in above]]
-        ways += ([names[n : n + 1] for names in above] for n in range(max(map(len, above))))
-        named = [
-            [display_name(" ".join([*names, last])) for names in way] for way in (*ways, above)
-        ]
-        own = next((names for names in named if len(set(names)) == len(names)), named[-1])
-        found |= zip(paths, own, strict=True)
-    return found
+    split = (one.split(PATH) for one in labels if isinstance(one, str) and PATH in one)
+    above = (names[:end] for names in split for end in range(1, len(names) + 1))
+    paths = {PATH.join(names): names for names in above}
+    alike = Counter(names[-1] for names in paths.values())
+    return {
+        path: display_name(" ".join(names if alike[names[-1]] > 1 else names[-1:]))
+        for path, names in paths.items()
+    }
 
 
 def place_classes(

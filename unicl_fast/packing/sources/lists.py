@@ -53,6 +53,7 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     images = NamedImages(path, open_tree(Path(options.image_root or path.parent)))
     source = collect_rows(path, read_rows(path), cells, options, images.find, spool)
     images.finish(source)
+    source.notes.update(cells.notes)
     return source
 
 
@@ -92,13 +93,7 @@ def collect_rows(
         left = ", ".join(options.where)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
     items.extend(broken)
-    return Source(
-        name=path.name,
-        items=items,
-        labels_are_names=False,
-        passed_over=passed_over,
-        notes=+cells.notes,
-    )
+    return Source(name=path.name, items=items, labels_are_names=False, passed_over=passed_over)
 
 
 def add_named(

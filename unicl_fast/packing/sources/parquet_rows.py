@@ -20,6 +20,7 @@ from unicl_fast.packing.sources.cells import Cells, study_cells
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES
 from unicl_fast.packing.sources.rows import (
     FAILED_DOWNLOADS,
+    GROUP,
     LEFT_OUT,
     TableResult,
     TableTask,
@@ -62,8 +63,7 @@ def convert(task: TableTask) -> TableResult:
     names = _class_names(table.schema, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     conditions, scores = task.options.conditions(), task.options.scores()
-    asked = [column for column, _ in [*conditions, *scores]]
-    texts = [name for name in header if name in {*cells.columns_read(), *asked}]
+    texts = [name for name in header if name in cells.sources]
     texts += ["status"] if set(header) >= _IMG2DATASET else []
     wanted = list(dict.fromkeys((*columns.images, *texts)))
     with (
@@ -198,8 +198,7 @@ class _RowWriter:
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
         captions = [text for column in columns.captions for text in _as_list(row.get(column))]
-        group = {"group": row.get(columns.group)} if columns.group else {}
-        return {"captions": captions, "labels": labels} | group
+        return {"captions": captions, "labels": labels, GROUP: row.get(GROUP)}
 
     def _image(self, images: _Images, number: int, paths: Sequence[str]) -> dict[str, Any]:
         """Copies the image and returns its location; or returns its paths, or its problem."""

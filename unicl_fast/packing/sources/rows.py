@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
@@ -40,6 +41,7 @@ _OF_SHOPS: dict[str, Sequence[Sequence[str]]] = {
 }
 """Those of shops' exports, for lists without any usual name of images, or of texts."""
 
+GROUP = "\0group"  # a column that no list has, for the keys of rows
 CellsKind = Literal["all", "first", "plain"]
 _IN_BRACES = re.compile(r"\{([^{}]+)\}")
 
@@ -57,7 +59,6 @@ class Columns:
     images: tuple[str, ...]
     captions: tuple[str, ...]
     labels: tuple[str, ...]
-    group: str = ""
     guessed: tuple[str, ...] = ()
     """Columns that were chosen by names of shops' exports."""
 
@@ -77,11 +78,9 @@ class ListOptions:
     all. Labels are names, keys, or numbers into --class-names. Any column can also be an attribute
     in cells like size=XS,color=Black."""
     group_column: str = ""
-    """Column with a key, such as a product's number: --split keeps images with one key together. By
-    default that of the product of which a shop's row is a variant."""
-    group_pattern: str = ""
-    """Regular expression for the part of --group-column that counts: ^[^-]+ is WS12 of
-    WS12-XS-Orange."""
+    """Column with a key, such as a product's number: --split keeps images with one key together.
+    'sku=^[^-]+' takes the part that a regular expression finds: WS12 of WS12-XS-Orange. By default
+    variants in a shop's export stay with their parent."""
     cells: CellsKind = "all"
     """How cells of lists are read. all: as shops write them: several images in one become a sample
     each, paths such as Men/Tops/Tees become labels with a hierarchy, and HTML is removed; the
@@ -97,24 +96,22 @@ class ListOptions:
 
     def asked_columns(self, header: Collection[str]) -> list[tuple[str, str]]:
         """The columns that options name, each with the option."""
-        asked = []
-        for what in ("image", "caption", "label", "group"):
-            for name in names_of(getattr(self, f"{what}_column")):
-                names = (what == "caption" and fields_of(name, header)) or (name,)
-                asked += [(each, f"--{what}-column") for each in names]
+        asked = [(column, "--image-column") for column in names_of(self.image_column)]
+        for text in names_of(self.caption_column):
+            names = fields_of(text, header) or (text,)
+            asked += [(column, "--caption-column") for column in names]
+        asked += [(column, "--label-column") for column in names_of(self.label_column)]
+        asked += [(column, "--group-column") for column in names_of(self.group()[0])]
         asked += [(column, "--where") for column, _ in self.conditions()]
         return asked + [(column, "--min-score") for column, _ in self.scores()]
 
-    def pattern(self) -> re.Pattern[str] | None:
-        """`group_pattern`; ValueError for what is no regular expression, or has no column."""
-        if not self.group_pattern:
-            return None
-        if not self.group_column:
-            raise ValueError("--group-pattern is for the values of a --group-column: give that too")
+    def group(self) -> tuple[str, re.Pattern[str]]:
+        """The column of `group_column`, and the expression for the part that counts."""
+        column, _, expression = self.group_column.partition("=")
         try:
-            return re.compile(self.group_pattern)
+            return column, re.compile(expression)
         except re.error as error:
-            message = f"--group-pattern {self.group_pattern!r} is no regular expression: {error}"
+            message = f"--group-column must be COLUMN or COLUMN=EXPRESSION: {expression!r}: {error}"
             raise ValueError(message) from error
 
     def conditions(self) -> list[tuple[str, str]]:
@@ -142,21 +139,16 @@ class ListOptions:
 
 
 def choose_columns(
-    path: object,
-    header: Sequence[str],
-    options: ListOptions,
-    *,
-    attributes: Collection[str] = (),
-    others: Collection[str] = (),
+    path: object, header: Sequence[str], options: ListOptions, *, attributes: Collection[str] = ()
 ) -> Columns:
     """Chooses the columns of a list: by the options, else by usual names.
 
-    Cells hold `attributes`, which options name, and `others`. Raises ValueError without a column of
-    an option's name, with images, or with texts.
+    `attributes` are in its cells. Raises ValueError without a column of an option's name, with
+    images, or with texts.
     """
     for column, option in options.asked_columns(header):
         if column not in header and column not in attributes:
-            also = f", and in its cells {', '.join(others)}" if others else ""
+            also = f", and in its cells {', '.join(islice(attributes, 20))}" if attributes else ""
             raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}{also}")
 
     def find(what: str, usual: dict[str, Sequence[Sequence[str]]]) -> tuple[str, ...]:
@@ -184,7 +176,7 @@ def choose_columns(
             "--caption-column or --label-column, such as --caption-column title --label-column "
             f"category. It has {shorten(header, limit=1000)}"
         )
-    return Columns(images, captions, labels, options.group_column, guessed)
+    return Columns(images, captions, labels, guessed=guessed)
 
 
 def as_usual(column: str) -> str:
@@ -258,7 +250,7 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none
                 labels.append(label)
-    keys = flat(row.get(columns.group)) if columns.group else ()
+    keys = flat(row.get(GROUP))
     join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
 
 

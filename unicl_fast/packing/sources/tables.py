@@ -31,7 +31,7 @@ _PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
 """A limit, for a page of up to 2 GB, packed and unpacked; usually 16 MB are in use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
-_COLUMNS = Columns((), ("captions",), ("labels",), "group")
+_COLUMNS = Columns((), ("captions",), ("labels",))
 
 
 def _recognises(place: Place) -> bool:
@@ -98,12 +98,9 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
     items.extend(broken)
     source = Source(
-        name=name,
-        items=items,
-        labels_are_names=labels_are_names,
-        passed_over=passed_over,
-        notes=notes,
+        name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
     )
+    source.notes.update(notes)
     if named is not None:
         named.finish(source)
     return source

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.packing.sources.cells import Cells, key_by_pattern
+from unicl_fast.packing.sources.cells import Cells, key_in_group
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.rows import (
@@ -30,7 +30,6 @@ from unicl_fast.packing.sources.rows import (
     Columns,
     ListOptions,
     add_texts,
-    fields_of,
     meets,
     names_of,
     too_low,
@@ -142,20 +141,12 @@ class SampleMaker:
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls are ignored if an option names a field of .json
         captions, labels = names_of(options.caption_column), names_of(options.label_column)
-        self._columns = Columns(
-            (),
-            captions or ("txt", *CAPTION_COLUMNS),
-            labels or ("cls", *LABEL_COLUMNS),
-            options.group_column,
-        )
-        self._cells = Cells(
-            columns=self._columns,
-            templates={one: fields for one in captions if (fields := fields_of(one, ()))},
-            key_of=key_by_pattern(options),
-        )
+        captions, labels = captions or ("txt", *CAPTION_COLUMNS), labels or ("cls", *LABEL_COLUMNS)
+        columns = Columns((), captions, labels)
+        self._cells = Cells(columns=columns, key_of=key_in_group(options))
         self._conditions, self._scores = options.conditions(), options.scores()
-        asked = {column for column, _ in [*self._conditions, *self._scores]} | {"status"}
-        self._fields = self._cells.columns_read() | asked
+        asked = {column for column, _ in options.asked_columns(())}
+        self._fields = {*asked, *columns.captions, *columns.labels, "status"}
         self._fields -= set(_TEXTS)  # of a .json; .txt and .cls are files
         self._items = spool.new_items()
         self._has_image = False
@@ -223,7 +214,8 @@ class SampleMaker:
         else:
             item.entry = image
         if item.problem is None:
-            add_texts(item, self._cells.texts_of(group.row, ()), self._columns, "the sample")
+            texts = self._cells.texts_of(group.row, ())
+            add_texts(item, texts, self._cells.columns, "the sample")
         self.append(item)
 
     def append(self, item: Item) -> None:
