@@ -101,7 +101,7 @@ class BuildSummary:
     num_copies: int
     """Images whose bytes equal an earlier sample's."""
     first_caption: str
-    """Of the first sample that has one; empty without captions."""
+    """The first sample's that has one; empty without captions."""
     image_size: tuple[int, int] | None = None
     """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
