@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any
 
 from unicl_fast.packing.sources.items import PATH
@@ -43,7 +43,7 @@ _KEYS = ("sku", "variant_sku")
 _PARENTS = ("parent_sku", "item_group_id", "parent", "handle")
 _AFTER_PARENT = re.compile(r"[-_./ ]")
 _MOST_LEVELS = 20  # the rest of a path stays in its last name
-_MOST_STUDIED = 10_000  # different cells of a column, and attributes
+_MOST_STUDIED = 10_000  # different cells of a column, and rows to find attributes in
 
 Row = dict[str, Any]
 Rows = Callable[[Collection[str]], Iterable[Row]]
@@ -181,9 +181,8 @@ class Cells:
         row, columns = dict(row), self.columns
         for column in columns.captions:
             names = fields_of(column, row)
-            for name in names or (column,):
-                row[name] = self._plain(row.get(name))
-            if names:
+            row |= {name: self._plain(row.get(name)) for name in names}
+            if names != (column,):
                 row[column] = _filled(column, {name: row[name] for name in names})
         for column in columns.labels:
             row[column] = self._plain(row.get(column))
@@ -239,11 +238,11 @@ def study_cells(path: object, header: Sequence[str], rows: Rows, options: ListOp
 
 
 def _find_attributes(wanted: set[str], rows: Iterable[Row]) -> dict[str, str]:
-    """The columns whose cells hold attributes, by attribute, until all `wanted` are found."""
+    """The columns whose cells hold attributes, by attribute, if any are `wanted`."""
     found: dict[str, str] = {}
-    for row in rows if wanted else ():
+    for row in islice(rows, _MOST_STUDIED) if wanted else ():
         for column, cell in row.items():
-            for name in attributes_in(cell) if len(found) < _MOST_STUDIED else ():
+            for name in attributes_in(cell):
                 found.setdefault(name, column)
         if wanted <= found.keys():
             break

@@ -32,14 +32,11 @@ _USUAL: dict[str, Sequence[Sequence[str]]] = {
 }
 """The usual names of columns, in upper or lower case: all of the first group that is there."""
 _OF_SHOPS: dict[str, Sequence[Sequence[str]]] = {
-    "image": [
-        *(("base_image", "additional_images"), ("image_link", "additional_image_link")),
-        *(("images",), ("image_src",), ("photos",)),
-    ],
-    "caption": [("title",), ("name",), ("product_name",)],
+    "image": [("base_image", "additional_images"), ("images",), ("image_src",), ("image_link",)],
+    "caption": [("title",), ("name",)],
     "label": [("categories",), ("category",), ("product_category",), ("product_type",)],
 }
-"""Those of shops' exports, for lists without any usual name of images, or of texts."""
+"""Those of shops' exports, for lists without a usual name of images, or of texts."""
 
 GROUP = "\0group"  # a column that no list has, for the keys of rows
 CellsKind = Literal["all", "first", "plain"]
@@ -96,14 +93,16 @@ class ListOptions:
 
     def asked_columns(self, header: Collection[str]) -> list[tuple[str, str]]:
         """The columns that options name, each with the option."""
-        asked = [(column, "--image-column") for column in names_of(self.image_column)]
-        for text in names_of(self.caption_column):
-            names = fields_of(text, header) or (text,)
-            asked += [(column, "--caption-column") for column in names]
-        asked += [(column, "--label-column") for column in names_of(self.label_column)]
-        asked += [(column, "--group-column") for column in names_of(self.group()[0])]
-        asked += [(column, "--where") for column, _ in self.conditions()]
-        return asked + [(column, "--min-score") for column, _ in self.scores()]
+        captions = names_of(self.caption_column)
+        named = {
+            "--image-column": names_of(self.image_column),
+            "--caption-column": [one for text in captions for one in fields_of(text, header)],
+            "--label-column": names_of(self.label_column),
+            "--group-column": names_of(self.group()[0]),
+            "--where": [column for column, _ in self.conditions()],
+            "--min-score": [column for column, _ in self.scores()],
+        }
+        return [(name, option) for option, names in named.items() for name in names]
 
     def group(self) -> tuple[str, re.Pattern[str]]:
         """The column of `group_column`, and the expression for the part that counts."""
@@ -185,8 +184,9 @@ def as_usual(column: str) -> str:
 
 
 def fields_of(text: str, header: Collection[str]) -> tuple[str, ...]:
-    """The columns in braces of a caption that is made of several; none for a column's name."""
-    return () if text in header else tuple(dict.fromkeys(_IN_BRACES.findall(text)))
+    """The columns of which a caption is made: those in braces, or the one of this name."""
+    found = () if text in header else _IN_BRACES.findall(text)
+    return tuple(dict.fromkeys(found)) or (text,)
 
 
 def names_of(option: Sequence[str]) -> tuple[str, ...]:
