@@ -115,6 +115,9 @@ def test_an_option_says_otherwise(export: Path, tmp_path: Path, kind: str) -> No
     assert groups["/1.jpg"] == ["T1"]
     assert sorted(groups["/4.jpg"]) == ["/2.jpg", "T1"]
     assert groups["/5.jpg"] == ["T2-S"]
+    some = read(label_column=["categories=^(Men|Women)/", "color=Red"])
+    assert some["/1.jpg"] == ([], [*labels("Men/Tops/Tees"), "Red"])
+    assert some["/6.jpg"] == ([], labels("Women/Tops/Tees"))
     assert list(read(cells="first")) == ["/1.jpg", "/2.jpg", "/5.jpg", "/6.jpg"]
     named = {"image_column": "base_image", "caption_column": ["name"]}
     assert read(**named)["/5.jpg"] == (["Bo Top • soft"], [])
@@ -258,6 +261,8 @@ def test_hostile_cells_cost_linear_time(tmp_path: Path, piece: str) -> None:
 def test_fields_of_tars_make_captions_and_groups(tmp_path: Path) -> None:
     fields = json.dumps({"name": "Tee", "color": "red", "sku": "T1-S"}).encode()
     path = write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.json": fields})
-    options = ListOptions(caption_column=["{name}, {color}"], group_column="sku=^[^-]+")
+    options = ListOptions(
+        caption_column=["{name}, {color}"], group_column="sku=^[^-]+", label_column="name=^T"
+    )
     (item,) = read_source(path, options).items
-    assert (item.captions, item.groups) == (["Tee, red"], ["T1"])
+    assert (item.captions, item.labels, item.groups) == (["Tee, red"], ["Tee"], ["T1"])

@@ -153,6 +153,8 @@ class Cells:
     """The columns that hold attributes which options name, by attribute."""
     levels: Mapping[str, _Levels] = field(default_factory=dict)
     """How label columns with paths are read."""
+    wanted: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
+    """What finds a label that is wanted, by column; in others all are."""
     key_of: Callable[[Row], Any] | None = None
     """The key or keys of a row for `--split`; None: the values in the group column."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -189,6 +191,14 @@ class Cells:
             if row[column] and (levels := self.levels.get(column)) is not None:
                 row[column] = levels.labels_in(row[column])
                 self.notes[levels.note] += 1
+            if find := self.wanted.get(column):
+                values = row[column] if isinstance(row[column], list) else [row[column]]
+                texts = (
+                    (one, str(one).replace(PATH, "/"))
+                    for one in values
+                    if isinstance(one, str | int)
+                )
+                row[column] = [one for one, text in texts if find(text)]
         if self.key_of is not None:
             row[GROUP] = [self.key_of(row), *images[: len(images) > 1]]
         return row
@@ -222,6 +232,7 @@ def study_cells(path: object, header: Sequence[str], rows: Rows, options: ListOp
     columns = choose_columns(path, header, options, attributes=known)
     holders = {name: holder for name, holder in known.items() if name in asked}
     cells = Cells(columns=columns, kind=options.cells, holders=holders)
+    cells.wanted = wanted_labels(options)
     keys, cells.key_of = _choose_key(header, rows, options, cells.notes)
     cells.sources = {*asked, *columns.captions, *columns.labels, *holders.values(), *keys}
     if columns.guessed:
@@ -249,9 +260,15 @@ def _find_attributes(wanted: set[str], rows: Iterable[Row]) -> dict[str, str]:
     return found
 
 
+def wanted_labels(options: ListOptions) -> dict[str, Callable[[str], object]]:
+    """The searches of label columns that have an expression."""
+    patterns = options.patterns("label")
+    return {column: one.search for column, one in patterns.items() if one.pattern}
+
+
 def key_in_group(options: ListOptions) -> Callable[[Row], Any]:
     """The function from a row to the value in the group column, or the part that counts."""
-    column, pattern = options.group()
+    ((column, pattern),) = options.patterns("group").items() or [("", re.compile(""))]
 
     def part(text: str) -> str:
         found = pattern.search(text)

@@ -72,8 +72,9 @@ class ListOptions:
     fields of KEY.json. '{name}, {color}' is a caption of two columns."""
     label_column: Sequence[str] = ()
     """One or several columns with labels, if not called label or labels; an image has the labels of
-    all. Labels are names, keys, or numbers into --class-names. Any column can also be an attribute
-    in cells like size=XS,color=Black."""
+    all. Labels are names, keys, or numbers into --class-names. 'categories=^(Men|Women)/' takes
+    those that a regular expression finds. Any column can also be an attribute in cells like
+    size=XS,color=Black."""
     group_column: str = ""
     """Column with a key, such as a product's number: --split keeps images with one key together.
     'sku=^[^-]+' takes the part that a regular expression finds: WS12 of WS12-XS-Orange. By default
@@ -97,21 +98,25 @@ class ListOptions:
         named = {
             "--image-column": names_of(self.image_column),
             "--caption-column": [one for text in captions for one in fields_of(text, header)],
-            "--label-column": names_of(self.label_column),
-            "--group-column": names_of(self.group()[0]),
+            "--label-column": self.patterns("label"),
+            "--group-column": self.patterns("group"),
             "--where": [column for column, _ in self.conditions()],
             "--min-score": [column for column, _ in self.scores()],
         }
         return [(name, option) for option, names in named.items() for name in names]
 
-    def group(self) -> tuple[str, re.Pattern[str]]:
-        """The column of `group_column`, and the expression for the part that counts."""
-        column, _, expression = self.group_column.partition("=")
-        try:
-            return column, re.compile(expression)
-        except re.error as error:
-            message = f"--group-column must be COLUMN or COLUMN=EXPRESSION: {expression!r}: {error}"
-            raise ValueError(message) from error
+    def patterns(self, what: Literal["label", "group"]) -> dict[str, re.Pattern[str]]:
+        """The expressions of COLUMN=EXPRESSION, by column; ValueError if one is no expression."""
+        option = f"--{what}-column"
+        found = {}
+        for text in names_of(getattr(self, f"{what}_column")):
+            column, _, expression = text.partition("=")
+            try:
+                found[column] = re.compile(expression)
+            except re.error as error:
+                message = f"{option} must be COLUMN or COLUMN=EXPRESSION: {expression!r}: {error}"
+                raise ValueError(message) from error
+        return found
 
     def conditions(self) -> list[tuple[str, str]]:
         """`where` as columns and values; ValueError for anything but COLUMN=VALUE."""
@@ -157,7 +162,7 @@ def choose_columns(
 
     images = names_of(options.image_column) or find("image", _USUAL)[:1]
     captions = names_of(options.caption_column) or find("caption", _USUAL)
-    labels = names_of(options.label_column) or find("label", _USUAL)
+    labels = tuple(options.patterns("label")) or find("label", _USUAL)
     guessed: tuple[str, ...] = ()
     if not images and options.cells != "plain":
         images = guessed = find("image", _OF_SHOPS)

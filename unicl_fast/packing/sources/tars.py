@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.packing.sources.cells import Cells, key_in_group
+from unicl_fast.packing.sources.cells import Cells, key_in_group, wanted_labels
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.rows import (
@@ -140,10 +140,11 @@ class SampleMaker:
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls are ignored if an option names a field of .json
-        captions, labels = names_of(options.caption_column), names_of(options.label_column)
+        captions, labels = names_of(options.caption_column), tuple(options.patterns("label"))
         captions, labels = captions or ("txt", *CAPTION_COLUMNS), labels or ("cls", *LABEL_COLUMNS)
         columns = Columns((), captions, labels)
-        self._cells = Cells(columns=columns, key_of=key_in_group(options))
+        key_of, wanted = key_in_group(options), wanted_labels(options)
+        self._cells = Cells(columns=columns, key_of=key_of, wanted=wanted)
         self._conditions, self._scores = options.conditions(), options.scores()
         asked = {column for column, _ in options.asked_columns(())}
         self._fields = {*asked, *columns.captions, *columns.labels, "status"}
