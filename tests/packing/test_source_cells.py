@@ -24,6 +24,7 @@ from unicl_fast.packing.sources.items import PATH
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 
+RED = "color=Red"
 MEN, WOMEN = "All/Men/Tops/Tees", "All/Women/Tops/Tees,All,All/Women,All/Sale/Eco &amp; fair"
 ROWS = [
     # sku, type, categories, name, base_image, additional_images, additional_attributes
@@ -31,7 +32,15 @@ ROWS = [
     ("T1-M-Red", "simple", MEN, "Ada Tee", "/1.jpg", "", "size=M,color=Red"),
     ("T1-S-Blue", "simple", MEN, "Ada Tee", "/2.jpg", "/3.jpg,/4.jpg", "size=S,color=Blue"),
     ("T1", "parent", MEN, "Ada <b>Tee</b>&reg;", "/1.jpg", "", "material=Wool|Hemp, soft"),
-    ("T2-S", "simple", WOMEN, "<p>Bo&nbsp;Top</p><p>&bull; soft</p>", "/5.jpg", "", "color=Red"),
+    (
+        "T2-S",
+        "simple",
+        "All/Women/Tops/Tees",
+        "<p>Bo&nbsp;Top</p><p>&bull; soft</p>",
+        "/5.jpg",
+        "",
+        "color=Red",
+    ),
     ("T3", "simple", WOMEN, "Cy <3 Top", "/6.jpg", "/gone.jpg", "color="),
 ]
 HEADER = (
@@ -82,10 +91,11 @@ def test_an_export_is_packed_as_it_is(
     assert ["Sale", "Eco & fair"] in chains
     for line in (
         "note: 4 columns chosen by their names: base_image, additional_images, name, categories\n",
-        "note: 6 cells of categories read as paths below All, such as Men > Tops > Tees (--cells)",
+        "note: 6 cells of categories read as paths below All, such as Men > Tops > Tees (--cells); "
+        "without Sale, never alone, by --label-column 'categories=^(Men|Women)'\n",
         "note: 6 rows grouped for --split by their sku or one that it continues (--group-column)",
         "note: 2 rows with several images: each is a sample (--cells)\n",
-        "note: 4 texts from which HTML tags and entities were removed (--cells)\n",
+        "note: 3 texts from which HTML tags and entities were removed (--cells)\n",
         "note: 6 paths that begin with / found below the image root\n",
         "left out: 1, listed in",
         "hierarchy: 3 of 3 classes placed, 5 classes above\n",
@@ -122,7 +132,7 @@ def test_an_option_says_otherwise(export: Path, tmp_path: Path, kind: str) -> No
     named = {"image_column": "base_image", "caption_column": ["name"]}
     assert read(**named)["/5.jpg"] == (["Bo Top • soft"], [])
     plain = read(**named, label_column="categories", cells="plain")
-    assert plain["/5.jpg"] == ([ROWS[4][3]], [WOMEN])
+    assert plain["/5.jpg"] == ([ROWS[4][3]], [ROWS[4][2]])
     assert groups["/1.jpg"] == []
     # attributes are columns, and a caption can be made of several
     both = {"caption_column": ["{name} in {color}", "material"], "label_column": ["color"]}

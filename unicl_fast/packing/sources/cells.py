@@ -42,6 +42,7 @@ _ATTRIBUTE = re.compile(r"[\w .-]{1,80}")
 _KEYS = ("sku", "variant_sku")
 _PARENTS = ("parent_sku", "item_group_id", "parent", "handle")
 _AFTER_PARENT = re.compile(r"[-_./ ]")
+_MOST_SHOWN = 10
 _MOST_LEVELS = 20  # the rest of a path stays in its last name
 _MOST_STUDIED = 10_000  # different cells of a column, and rows to find attributes in
 
@@ -120,7 +121,7 @@ class _Levels:
         return [PATH.join(path) for path in dict.fromkeys(found) if path not in above]
 
 
-def _study_levels(column: str, cells: Counter[str]) -> _Levels | None:
+def _study_levels(column: str, cells: Counter[str], *, advise: bool) -> _Levels | None:
     """How a label column is read if half of its cells are paths below few names.
 
     `T-shirt/top` among other names is none.
@@ -136,8 +137,22 @@ def _study_levels(column: str, cells: Counter[str]) -> _Levels | None:
             example = " > ".join(max(paths, key=len)[len(root) :])
             below = f" below {'/'.join(root)}" * bool(root)
             note = f"cells of {column} read as paths{below}, such as {example} (--cells)"
+            above = len(root)
+            tops = [{path[above] for path in own if path[above:]} for own in found.values()]
+            note += _advice(column, tops) if advise else ""
             return replace(levels, root=root, note=note)
     return None
+
+
+def _advice(column: str, tops: Sequence[set[str]]) -> str:
+    """How to leave paths out whose top never stands alone; sales and collections teach little."""
+    alone = set().union(*(each for each in tops if len(each) == 1))
+    others = set().union(*tops) - alone
+    if not alone or not others or len(alone | others) > _MOST_SHOWN:
+        return ""
+    wanted = "|".join(map(re.escape, sorted(alone)))
+    names = ", ".join(sorted(others))
+    return f"; without {names}, never alone, by --label-column '{column}=^({wanted})'"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,10 +166,10 @@ class Cells:
     """The columns that are read, besides those of images."""
     holders: Mapping[str, str] = field(default_factory=dict)
     """The columns that hold attributes which options name, by attribute."""
-    levels: Mapping[str, _Levels] = field(default_factory=dict)
+    levels: dict[str, _Levels] = field(default_factory=dict)
     """How label columns with paths are read."""
     wanted: Mapping[str, Callable[[str], object]] = field(default_factory=dict)
-    """What finds a label that is wanted, by column; in others all are."""
+    """Searches that find the wanted labels, by column; other columns are taken whole."""
     key_of: Callable[[Row], Any] | None = None
     """The key or keys of a row for `--split`; None: the values in the group column."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -243,8 +258,9 @@ def study_cells(path: object, header: Sequence[str], rows: Rows, options: ListOp
         for column, counter in found.items():
             texts = map(without_html, _texts_in(row.get(column)))
             counter.update(one for one in texts if one in counter or len(counter) < _MOST_STUDIED)
-    studied = {column: _study_levels(column, counter) for column, counter in found.items()}
-    cells.levels = {column: levels for column, levels in studied.items() if levels is not None}
+    for column, counter in found.items():
+        levels = _study_levels(column, counter, advise=column not in cells.wanted)
+        cells.levels |= {} if levels is None else {column: levels}
     return cells
 
 
