@@ -137,10 +137,9 @@ def _study_levels(column: str, cells: Counter[str], *, advise: bool) -> _Levels 
             example = " > ".join(max(paths, key=len)[len(root) :])
             below = f" below {'/'.join(root)}" * bool(root)
             note = f"cells of {column} read as paths{below}, such as {example} (--cells)"
-            above = len(root)
-            tops = [{path[above] for path in own if path[above:]} for own in found.values()]
-            note += _advice(column, tops) if advise else ""
-            return replace(levels, root=root, note=note)
+            read = replace(levels, root=root)
+            tops = [{path[0] for path in read.paths_in(cell)} for cell in cells]
+            return replace(read, note=note + _advice(column, tops) * advise)
     return None
 
 
