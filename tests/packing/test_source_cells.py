@@ -12,10 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from foreign_sources import outcomes, read_source, texts, write_tar
-from hypothesis import given
-from hypothesis import strategies as st
 from pack_runs import Pack, build_set, jpeg, samples_of
-from property_tests import examples
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.packing.label_space import name_paths
@@ -47,7 +44,6 @@ HEADER = (
     *("sku", "product_type", "categories", "name", "base_image"),
     *("additional_images", "additional_attributes"),
 )
-DESCRIBED = {f"/{number}.jpg": None for number in range(1, 7)}
 
 
 @pytest.fixture
@@ -244,15 +240,6 @@ def test_cells_are_read_as_shops_write_them() -> None:
     assert without_html("<h2>Big</h2><p>sea &amp;amp; <br/>air</p>") == "Big sea & air"
     for text in ("a <unk> b  <3", "R&D", "x < y > z", "&;"):
         assert without_html(text) is text
-
-
-@given(st.text("<>&;!-/abp x=#3", max_size=60))
-@examples(200)
-def test_removing_html_ends_and_is_done_once(text: str) -> None:
-    once = without_html(text)
-    assert len(once) <= len(text)
-    if once is text:
-        assert without_html(once) is once
 
 
 @pytest.mark.parametrize("piece", ["<a", "<!--", "<b ", "&", "</p", "&#1", "<p>", "a/", ",a=", " "])
