@@ -60,7 +60,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "list.jsonl").open("a") as file:
         file.write('\n{"image": "cut.jpg", "label": "cat"}')
     options = {"class_names": str(root / "names"), "templates": "simple"}
-    build_set([root / "list.jsonl"], root / "set", **options)
+    build_set([root / "list.jsonl"], root / "set", cells="plain", **options)
     return root / "set"
 
 

@@ -21,7 +21,7 @@ from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
 from unicl_fast.packing.sources.trees import ZipEntry, open_tree
 
-COLUMNS = Columns("", ("caption",), ("label",))
+COLUMNS = Columns((), ("caption",), ("label",))
 texts = st.sampled_from(["a", "b", "\udcff is no UTF-8", "", 3.5, None, ["c", "d"], "x" * 5000])
 labels = st.sampled_from(["cat", 7, True, -1, None, ["dog", 2**70]])
 

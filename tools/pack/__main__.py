@@ -25,7 +25,8 @@ from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.wording import count_of, count_of_kind, print_text
+from unicl_fast.system.wording import count_of, count_of_kind, print_text, shorten
+from unicl_fast.text.class_lists import fill_template
 
 from .inspect import Inspect, contents_of
 from .verify import Verify
@@ -225,7 +226,10 @@ def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) ->
         lines.append(f"hierarchy: {summary.hierarchy}")
     if summary.templates:
         count = count_of(len(summary.templates), "template")
-        lines.append(f"prompts: {count} for each class, such as {summary.templates[0]!r}")
+        prompt = fill_template(summary.templates[0], summary.class_names[0])
+        lines.append(f"prompts: {count} for each class; the first: {shorten(prompt)}")
+    if summary.first_caption:
+        lines.append(f"first caption: {shorten(summary.first_caption)}")
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):
         lines.append(
             "note: the class names are WordNet ids, from which no text encoder learns much; "

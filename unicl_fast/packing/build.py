@@ -13,24 +13,26 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from unicl_fast.dataset.manifest import InPlaceInfo, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
-from unicl_fast.dataset.stored_samples import equal_images
+from unicl_fast.dataset.stored_samples import SampleReader, equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.in_place import KnownImages, Places, require_in_place, shuffled_files
 from unicl_fast.packing.label_space import (
     LabelSpace,
     collect_label_space,
+    name_paths,
     place_classes,
     read_label_space,
     refuse_numbers,
@@ -38,7 +40,7 @@ from unicl_fast.packing.label_space import (
 from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import Samples, shuffled_order
-from unicl_fast.packing.sources.items import Item, Label, Problem
+from unicl_fast.packing.sources.items import PATH, Item, Label, Problem
 from unicl_fast.packing.sources.packed import (
     PackedSource,
     count_in_both,
@@ -99,6 +101,8 @@ class BuildSummary:
     """Remarks on rows and images that were read, with their counts."""
     num_copies: int
     """Images whose bytes equal an earlier sample's."""
+    first_caption: str
+    """The first sample's that has one; empty without captions."""
     image_size: tuple[int, int] | None = None
     """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
@@ -261,6 +265,9 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
         outcome = outcome | {"num_taken_over": manifest.num_samples, "was_complete": True}
     with PackedDataset(out, verify=False) as dataset:
         num_copies = sum(len(group) - 1 for group in equal_images(dataset))
+        captioned = np.flatnonzero(dataset.samples["captions_count"])[:1].tolist()
+        with contextlib.closing(SampleReader(dataset)) as reader:
+            shown = [reader.read(sample).description.captions[0] for sample in captioned]
     pixels, hierarchy = manifest.pixels, manifest.hierarchy
     return BuildSummary(
         out=out,
@@ -273,6 +280,7 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
         quarantined=describe_left_out(out / QUARANTINE_NAME),
         left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
         num_copies=num_copies,
+        first_caption="".join(shown),
         image_size=None if pixels is None else (pixels.height, pixels.width),
         **outcome,
     )
@@ -388,7 +396,7 @@ def _read(
         templates = read_templates(options.templates)
     elif space.names:
         templates = join_templates(packed) or templates_for(space.names)
-    hierarchy = _choose_hierarchy(options, space, packed)
+    hierarchy = _choose_hierarchy(options, space, packed, numbers)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     notes = sum((source.notes + source.items.notes() for source in read), count_shared(packed))
     samples = Samples(read)
@@ -416,17 +424,20 @@ def _read(
 
 
 def _choose_hierarchy(
-    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
+    options: BuildOptions,
+    space: LabelSpace,
+    packed: Sequence[PackedSource],
+    labels: Iterable[Label],
 ) -> Hierarchy | None:
-    """The hierarchy that --hierarchy or the packed sources give."""
+    """The hierarchy that --hierarchy gives, or the packed sources and labels that are paths."""
     if options.hierarchy:
-        path, names = Path(options.hierarchy), options.hierarchy_names
+        path, words = Path(options.hierarchy), options.hierarchy_names
         parents = read_parents(path, columns=options.hierarchy_columns)
-        known = read_names(Path(names)) if names else {}
+        known = read_names(Path(words)) if words else {}
         return place_classes(space, parents, known, origin=str(path))
-    if parents := join_parents(packed):
-        return place_classes(space, parents, {}, origin="the packed sources")
-    return None
+    names, parents = name_paths(labels), join_parents(packed)
+    parents |= {path: path.rpartition(PATH)[0] for path in names if PATH in path}
+    return place_classes(space, parents, names, origin="the sources") if parents else None
 
 
 def _number_labels(
@@ -444,8 +455,13 @@ def _number_labels(
     for work in works:
         work.require_same("sources", checksums)
     packed = [one.manifest.class_names for one in read if isinstance(one, PackedSource)]
-    space = read_label_space(class_names) if class_names else collect_label_space(labels, packed)
-    return space, {label: space.number_of(label) for label in labels}
+    names = name_paths(labels)
+    spelled = {label: names.get(str(label), label) for label in labels}
+    if class_names:
+        space = read_label_space(class_names)
+    else:
+        space = collect_label_space(spelled.values(), packed)
+    return space, {label: space.number_of(name) for label, name in spelled.items()}
 
 
 def _check(

@@ -16,7 +16,7 @@ from unicl_fast.images.check import (
     ImageFormat,
 )
 from unicl_fast.packing.ray_engine import Engine, require_engine
-from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.rows import CellsKind, ListOptions
 from unicl_fast.packing.workers import ImageOptions
 
 DEFAULT_IMAGE_SECONDS = 30.0  # A hundred times as long as the largest ordinary photograph needs
@@ -134,6 +134,8 @@ class BuildOptions(ListOptions):
             )
         if self.group_column and self.split is None:
             raise ValueError("--group-column says what --split keeps together: give that too")
+        if self.cells not in (known := get_args(CellsKind)):
+            raise ValueError(f"--cells is one of {', '.join(known)}, not {self.cells!r}")
         require_engine(self.engine)
         self.conditions()
         if (self.hierarchy_columns or self.hierarchy_names) and not self.hierarchy:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources.items import Label, spell_classes
+from unicl_fast.packing.sources.items import PATH, Label, spell_classes
 from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
 from unicl_fast.text.hierarchies import Hierarchy
 
@@ -100,6 +100,21 @@ def collect_label_space(
         if not name.isprintable():  # nor are bytes that are not UTF-8
             raise ValueError(f"the class name {name!r} cannot be printed; rename it")
     return LabelSpace((*known.names, *new), (*known.keys, *new))
+
+
+def name_paths(labels: Iterable[Label]) -> dict[str, str]:
+    """Names of labels that are paths, and of the classes above them, by path.
+
+    A name is the last one of its path, or all of them if other paths end alike: `Men Tops Tees`.
+    """
+    split = (one.split(PATH) for one in labels if isinstance(one, str) and PATH in one)
+    above = (names[:end] for names in split for end in range(1, len(names) + 1))
+    paths = {PATH.join(names): names for names in above}
+    alike = Counter(names[-1] for names in paths.values())
+    return {
+        path: display_name(" ".join(names if alike[names[-1]] > 1 else names[-1:]))
+        for path, names in paths.items()
+    }
 
 
 def place_classes(

@@ -17,7 +17,7 @@ from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 
-_COLUMNS = Columns("", ("caption",), ("category",))
+_COLUMNS = Columns((), ("caption",), ("category",))
 
 Id = int | str
 _Items = dict[Entry | str, Item]

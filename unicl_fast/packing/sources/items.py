@@ -16,6 +16,8 @@ TOO_MANY = "too many texts"
 
 Label = str | int
 """A class as its source spells it: a name, a key or a number; see also `spell_classes`."""
+PATH = "\x1f"
+"""Stands between the names of a label that is a path of a hierarchy, from the top down."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 
-_COLUMNS = Columns("", ("raw",), ())
+_COLUMNS = Columns((), ("raw",), ())
 
 
 def _recognises(place: Place) -> bool:

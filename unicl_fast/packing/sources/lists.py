@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from unicl_fast.packing.sources.cells import Cells, study_cells
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.named_images import NamedImages
@@ -21,7 +22,6 @@ from unicl_fast.packing.sources.rows import (
     Columns,
     ListOptions,
     add_texts,
-    choose_columns,
     meets,
     too_low,
 )
@@ -41,22 +41,27 @@ Find = Callable[[str], Item]
 def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads a .csv, .tsv, .jsonl or .json with one or several rows for each image."""
     read_rows = _ROW_READERS[path.suffix.lower()]
+
+    def rows(_: object = None) -> Iterator[dict[str, Any]]:
+        return (row for _, row in read_rows(path) if not isinstance(row, Problem))
+
     # JSON rows can have different fields, such as `caption` in one and `captions` in another
-    named = (row for _, row in read_rows(path) if not isinstance(row, Problem))
-    header = list(dict.fromkeys(name for row in named for name in row))
+    header = list(dict.fromkeys(name for row in rows() for name in row))
     if not header:
         raise ValueError(f"{path} has no rows that can be read")
-    columns = choose_columns(path, header, options)
+    cells = study_cells(path, header, rows, options)
     images = NamedImages(path, open_tree(Path(options.image_root or path.parent)))
-    source = collect_rows(path, read_rows(path), columns, options, images.find, spool)
+    source = collect_rows(path, read_rows(path), cells, options, images.find, spool)
     images.finish(source)
+    source.notes.update(cells.notes)
     return source
 
 
 def collect_rows(
-    path: Path, rows: Rows, columns: Columns, options: ListOptions, find: Find, spool: Spool
+    path: Path, rows: Rows, cells: Cells, options: ListOptions, find: Find, spool: Spool
 ) -> Source:
     """Makes samples of rows; calls `find` at an image's first row."""
+    columns = cells.columns
     conditions, scores = options.conditions(), options.scores()
     items, broken, low_rows = spool.new_items(), spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
@@ -64,14 +69,19 @@ def collect_rows(
         line = f"line {number}"
         if isinstance(row, Problem):
             broken.append(Item(line, problem=row))
-        elif not meets(row, conditions):
+            continue
+        row = cells.with_attributes(row)
+        if not meets(row, conditions):
             passed_over[LEFT_OUT] += 1
-        elif not isinstance(name := row.get(columns.image), str) or not name:
-            broken.append(refused(line, "bad row", f"no image path in {columns.image!r}"))
+        elif not (names := cells.images_of(row)):
+            where = " or ".join(map(repr, columns.images))
+            broken.append(refused(line, "bad row", f"no image path in {where}"))
         elif (low := too_low(row, scores)) is not None:
-            low_rows.append(Item(line, captions=[name], problem=low))
+            low_rows.extend(Item(line, captions=[name], problem=low) for name in names)
         else:
-            add_named(items, name, row, columns, line, find)
+            texts = cells.texts_of(row, names)
+            for name in names:
+                add_named(items, name, texts, columns, line, find)
     for item in low_rows:
         (name,), low = item.captions, item.problem
         if items.find(name) is None:

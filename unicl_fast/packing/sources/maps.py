@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from unicl_fast.packing.sources.cells import Cells
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.lists import Rows, collect_rows
 from unicl_fast.packing.sources.rows import Columns, ListOptions
@@ -41,8 +42,8 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         item.name = name
         return item
 
-    columns = Columns("image", (), ("label",))
-    return collect_rows(path, _map_rows(path), columns, options, find, spool)
+    cells = Cells(columns=Columns(("image",), (), ("label",)))
+    return collect_rows(path, _map_rows(path), cells, options, find, spool)
 
 
 def _map_rows(path: Path) -> Rows:

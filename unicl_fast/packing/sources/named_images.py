@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from unicl_fast.system.wording import count_of
 _ENOUGH = 1000  # after so many missing images in a row from the start, a wrong folder is reported
 _FOLDERS_TRIED = 100
 _ADDRESS = re.compile(r"https?://")
+_WINDOWS = "paths with \\ read as if it were /"
+_SLASH = "paths that begin with / found below the image root"
 
 
 class NamedImages:
@@ -24,7 +27,8 @@ class NamedImages:
 
     def __init__(self, listed: object, tree: Tree) -> None:
         self._listed, self._tree = listed, tree
-        self._num_found = self._num_missing = self._num_windows = 0
+        self._num_found = self._num_missing = 0
+        self._renamed: Counter[str] = Counter()
         self._first_missing = ""
 
     def find(self, *names: str) -> Item:
@@ -34,10 +38,10 @@ class NamedImages:
         """
         found = [self._find(name) for name in names]
         item = next((one for one in found if one.problem is None), found[0])
-        if item.problem is not None and "\\" in item.name:
-            plain = self._find(item.name.replace("\\", "/"))
+        if item.problem is not None and ("\\" in item.name or item.name.startswith("/")):
+            plain = self._find(item.name.replace("\\", "/").lstrip("/"))
             if plain.problem is None:
-                self._num_windows += 1
+                self._renamed[_SLASH if item.name.startswith("/") else _WINDOWS] += 1
                 item = Item(item.name, plain.entry)
         if item.problem is None:
             self._num_found += 1
@@ -51,8 +55,7 @@ class NamedImages:
     def finish(self, source: Source) -> None:
         """Counts renamed paths in `source`; raises ValueError if no image was found."""
         self._require_some()
-        if self._num_windows:
-            source.notes["paths with \\ read as if it were /"] += self._num_windows
+        source.notes.update(self._renamed)
 
     def _require_some(self) -> None:
         """Raises ValueError, with advice, if all images so far are missing."""
@@ -69,6 +72,7 @@ class NamedImages:
 
     def _advise(self) -> str:
         name = self._first_missing.replace("\\", "/")
+        below = name.lstrip("/")
         if _ADDRESS.match(name):
             return (
                 "They are addresses: download them with img2dataset (img2dataset --url_list FILE "
@@ -78,11 +82,11 @@ class NamedImages:
         parts = name.split("/")
         if ".." in parts:
             return "Write the paths without .., and give the folder they start in: --image-root"
-        for folder in self._folders():
+        whole = [Path("/")] if name != below else []
+        for folder in (*whole, *self._folders()):
             with contextlib.suppress(OSError, ValueError):  # zero bytes in names, or too long ones
-                if (folder / name).is_file():
-                    root = "/" if os.path.isabs(name) else folder
-                    return f"It is in {root}: add --image-root {root}"
+                if (folder / below).is_file():
+                    return f"It is in {folder}: add --image-root {folder}"
         for number in range(1, len(parts)):
             rest = "/".join(parts[number:])
             if self._find(rest).problem is None:

@@ -6,23 +6,24 @@ pyarrow is C++.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unicl_fast.packing.sources.cells import Cells, study_cells
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES
 from unicl_fast.packing.sources.rows import (
     FAILED_DOWNLOADS,
+    GROUP,
     LEFT_OUT,
-    Columns,
     TableResult,
     TableTask,
-    choose_columns,
     meets,
     too_low,
 )
@@ -50,20 +51,26 @@ def convert(task: TableTask) -> TableResult:
         return TableResult(damaged=[(0, -1, _reason(error))])
     if len(set(header)) < len(header):
         raise ValueError(f"{task.path} has several columns of one name: {header}")
-    columns = choose_columns(task.path, header, task.options)
+
+    def rows_of(wanted: Collection[str]) -> Iterator[dict[str, Any]]:
+        names = [name for name in header if name in wanted]
+        for _, batch in table.batches(names, []) if names else ():
+            with contextlib.suppress(pa.ArrowException, UnicodeDecodeError):  # noted below
+                yield from batch.to_pylist()
+
+    cells = study_cells(task.path, header, rows_of, task.options)
+    columns = cells.columns
     names = _class_names(table.schema, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     conditions, scores = task.options.conditions(), task.options.scores()
-    others = [column for column, _ in [*conditions, *scores]]
-    others += [column for column in (columns.group, columns.weight) if column]
-    if set(header) >= _IMG2DATASET:
-        others.append("status")
-    wanted = list(dict.fromkeys((columns.image, *columns.captions, *columns.labels, *others)))
+    texts = [name for name in header if name in cells.sources]
+    texts += ["status"] if set(header) >= _IMG2DATASET else []
+    wanted = list(dict.fromkeys((*columns.images, *texts)))
     with (
         open(task.rows_file, "w", encoding="ascii") as rows,
         open(task.images_file, "wb") as images,
     ):
-        writer = _RowWriter(columns, others, names, conditions, scores, rows, images)
+        writer = _RowWriter(cells, texts, names, conditions, scores, rows, images)
         for first, batch in table.batches(wanted, result.damaged):
             try:
                 writer.write(first, batch)
@@ -73,7 +80,7 @@ def convert(task: TableTask) -> TableResult:
                 raise ValueError(f"{task.path}: {error}") from error
             images.flush()
             rows.flush()  # so that complete lines survive this process
-    result.passed_over = dict(writer.passed_over)
+    result.passed_over, result.notes = dict(writer.passed_over), dict(+cells.notes)
     return result
 
 
@@ -140,9 +147,9 @@ class _ParquetTable:
 class _RowWriter:
     """Writes batches as rows."""
 
-    columns: Columns
-    others: Sequence[str]
-    """Columns of `conditions`, `scores`, the group and the weight, and img2dataset's `status`."""
+    cells: Cells
+    texts: Sequence[str]
+    """The columns of texts, `conditions`, `scores`, group and weight, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
     conditions: Sequence[tuple[str, str]]
     scores: Sequence[tuple[str, float]]
@@ -157,12 +164,11 @@ class _RowWriter:
             return
         lines: list[str] = []
         passed_over: Counter[str] = Counter()
-        columns = self.columns
-        names = dict.fromkeys((*columns.captions, *columns.labels, *self.others))
-        fields = {name: batch.column(name).to_pylist() for name in names}
-        images = _Images(batch.column(self.columns.image))
+        fields = {name: batch.column(name).to_pylist() for name in self.texts}
+        images = [_Images(batch.column(name)) for name in self.cells.columns.images]
         for number in range(batch.num_rows):
             row = {name: values[number] for name, values in fields.items()}
+            row = self.cells.with_attributes(row)
             if "status" in row and row["status"] not in (None, "success"):
                 passed_over[FAILED_DOWNLOADS] += 1
                 continue
@@ -170,35 +176,36 @@ class _RowWriter:
                 passed_over[LEFT_OUT] += 1
                 continue
             low = too_low(row, self.scores)
-            found = self._texts_of(row) if low is None else {"problem": [low.kind, low.message]}
+            listed = zip(self.cells.columns.images, images, strict=True)
+            paths = self.cells.images_of({name: each.path_at(number) for name, each in listed})
+            found = {"problem": [low.kind, low.message]} if low else self._texts_of(row, paths)
             if "problem" not in found:  # a bad row needs no image
-                found |= self._image(images, number)
+                found |= self._image(images[0], number, paths)
             lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
         self.rows.writelines(lines)
         self.passed_over += passed_over
 
-    def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _texts_of(self, row: dict[str, Any], images: Sequence[str]) -> dict[str, Any]:
         """The row's texts, with names for numbers; or its problem."""
+        row, columns = self.cells.texts_of(row, images), self.cells.columns
         labels: list[Any] = []
-        for column in self.columns.labels:
+        for column in columns.labels:
             names = self.names.get(column, ())
-            for value in _as_list(row[column]):
+            for value in _as_list(row.get(column)):
                 is_number = isinstance(value, int) and not isinstance(value, bool)
                 if names and is_number and not -1 <= value < len(names):
                     message = f"{column} {value}, where there are {len(names)} class names"
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
-        captions = [text for column in self.columns.captions for text in _as_list(row[column])]
-        more = {"group": self.columns.group, "weight": self.columns.weight}
-        others = {name: row[column] for name, column in more.items() if column}
-        return {"captions": captions, "labels": labels} | others
+        captions = [text for column in columns.captions for text in _as_list(row.get(column))]
+        found = {"captions": captions, "labels": labels, GROUP: row.get(GROUP)}
+        return found | ({"weight": row.get(columns.weight)} if columns.weight else {})
 
-    def _image(self, images: _Images, number: int) -> dict[str, Any]:
-        """Copies the image and returns its location; or returns its path, or its problem."""
+    def _image(self, images: _Images, number: int, paths: Sequence[str]) -> dict[str, Any]:
+        """Copies the image and returns its location; or returns its paths, or its problem."""
         buffer = images.bytes_at(number)
         if buffer is None:
-            path = images.path_at(number)
-            return {"path": path} if path else {"problem": ["missing", "no image in the row"]}
+            return {"paths": paths} if paths else {"problem": ["missing", "no image in the row"]}
         if buffer.size > MAX_FILE_BYTES:
             return {"problem": ["too large", f"an image of {buffer.size:,} bytes"]}
         offset = self.num_written

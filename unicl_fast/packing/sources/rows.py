@@ -6,9 +6,11 @@ Readers of all formats make a row a dict, whose fields are one value or a list.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
 from unicl_fast.system.wording import shorten
@@ -29,6 +31,16 @@ _USUAL: dict[str, Sequence[Sequence[str]]] = {
     "label": [LABEL_COLUMNS, ("fine_label",), ("class", "cls")],
 }
 """The usual names of columns, in upper or lower case: all of the first group that is there."""
+_OF_SHOPS: dict[str, Sequence[Sequence[str]]] = {
+    "image": [("base_image", "additional_images"), ("images",), ("image_src",), ("image_link",)],
+    "caption": [("title",), ("name",)],
+    "label": [("categories",), ("category",), ("product_category",), ("product_type",)],
+}
+"""Those of shops' exports, for lists without a usual name of images, or of texts."""
+
+GROUP = "\0group"  # a column that no list has, for the keys of rows
+CellsKind = Literal["all", "first", "plain"]
+_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 
 LOW_SCORE = "low score"
 """The kind of problem of rows that `--min-score` leaves out."""
@@ -41,31 +53,40 @@ FAILED_DOWNLOADS = "failed downloads of img2dataset"
 class Columns:
     """The columns of a list, or fields of a description, to read."""
 
-    image: str
+    images: tuple[str, ...]
     captions: tuple[str, ...]
     labels: tuple[str, ...]
-    group: str = ""
     weight: str = ""
+    guessed: tuple[str, ...] = ()
+    """Columns that were chosen by names of shops' exports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
     """How lists are read; the texts below are part of the help of `unicl-pack build`."""
 
-    image_column: str = ""
-    """Column with image paths, or images, if it is not called image, file, path or
+    image_column: Sequence[str] = ()
+    """One or several columns with image paths, or images, if not called image, file, path or
     file_name."""
     caption_column: Sequence[str] = ()
     """One or several columns with captions, if not called caption, captions or text; in tars,
-    fields of KEY.json."""
+    fields of KEY.json. '{name}, {color}' is a caption of two columns."""
     label_column: Sequence[str] = ()
     """One or several columns with labels, if not called label or labels; an image has the labels of
-    all. Labels are names, keys, or numbers into --class-names."""
+    all. Labels are names, keys, or numbers into --class-names. 'categories=^(Men|Women)/' takes
+    those that a regular expression finds. Any column can also be an attribute in cells like
+    size=XS,color=Black."""
     group_column: str = ""
-    """Column with a key, such as a product's number: --split keeps images with one key together."""
+    """Column with a key, such as a product's number: --split keeps images with one key together.
+    'sku=^[^-]+' takes the part that a regular expression finds: WS12 of WS12-XS-Orange. By default
+    variants in a shop's export stay with their parent."""
     weight_column: str = ""
     """Column with a weight of each row, such as clicks: a positive number. An image of several rows
     has their mean, one of a source without columns 1. See data.sample_weights of unicl-pretrain."""
+    cells: CellsKind = "all"
+    """How cells of lists are read. all: as shops write them: several images in one become a sample
+    each, paths such as Men/Tops/Tees become labels with a hierarchy, and HTML is removed; the
+    report says so. first: the same with a row's first image. plain: a cell is one value."""
     image_root: str = ""
     """Folder or zip that image paths in lists are relative to; by default the list's folder, and
     for COCO's files the folder called images, or as they are (val2017)."""
@@ -74,6 +95,33 @@ class ListOptions:
     min_score: Sequence[str] = ()
     """COLUMN=NUMBER: leave out rows of lists with a smaller value or none. Repeat it to add
     conditions."""
+
+    def asked_columns(self, header: Collection[str]) -> list[tuple[str, str]]:
+        """The columns that options name, each with the option."""
+        captions = names_of(self.caption_column)
+        named = {
+            "--image-column": names_of(self.image_column),
+            "--caption-column": [one for text in captions for one in fields_of(text, header)],
+            "--label-column": self.patterns("label"),
+            "--group-column": self.patterns("group"),
+            "--weight-column": names_of(self.weight_column),
+            "--where": [column for column, _ in self.conditions()],
+            "--min-score": [column for column, _ in self.scores()],
+        }
+        return [(name, option) for option, names in named.items() for name in names]
+
+    def patterns(self, what: Literal["label", "group"]) -> dict[str, re.Pattern[str]]:
+        """The expressions of COLUMN=EXPRESSION, by column; ValueError if one is no expression."""
+        option = f"--{what}-column"
+        found = {}
+        for text in names_of(getattr(self, f"{what}_column")):
+            column, _, expression = text.partition("=")
+            try:
+                found[column] = re.compile(expression)
+            except re.error as error:
+                message = f"{option} must be COLUMN or COLUMN=EXPRESSION: {expression!r}: {error}"
+                raise ValueError(message) from error
+        return found
 
     def conditions(self) -> list[tuple[str, str]]:
         """`where` as columns and values; ValueError for anything but COLUMN=VALUE."""
@@ -99,39 +147,56 @@ class ListOptions:
         return found
 
 
-def choose_columns(path: object, header: Sequence[str], options: ListOptions) -> Columns:
+def choose_columns(
+    path: object, header: Sequence[str], options: ListOptions, *, attributes: Collection[str] = ()
+) -> Columns:
     """Chooses the columns of a list: by the options, else by usual names.
 
-    Raises ValueError without a column of an option's name, with images, or with texts.
+    `attributes` are in its cells. Raises ValueError without a column of an option's name, with
+    images, or with texts.
     """
-    named = {
-        what: names_of(getattr(options, f"{what}_column"))
-        for what in ("image", "caption", "label", "group", "weight")
-    }
-    asked = [(name, f"--{what}-column") for what, names in named.items() for name in names]
-    asked += [(column, "--where") for column, _ in options.conditions()]
-    asked += [(column, "--min-score") for column, _ in options.scores()]
-    for column, option in asked:
-        if column not in header:
-            raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
+    for column, option in options.asked_columns(header):
+        if column not in header and column not in attributes:
+            also = f", and in its cells {', '.join(islice(attributes, 20))}" if attributes else ""
+            raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}{also}")
 
-    def find(what: str) -> tuple[str, ...]:
-        groups = (tuple(one for one in header if one.lower() in each) for each in _USUAL[what])
+    def find(what: str, usual: dict[str, Sequence[Sequence[str]]]) -> tuple[str, ...]:
+        spelled = str.lower if usual is _USUAL else as_usual
+        groups = (tuple(one for one in header if spelled(one) in each) for each in usual[what])
         return next(filter(None, groups), ())
 
-    images, captions, labels = (named[what] or find(what) for what in ("image", "caption", "label"))
+    images = names_of(options.image_column) or find("image", _USUAL)[:1]
+    captions = names_of(options.caption_column) or find("caption", _USUAL)
+    labels = tuple(options.patterns("label")) or find("label", _USUAL)
+    guessed: tuple[str, ...] = ()
+    if not images and options.cells != "plain":
+        images = guessed = find("image", _OF_SHOPS)
     if not images:
         raise ValueError(
             f"{path} has no column of a usual name with images or paths (image, file, path, ...); "
             f"name it by --image-column. It has {shorten(header, limit=1000)}"
         )
+    if not captions and not labels and options.cells != "plain":
+        captions, labels = find("caption", _OF_SHOPS), find("label", _OF_SHOPS)
+        guessed = (*guessed, *captions, *labels)
     if not captions and not labels:
         raise ValueError(
             f"{path} has no columns of usual names with captions or labels; name them by "
             "--caption-column or --label-column, such as --caption-column title --label-column "
             f"category. It has {shorten(header, limit=1000)}"
         )
-    return Columns(images[0], captions, labels, options.group_column, options.weight_column)
+    return Columns(images, captions, labels, options.weight_column, guessed)
+
+
+def as_usual(column: str) -> str:
+    """A column's name as usual names are written: `Image Src` is image_src."""
+    return column.strip().lower().replace(" ", "_")
+
+
+def fields_of(text: str, header: Collection[str]) -> tuple[str, ...]:
+    """The columns of which a caption is made: those in braces, or the one of this name."""
+    found = () if text in header else _IN_BRACES.findall(text)
+    return tuple(dict.fromkeys(found)) or (text,)
 
 
 def names_of(option: Sequence[str]) -> tuple[str, ...]:
@@ -142,12 +207,12 @@ def names_of(option: Sequence[str]) -> tuple[str, ...]:
 def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
     """Whether a row meets all conditions of `--where`; in a list, one equal value is enough."""
     return all(
-        any(str(value) == wanted for value in _flat(row.get(column)))
+        any(str(value) == wanted for value in flat(row.get(column)))
         for column, wanted in conditions
     )
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
     """The values in lists of any depth; not recursive, since untrusted rows could nest deeply."""
     waiting = [value]
     while waiting:
@@ -197,7 +262,7 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
                 labels.append(label)
     if columns.weight:
         _add_weight(item, row.get(columns.weight), f"{where}: the weight in {columns.weight}")
-    keys = _flat(row.get(columns.group)) if columns.group else ()
+    keys = flat(row.get(GROUP))
     join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
 
 
@@ -234,7 +299,7 @@ class TableTask:
     options: ListOptions
     rows_file: str
     """Receives a JSON object for each row: `row`, and `problem`, or `captions` and `labels` with
-    `offset` and `size`, or with `path`."""
+    `offset` and `size`, or with `paths`."""
     images_file: str
 
 
@@ -245,5 +310,6 @@ class TableResult:
     labels_are_names: bool = True
     """Whether the file names all labels that are numbers."""
     passed_over: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
     """Rows that cannot be read: the first, the end or -1, and why."""

@@ -79,7 +79,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
     roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
     named = NamedImages(name, open_tree(roots.pop())) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
-    passed_over, labels_are_names = Counter[str](), True
+    passed_over, notes, labels_are_names = Counter[str](), Counter[str](), True
     for task, result in _unpack(tasks):
         path = Path(task.path)
         behind = _read_rows(task, named, items)
@@ -87,6 +87,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
             broken.append(Item(f"{path.name} from row {behind}", problem=result))
             continue
         passed_over.update(result.passed_over)
+        notes.update(result.notes)
         labels_are_names &= result.labels_are_names
         for first, end, message in result.damaged:
             rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
@@ -98,6 +99,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
     source = Source(
         name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
     )
+    source.notes.update(notes)
     if named is not None:
         named.finish(source)
     return source
@@ -161,7 +163,7 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
     """Adds the rows that were written; returns the number after the last."""
     file_name, number = Path(task.path).name, -1
     weight = "weight" if task.options.weight_column else ""
-    columns = Columns("", ("captions",), ("labels",), "group", weight)
+    columns = Columns((), ("captions",), ("labels",), weight)
 
     def find(name: str) -> Item:
         if named is None:  # the same path in two folders would be one sample
@@ -181,8 +183,9 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
             row = json.loads(line)
             number = row["row"]
             where = f"{file_name}, row {number}"
-            if "path" in row:  # rows with one path are one sample
-                add_named(items, row["path"], row, columns, where, find)
+            for path in (paths := row.get("paths", ())):  # rows with one path are one sample
+                add_named(items, path, row, columns, where, find)
+            if paths:
                 continue
             item = Item(f"{file_name}:{number}")
             if "problem" in row:

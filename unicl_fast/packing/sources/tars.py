@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from unicl_fast.dataset.object_store import is_url
+from unicl_fast.packing.sources.cells import Cells, key_in_group, wanted_labels
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.rows import (
@@ -139,19 +140,15 @@ class SampleMaker:
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls are ignored if an option names a field of .json
-        captions, labels = names_of(options.caption_column), names_of(options.label_column)
-        self._columns = Columns(
-            "",
-            captions or ("txt", *CAPTION_COLUMNS),
-            labels or ("cls", *LABEL_COLUMNS),
-            options.group_column,
-            options.weight_column,
-        )
+        captions, labels = names_of(options.caption_column), tuple(options.patterns("label"))
+        captions, labels = captions or ("txt", *CAPTION_COLUMNS), labels or ("cls", *LABEL_COLUMNS)
+        columns = Columns((), captions, labels, options.weight_column)
+        key_of, wanted = key_in_group(options), wanted_labels(options)
+        self._cells = Cells(columns=columns, key_of=key_of, wanted=wanted)
         self._conditions, self._scores = options.conditions(), options.scores()
-        asked = {column for column, _ in [*self._conditions, *self._scores]} | {"status"}
-        wanted = {*self._columns.captions, *self._columns.labels} | asked
-        wanted |= {self._columns.group, self._columns.weight}
-        self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls are files
+        asked = {column for column, _ in options.asked_columns(())}
+        self._fields = {*asked, *columns.captions, *columns.labels, "status"}
+        self._fields -= set(_TEXTS)  # of a .json; .txt and .cls are files
         self._items = spool.new_items()
         self._has_image = False
         self._first_problem = ""
@@ -218,7 +215,8 @@ class SampleMaker:
         else:
             item.entry = image
         if item.problem is None:
-            add_texts(item, group.row, self._columns, "the sample")
+            texts = self._cells.texts_of(group.row, ())
+            add_texts(item, texts, self._cells.columns, "the sample")
         self.append(item)
 
     def append(self, item: Item) -> None:
