@@ -149,7 +149,7 @@ class _RowWriter:
 
     cells: Cells
     texts: Sequence[str]
-    """The columns of texts, `conditions`, `scores`, group and weight, and img2dataset's `status`."""
+    """Columns of texts, `conditions`, `scores`, group and weight, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
     conditions: Sequence[tuple[str, str]]
     scores: Sequence[tuple[str, float]]
