@@ -193,6 +193,7 @@ ALLOWED = {
         unicl_fast/conversion/output.py
         unicl_fast/dataset/files.py unicl_fast/dataset/other_tokens.py
         unicl_fast/distributed/ranks.py unicl_fast/evaluation/kept_rows.py
+        unicl_fast/ledger/writer.py
         unicl_fast/packing/sources/parquet_rows.py unicl_fast/packing/sources/spool.py
         unicl_fast/packing/sources/tables.py unicl_fast/packing/staging.py
         unicl_fast/packing/workers.py unicl_fast/system/atomic_files.py
@@ -202,6 +203,7 @@ ALLOWED = {
     "of one row or sample, whose size others limit": """
         unicl_fast/dataset/growing_files.py unicl_fast/dataset/quarantine.py
         unicl_fast/dataset/stored_samples.py unicl_fast/packing/quarantine.py
+        unicl_fast/packing/sources/cells.py
         unicl_fast/packing/sources/json_pieces.py unicl_fast/packing/sources/lists.py
         unicl_fast/packing/sources/tars.py unicl_fast/training/metrics.py
     """,
