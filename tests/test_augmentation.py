@@ -90,10 +90,7 @@ def test_jitter_is_three_numbers_at_once() -> None:
         ("unicl,blur=1.5", "blur must be a number in 0 to 1, not 1.5"),
         ("unicl,blur=nan", "blur must be a number in 0 to 1, not nan"),
         ("unicl,blur_sigma=2", "blur_sigma must be a range LOW..HIGH, not '2'"),
-        (
-            "unicl,crop_scale=0.5..1.5",
-            r"crop_scale must be .* in \(0, 1\], not \(0.5, 1.5\)",
-        ),
+        ("unicl,crop_scale=0.5..1.5", r"crop_scale must be .* in \(0, 1\], not \(0.5, 1.5\)"),
         ("unicl,flip=2", "flip must be a number in 0 to 1, not 2"),
         ("unicl,blur_sigma=2..1", "blur_sigma must not fall, as 2..1 does"),
         ("unicl,policy=best", "policy must be one of none, rand, trivial, auto"),

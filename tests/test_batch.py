@@ -51,9 +51,7 @@ def assert_equal(one: Any, other: Any) -> None:
             assert np.array_equal(ours, theirs), field.name
 
 
-def test_reading_counts_waiting_in_any_thread_and_no_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reading_counts_waiting_in_any_thread_and_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     reading = ReadingTime()
 
     def wait() -> None:

@@ -75,10 +75,7 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             lambda: DataConfig(image_size=0),
             "data.image_size must be a whole number in 1 to 8192, not 0",
         ),
-        (
-            lambda: DataConfig(threads=-1),
-            "data.threads must be a whole number of at least 0",
-        ),
+        (lambda: DataConfig(threads=-1), "data.threads must be a whole number of at least 0"),
         (
             lambda: DataConfig(fraction=(0.0,)),
             "data.fraction must be a list, each a number in (0, 1], not (0.0,)",
@@ -87,21 +84,12 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             lambda: DataConfig(std=(1.0, 1.0, 0.0)),
             "data.std must be 3 values, each a number in (0, inf), not (1.0, 1.0, 0.0)",
         ),
-        (
-            lambda: DataConfig(crop_ratio=(2.0, 1.0)),
-            "data.crop_ratio must not fall, as 2 to 1",
-        ),
-        (
-            lambda: DataConfig(image_size=300),
-            "data.evaluation_resize (256) must not be",
-        ),
+        (lambda: DataConfig(crop_ratio=(2.0, 1.0)), "data.crop_ratio must not fall, as 2 to 1"),
+        (lambda: DataConfig(image_size=300), "data.evaluation_resize (256) must not be"),
         (lambda: DataConfig(train=("a", "b", "c"), fraction=(1.0, 0.5)), "one for each of the 3"),
         (lambda: ModelConfig(drop_path=1), "model.drop_path must be a number in [0, 1), not 1"),
         (lambda: ModelConfig(text_pool="bert:max"), "model.text_pool takes end, last, or bert"),
-        (
-            lambda: ModelConfig(text_heads=7),
-            "model.text_heads (7) must divide",
-        ),
+        (lambda: ModelConfig(text_heads=7), "model.text_heads (7) must divide"),
         (
             lambda: make_objective(logit_scale_init=math.inf),
             "objective.logit_scale_init must be a number that is finite, not inf",

@@ -127,7 +127,7 @@ def test_options_of_commands_in_the_docs_exist(
     commands = _commands()
     assert len(commands) > 100
     more = {  # that no help lists
-        ("unicl-pretrain",): {"--init", "--init-image", "--init-text", "--tyro-write-completion"},
+        ("unicl-pretrain",): {"--init", "--init-image", "--init-text", "--tyro-write-completion"}
     }
     passing_on = ("unicl-bench", "run"), ("unicl-bench", "race")
     known: dict[tuple[str, ...], set[str]] = {}

@@ -37,12 +37,7 @@ FLOORS = [
     {"tools"},
 ]
 # What only some rooms may import, whatever the floor.
-OUTSIDE = {
-    "nvidia": {"pipelines"},
-    "tyro": {"tools"},
-    "argparse": {"tools"},
-    "mlxtend": {"tools"},
-}
+OUTSIDE = {"nvidia": {"pipelines"}, "tyro": {"tools"}, "argparse": {"tools"}, "mlxtend": {"tools"}}
 
 
 def room_of(module: str) -> str | None:
@@ -311,9 +306,7 @@ def test_the_library_imports_what_only_some_functions_need_when_they_do() -> Non
 
 
 @pytest.mark.slow
-def test_an_install_without_extras_has_model_loss_evaluation_and_conversion(
-    tmp_path: Path,
-) -> None:
+def test_an_install_without_extras_has_model_loss_evaluation_and_conversion(tmp_path: Path) -> None:
     helpers = CHECKOUT / "tests" / "helpers"
     subprocess.run(
         [sys.executable, helpers / "light_core.py", tmp_path],

@@ -17,11 +17,7 @@ from hypothesis import strategies as st
 from packed_sets import sample_of, write_set
 from property_tests import examples
 
-from unicl_fast.dataset.arrays import (
-    ARRAY_DTYPES,
-    blocks_of,
-    open_array,
-)
+from unicl_fast.dataset.arrays import ARRAY_DTYPES, blocks_of, open_array
 from unicl_fast.dataset.growing_files import ArrayFile
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset

@@ -150,10 +150,7 @@ def test_lost_pixels_are_an_error_or_bad_samples(
         PackedDataset(packed)
     with pytest.raises(ValueError, match="images of 2 of 7 samples: more than"):
         PackedDataset(packed, max_bad_fraction=0.2)
-    with (
-        caplog.at_level(logging.WARNING),
-        PackedDataset(packed, max_bad_fraction=0.3) as dataset,
-    ):
+    with caplog.at_level(logging.WARNING), PackedDataset(packed, max_bad_fraction=0.3) as dataset:
         assert "DAMAGED DATA SET" in caplog.text
         out = np.empty((7, 5, 6, 3), np.uint8)
         sound = dataset.read_pixels(np.arange(7), out, np.arange(7))

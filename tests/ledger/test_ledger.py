@@ -124,10 +124,7 @@ def test_an_unbroken_run_is_proven(tmp_path: Path, world_size: int) -> None:
     assert (proof.steps, proof.holes, proof.num_superseded) == (STEPS, (), 0)
     draws = np.bincount(SOURCE_IDS.reshape(-1)).tolist()
     assert [source.draws for source in proof.sources] == draws
-    assert [source.complete_epochs for source in proof.sources] == [
-        draws[0] // 37,
-        draws[1] // 300,
-    ]
+    assert [source.complete_epochs for source in proof.sources] == [draws[0] // 37, draws[1] // 300]
     assert proof.sources[0].complete_epochs > 5
     assert not proof.notes
     assert not proof.num_substituted

@@ -110,9 +110,7 @@ def test_texts_that_are_added_change_no_feature() -> None:
 
 
 @pytest.mark.parametrize(
-    "others",
-    [{}, {"micro_batch_size": 5}],
-    ids=lambda others: ",".join(others) or "default",
+    "others", [{}, {"micro_batch_size": 5}], ids=lambda others: ",".join(others) or "default"
 )
 def test_padded_texts_do_not_count(
     images: torch.Tensor, others: dict, monkeypatch: pytest.MonkeyPatch
@@ -348,9 +346,7 @@ def settled(model: UniCL, device: str) -> str:
     return settle_compilation(EfficiencyConfig(precision="fp64"), model, torch.device(device))
 
 
-def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tiny_config())
     capability = (8, 0)
     found = {"g++", "gcc", "triton"}

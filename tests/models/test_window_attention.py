@@ -13,12 +13,7 @@ import torch
 from compiled_kernels import check_window, compile_window
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted_kernels import (
-    Compute,
-    attention_and_gradients,
-    check_operators,
-    gradients_of_swin,
-)
+from interpreted_kernels import Compute, attention_and_gradients, check_operators, gradients_of_swin
 from property_tests import examples
 from small_runs import tiny_config
 from timm.models.swin_transformer import SwinTransformerBlock

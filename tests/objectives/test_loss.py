@@ -43,10 +43,7 @@ def test_equals_the_formula(form: str, classes: list[int], scale: float, seed: i
     assert ours("both") == pytest.approx((i2t + t2i) / 2, rel=1e-10, abs=1e-12)
 
 
-@given(
-    classes=st.lists(st.integers(0, 3), min_size=2, max_size=8),
-    scale=st.floats(0.5, 100),
-)
+@given(classes=st.lists(st.integers(0, 3), min_size=2, max_size=8), scale=st.floats(0.5, 100))
 @examples(20)
 def test_gradients_equal_differences_of_the_formula(classes: list[int], scale: float) -> None:
     n = len(classes)

@@ -212,8 +212,7 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
     theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=5)
     monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.lambdas[0], cutmix > 0))
     monkeypatch.setattr(
-        "timm.data.mixup.cutmix_bbox_and_lam",
-        lambda *_, **__: (draws.boxes[0], draws.lambdas[0]),
+        "timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: (draws.boxes[0], draws.lambdas[0])
     )
     expected, targets = theirs(pixels.clone(), batch.targets.class_ids)
     mixed, labels = mix(pixels, batch, draws)

@@ -23,12 +23,7 @@ from unicl_fast.objectives.targets import (
     map_targets,
     slice_targets,
 )
-from unicl_fast.text.token_rows import (
-    find_rows,
-    hash_rows,
-    make_table,
-    position_factors,
-)
+from unicl_fast.text.token_rows import find_rows, hash_rows, make_table, position_factors
 from unicl_fast.text.token_rows import unique_rows as unique_rows_kernel
 
 Rows = npt.NDArray[np.uint16]
@@ -63,10 +58,7 @@ def key_of(row: reference.Row) -> int:
 
 
 def assert_equal(
-    targets: HostTargets,
-    rows: Rows,
-    labels: npt.NDArray[np.int64],
-    prompts: PlainPrompts,
+    targets: HostTargets, rows: Rows, labels: npt.NDArray[np.int64], prompts: PlainPrompts
 ) -> None:
     texts, index, classes, counts = reference.map_targets(
         rows.tolist(), labels.tolist(), prompts.classes

@@ -35,11 +35,7 @@ SIDE = 224
 def drawn(spec: str, *, count: int = MANY, key: int = 3) -> np.ndarray:
     augmentation = parse_augmentation(spec)
     return draw_rows(
-        augmentation,
-        np.arange(count),
-        key=key,
-        image_size=SIDE,
-        stages=augmentation.stages,
+        augmentation, np.arange(count), key=key, image_size=SIDE, stages=augmentation.stages
     )
 
 

@@ -347,8 +347,7 @@ def test_gpu_images_equal_the_cpu_s(
     data = DataConfig(resample="dali")
     for gap in (
         differences(
-            train_images(labelled, device="cuda"),
-            train_images(labelled, resample="dali").numpy(),
+            train_images(labelled, device="cuda"), train_images(labelled, resample="dali").numpy()
         ),
         differences(
             evaluation_images(labelled, data, device="cuda"),

@@ -41,12 +41,7 @@ def test_names_are_the_first_of_each_key(tmp_path: Path) -> None:
         ("a.json", '{"dog": 3}', (), "names as texts"),
         ("a.json", '{"dog": "a", "dog": "b"}', (), "is not JSON"),
         ("a.json", "{}", ("kind",), "only a .csv or .tsv file has columns"),
-        (
-            "a.csv",
-            "kind,genus\nmammal,dog\n",
-            ("family",),
-            "no column 'family'; it has kind, g",
-        ),
+        ("a.csv", "kind,genus\nmammal,dog\n", ("family",), "no column 'family'; it has kind, g"),
         ("a.csv", "a,b\nmammal,dog\npet,dog\n", (), "line 3 puts 'dog' under 'pet', an earlier"),
         ("is_a.txt", "mammal dog\nmammal\n", (), "line 2 must be PARENT CHILD"),
     ],
