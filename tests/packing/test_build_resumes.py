@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from damage import limited_files
 from inline_checks import check_inline
 from object_stores import FaultyStore, empty
 from pack_runs import Pack, contents, jpeg, left_out, write_photos
@@ -122,13 +123,11 @@ PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
     "a torn line": (torn_line, 2),
     "in mid-shard": (lambda p: at_call(p, DatasetWriter, "add", 70, after=True), 3),
     "at a bad image": (lambda p: at_call(p, DatasetWriter, "quarantine", 9, after=True), 1),
-    "before the checksums": (
-        lambda p: at_call(p, shard_writer, "format_checksums", 1, after=False),
-        -1,
-    ),
+    "before the checksums": (lambda p: at_call(p, shard_writer, "format_checksums", 1, after=False),
+                             -1),
     "before the renaming": (lambda p: at_call(p, Path, "rename", 1, after=False), -1),
     "behind the renaming": (lambda p: at_call(p, Path, "rename", 1, after=True), -1),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("place", ["with its work half removed", "when all is done"])
@@ -406,13 +405,9 @@ def test_finished_shards_that_are_damaged_are_made_again(
     with (folder / "tokens.npy").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 2)
     summary = build(sources, unfinished)
-    assert summary.num_taken_over == read_first(unbroken)
+    of_first_shard = len(unbroken["shard-000000.idx"].splitlines()) - 1
+    assert summary.num_taken_over == of_first_shard
     assert contents(unfinished) == unbroken
-
-
-def read_first(unbroken: dict[str, bytes]) -> int:
-    """Samples of the first shard."""
-    return len(unbroken["shard-000000.idx"].splitlines()) - 1
 
 
 @pytest.mark.parametrize("split", [pytest.param(None, marks=pytest.mark.slow), 0.7])
@@ -499,20 +494,17 @@ def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
     pack: Pack,
 ) -> None:
     command = ("build", *sources, "--out", tmp_path / "set", "--shard-bytes", SHARD_BYTES)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     real, calls = ShardJournal.append, []
+    with contextlib.ExitStack() as limits:
 
-    def append(self: ShardJournal, finished: FinishedShard) -> None:
-        real(self, finished)
-        calls.append(finished)
-        if len(calls) == 2:  # no file may grow beyond it, and the next shard wants to
-            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+        def append(self: ShardJournal, finished: FinishedShard) -> None:
+            real(self, finished)
+            calls.append(finished)
+            if len(calls) == 2:  # the next shard wants to be larger
+                limits.enter_context(limited_files(12_000))
 
-    monkeypatch.setattr(ShardJournal, "append", append)
-    try:
+        monkeypatch.setattr(ShardJournal, "append", append)
         code, printed = pack(*command)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1, printed
     assert f"File too large: '{tmp_path}/set.partial/set'\nmake room there, then" in printed
     assert "set.partial keeps 2 finished shards" in printed

@@ -20,7 +20,7 @@ from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import Pack, faults_of
-from packed_sets import sample_of, write_set
+from packed_sets import sample_of, saved, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -39,23 +39,16 @@ def jpeg(number: int) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels, quality=60))
 
 
-def png(**options: str) -> bytes:
-    file = io.BytesIO()
-    Image.new(options.get("mode", "L"), (24, 20), 7).save(file, format="PNG")
-    return file.getvalue()
+def png(mode: str = "L") -> bytes:
+    return saved(Image.new(mode, (24, 20), 7), format="PNG")
 
 
 def sample(image: bytes, number: int, **changes: object) -> PackedSample:
     """A sample with nothing wrong but what `changes` says."""
     captions = ["A cat!", f"the number {number}"][: number % 3]
-    sound = {
-        "extension": "png" if image.startswith(b"\x89PNG") else "jpg",
-        "height": 20 + number,
-        "width": 24,
-        "captions": captions,
-        "tokens": TOKENIZER.encode(captions),
-    }
-    return sample_of(image, number, **(sound | changes))
+    sound = {"captions": captions, "tokens": TOKENIZER.encode(captions)}
+    sound |= {"extension": "png" if image.startswith(b"\x89PNG") else "jpg"}
+    return sample_of(image, number, **(sound | {"height": 20 + number, "width": 24} | changes))
 
 
 def write(out: Path, samples: list[PackedSample], **options: Any) -> Path:
@@ -185,8 +178,7 @@ def test_files_that_are_missing_added_or_cut_are_named(packed: Path, copy: Path)
     (copy / "photo.jpg").write_bytes(b"")
     (copy / "folder").mkdir()
     assert [(fault.file, fault.kind) for fault in faults_of(copy)] == [
-        ("folder", "extra"),
-        ("photo.jpg", "extra"),
+        *(("folder", "extra"), ("photo.jpg", "extra"))
     ]
     (copy / "photo.jpg").unlink()
     (copy / "folder").rmdir()
@@ -224,11 +216,8 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     found = {fault.sample: (fault.kind, fault.message) for fault in faults_of(out, decode=True)}
     assert set(found) == set(lies)
     kinds = {number: kind for number, (kind, _) in found.items()}
-    assert kinds == dict.fromkeys((1, 2, 3, 4, 8), "image") | {
-        5: "tokens",
-        6: "checksum",
-        7: "tokens",
-    }
+    expected = {**dict.fromkeys((1, 2, 3, 4, 8), "image"), 5: "tokens", 6: "checksum", 7: "tokens"}
+    assert kinds == expected
     assert "libjpeg" in found[1][1]
     assert "22 x 24 pixels, samples.npy says 22 x 25" in found[3][1]
     assert "would have encoded it again" in found[4][1]
@@ -300,12 +289,9 @@ def test_the_program_prints_some_and_lists_all(
     code, text = pack("verify", packed, "--no-decode")
     assert code == 0
     assert f"{packed}: sound; 9 images (0 decoded), 9 captions" in text
+    words = "--show", 1, "--list", tmp_path / "all.csv", "--json", tmp_path / "all.json"
     with Damaged(copy, "samples.npy", 520, 255), Damaged(copy, "shard-000000.tar", 600, 1):
-        code, text = pack(
-            "verify",
-            *(copy, "--no-decode", "--show", 1),
-            *("--list", tmp_path / "all.csv", "--json", tmp_path / "all.json"),
-        )
+        code, text = pack("verify", copy, "--no-decode", *words)
     assert code == 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open(newline="")))
     found = json.loads((tmp_path / "all.json").read_text())

@@ -27,19 +27,13 @@ pytestmark = pytest.mark.dist
 BAD: dict[str, tuple[Entry, str, str]] = {
     "dog/fault.jpg": (Crashing(int(signal.SIGSEGV)), "crash", "a decoder crashed (SIGSEGV)"),
     "cat/abort.jpg": (Crashing(int(signal.SIGABRT)), "crash", "a decoder crashed (SIGABRT)"),
-    "cat/killed.jpg": (
-        Crashing(int(signal.SIGKILL)),
-        "crash",
-        "a decoder was killed, possibly out of memory",
-    ),
+    "cat/killed.jpg": (Crashing(int(signal.SIGKILL)), "crash", "a decoder was killed, possibly "
+                       "out of memory"),
     "cat/slow.jpg": (Hanging(), "too slow", "not done after 8 seconds"),
-    "dog/hungry.jpg": (
-        Hungry(16),
-        "too large",
-        "uses more memory than its number of pixels should",
-    ),
+    "dog/hungry.jpg": (Hungry(16), "too large", "uses more memory than its number of pixels "
+                       "should"),
     "dog/odd.jpg": (Faulty(), "failed", "KeyError: 'surprise'"),
-}
+}  # fmt: skip
 
 
 def options(**changes: float) -> ImageOptions:
