@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from compared_runs import assert_equal, last_of, losses_of
+from compared_runs import assert_equal, copy_of, last_of, losses_of, moved
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
-from small_runs import StepLoader, objective_config, real_images, tiny_config
+from small_runs import StepLoader, objective_config, tiny_config
 from torch import nn
 
 from unicl_fast.checkpoints import load
@@ -71,13 +71,8 @@ def features(model: UniCL) -> list[torch.Tensor]:
 def base(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step, to start from."""
     folder = tmp_path_factory.mktemp("base")
-    make_trainer(tiny_config(steps=1), StepLoader(images), run_folder=folder, progress=False).fit()
+    trainer_of(images, tiny_config(steps=1), folder).fit()
     return folder
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_images(shared_data, 12)
 
 
 @pytest.mark.parametrize("variant", ["", ",dora", ",rslora"])
@@ -123,15 +118,11 @@ def test_gradients_are_the_chain_rule_of_a_step_that_trains_all(
     assert checked == 6 * 4 + 2 * 4
 
 
-def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
-
-
 def test_only_adapters_of_the_last_blocks_and_what_is_no_encoder_are_trained(
     images: torch.Tensor,
 ) -> None:
     trainer = trainer_of(images, config_of("image:4@last2,text:2"))
-    before = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    before = copy_of(trainer.model)
     batches = trainer.loader.batches(0)
     for _ in range(2):
         trainer.train_step(next(batches))
@@ -146,7 +137,7 @@ def test_only_adapters_of_the_last_blocks_and_what_is_no_encoder_are_trained(
 def test_batchnorm_below_adapters_keeps_its_averages(images: torch.Tensor) -> None:
     settings = {"image_encoder": "unicl_convnet7_small", "precision": "fp32"}
     trainer = trainer_of(images, config_of(BOTH, micro_batch_size=5, **settings))
-    before = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    before = copy_of(trainer.model)
     trainer.train_step(next(trainer.loader.batches(0)))
     assert not [name for name in moved(trainer.model, before) if "running" in name]
 
@@ -166,8 +157,7 @@ def test_a_run_resumes_bit_for_bit_from_checkpoints_without_its_base(
 ) -> None:
     if "image_encoder" in settings:
         base = tmp_path / "base"
-        plain = tiny_config(steps=1, **settings)
-        make_trainer(plain, StepLoader(images), run_folder=base, progress=False).fit()
+        trainer_of(images, tiny_config(steps=1, **settings), base).fit()
     config = config_of(lora, init=base, **settings)
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
     unbroken.fit()
@@ -200,7 +190,7 @@ def test_a_changed_base_is_refused_by_its_checksum(
     with pytest.raises(ValueError, match="expected a run folder"):
         load_encoders(run)
     other = tiny_config(steps=1).changed(run={"seed": 1})
-    make_trainer(other, StepLoader(images), run_folder=moving, progress=False).fit()
+    trainer_of(images, other, moving).fit()
     other_base = "holds adapters on weights of xxh3"
     with pytest.raises(ValueError, match=f"{other_base} .*model.init=.*: give the"):
         load_encoders(run)

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import StepLoader, tiny_config
+from small_runs import tiny_config, trainer_of
 
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import CpuTimes
 from unicl_fast.training import bottleneck
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.bottleneck import BottleneckWatch, Usage, find_bottleneck
 
 SOUND = Usage(seconds=40, data_wait_seconds=1, cores=2, cpu_seconds=70, cpu_wait_seconds=30)
@@ -182,7 +181,6 @@ def test_a_run_logs_the_sentence(
         return batch
 
     with caplog.at_level(logging.WARNING):
-        loader = StepLoader(images, change=crowded)
-        make_trainer(tiny_config(steps=12), loader, progress=False).fit()
+        trainer_of(images, tiny_config(steps=12), change=crowded).fit()
     (warning,) = [one for one in caplog.messages if "other processes hold the cores" in one]
     assert "got 1.0 of 2 cores" in warning

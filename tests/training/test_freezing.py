@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
+from compared_runs import (
+    IN_FP64,
+    assert_close_states,
+    assert_equal,
+    copy_of,
+    last_of,
+    losses_of,
+    moved,
+    state_of,
+)
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import objective_config, tiny_config, trainer_of
@@ -17,7 +26,6 @@ from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import find_blocks
 from unicl_fast.models.freezing import freeze
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -43,16 +51,6 @@ def train(trainer: Trainer, *, steps: int) -> None:
     batches = trainer.loader.batches(trainer.step)
     for _ in range(steps):
         trainer.train_step(next(batches))
-
-
-def copy_of(model: UniCL) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the parameters whose bits have changed."""
-    parameters = model.named_parameters()
-    return {name for name, one in parameters if not torch.equal(one, before[name])}
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 4])

@@ -22,12 +22,11 @@ from rank_workers import (
 )
 from small_runs import StepLoader, global_batch, poison_step, tiny_config, trainer_of
 
-from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -49,8 +48,7 @@ def trained(
     change: Callable[[Trainer], None],
     run_folder: Path | None = None,
 ) -> Trainer:
-    loader = StepLoader(images, change=recorded)
-    trainer = make_trainer(config, loader, run_folder=run_folder, progress=False)
+    trainer = trainer_of(images, config, run_folder, change=recorded)
     change(trainer)
     trainer.fit()
     return trainer
@@ -227,11 +225,10 @@ def with_replaced(batch: Batch, count: int) -> Batch:
 def test_metrics_hold_the_count_since_the_start_of_this_process(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    batches = [with_replaced(global_batch(images, step=step), count=step % 3) for step in range(6)]
-    config = tiny_config()
-    make_trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False).fit()
+    options = {"change": lambda batch: with_replaced(batch, count=batch.step % 3)}
+    trainer_of(images, folder=tmp_path, **options).fit()
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 4, 6]
-    resumed = make_trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False)
+    resumed = trainer_of(images, folder=tmp_path, **options)
     resumed.resume(tmp_path / "checkpoints" / "step-00000004")
     resumed.fit()
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 1, 3]
@@ -246,8 +243,8 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
     config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
 
     def fit(name: str, count: int) -> None:
-        loader = StepLoader(images, change=functools.partial(with_replaced, count=count))
-        make_trainer(config, loader, run_folder=tmp_path / name, progress=False).fit()
+        change = functools.partial(with_replaced, count=count)
+        trainer_of(images, config, tmp_path / name, change=change).fit()
 
     fit("good", 2)
     said = rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/bad/quarantine.csv"
@@ -298,10 +295,8 @@ def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(
         def evaluation(model: object) -> dict[str, float]:
             return {"top1": values[made.step], "extra": 1.0}
 
-        made = make_trainer(
-            config, StepLoader(images, change=recorded), run_folder=tmp_path, progress=False,
-            evaluations={"some": evaluation},
-        )  # fmt: skip
+        evaluations = {"some": evaluation}
+        made = trainer_of(images, config, tmp_path, change=recorded, evaluations=evaluations)
         made.total_steps = steps
         return made
 
@@ -332,11 +327,7 @@ def test_a_run_from_a_whole_model_is_measured_first_and_its_best_is_not_worse(
         return {"top1": seen[-1]}
 
     evaluations = {"some": evaluation, "other": lambda model: {"top1": 0.5}}
-    trainer = make_trainer(
-        config, StepLoader(images, change=recorded), run_folder=tmp_path, progress=False,
-        evaluations=evaluations,
-    )  # fmt: skip
-    trainer.fit()
+    trainer_of(images, config, tmp_path, change=recorded, evaluations=evaluations).fit()
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {
         "step": 0, "metric": "evaluated/mean", "value": pytest.approx(0.7)
     }  # fmt: skip

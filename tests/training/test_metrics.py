@@ -11,10 +11,9 @@ import pytest
 import torch
 from damage import limited_files
 from rank_workers import describe_sources_of_slices, described, named, run_on_ranks
-from small_runs import StepLoader, global_batch, labelled_batch, poison_step, tiny_config
+from small_runs import global_batch, labelled_batch, poison_step, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
 from unicl_fast.training.observers import DatasetNumbers
 from unicl_fast.training.trackers import TrackedRun, Trackers
@@ -131,10 +130,8 @@ def test_positives_are_counted_over_ranks(
 def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> None:
     batch = dataclasses.replace(global_batch(images), source_ids=torch.arange(12) % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [step, 2 * step])
-    make_trainer(
-        tiny_config(steps=2), ListLoader([batch]), run_folder=tmp_path,
-        observers=[DatasetNumbers(meter)], progress=False,
-    ).fit()  # fmt: skip
+    options = {"loader": ListLoader([batch]), "observers": [DatasetNumbers(meter)]}
+    trainer_of(images, tiny_config(steps=2), tmp_path, **options).fit()
     lines = read_metrics(tmp_path)
     assert [(line["epochs/a"], line["epochs/b"]) for line in lines] == [(1, 2), (2, 4)]
     assert all(line["positives_per_row/a"] >= 1 for line in lines)
@@ -150,14 +147,10 @@ def test_lines_that_are_written_a_step_later_are_the_same(
     written_at: list[int] = []
 
     def lines_of(run_folder: Path) -> list[dict[str, float]]:
-        trainer = make_trainer(
-            config,
-            StepLoader(images, change=named),
-            run_folder=run_folder,
-            evaluations={"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}},
-            observers=[DatasetNumbers(DatasetMeter(["a"], epochs=lambda step: [step / 2]))],
-            progress=False,
-        )
+        evaluations = {"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}}
+        numbers = DatasetNumbers(DatasetMeter(["a"], epochs=lambda step: [step / 2]))
+        options = {"change": named, "evaluations": evaluations, "observers": [numbers]}
+        trainer = trainer_of(images, config, run_folder, **options)
         poison_step(trainer, step=4)
         trainer.fit()
         timed = ("seconds", "images_per", "data_wait", "step_sec", "eta", "host_memory", "mfu")

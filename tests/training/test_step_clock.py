@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from fake_gpu import FakeEvent
-from small_runs import StepLoader, global_batch, tiny_config, trainer_of
+from small_runs import global_batch, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch
 from unicl_fast.system.phases import WaitingForRanks
 from unicl_fast.training import step_clock
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import StepMeter, read_metrics
 from unicl_fast.training.step_clock import NO_TRAINING, PARTS, StepClock
 
@@ -143,10 +142,8 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
         time.sleep(0.06)
         return {"top1": 0.5}
 
-    trainer = make_trainer(
-        config, StepLoader(images, change=late), run_folder=tmp_path,
-        evaluations={"slow": slow_evaluation}, progress=False,
-    )  # fmt: skip
+    evaluations = {"slow": slow_evaluation}
+    trainer = trainer_of(images, config, tmp_path, change=late, evaluations=evaluations)
     begun = time.perf_counter()
     trainer.fit()
     elapsed = time.perf_counter() - begun
