@@ -54,6 +54,7 @@ jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types"
 def pytest_collection_finish() -> None:
     """From here on the collector looks at what tests make, and not at what was imported."""
     gc.freeze()
+    gc.get_freeze_count = lambda: 1  # packing asks for it, and counting millions takes 0.06 s
     gc.enable()
     atexit.register(gc.unfreeze)  # or libraries that look for leaks at the end find some
 

@@ -170,27 +170,24 @@ def test_tiles_of_torch_are_rounded_too(
     assert least < loss < most
 
 
+FORMS = [
+    (torch.bfloat16, {}),
+    (torch.float32, {}),
+    (torch.float64, {}),
+    (torch.bfloat16, {"counted": False, "exclude_self": True}),
+    (torch.float32, {"counted": False, "exclude_self": True}),
+    (torch.bfloat16, {"counted": False, "with_columns": False}),
+    (torch.float32, {"precision": "tf32"}),
+]
+SOON = [(80, torch.float32, {}), (90, torch.bfloat16, {}), (100, torch.bfloat16, {})]
+
+
+@pytest.mark.slow  # a case costs 8 s; gpu_path/test_compiled_kernels.py computes with one each time
 @pytest.mark.parametrize(
     ("capability", "dtype", "options"),
     [
-        pytest.param(80, torch.float32, {}, marks=pytest.mark.slow),
-        (90, torch.bfloat16, {}),
-        pytest.param(100, torch.bfloat16, {}, marks=pytest.mark.slow),
-        *(
-            pytest.param(capability, dtype, options, marks=[pytest.mark.slow, pytest.mark.long])
-            for capability in SHARED_BYTES
-            for dtype, options in [
-                (torch.bfloat16, {}),
-                (torch.bfloat16, {"counted": False, "exclude_self": True}),
-                (torch.bfloat16, {"counted": False, "with_columns": False}),
-                (torch.float32, {}),
-                (torch.float32, {"counted": False, "exclude_self": True}),
-                (torch.float32, {"precision": "tf32"}),
-                (torch.float64, {}),
-            ]
-            if (capability, dtype, options)
-            not in [(80, torch.float32, {}), (90, torch.bfloat16, {})]
-        ),
+        pytest.param(*case, marks=[pytest.mark.long] * (case not in SOON))
+        for case in ((capability, *form) for capability in SHARED_BYTES for form in FORMS)
     ],
 )
 def test_compiled_kernels_fit_and_spill_no_register(
