@@ -51,6 +51,11 @@ def _modules_with_shapes() -> list[str]:
 jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("long"):
+        item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """From here on the collector looks at what tests make, and not at what was imported."""
     gc.freeze()

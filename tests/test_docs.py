@@ -152,7 +152,7 @@ def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert citation["version"] == project["version"] == unicl_fast.__version__
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == unicl_fast.__version__  # type: ignore[index]
+    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == unicl_fast.__version__
     assert citation["license"] == project["license"]
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))

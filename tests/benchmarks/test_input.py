@@ -286,8 +286,6 @@ def test_memory_of_a_session_counts_what_is_shared_once_and_whole(forks: bool) -
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
         process.stdout.read(1 + forks)
         held = session_bytes(process.pid)
         status = Path(f"/proc/{process.pid}/status").read_text()

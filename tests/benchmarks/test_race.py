@@ -137,7 +137,6 @@ def test_open_clips_list_has_each_image_by_the_weight_of_its_set_with_other_text
 
 
 @pytest.mark.dali
-@pytest.mark.dist
 @pytest.mark.timeout(280)
 def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
     """Both sides train and are judged; nothing is repeated the second time."""
@@ -187,7 +186,6 @@ def test_open_clip_builds_a_vit_of_own_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.dali
-@pytest.mark.dist
 @pytest.mark.timeout(280)
 def test_both_sides_start_from_a_model_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
     """At a rate of nothing a run keeps the scores of its start."""

@@ -197,7 +197,7 @@ def test_each_sign_of_work_on_the_host_is_enough(
 def test_every_switch_changes_what_its_name_says() -> None:
     config = step_config("test_vit", image_size=160, batch_size=4, precision="bf16")
     for name, change in switches_of(config, torch.device("cuda")).items():
-        efficiency = dataclasses.replace(config.efficiency, **change)  # type: ignore[arg-type]
+        efficiency = dataclasses.replace(config.efficiency, **change)
         assert efficiency != config.efficiency
         wanted = "tf32" if "TF32" in name else "fp32" if "fp32" in name else "bf16"
         assert efficiency.precision == wanted, name

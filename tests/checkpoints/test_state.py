@@ -109,7 +109,6 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path: Path) -> None:
     """Rank 1 has no such file: it gets what rank 0 read, bit for bit, or the same error."""
     config = tiny_config(precision="fp32", steps=2).changed(optim={"ema_decay": 0.9})

@@ -484,7 +484,6 @@ def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["off", "full"])
 def test_rank_0_alone_reads_and_all_ranks_start_from_it(

@@ -127,7 +127,6 @@ def test_small_encoders(encoder: str, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["vit-base", "swin-tiny", "resnet50", "photos-small"])
 def test_the_presets(preset: str, tmp_path: Path) -> None:
     """The preset auto chooses the last one for photographs if ImageNet's weights are installed."""

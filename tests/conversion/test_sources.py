@@ -182,7 +182,6 @@ def test_a_model_may_leave_out_pixels_beyond_its_last_patch(
     assert difference(load_encoders(tmp_path / "hf"), theirs) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", REAL)
 def test_a_model_of_transformers_in_its_real_size(

@@ -124,7 +124,6 @@ _REAL: dict[str, dict[str, Any]] = {
 """The published base models, by their differences from transformers' defaults."""
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("kind", _REAL)
 def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_shards_are_tars_with_numbered_members(packed: Path) -> None:
                 assert image.name == f"{number:010d}.jpg"
                 assert description.name == f"{number:010d}.json"
                 assert (image.mtime, image.uid, image.mode) == (0, 0, 0o644)
-                fields = json.load(tar.extractfile(description))  # type: ignore[arg-type]
+                fields = json.load(tar.extractfile(description))
                 assert fields["captions"] == sample(number).captions
                 assert fields["labels"] == sample(number).labels
                 number += 1

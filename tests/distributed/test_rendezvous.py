@@ -132,13 +132,11 @@ def test_one_rank_waits_for_nobody() -> None:
         assert (ranks.world_size, ranks.cores) == (1, usable_cores())
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_exchange_objects_and_unpickle_nothing(world_size: int) -> None:
     run_on_ranks(exchange_objects, world_size)
 
 
-@pytest.mark.dist
 def test_all_ranks_take_the_precision_that_rank_0_measured() -> None:
     run_on_ranks(agree_on_a_precision, 2)
 

@@ -110,7 +110,6 @@ def test_what_a_shell_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.dist
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -158,8 +157,6 @@ def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        assert process.stdout is not None
-        assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
         for number in signals:
             process.send_signal(number)
@@ -268,7 +265,6 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_a_signal_to_one_rank_breaks_an_evaluation_off_on_all(
     images: torch.Tensor, tmp_path: Path
 ) -> None:

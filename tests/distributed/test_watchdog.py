@@ -198,7 +198,6 @@ def test_a_process_whose_messages_nobody_reads_is_ended_too(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_ranks_that_wait_for_a_stopped_one_name_the_collective(
     images: torch.Tensor, tmp_path: Path
 ) -> None:

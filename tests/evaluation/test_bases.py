@@ -46,8 +46,7 @@ def given(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 def compared(out: Path, *words: str | Path) -> dict[str, Any]:
     call(evaluate, "bases", *words, "--only", "--device", "cpu", "--json", out / "found.json")
-    values: dict[str, Any] = json.loads((out / "found.json").read_text())
-    return values
+    return json.loads((out / "found.json").read_text())
 
 
 @pytest.mark.dali

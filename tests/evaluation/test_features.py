@@ -126,7 +126,6 @@ def test_rows_of_ranks_come_in_turn(monkeypatch: pytest.MonkeyPatch, count: int)
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     run_on_ranks(gather_features_of_slices, 2, str(path))
@@ -135,13 +134,11 @@ def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_ranks_wait_for_rank_0_to_pack_longer_than_a_collective_may_last(data: Path) -> None:
     run_on_ranks(open_class_folders, 2, str(data / "classes"), 10.0, False)
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_ranks_that_wait_for_rank_0_say_that_it_has_ended(data: Path) -> None:
     with ranks_of(open_class_folders, 2, str(data / "classes"), 240.0, True) as processes:
         for process in processes:

@@ -43,7 +43,7 @@ def few_cs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def right_by(classifier: object, test: LabelledFeatures) -> int:
-    return int((classifier.predict(test.features) == test.labels).sum())  # type: ignore[attr-defined]
+    return int((classifier.predict(test.features) == test.labels).sum())
 
 
 @pytest.mark.parametrize("num_classes", [6, 2])

@@ -56,7 +56,6 @@ def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model: UniC
         torch.testing.assert_close(row, plain, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "num_classes"), [(2, 7), (3, 4)])  # the third rank has none
 def test_ranks_share_the_prompts(world_size: int, num_classes: int) -> None:
     run_on_ranks(share_prompts, world_size, list(NAMES[:num_classes]), list(TEMPLATES))

@@ -156,7 +156,6 @@ def write_settings(folder: Path, data: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.dist
 def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(
     data: Path, tmp_path: Path, stand_ins: dict[str, str]
 ) -> None:
@@ -176,7 +175,6 @@ def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(
 
 @pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.dist
 def test_two_machines_that_torchrun_joins_are_one_run(
     data: Path, tmp_path: Path, stand_ins: dict[str, str]
 ) -> None:

@@ -45,7 +45,6 @@ def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.dali
 @needs_photos
 @pytest.mark.skipif(

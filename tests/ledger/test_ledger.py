@@ -111,7 +111,6 @@ def encoded(head: SegmentHeader, steps: Iterable[int], *ids: np.ndarray) -> byte
 def record_at(path: Path, step: int) -> int:
     """Where the record of a step begins, in a file without substitutes."""
     file = read_segment_file(path)
-    assert file is not None
     (records,) = file.ranges
     return records.offset + (step - records.step) * file.header.record_bytes(0)
 
@@ -316,7 +315,6 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     encoded = encode_header(head)
     (tmp_path / segment_name(1, 0)).write_bytes(encoded)
     found = read_segment_file(tmp_path / segment_name(1, 0))
-    assert found is not None
     replan = Replan()
     replan(found.header, 0, *(values.reshape(STEPS, N).astype(np.int64) for values in scheduled))
     assert replan.num_draws == STEPS * N
@@ -410,7 +408,6 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     path = tmp_path / segment_name(1, 0)
     path.write_bytes(encoded(head, range(5, 9), source_ids, scheduled, shown))
     file = read_segment_file(path)
-    assert file is not None
     assert [(one.step, one.end) for one in file.ranges][-1][1] == 9
     read_sources, read_ids = file.batch_rows(6, 9)
     assert np.array_equal(read_sources, source_ids[1:])
@@ -426,7 +423,6 @@ def trainer_in(folder: Path, images: torch.Tensor, loader: StepLoader | None = N
     return make_trainer(tiny_config(), loader, **options)
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_records_are_there_when_a_checkpoint_is_begun(
     images: torch.Tensor, tmp_path: Path, world_size: int

@@ -130,7 +130,7 @@ def test_padded_texts_do_not_count(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("cifar10-small", "swin-tiny", "focalnet-base", "resnet50")
         ),
-        pytest.param("vit-base", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param("vit-base", marks=pytest.mark.long),
     ],
 )
 def test_an_image_encoder_is_one_graph(preset: str) -> None:
@@ -303,9 +303,7 @@ def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict)
         torch.testing.assert_close(weight, eager[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "settings",
     [{"compile": "encoders"}, {"compile": "blocks", "activation_checkpointing": True}],

@@ -39,11 +39,7 @@ def text_shapes() -> dict[str, ModelConfig]:
     "preset",
     [
         # 12 layers of width 512 take longer than all the others
-        pytest.param(
-            name,
-            marks=[pytest.mark.slow, pytest.mark.long]
-            * (model.text_width * model.text_layers > 4000),
-        )
+        pytest.param(name, marks=[pytest.mark.long] * (model.text_width * model.text_layers > 4000))
         for name, model in text_shapes().items()
     ],
 )

@@ -96,7 +96,7 @@ def test_auto_is_what_was_measured_to_be_faster(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(precision, "seconds_of_products", lambda threads: (fp32, bf16))
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
-    assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
+    assert Precision("auto") == Precision(expected)
     with caplog.at_level("INFO"):
         assert settle_precision("auto", torch.device("cpu")) == expected
     assert f"precision: {expected}" in caplog.text

@@ -23,7 +23,6 @@ def shown(model: UniCL, batch: Any, *, step: int, rows: slice = slice(None)) -> 
     """The tokens [b t w] behind the layer that drops them."""
     found: list[torch.Tensor] = []
     layer = model.drop_path_key.tokens
-    assert layer is not None
     handle = layer.register_forward_hook(lambda _, __, out: found.append(out))
     pixels = batch.images[rows].permute(0, 3, 1, 2).double() / 255
     model.set_drop_path_key(step=step, global_index=batch.global_index[rows])

@@ -107,7 +107,7 @@ def test_adapters_are_seen_by_the_kernels(compute: Compute, variant: str) -> Non
     check_against_timm(compute, block, (6, 4))
 
 
-@pytest.mark.parametrize("largest", [3, pytest.param(8, marks=[slow, pytest.mark.long])])
+@pytest.mark.parametrize("largest", [3, pytest.param(8, marks=pytest.mark.long)])
 @given(data=st.data())
 @examples(25)
 def test_any_window(compute: Compute, largest: int, data: st.DataObject) -> None:
@@ -183,7 +183,7 @@ def test_operations_are_counted_as_those_of_timm() -> None:
         pytest.param(90, torch.bfloat16, 3, marks=slow),
         pytest.param(100, torch.bfloat16, 3, marks=slow),
         *(
-            pytest.param(capability, dtype, shift, marks=[slow, pytest.mark.long])
+            pytest.param(capability, dtype, shift, marks=pytest.mark.long)
             for capability in (80, 90, 100)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for shift in (0, 3)

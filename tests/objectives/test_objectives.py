@@ -265,13 +265,12 @@ def test_a_label_that_stands_twice_adds_up() -> None:
 FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels"]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("world_size", "chosen"),
     [
         pytest.param(2, FEW, id="2"),
         pytest.param(2, {*OBJECTIVES} - {*FEW}, id="2-more", marks=pytest.mark.slow),
-        pytest.param(3, [*OBJECTIVES], id="3", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(3, [*OBJECTIVES], id="3", marks=pytest.mark.long),
         # four ranks would part pairs
         pytest.param(
             *(4, [one for one in OBJECTIVES if "mixed" not in one]), id="4", marks=pytest.mark.slow

@@ -112,7 +112,6 @@ def as_image_labels(image_labels: list[list[int]]) -> ImageLabels:
 
 def by_image(image_classes: npt.NDArray[np.int64] | None, size: int) -> list[list[int]]:
     """The classes of each image, as they are listed."""
-    assert image_classes is not None
     samples, classes = image_classes
     assert sorted(samples.tolist()) == samples.tolist()
     return [classes[samples == sample].tolist() for sample in range(size)]
@@ -264,7 +263,7 @@ def test_wrong_input_is_refused_in_a_sentence(
     rows: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        map_targets(rows, labels)  # type: ignore[arg-type]
+        map_targets(rows, labels)
 
 
 def test_a_slice_out_of_range_is_refused() -> None:

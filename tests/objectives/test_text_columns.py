@@ -105,7 +105,6 @@ def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(
         else:
             counts = texts_to_encode(texts, ids, efficiency)[3]
         largest = max_num_texts(texts, efficiency, piece=piece)
-        assert largest is not None
         assert largest() == len(counts)
         encoded.append(len(counts))
     assert encoded == sorted(encoded)  # so the rank with the most texts encodes the most

@@ -93,7 +93,6 @@ def test_the_order_in_which_the_system_lists_leaves_no_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
     """Nor do bytes of names that are not UTF-8."""
     photos = tmp_path / "m\u00fcller" / "photos"
@@ -228,7 +227,6 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path: Path, pack: Pa
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -284,7 +282,6 @@ def test_classes_get_their_places_in_a_hierarchy(
         with PackedDataset(out) as dataset:
             hierarchy = dataset.manifest.hierarchy
             assert dataset.manifest.class_names == ("cat", "dog", "sea lion")
-        assert hierarchy is not None
         names = (*dataset.manifest.class_names, *hierarchy.names)
         chains = [[names[one] for one in chain] for chain in hierarchy.chains()[:3]]
         assert chains == [["animal", "mammal", "cat"], ["dog"], ["animal", "mammal", "sea lion"]]

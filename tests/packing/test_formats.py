@@ -22,8 +22,6 @@ from unicl_fast.images.check import ImageFormat, check_image
 from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
 
-pytestmark = pytest.mark.dist
-
 FILES = ("jpeg", "webp", "png", "ppm")
 
 

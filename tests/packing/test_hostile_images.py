@@ -57,8 +57,7 @@ def measured_build(
     command = [sys.executable, str(script), str(source), str(out), str(max_pixels), format]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
-    found: dict[str, float] = json.loads(result.stdout)
-    return found
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,6 @@ def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(share
     assert len(left_out(index)) == 3
     assert faults_of(index, decode=True) == []
     with PackedDataset(index) as dataset:
-        assert dataset.sources is not None
         own = [i for i in range(len(dataset)) if dataset.sources.place_of(i) is None]
         assert len(own) == 3, "the turned ones"
         # samples of a tar follow each other in its order, so that a store is read once
@@ -159,7 +158,6 @@ def test_a_changed_source_is_found_and_named(place: Path) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
     # of the same time too, --known would bring the same index again
     with PackedDataset(place / "index") as dataset:
-        assert dataset.sources is not None
         version = int(dataset.sources.rows[dataset.source_place(number).file]["version"])
         os.utime(tar, ns=(version, version))
         with pytest.raises(DamagedSampleError, match="--out NEW; without --known, which would"):
@@ -248,7 +246,7 @@ def test_sources_under_urls_are_read_where_they_lie(
         for block in blocks:
             dataset.fetch_ahead(*block)
         with mock.patch.object(LocalReader, "read_into", side_effect=AssertionError):
-            place = next(i for i in range(len(dataset)) if dataset.sources.place_of(i))  # type: ignore[union-attr]
+            place = next(i for i in range(len(dataset)) if dataset.sources.place_of(i))
             dataset.image_bytes(place, verify=True)
         assert dataset.needed_bytes > 0
     assert faults_of(out, decode=True) == []

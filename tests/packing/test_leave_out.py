@@ -78,7 +78,7 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
     (tmp_path / "copies.csv").write_text("\n".join(rows))
     options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
     for name, sources in (("built", places), ("again", [tmp_path / "all"])):
-        build_dataset(sources, tmp_path / name, workers=1, **options)  # type: ignore[arg-type]
+        build_dataset(sources, tmp_path / name, workers=1, **options)
         assert {one.name for one in samples_of(tmp_path / name)} == {"cat/own0.jpg", "cat/own1.jpg"}
 
 
@@ -92,5 +92,5 @@ def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
     build_set([tmp_path / "in"], tmp_path / "all")
     assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
     for name in ("in", "all"):
-        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)  # type: ignore[arg-type]
+        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)
         assert {one.name for one in samples_of(tmp_path / f"of {name}")} == {"cat/plain.jpg"}

@@ -94,7 +94,7 @@ def test_no_more_chunks_are_under_way_than_there_are_workers(
     monkeypatch.setattr(ray_engine, "_check_chunk", check)
     tasks = [Task(name=str(number), entry=Faulty()) for number in range(64 * 20)]
     results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=workers)
-    assert [result.message for result in results] == [task.name for task in tasks]  # type: ignore[union-attr]
+    assert [result.message for result in results] == [task.name for task in tasks]
     assert ray.most == most
 
 
@@ -124,13 +124,12 @@ def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.usefixtures("cluster")
 def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "captions" / "flickr8k" / "captions.jsonl"
     for engine in ("local", "ray"):
         options = {"engine": engine, "resize": "short:96", "shard_bytes": 500_000, "workers": 2}
-        build_set([source], tmp_path / engine, **options)  # type: ignore[arg-type]
+        build_set([source], tmp_path / engine, **options)
     local, on_ray = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("local", "ray")
@@ -141,7 +140,6 @@ def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: 
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.usefixtures("cluster")
 def test_bad_images_and_killed_processes_of_ray_cost_no_others(tmp_path: Path) -> None:
     sound = KillsParentOnce(str(tmp_path / "mark"), jpeg(3))

@@ -300,7 +300,6 @@ def test_hierarchies_are_joined_or_refused_if_they_differ(
     build(tmp_path / "photos", tmp_path / "new", out=tmp_path / "both")
     manifest = Manifest.load(tmp_path / "both")
     assert manifest.class_names == ("cat", "dog", "sea lion", "ape")
-    assert manifest.hierarchy is not None
     assert manifest.hierarchy.names == ("mammal", "animal")
     assert manifest.hierarchy.parents == (4, 4, -1, 4, 5, -1)
     build(tmp_path / "photos", tmp_path / "pairs", out=tmp_path / "given", hierarchy=tree)

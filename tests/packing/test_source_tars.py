@@ -68,7 +68,7 @@ def test_names_are_read_as_tarfile_reads_them(tmp_path: Path, style: int) -> Non
         for name in names:
             info = tarfile.TarInfo(name)
             info.size = len(name)
-            info.mtime = 1.5  # type: ignore[assignment]  # pax writes a header for the half
+            info.mtime = 1.5  # pax writes a header for the half
             archive.addfile(info, io.BytesIO(os.fsencode(name)))
         folder = tarfile.TarInfo("folder")
         folder.type = tarfile.DIRTYPE

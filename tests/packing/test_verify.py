@@ -196,7 +196,6 @@ def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
         ]
 
 
-@pytest.mark.dist
 def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> None:
     others = psutil.Process().children()  # which fixtures of a session have started
     sound = jpeg(2)
@@ -302,7 +301,6 @@ def test_the_program_prints_some_and_lists_all(
     assert "FAULTS FOUND" in text
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_verification_costs_little_beside_strict_decoding(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

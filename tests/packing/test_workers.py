@@ -21,8 +21,6 @@ from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.workers import Checked, ImageOptions, Problem, Task, check_in_order
 
-pytestmark = pytest.mark.dist
-
 # expected of each: what stands in quarantine.csv
 BAD: dict[str, tuple[Entry, str, str]] = {
     "dog/fault.jpg": (Crashing(int(signal.SIGSEGV)), "crash", "a decoder crashed (SIGSEGV)"),
@@ -38,7 +36,7 @@ BAD: dict[str, tuple[Entry, str, str]] = {
 
 def options(**changes: float) -> ImageOptions:
     known = {"short_side": 0, "quality": 90, "max_pixels": 10_000_000, "seconds": 60}
-    return ImageOptions(**(known | changes))  # type: ignore[arg-type]
+    return ImageOptions(**(known | changes))
 
 
 @pytest.fixture(scope="module")
@@ -156,5 +154,5 @@ def test_workers_are_gone_when_the_results_are_not_wanted_any_more() -> None:
     )
     assert isinstance(next(iter(results)), Checked)
     assert len(set(psutil.Process().children()) - others) == 2
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert not set(psutil.Process().children()) - others

@@ -60,7 +60,7 @@ def images(shared_data: Path) -> np.ndarray:
 
 def parts(**changes: object) -> GraphParts:
     settings = {"operators": ALL, "stages": 1, "twists": True, "blurs": True, "erases": True}
-    return GraphParts(**{**settings, **changes}, fill=FILL)  # type: ignore[arg-type]
+    return GraphParts(**{**settings, **changes}, fill=FILL)
 
 
 def run(

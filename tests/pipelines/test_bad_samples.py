@@ -145,7 +145,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
                         getattr(planned, field.name)[row] = getattr(chosen, field.name)[0]
         return planned
 
-    loader.plan.long_batch = with_substitutes  # type: ignore[method-assign]
+    loader.plan.long_batch = with_substitutes
     for one, other in zip(batches, take(loader, count=STEPS), strict=True):
         assert_equal(dataclasses.replace(one, scheduled_ids=other.scheduled_ids), other)
 

@@ -325,7 +325,7 @@ def test_a_dali_that_calls_functions_in_another_way_is_refused(
 
 def test_without_dali_the_message_says_what_to_install() -> None:
     def import_without_dali() -> None:
-        sys.modules["nvidia.dali"] = None  # type: ignore[assignment]
+        sys.modules["nvidia.dali"] = None
         importlib.import_module("unicl_fast.pipelines.feature_loader")  # needs none
         with pytest.raises(ModuleNotFoundError, match=r"\[cuda12\]"):
             importlib.import_module("unicl_fast.pipelines.train_loader")

@@ -164,7 +164,7 @@ def test_raw_data_sets_of_two_sizes_train_together(
         tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
     ) as other:
         batches = take(make_loader([sets["raw"][LABELLED], other], prompts), count=3)
-    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}  # type: ignore[union-attr]
+    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_a_graph_that_fails_is_no_image_s_fault(
         planned.windows[:, :, 2:4] = HEIGHT + 9
         return planned
 
-    loader.plan.long_batch = beyond  # type: ignore[method-assign]
+    loader.plan.long_batch = beyond
     with pytest.raises(DecodingError, match="step 0, rank 0: the graph fails"):
         next(loader.batches(0))
     loader.close()

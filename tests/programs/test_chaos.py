@@ -8,7 +8,7 @@ from typing import Any
 import chaos_run
 import pytest
 
-pytestmark = [pytest.mark.dali, pytest.mark.dist, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.dali, pytest.mark.long]
 
 
 def run_chaos(folder: Path, options: str) -> dict[str, Any]:

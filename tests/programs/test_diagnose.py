@@ -97,14 +97,14 @@ def test_advice_gains_in_each_round_and_is_ordered_by_gain() -> None:
 def test_the_best_change_is_measured_again_since_coming_first_flatters_it() -> None:
     found = measured(trials=(trial("--a", 0.5, 0.6), trial("--b", 0.7, 0.7)))
     diagnoser = Diagnoser.__new__(Diagnoser)
-    diagnoser.bench = SimpleNamespace(ranks=Ranks())  # type: ignore[assignment]
-    diagnoser.budget = SimpleNamespace(left=1.0)  # type: ignore[assignment]
+    diagnoser.bench = SimpleNamespace(ranks=Ranks())
+    diagnoser.budget = SimpleNamespace(left=1.0)
     again = trial("--a", 0.9, 0.9)
     with mock.patch.object(Diagnoser, "trial", return_value=again):
         measured_again = diagnoser._with_the_best_again(found)
         (b, a) = measured_again.trials
         assert (b, a) == (found.trials[1], dataclasses.replace(again, is_again=True))
-        diagnoser.budget.left = -1.0  # type: ignore[misc]
+        diagnoser.budget.left = -1.0
         assert diagnoser._with_the_best_again(found) == found
         gains = functools.partial(gains_again, diagnoser)
         assert gains(found, a.change) == gains(measured_again, a.change)
@@ -362,9 +362,8 @@ def test_a_run_that_stores_features_is_measured_while_it_encodes(
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.dist)])
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, nproc: int) -> None:
     result, out = tmp_path / "result.json", tmp_path / "report"
     options = ["--seconds", "10", "--apply", "--json", str(result), *SMALL]

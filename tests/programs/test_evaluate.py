@@ -388,7 +388,6 @@ def test_an_evaluation_is_a_file_and_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "words",
     [

@@ -19,7 +19,7 @@ from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 
-pytestmark = [*(pytest.mark.dali, pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600))]
+pytestmark = [pytest.mark.dali, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = [word if word != str(STEPS) else "1000000" for word in SMALL]
 FAULTS = Path(__file__).parents[1] / "helpers" / "faults"

@@ -130,9 +130,7 @@ def test_a_quiet_run_says_nothing_and_keeps_its_log(data: Path, tmp_path: Path) 
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I ", line) for line in lines)
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
 def test_a_run_starts_from_the_hub_and_resumes_without_it(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +182,6 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("of_rank_1", "expected"),
     [
@@ -266,7 +263,7 @@ def test_the_average_of_the_weights_and_the_best_checkpoint_are_kept_and_evaluat
     assert "no evaluation of this run gives that number" in said
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=[pytest.mark.dist, pytest.mark.slow])])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
     data: Path, unbroken: Path, nproc: int
 ) -> None:
@@ -338,7 +335,6 @@ shift && exec "$@"
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_read_only_machine_trains_and_evaluates(data: Path, tmp_path: Path) -> None:
     """Programs write into --out and the temporary folder alone, not into home or installation."""
     alone = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", str(tmp_path)]

@@ -35,7 +35,7 @@ from unicl_fast.tools import ledger, pretrain
 from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.dali, pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
 STEPS_OF_A_RUN = 40
 FP64 = [

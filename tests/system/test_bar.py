@@ -20,10 +20,7 @@ def _no_thread_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (60.0, True), (0.0, False)])
 def test_a_log_gets_whole_lines_and_only_of_what_takes_long(
-    seconds: float,
-    shown: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    seconds: float, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bar, "_LOG_SECONDS", seconds)
     with Bar(total=4, desc="train", shown=shown) as outer:

@@ -68,7 +68,6 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
 def test_every_program_begins_as_all_do(module: str) -> None:
     """So that the tests of one program hold for all."""
     spec = importlib.util.find_spec(module.partition(":")[0])
-    assert spec is not None
     assert "begin_program() if " in Path(str(spec.origin)).read_text(encoding="utf-8")
 
 
@@ -83,7 +82,6 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
         env=os.environ | {"UNICL_TRACEBACK": traceback},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
@@ -116,8 +114,6 @@ pathlib.Path(sys.argv[1]).touch(){ending}
             stderr=subprocess.STDOUT if "flush" in ending else file,
         ) as process,
     ):
-        assert process.stdout is not None
-        assert process.stdin is not None
         process.stdout.close()
         process.stdin.close()
         assert process.wait(timeout=120) == (3 if "3" in ending else 0)

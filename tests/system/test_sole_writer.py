@@ -35,7 +35,6 @@ def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_pat
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     named = f"{folder} is being written by process {holder.pid} on {socket.gethostname()}, since 20"
     with pytest.raises(ValueError, match=named), sole_writer(folder):

@@ -219,7 +219,6 @@ def test_fresh_weights_below_adapters_are_in_the_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_ranks_train_adapters_as_one_process_does(images: torch.Tensor, tmp_path: Path) -> None:
     runs = {shard: (config_of(BOTH, shard=shard, steps=2), None) for shard in ("off", "full")}
     run_on_ranks(train_each, 2, images, tmp_path, runs)

@@ -17,7 +17,6 @@ from unicl_fast.training.agreement import describe_rank, source_files
 DATA = {"sources": [{"num_samples": 12, "shards": ["abc"]}], "shares": None}
 
 
-@pytest.mark.dist
 def test_what_differs_is_named_with_its_rank(tmp_path: Path) -> None:
     same = describe_rank(config_to_dict(tiny_config()), DATA)
     changes = {
@@ -59,7 +58,6 @@ def test_where_data_lie_may_differ_from_node_to_node() -> None:
     assert "flip_probability" in described["data"]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("every_steps", "found_after"), [(2, 4), pytest.param(1000, 6, marks=pytest.mark.slow)]
 )

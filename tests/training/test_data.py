@@ -241,12 +241,10 @@ def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
         assert settled.data.threads == expected
 
 
-@pytest.mark.dist
 def test_data_may_lie_elsewhere_on_another_node(images: torch.Tensor) -> None:
     run_on_ranks(name_data_by_rank, 2, images)
 
 
-@pytest.mark.dist
 def test_evaluations_are_named_by_rank_0(tmp_path: Path) -> None:
     links = []
     for name in ("first", "second"):

@@ -155,7 +155,6 @@ def test_a_run_without_it_can_resume_with_it_and_back(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_it_is_equal_on_all_ranks_and_that_of_one_process(
     images: torch.Tensor, tmp_path: Path
 ) -> None:

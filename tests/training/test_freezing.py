@@ -320,7 +320,6 @@ def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_three_ranks_with_frozen_parts_resume_bit_for_bit_and_equal_one(
     images: torch.Tensor, tmp_path: Path
 ) -> None:

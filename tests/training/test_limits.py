@@ -178,7 +178,6 @@ def test_a_gradient_norm_that_is_not_finite_counts_too(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("shard", ["off", "optimizer", "full"])
 def test_the_samples_of_all_ranks_are_written_down(
     images: torch.Tensor, tmp_path: Path, shard: str
@@ -272,7 +271,6 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None:
     run_on_ranks(train_with_replaced_samples, 2, images, str(tmp_path))
     # rank r replaces r + 1 samples a step

@@ -114,7 +114,6 @@ def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
     assert [found[f"positives_per_row/{name}"] for name in "abcd"] == [3, 2, 1, 2]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("objective", ["unicl", "unicl, labels"])
 def test_positives_are_counted_over_ranks(
     images: torch.Tensor, tmp_path: Path, objective: str

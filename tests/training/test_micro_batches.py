@@ -47,7 +47,6 @@ def test_micro_batches_give_the_gradients_of_the_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
 def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
     images: torch.Tensor, plain: tuple[float, dict], tmp_path: Path, world_size: int,
@@ -61,7 +60,6 @@ def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
         assert_equal_gradients(gradients, plain[1])
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_micro_batches_of_the_sigmoid_form(
     images: torch.Tensor, tmp_path: Path, world_size: int

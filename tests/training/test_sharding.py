@@ -64,7 +64,6 @@ def sizes_of(run: Path) -> list[list[int]]:
     return [torch.load(run / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
 
 
-@pytest.mark.dist
 def test_two_ranks_that_divide_the_state_train_as_before(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -101,7 +100,6 @@ SETTINGS: dict[str, dict] = {
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "name", ["clipped", *(pytest.param(one, marks=pytest.mark.long) for one in [*SETTINGS][1:])]
@@ -125,7 +123,6 @@ def test_divided_runs_are_the_plain_run(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("optimizer", "precision"), [("lamb", "fp64"), ("lamb", "fp16"), ("adamw", "fp16")]
 )
@@ -139,7 +136,6 @@ def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precision: str) -> None:
     """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
@@ -148,9 +144,7 @@ def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precisio
     assert_close_runs(tmp_path / "full", tmp_path / "off", rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
 def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -176,9 +170,7 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     assert len(losses_of(tmp_path / first)) == STEPS
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
 def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> None:
     plain = {"off": (config_of(), None)}

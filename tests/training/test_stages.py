@@ -41,7 +41,6 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("train", "settings"),
     [

@@ -29,7 +29,6 @@ from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.encoding import after_three_quarters
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "world_size", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
 )
@@ -66,7 +65,6 @@ def test_distinct_texts_without_padding_equal_every_text_with_it(
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
     tmp_path: Path, world_size: int
@@ -103,7 +101,6 @@ def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_resumed_ranks_equal_unbroken_ones(
     images: torch.Tensor, tmp_path: Path, world_size: int
@@ -118,7 +115,6 @@ def test_resumed_ranks_equal_unbroken_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
     images: torch.Tensor, tmp_path: Path
 ) -> None:

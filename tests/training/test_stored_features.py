@@ -302,7 +302,6 @@ def test_a_killed_store_is_continued_and_gives_the_same_features(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_two_ranks_store_and_feed_both_towers_as_one_does(data: Path, tmp_path: Path) -> None:
     frozen = [*LOCKED, "--optim.freeze", "image", "text", "--model.drop-path", "0"]
     frozen += ["--model.standardise", "--model.image-projection", "mlp"]
@@ -324,7 +323,6 @@ def test_two_ranks_store_and_feed_both_towers_as_one_does(data: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 def test_a_run_from_stored_features_resumes_on_other_ranks_with_its_ledger(
     data: Path, tmp_path: Path
 ) -> None:
