@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from small_runs import tiny_config
@@ -61,7 +59,7 @@ CONFIG = config_to_dict(tiny_config())
         ("run", "samples", 1.5),
     ],
 )
-def test_settings_of_another_type_are_refused_by_name(group: str, name: str, value: Any) -> None:
+def test_settings_of_another_type_are_refused_by_name(group, name, value):
     values = json.loads(json.dumps(CONFIG))
     values[group][name] = value
     with pytest.raises(ValueError, match=f"^config: {group}.{name} must"):
@@ -109,14 +107,14 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
         (lambda: RunConfig(seed=0.5), "run.seed must be a whole number, not 0.5"),
     ],
 )
-def test_a_refusal_names_the_field_what_it_takes_and_what_came(make: Any, message: str) -> None:
+def test_a_refusal_names_the_field_what_it_takes_and_what_came(make, message):
     with pytest.raises(ValueError) as refused:
         make()
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]", b'{"run": 3}'])
-def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
+def test_files_that_are_no_config_say_so(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="config"):
         load_config(tmp_path / "config.json")
@@ -131,15 +129,13 @@ def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
         ('{"run": {"seed": 1, "seed": 2}}', "a name stands twice among .*seed"),
     ],
 )
-def test_names_that_are_unknown_or_stand_twice_are_refused(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_names_that_are_unknown_or_stand_twice_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.json")
 
 
-def test_configs_survive_json(tmp_path: Path) -> None:
+def test_configs_survive_json(tmp_path):
     free = config_to_dict(TrainConfig())
     free["objective"]["logit_scale_max"] = math.inf
     every = [config_to_dict(TrainConfig(objective=make_objective(name))) for name in OBJECTIVES]
@@ -150,7 +146,7 @@ def test_configs_survive_json(tmp_path: Path) -> None:
         assert load_config(tmp_path / "config.json") == config_from_dict(values)
 
 
-def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None:
+def test_what_is_settled_for_ce_is_kept_as_differences_without_threads():
     given = TrainConfig(objective=make_objective("ce", mixup=0.8))
     settled = dataclasses.replace(
         given,
@@ -173,12 +169,12 @@ def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None
         with_settled(stored[0], {"efficiency": {"speed": 3}})
 
 
-def test_settings_that_a_file_lacks_take_their_defaults() -> None:
+def test_settings_that_a_file_lacks_take_their_defaults():
     assert config_from_dict({"run": {"seed": 3}}) == TrainConfig(run=RunConfig(seed=3))
 
 
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])
-def test_initial_weights_have_a_short_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_weights_have_a_short_option(name, monkeypatch):
     nothing: dict[str, dict] = {"model": {}, "data": {}}
     monkeypatch.setattr("unicl_fast.conversion.sources.settings_of", lambda initial: nothing)
     flag = f"--{name}".replace("_", "-")
@@ -191,7 +187,7 @@ def test_initial_weights_have_a_short_option(name: str, monkeypatch: pytest.Monk
         assert getattr(arguments.model, name) == "runs/first"
 
 
-def test_every_field_is_documented() -> None:
+def test_every_field_is_documented():
     """The sentence under a field is its line of --help."""
     from unicl_fast.tools.pretrain import _first_sentences
 

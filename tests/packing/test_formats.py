@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from bad_entries import CrashingOnce
-from pack_runs import Pack, build_set, jpeg
+from pack_runs import build_set, jpeg
 from packed_sets import saved
 from PIL import Image
 
@@ -62,7 +62,7 @@ def names_of(folder: Path) -> set[str]:
     return {field for line in lines for field in line.split()[::4]}
 
 
-def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path]) -> None:
+def test_all_become_files_of_the_format_and_show_the_same(packed):
     for format, extension in (("jpeg", "jpg"), ("webp", "webp"), ("png", "png"), ("ppm", "ppm")):
         assert names_of(packed[format]) == {extension, "json"}
     assert names_of(packed["keep"]) == {"jpg", "png", "json"}
@@ -83,9 +83,7 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
                         assert difference.mean() < 5
 
 
-def test_verify_inspect_and_build_take_every_format(
-    packed: dict[str, Path], tmp_path: Path, pack: Pack
-) -> None:
+def test_verify_inspect_and_build_take_every_format(packed, tmp_path, pack):
     sets = [packed[format] for format in FILES]
     code, text = pack("build", "--workers", 1, *sets, "--out", tmp_path / "all")
     assert code == 0, text
@@ -102,9 +100,7 @@ def test_verify_inspect_and_build_take_every_format(
     assert page.read_text().count("<img") >= 15
 
 
-def test_the_program_scales_counts_and_writes_what_it_did(
-    folder: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_the_program_scales_counts_and_writes_what_it_did(folder, tmp_path, pack):
     told = tmp_path / "told.json"
     code, text = pack(
         *("build", "--workers", 1, folder, "--out", tmp_path / "out", "--format", "webp"),
@@ -158,7 +154,7 @@ def kinds_of_images(root: Path) -> dict[str, Image.Image]:
     return shown | {"yak/turned.jpg": upright}
 
 
-def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path: Path) -> None:
+def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path):
     shown = kinds_of_images(tmp_path / "in")
     folders = []
     for workers in (1, 3):
@@ -177,9 +173,7 @@ def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_p
             assert len(dataset.labels_of(index)) == 1
 
 
-def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
-    tmp_path: Path, pack: Pack
-) -> None:
+def test_sizes_that_differ_are_named_and_squares_are_the_way_out(tmp_path, pack):
     for number, (height, width) in enumerate([(20, 20), (20, 21), (50, 33), (1, 300), (8, 8)]):
         save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
     words = "build", "--workers", 1, "--format", "raw", tmp_path / "in", "--out", tmp_path / "out"
@@ -202,7 +196,7 @@ def png(pixels: np.ndarray) -> bytes:
     return saved(Image.fromarray(pixels), format="PNG")
 
 
-def test_pixels_of_another_size_stay_in_the_worker() -> None:
+def test_pixels_of_another_size_stay_in_the_worker():
     """Or a chunk of images that are larger than they look would fill the memory."""
     options = ImageOptions(short_side=0, quality=90, max_pixels=10_000, seconds=0, format="raw")
     entries = [CrashingOnce("/", png(noise(*size))) for size in ((9, 8), (90, 80))]
@@ -213,7 +207,7 @@ def test_pixels_of_another_size_stay_in_the_worker() -> None:
     assert sizes == [(9, 216), (90, 0)]
 
 
-def test_chunks_are_as_small_as_answers_are_large() -> None:
+def test_chunks_are_as_small_as_answers_are_large():
     entry = CrashingOnce("/", b"")
     options = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
     for answer_bytes, longest in ((3072, 128), (150_000, 27), (4_000_000, 1), (10**9, 1)):
@@ -225,7 +219,7 @@ def test_chunks_are_as_small_as_answers_are_large() -> None:
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 10), (31, 64), (64, 31), (20, 20)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
+def test_squares_show_the_middle(size, channels):
     pixels = noise(*size, channels)
     data = png(pixels if channels == 3 else pixels[..., 0])
     image = check_image(data, square_side=20, format="raw")
@@ -244,7 +238,7 @@ def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
         assert np.array_equal(found, np.broadcast_to(pixels, found.shape))
 
 
-def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None:
+def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole():
     """That would be 26 million pixels wide."""
     pixels = noise(1, 65_000)
     found = check_image(png(pixels), square_side=400, format="raw")
@@ -256,7 +250,7 @@ def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None
     assert np.abs(twin - np.frombuffer(found.data, np.uint8).reshape(400, 400, 3)).max() <= 1
 
 
-def test_squares_of_files_are_encoded_anew_unless_they_are_squares() -> None:
+def test_squares_of_files_are_encoded_anew_unless_they_are_squares():
     large = check_image(png(noise(60, 40)), square_side=20)
     assert (large.extension, large.height, large.width, large.reencoded) == ("jpg", 20, 20, True)
     data = png(noise(20, 20))

@@ -42,9 +42,7 @@ def clustered(draw: st.DrawFn) -> list[int]:
 
 @given(hashes=clustered(), distance=st.integers(0, 12))
 @examples(60)
-def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(
-    hashes: list[int], distance: int
-) -> None:
+def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(hashes, distance):
     distinct = list(dict.fromkeys(hashes))
     found = near_pairs(np.array(distinct, np.uint64), distance)
     assert found.tolist() == all_pairs(distinct, distance)
@@ -61,7 +59,7 @@ def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(
 @pytest.mark.parametrize(
     ("count", "limit"), [(100_000, 30), pytest.param(1_000_000, 120, marks=pytest.mark.slow)]
 )
-def test_many_hashes_take_no_time(count: int, limit: float) -> None:
+def test_many_hashes_take_no_time(count, limit):
     """One in a hundred has a copy. Comparing 100,000 with each other would be 5 billion steps."""
     hashes = np.random.default_rng(0).integers(0, 2**64, count, np.uint64)
     copies, expected = count // 100, np.arange(count)
@@ -72,7 +70,7 @@ def test_many_hashes_take_no_time(count: int, limit: float) -> None:
     assert time.process_time() - started < limit
 
 
-def test_what_is_all_alike_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_all_alike_is_an_error(monkeypatch):
     monkeypatch.setattr("unicl_fast.packing.near_duplicates.MAX_PAIRS", 1000)
     hashes = np.array([number ^ (number >> 1) for number in range(60)], np.uint64)
     with pytest.raises(ValueError, match="choose a smaller distance"):
@@ -107,8 +105,8 @@ def distances_of_copies(path: Path) -> tuple[int, dict[str, int]]:
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_copies_of_photographs_are_within_4_bits_and_other_photographs_are_not(
-    shared_data: Path, capsys: pytest.CaptureFixture[str], count: int
-) -> None:
+    shared_data, capsys, count
+):
     """With 200 it prints the table of docs/data.md."""
     paths = sorted((shared_data / "captions" / "flickr8k" / "images").iterdir())[:count]
     found = [distances_of_copies(path) for path in paths]

@@ -21,9 +21,7 @@ from unicl_fast.training.trainer import Trainer
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(tmp_path, caplog):
     trackers = Trackers(["tensorboard"], TrackedRun(tmp_path, "a", {}, 0))
     with contextlib.closing(MetricsWriter(tmp_path, trackers=trackers)) as metrics:
         metrics.write({"step": 1, "loss": 4.0})
@@ -43,9 +41,7 @@ def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced"])
-def test_lines_continue_in_another_file_when_theirs_is_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
-) -> None:
+def test_lines_continue_in_another_file_when_theirs_is_gone(tmp_path, caplog, what):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         metrics.write({"step": 1})
@@ -63,9 +59,7 @@ def test_lines_continue_in_another_file_when_theirs_is_gone(
     [b'{"step": 2, "lo\xff": 1}', b'{"step": 2, "loss": "low"}', b'{"step": "2"}', b"[2]", b"{}",
      b'{"step": 2, "loss": ' + b"9" * 400 + b"}", b"[" * 100_000, b"", b"\0" * 20],
 )  # fmt: skip
-def test_a_damaged_line_is_named_and_left_out_when_a_run_resumes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
-) -> None:
+def test_a_damaged_line_is_named_and_left_out_when_a_run_resumes(tmp_path, caplog, damaged):
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 1, "loss": 0.1}', damaged, b'{"step": 3}', b'{"step": 4}', b'{"step']
     path.write_bytes(b"\n".join(lines))
@@ -82,7 +76,7 @@ def with_targets(batch: Batch, **targets: torch.Tensor) -> Batch:
     return dataclasses.replace(batch, targets=dataclasses.replace(batch.targets, **targets))
 
 
-def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
+def test_epochs_and_positives_of_each_source(images):
     batch = with_targets(
         global_batch(images),
         class_ids=torch.tensor([5, 5, 5, 9] + [2**61 + i for i in range(6)] + [9, 5]),
@@ -97,7 +91,7 @@ def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
     )
 
 
-def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
+def test_positives_of_images_of_several_labels(images):
     """Texts of classes 1, 1, 2 and captions; the first image has both classes, the last 2 and 3."""
     captions = [2**62 + i for i in range(9)]
     several = [[1, 2], [1], [2], *[[one] for one in captions]]
@@ -115,9 +109,7 @@ def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("objective", ["unicl", "unicl, labels"])
-def test_positives_are_counted_over_ranks(
-    images: torch.Tensor, tmp_path: Path, objective: str
-) -> None:
+def test_positives_are_counted_over_ranks(images, tmp_path, objective):
     run_on_ranks(describe_sources_of_slices, 2, images, str(tmp_path), objective)
     batch = labelled_batch(images, objective=objective)
     batch = dataclasses.replace(batch, source_ids=torch.arange(12) % 2)
@@ -126,7 +118,7 @@ def test_positives_are_counted_over_ranks(
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == [repr(expected)] * 2
 
 
-def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> None:
+def test_each_logging_step_has_them(images, tmp_path):
     batch = dataclasses.replace(global_batch(images), source_ids=torch.arange(12) % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [step, 2 * step])
     options = {"loader": ListLoader([batch]), "observers": [DatasetNumbers(meter)]}
@@ -136,9 +128,7 @@ def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> Non
     assert all(line["positives_per_row/a"] >= 1 for line in lines)
 
 
-def test_lines_that_are_written_a_step_later_are_the_same(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_that_are_written_a_step_later_are_the_same(images, tmp_path, monkeypatch):
     """As on a GPU; a save, an evaluation and the end of a run have all lines written before."""
     config = tiny_config(steps=8).changed(
         run={"max_bad_steps": 1, "evaluate_every_steps": 3}, checkpoint={"every_steps": 4}
