@@ -26,6 +26,7 @@ import pytest
 
 import unicl_fast
 from unicl_fast.system import bar, line
+from unicl_fast.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,15 @@ def _modules_with_shapes() -> list[str]:
 jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("long"):
+        item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """From here on the collector looks at what tests make, and not at what was imported."""
     gc.freeze()
+    gc.get_freeze_count = lambda: 1  # packing asks for it, and counting millions takes 0.06 s
     gc.enable()
     atexit.register(gc.unfreeze)  # or libraries that look for leaks at the end find some
 
@@ -127,6 +134,14 @@ def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--image-root", shared_data / "captions" / "flickr8k"),
     )
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vocabulary_is_read_once() -> Tokenizer:
+    """All tokenizers share the encoding of one that lives: reading it takes a tenth of a second."""
+    tokenizer = Tokenizer()
+    tokenizer.encode([""])
+    return tokenizer
 
 
 @pytest.fixture(autouse=True)

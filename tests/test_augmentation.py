@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -52,14 +51,14 @@ def written(value: object) -> str:
     return f"{value[0]!r}..{value[1]!r}" if isinstance(value, tuple) else str(value)
 
 
-def test_the_strategies_know_all_fields() -> None:
+def test_the_strategies_know_all_fields():
     assert set(FIELDS) == {field.name for field in dataclasses.fields(Augmentation)}
 
 
 @given(
     name=st.sampled_from(sorted(AUGMENTATIONS)), values=st.fixed_dictionaries({}, optional=FIELDS)
 )
-def test_what_is_written_is_what_is_read(name: str, values: dict[str, object]) -> None:
+def test_what_is_written_is_what_is_read(name, values):
     values = {field: value for field, value in values.items() if value is not None}
     text = ",".join([name, *(f"{field}={written(value)}" for field, value in values.items())])
     assert parse_augmentation(text) == dataclasses.replace(AUGMENTATIONS[name], **values)
@@ -67,13 +66,13 @@ def test_what_is_written_is_what_is_read(name: str, values: dict[str, object]) -
 
 @given(st.text(alphabet="unicl,=.:0123blrx\n\u00e9", max_size=20))
 @examples(50)
-def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
+def test_any_other_text_is_refused_in_a_sentence(text):
     if text not in AUGMENTATIONS:
         with pytest.raises(ValueError, match="^augmentation "):
             parse_augmentation(text)
 
 
-def test_jitter_is_three_numbers_at_once() -> None:
+def test_jitter_is_three_numbers_at_once():
     augmentation = parse_augmentation("none,jitter=0.3,contrast=0.1")
     assert (augmentation.brightness, augmentation.contrast, augmentation.saturation) == (
         0.3, 0.1, 0.3
@@ -90,10 +89,7 @@ def test_jitter_is_three_numbers_at_once() -> None:
         ("unicl,blur=1.5", "blur must be a number in 0 to 1, not 1.5"),
         ("unicl,blur=nan", "blur must be a number in 0 to 1, not nan"),
         ("unicl,blur_sigma=2", "blur_sigma must be a range LOW..HIGH, not '2'"),
-        (
-            "unicl,crop_scale=0.5..1.5",
-            r"crop_scale must be .* in \(0, 1\], not \(0.5, 1.5\)",
-        ),
+        ("unicl,crop_scale=0.5..1.5", r"crop_scale must be .* in \(0, 1\], not \(0.5, 1.5\)"),
         ("unicl,flip=2", "flip must be a number in 0 to 1, not 2"),
         ("unicl,blur_sigma=2..1", "blur_sigma must not fall, as 2..1 does"),
         ("unicl,policy=best", "policy must be one of none, rand, trivial, auto"),
@@ -104,14 +100,14 @@ def test_jitter_is_three_numbers_at_once() -> None:
         ("unicl,hue=0.6", "hue must be a number in 0 to 0.5, not 0.6"),
     ],
 )
-def test_what_is_wrong_is_said_when_the_config_is_made(text: str, message: str) -> None:
+def test_what_is_wrong_is_said_when_the_config_is_made(text, message):
     with pytest.raises(ValueError, match=message):
         parse_augmentation(text)
     with pytest.raises(ValueError, match=f"data.augment: .*{message}"):
         DataConfig(augment=(text,))
 
 
-def test_an_entry_for_one_data_set_counts_before_the_one_for_all() -> None:
+def test_an_entry_for_one_data_set_counts_before_the_one_for_all():
     folders = ["packed/a/train", "packed/b/train", "packed/captions", "packed/odd:name"]
     found = augmentations_of(
         ["unicl", "captions:clip", "b/train:none", "odd:name:none,blur=1"], folders
@@ -122,7 +118,7 @@ def test_an_entry_for_one_data_set_counts_before_the_one_for_all() -> None:
     assert augmentations_of([], folders) == [none] * 4
 
 
-def test_an_entry_names_a_url_by_its_end_and_a_link_by_either_name(tmp_path: Path) -> None:
+def test_an_entry_names_a_url_by_its_end_and_a_link_by_either_name(tmp_path):
     unicl, clip, none = (AUGMENTATIONS[name] for name in ("unicl", "clip", "none"))
     urls = ["s3://a/train", "s3://b/train"]
     assert augmentations_of(["none", "b/train:clip"], urls) == [none, clip]
@@ -146,12 +142,12 @@ def test_an_entry_names_a_url_by_its_end_and_a_link_by_either_name(tmp_path: Pat
         ([":unicl"], "expected NAME:SPEC"),
     ],
 )
-def test_entries_that_fit_no_data_set_or_not_together(entries: list[str], message: str) -> None:
+def test_entries_that_fit_no_data_set_or_not_together(entries, message):
     with pytest.raises(ValueError, match=message):
         augmentations_of(entries, ["x/a", "x/b"])
 
 
-def test_views_are_as_many_as_the_objective_looks_at() -> None:
+def test_views_are_as_many_as_the_objective_looks_at():
     with pytest.raises(ValueError, match="two views.*views=1"):
         check_views(["a:supcon"], name="unicl", num_views=1)
     check_views(["supcon,views=1", "a:unicl"], name="unicl", num_views=1)
@@ -161,7 +157,7 @@ def test_views_are_as_many_as_the_objective_looks_at() -> None:
     check_views(["supcon", "a:unicl,views=2"], name="supcon", num_views=2)
 
 
-def test_the_released_recipe_is_that_of_the_large_presets() -> None:
+def test_the_released_recipe_is_that_of_the_large_presets():
     assert build_preset("swin-base").data.augment == ("unicl",)
     assert build_preset("cifar10-small").data.augment == ()
     config = TrainConfig(data=DataConfig(augment=("unicl,blur=0.5", "a:clip")))

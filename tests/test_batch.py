@@ -51,9 +51,7 @@ def assert_equal(one: Any, other: Any) -> None:
             assert np.array_equal(ours, theirs), field.name
 
 
-def test_reading_counts_waiting_in_any_thread_and_no_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reading_counts_waiting_in_any_thread_and_no_work(monkeypatch):
     reading = ReadingTime()
 
     def wait() -> None:
@@ -72,13 +70,13 @@ def test_reading_counts_waiting_in_any_thread_and_no_work(
     assert reading.blocked_seconds - before == pytest.approx(1.0)
 
 
-def test_on_the_cpu_nothing_is_copied() -> None:
+def test_on_the_cpu_nothing_is_copied():
     batch = make_batch(1)
     moved = batch.to(torch.device("cpu"))
     assert all(moved.model_inputs()[name] is value for name, value in batch.model_inputs().items())
 
 
-def test_the_host_does_not_wait_for_a_copy_to_a_gpu(gpu: FakeGpu) -> None:
+def test_the_host_does_not_wait_for_a_copy_to_a_gpu(gpu):
     """The fake GPU refuses what is not pinned and not `non_blocking`."""
     moved = make_batch(1).to(CUDA)
     assert int(moved.images[0, 0, 0, 0]) == 77  # not there yet
@@ -86,7 +84,7 @@ def test_the_host_does_not_wait_for_a_copy_to_a_gpu(gpu: FakeGpu) -> None:
     assert_equal(moved, make_batch(1))
 
 
-def test_a_batch_is_copied_during_the_step_before_it(gpu: FakeGpu) -> None:
+def test_a_batch_is_copied_during_the_step_before_it(gpu):
     asked_for: list[int] = []
 
     def batches() -> Generator[Batch, None, None]:
@@ -107,7 +105,7 @@ def test_a_batch_is_copied_during_the_step_before_it(gpu: FakeGpu) -> None:
     assert steps == [0, 1, 2, 3]
 
 
-def test_evaluation_s_batches_take_the_same_way(gpu: FakeGpu) -> None:
+def test_evaluation_s_batches_take_the_same_way(gpu):
     made = [
         EvaluationBatch(images=torch.full((2, 2, 2, 3), step), sample_ids=torch.arange(2) + step)
         for step in range(3)
@@ -117,7 +115,7 @@ def test_evaluation_s_batches_take_the_same_way(gpu: FakeGpu) -> None:
         assert batch.sample_ids is made[number].sample_ids
 
 
-def test_copies_are_made_on_their_device_by_one_stream(gpu: FakeGpu) -> None:
+def test_copies_are_made_on_their_device_by_one_stream(gpu):
     """A thread that sets none would begin a context on GPU 0, on each of a machine's ranks."""
     second = torch.device("cuda", 1)
     for _ in range(3):  # as often as an evaluation iterates
@@ -126,7 +124,7 @@ def test_copies_are_made_on_their_device_by_one_stream(gpu: FakeGpu) -> None:
     assert [stream.device for stream in gpu.streams] == [second]
 
 
-def test_the_end_and_errors_of_the_source_come_through(gpu: FakeGpu) -> None:
+def test_the_end_and_errors_of_the_source_come_through(gpu):
     closed = []
 
     def batches(last: int) -> Generator[Batch, None, None]:
@@ -149,7 +147,7 @@ def test_the_end_and_errors_of_the_source_come_through(gpu: FakeGpu) -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_gets_the_very_batches_and_the_host_does_not_wait() -> None:
+def test_a_gpu_gets_the_very_batches_and_the_host_does_not_wait():
     def batches() -> Generator[Batch, None, None]:
         yield from map(make_batch, range(20))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from small_runs import tiny_config
@@ -61,7 +59,7 @@ CONFIG = config_to_dict(tiny_config())
         ("run", "samples", 1.5),
     ],
 )
-def test_settings_of_another_type_are_refused_by_name(group: str, name: str, value: Any) -> None:
+def test_settings_of_another_type_are_refused_by_name(group, name, value):
     values = json.loads(json.dumps(CONFIG))
     values[group][name] = value
     with pytest.raises(ValueError, match=f"^config: {group}.{name} must"):
@@ -75,10 +73,7 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             lambda: DataConfig(image_size=0),
             "data.image_size must be a whole number in 1 to 8192, not 0",
         ),
-        (
-            lambda: DataConfig(threads=-1),
-            "data.threads must be a whole number of at least 0",
-        ),
+        (lambda: DataConfig(threads=-1), "data.threads must be a whole number of at least 0"),
         (
             lambda: DataConfig(fraction=(0.0,)),
             "data.fraction must be a list, each a number in (0, 1], not (0.0,)",
@@ -87,21 +82,12 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             lambda: DataConfig(std=(1.0, 1.0, 0.0)),
             "data.std must be 3 values, each a number in (0, inf), not (1.0, 1.0, 0.0)",
         ),
-        (
-            lambda: DataConfig(crop_ratio=(2.0, 1.0)),
-            "data.crop_ratio must not fall, as 2 to 1",
-        ),
-        (
-            lambda: DataConfig(image_size=300),
-            "data.evaluation_resize (256) must not be",
-        ),
+        (lambda: DataConfig(crop_ratio=(2.0, 1.0)), "data.crop_ratio must not fall, as 2 to 1"),
+        (lambda: DataConfig(image_size=300), "data.evaluation_resize (256) must not be"),
         (lambda: DataConfig(train=("a", "b", "c"), fraction=(1.0, 0.5)), "one for each of the 3"),
         (lambda: ModelConfig(drop_path=1), "model.drop_path must be a number in [0, 1), not 1"),
         (lambda: ModelConfig(text_pool="bert:max"), "model.text_pool takes end, last, or bert"),
-        (
-            lambda: ModelConfig(text_heads=7),
-            "model.text_heads (7) must divide",
-        ),
+        (lambda: ModelConfig(text_heads=7), "model.text_heads (7) must divide"),
         (
             lambda: make_objective(logit_scale_init=math.inf),
             "objective.logit_scale_init must be a number that is finite, not inf",
@@ -121,14 +107,14 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
         (lambda: RunConfig(seed=0.5), "run.seed must be a whole number, not 0.5"),
     ],
 )
-def test_a_refusal_names_the_field_what_it_takes_and_what_came(make: Any, message: str) -> None:
+def test_a_refusal_names_the_field_what_it_takes_and_what_came(make, message):
     with pytest.raises(ValueError) as refused:
         make()
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]", b'{"run": 3}'])
-def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
+def test_files_that_are_no_config_say_so(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="config"):
         load_config(tmp_path / "config.json")
@@ -143,15 +129,13 @@ def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
         ('{"run": {"seed": 1, "seed": 2}}', "a name stands twice among .*seed"),
     ],
 )
-def test_names_that_are_unknown_or_stand_twice_are_refused(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_names_that_are_unknown_or_stand_twice_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.json")
 
 
-def test_configs_survive_json(tmp_path: Path) -> None:
+def test_configs_survive_json(tmp_path):
     free = config_to_dict(TrainConfig())
     free["objective"]["logit_scale_max"] = math.inf
     every = [config_to_dict(TrainConfig(objective=make_objective(name))) for name in OBJECTIVES]
@@ -162,7 +146,7 @@ def test_configs_survive_json(tmp_path: Path) -> None:
         assert load_config(tmp_path / "config.json") == config_from_dict(values)
 
 
-def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None:
+def test_what_is_settled_for_ce_is_kept_as_differences_without_threads():
     given = TrainConfig(objective=make_objective("ce", mixup=0.8))
     settled = dataclasses.replace(
         given,
@@ -185,12 +169,12 @@ def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None
         with_settled(stored[0], {"efficiency": {"speed": 3}})
 
 
-def test_settings_that_a_file_lacks_take_their_defaults() -> None:
+def test_settings_that_a_file_lacks_take_their_defaults():
     assert config_from_dict({"run": {"seed": 3}}) == TrainConfig(run=RunConfig(seed=3))
 
 
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])
-def test_initial_weights_have_a_short_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_weights_have_a_short_option(name, monkeypatch):
     nothing: dict[str, dict] = {"model": {}, "data": {}}
     monkeypatch.setattr("unicl_fast.conversion.sources.settings_of", lambda initial: nothing)
     flag = f"--{name}".replace("_", "-")
@@ -203,7 +187,7 @@ def test_initial_weights_have_a_short_option(name: str, monkeypatch: pytest.Monk
         assert getattr(arguments.model, name) == "runs/first"
 
 
-def test_every_field_is_documented() -> None:
+def test_every_field_is_documented():
     """The sentence under a field is its line of --help."""
     from unicl_fast.tools.pretrain import _first_sentences
 

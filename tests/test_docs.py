@@ -24,7 +24,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONT
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_a_page_names_exist(page: Path) -> None:
+def test_tests_that_a_page_names_exist(page):
     named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8"))
     missing = [
         f"{file}::{name}"
@@ -35,7 +35,7 @@ def test_tests_that_a_page_names_exist(page: Path) -> None:
     assert not missing
 
 
-def test_every_exit_code_is_in_the_one_table() -> None:
+def test_every_exit_code_is_in_the_one_table():
     page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
     table = page.partition("## Exit codes")[2]
     named = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
@@ -43,7 +43,7 @@ def test_every_exit_code_is_in_the_one_table() -> None:
     assert named == known | {0, 143}  # done; SIGTERM to unicl-pack
 
 
-def test_ratios_on_the_page_about_performance_are_those_of_the_benchmarks() -> None:
+def test_ratios_on_the_page_about_performance_are_those_of_the_benchmarks():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     tables = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     told = re.findall(r"[\d.,]+ \([\d.,]+ to [\d.,]+\)", page)
@@ -51,14 +51,14 @@ def test_ratios_on_the_page_about_performance_are_those_of_the_benchmarks() -> N
     assert [one for one in told if one not in tables] == []
 
 
-def test_every_committed_result_is_on_the_benchmark_page() -> None:
+def test_every_committed_result_is_on_the_benchmark_page():
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert [one.name for one in results if f"/{one.name}" not in page] == []
 
 
 @pytest.mark.slow  # imports every program
-def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
+def test_the_benchmark_page_is_made_of_the_committed_results():
     sys.path.insert(0, str(ROOT / "docs" / "site"))
     try:
         import benchmark_page
@@ -74,7 +74,7 @@ def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
         load_program(program).parse(options, prog=program)
 
 
-def test_what_examples_and_pages_import_is_on_the_page_about_the_api() -> None:
+def test_what_examples_and_pages_import_is_on_the_page_about_the_api():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     # the folders beside unicl_fast/ are read there under their own names
     shown = re.findall(r"^(?::::| +heading:) (\S+)", page, re.MULTILINE)
@@ -120,14 +120,12 @@ def _commands() -> list[tuple[str, tuple[str, ...], set[str]]]:
 
 
 @pytest.mark.slow  # a help text for each command of each program
-def test_options_of_commands_in_the_docs_exist(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_commands_in_the_docs_exist(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "400")
     commands = _commands()
     assert len(commands) > 100
     more = {  # that no help lists
-        ("unicl-pretrain",): {"--init", "--init-image", "--init-text", "--tyro-write-completion"},
+        ("unicl-pretrain",): {"--init", "--init-image", "--init-text", "--tyro-write-completion"}
     }
     passing_on = ("unicl-bench", "run"), ("unicl-bench", "race")
     known: dict[tuple[str, ...], set[str]] = {}
@@ -147,20 +145,18 @@ def test_options_of_commands_in_the_docs_exist(
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
+def test_the_citation_is_of_this_version_and_forms_are_yaml():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert citation["version"] == project["version"] == unicl_fast.__version__
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == unicl_fast.__version__  # type: ignore[index]
+    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == unicl_fast.__version__
     assert citation["license"] == project["license"]
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))
 
 
-def test_inline_code_breaks_at_separators_and_never_inside_an_option(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_inline_code_breaks_at_separators_and_never_inside_an_option(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
     hooks = importlib.import_module("hooks")
     monkeypatch.delitem(sys.modules, "hooks")
@@ -205,7 +201,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_search_works_in_a_site_that_is_opened_from_the_disk(site: Path, tmp_path: Path) -> None:
+def test_search_works_in_a_site_that_is_opened_from_the_disk(site, tmp_path):
     page = (site / "index.html").read_text(encoding="utf-8").replace("</body>", _WAIT_FOR_RESULTS)
     (site / "searched.html").write_text(page, encoding="utf-8")
     said = dump_page(f"{(site / 'searched.html').as_uri()}?q=quarantine", tmp_path)

@@ -37,12 +37,7 @@ FLOORS = [
     {"tools"},
 ]
 # What only some rooms may import, whatever the floor.
-OUTSIDE = {
-    "nvidia": {"pipelines"},
-    "tyro": {"tools"},
-    "argparse": {"tools"},
-    "mlxtend": {"tools"},
-}
+OUTSIDE = {"nvidia": {"pipelines"}, "tyro": {"tools"}, "argparse": {"tools"}, "mlxtend": {"tools"}}
 
 
 def room_of(module: str) -> str | None:
@@ -54,7 +49,7 @@ def room_of(module: str) -> str | None:
 ALL_FILES = files_of("unicl_fast", *MAPPED)
 
 
-def test_every_room_has_a_floor_and_knows_only_those_below() -> None:
+def test_every_room_has_a_floor_and_knows_only_those_below():
     floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
     wrong = []
     for path in ALL_FILES:
@@ -71,7 +66,7 @@ def test_every_room_has_a_floor_and_knows_only_those_below() -> None:
     assert not wrong, "\n".join(sorted(wrong))
 
 
-def test_text_is_read_and_written_as_utf_8() -> None:
+def test_text_is_read_and_written_as_utf_8():
     """Whatever the locale; ruff's PLW1514 sees only what it knows to be a path."""
     wrong = []
     for path in ALL_FILES:
@@ -87,7 +82,7 @@ def test_text_is_read_and_written_as_utf_8() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_comes_from_outside_is_known_where_it_belongs() -> None:
+def test_what_comes_from_outside_is_known_where_it_belongs():
     wrong = [
         f"{path.relative_to(CHECKOUT)} imports {name}"
         for path in ALL_FILES
@@ -98,7 +93,7 @@ def test_what_comes_from_outside_is_known_where_it_belongs() -> None:
     assert not wrong
 
 
-def test_mapped_rooms_import_their_own_files_relatively() -> None:
+def test_mapped_rooms_import_their_own_files_relatively():
     """So that static tools, which know nothing of setup.py, follow them in the checkout too."""
     wrong = []
     for folder in MAPPED:
@@ -129,12 +124,12 @@ sys.exit(" ".join(set(absent) & set(sys.modules)) or 0)
         ("unicl_fast.presets unicl_fast.dataset.manifest", "torch numpy tyro pydantic"),
     ],
 )
-def test_importing_does_not_pay_for_what_is_not_needed(modules: str, absent: str) -> None:
+def test_importing_does_not_pay_for_what_is_not_needed(modules, absent):
     command = [sys.executable, "-c", IMPORT_ALL, modules, absent]
     subprocess.run(command, cwd=CHECKOUT, check=True, timeout=60)
 
 
-def test_an_optional_package_is_imported_where_it_is_used_and_only_when_asked() -> None:
+def test_an_optional_package_is_imported_where_it_is_used_and_only_when_asked():
     places = {
         "apex": {"training/optim.py"},
         "amp_C": {"training/optim.py"},
@@ -157,7 +152,7 @@ def test_an_optional_package_is_imported_where_it_is_used_and_only_when_asked() 
     run_in_child(import_without_them, forget="unicl_fast")
 
 
-def test_no_extra_names_a_package_twice() -> None:
+def test_no_extra_names_a_package_twice():
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     lists = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
     for extra, requirements in lists.items():
@@ -165,7 +160,7 @@ def test_no_extra_names_a_package_twice() -> None:
         assert len(set(names)) == len(names), extra
 
 
-def test_the_lock_file_is_of_these_requirements_and_names_public_hosts_alone() -> None:
+def test_the_lock_file_is_of_these_requirements_and_names_public_hosts_alone():
     lock = (CHECKOUT / "uv.lock").read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^/\"]+", lock)) == {
         "https://pypi.org",
@@ -189,7 +184,7 @@ def test_the_lock_file_is_of_these_requirements_and_names_public_hosts_alone() -
     assert {(name, SpecifierSet(versions), extra) for name, versions, extra in locked} == asked
 
 
-def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:
+def test_every_optional_tool_that_a_test_asks_for_is_named():
     """What neither `make test` nor a line of CONTRIBUTING brings would be skipped for ever."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -213,7 +208,7 @@ def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
+def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path):
     """It is built out of the sdist, as others build it, and setuptools warns of nothing."""
     done = subprocess.run(
         [*(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path), CHECKOUT],
@@ -241,7 +236,7 @@ def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
     assert others | {"unicl_fast/packing/page.html", *templates} <= set(names)
 
 
-def test_an_install_has_no_benchmarks_and_says_where_they_are(tmp_path: Path) -> None:
+def test_an_install_has_no_benchmarks_and_says_where_they_are(tmp_path):
     library = tmp_path / "library"
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(library)]
     subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, timeout=120)
@@ -265,7 +260,7 @@ def test_an_install_has_no_benchmarks_and_says_where_they_are(tmp_path: Path) ->
     assert "clone the repository of unicl_fast and run this program in the checkout" in race.stderr
 
 
-def test_the_product_knows_no_benchmarks() -> None:
+def test_the_product_knows_no_benchmarks():
     """Only `unicl-bench` starts them, by name."""
     assert not [
         str(path)
@@ -274,7 +269,7 @@ def test_the_product_knows_no_benchmarks() -> None:
     ]
 
 
-def test_only_the_rooms_are_importable() -> None:
+def test_only_the_rooms_are_importable():
     """An editable install maps two folders; nothing else of the checkout has an import name."""
     names = [f"unicl_fast.{name}" for name in ("setup", "tests", "docs", "build", "benchmarks")]
     code = (
@@ -300,7 +295,7 @@ def imports_at_once(path: Path) -> set[str]:
     return found
 
 
-def test_the_library_imports_what_only_some_functions_need_when_they_do() -> None:
+def test_the_library_imports_what_only_some_functions_need_when_they_do():
     later = {"nvidia", "matplotlib", "open_clip", "tensorboard", "jinja2", "ftfy", "onnx"}
     wrong = {
         path.relative_to(CHECKOUT).as_posix(): sorted(found)
@@ -311,9 +306,7 @@ def test_the_library_imports_what_only_some_functions_need_when_they_do() -> Non
 
 
 @pytest.mark.slow
-def test_an_install_without_extras_has_model_loss_evaluation_and_conversion(
-    tmp_path: Path,
-) -> None:
+def test_an_install_without_extras_has_model_loss_evaluation_and_conversion(tmp_path):
     helpers = CHECKOUT / "tests" / "helpers"
     subprocess.run(
         [sys.executable, helpers / "light_core.py", tmp_path],
@@ -335,7 +328,7 @@ for line in sys.argv[1:]:
 """
 
 
-def test_help_does_not_wait_for_what_it_does_not_need() -> None:
+def test_help_does_not_wait_for_what_it_does_not_need():
     """It takes less than half a second so; the clock of a busy machine would say little."""
     lines = [
         *("tools.pretrain --help", "tools.pretrain --help-all", "tools.evaluate.__main__ --help"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trunk_table
 from drawings import pack_drawings
 from small_runs import labelled_loader, tiny_config
@@ -106,13 +105,13 @@ READ_ELSEWHERE = {
 }
 
 
-def test_every_option_is_among_those_that_are_tested() -> None:
+def test_every_option_is_among_those_that_are_tested():
     names = {f"{group}.{name}" for group, name in OPTIONS}
     assert names == CHANGES.keys() | READ_ELSEWHERE
     assert not CHANGES.keys() & READ_ELSEWHERE
 
 
-def test_every_option_is_read_outside_of_the_config() -> None:
+def test_every_option_is_read_outside_of_the_config():
     read = {
         node.attr
         for path in trunk_table.files_of("unicl_fast", "pipelines", "tools")
@@ -155,7 +154,7 @@ def fingerprint(flags: str, packed: tuple[Path, Path], folder: Path) -> dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", CHANGES)
-def test_an_option_has_an_effect(option: str, drawings: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_option_has_an_effect(option, drawings, tmp_path):
     """Against the same run with the option's own default."""
     value, *needs = re.split(r" (?=--)", CHANGES[option], maxsplit=1)
     flag = f"--{option.replace('_', '-')}"
@@ -222,7 +221,7 @@ def with_changes(*changes: tuple[str, str, Any]) -> TrainConfig:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # some four minutes of CPU time, on a busy machine too
-def test_pairs_of_options_train_or_are_refused_by_name(images: torch.Tensor) -> None:
+def test_pairs_of_options_train_or_are_refused_by_name(images):
     """Three steps end with a finite loss, or a sentence before the first names an option."""
     trained, faults = 0, []
     for changes in pairs():

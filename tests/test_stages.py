@@ -22,7 +22,7 @@ def config_of(*stages: str, samples: int = 10_000, **groups: object) -> TrainCon
     return TrainConfig(run=run, **({"data": DataConfig(image_size=64)} | groups))
 
 
-def test_a_stage_replaces_settings_and_the_last_one_has_the_runs_own() -> None:
+def test_a_stage_replaces_settings_and_the_last_one_has_the_runs_own():
     config = config_of(LOW, "1000:image_size=48,context_length=32,micro_batch_size=8")
     low, middle, last = config.stages
     assert (low.config.data.image_size, low.config.data.crop_scale) == (32, (0.4, 1.0))
@@ -40,7 +40,7 @@ def test_a_stage_replaces_settings_and_the_last_one_has_the_runs_own() -> None:
     assert config.run.total_steps == 84
 
 
-def test_a_run_without_stages_is_one() -> None:
+def test_a_run_without_stages_is_one():
     config = config_of()
     (only,) = config.stages
     assert only.config is config
@@ -49,7 +49,7 @@ def test_a_run_without_stages_is_one() -> None:
     assert RunConfig(global_batch_size=3).draws_before(5) == 15
 
 
-def test_stages_go_to_json_and_back() -> None:
+def test_stages_go_to_json_and_back():
     config = config_of(LOW)
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
@@ -64,9 +64,7 @@ def test_stages_go_to_json_and_back() -> None:
     samples=st.integers(1, 10**8),
     size=st.integers(1, 5000),
 )
-def test_spans_follow_each_other_in_steps_and_draws(
-    entries: list[tuple[float, int | None]], samples: int, size: int
-) -> None:
+def test_spans_follow_each_other_in_steps_and_draws(entries, samples, size):
     texts = tuple(
         f"{length}:" + (f"global_batch_size={batch}" if batch else "image_size=8")
         for length, batch in entries
@@ -113,13 +111,13 @@ def test_spans_follow_each_other_in_steps_and_draws(
         ("10000:image_size=32", "takes 10,240 of the run's 10,000 samples, and the last stage"),
     ],
 )
-def test_wrong_stages_are_refused(stage: str, message: str) -> None:
+def test_wrong_stages_are_refused(stage, message):
     with pytest.raises(ValueError, match=message) as caught:
         config_of(stage)
     assert "run.stages" in str(caught.value)
 
 
-def test_what_stages_cannot_go_with_is_refused() -> None:
+def test_what_stages_cannot_go_with_is_refused():
     with pytest.raises(ValueError, match="run.steps does not say how many samples"):
         RunConfig(steps=10, stages=("0.5:global_batch_size=8",))
     assert RunConfig(steps=10, stages=("0.5:image_size=8",)).total_steps == 10

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import networkx as nx
 import pytest
@@ -17,7 +16,7 @@ from unicl_fast.objectives.registry import OBJECTIVES
 CHECKOUT = trunk_table.CHECKOUT
 
 
-def test_the_trunk_names_no_objective_and_few_features() -> None:
+def test_the_trunk_names_no_objective_and_few_features():
     assert trunk_table.naming(trunk_table.FEATURES) == []
     known = trunk_table.known_features()
     assert sum(known.values()) - known["stages"] <= 75, known
@@ -25,33 +24,33 @@ def test_the_trunk_names_no_objective_and_few_features() -> None:
 
 
 @pytest.mark.dali
-def test_a_batch_passes_few_iterators() -> None:
+def test_a_batch_passes_few_iterators():
     assert trunk_table.iterators_of_a_batch() <= 6
 
 
 @pytest.mark.parametrize("part", trunk_table.SIZES)
-def test_the_project_is_no_larger_than_its_scope_says(part: str) -> None:
+def test_the_project_is_no_larger_than_its_scope_says(part):
     assert trunk_table.lines_of(part) <= trunk_table.sizes_in_scope()[part]
 
 
-def test_functions_fit_a_screen_or_two() -> None:
+def test_functions_fit_a_screen_or_two():
     assert trunk_table.long_functions(80) == []
 
 
-def test_the_trainer_is_put_together_from_few_parts() -> None:
+def test_the_trainer_is_put_together_from_few_parts():
     lines, arguments = trunk_table.trainer_init()
     assert lines <= 40
     assert arguments <= 7
     assert len(trunk_table.graph_of_imports()["unicl_fast.training.trainer"]) <= 18
 
 
-def test_no_module_imports_one_that_imports_it() -> None:
+def test_no_module_imports_one_that_imports_it():
     """Imports in functions and for types count."""
     groups = nx.strongly_connected_components(trunk_table.graph_of_imports())
     assert [group for group in groups if len(group) > 1] == []
 
 
-def test_there_are_few_options() -> None:
+def test_there_are_few_options():
     count = sum(map(len, trunk_table.options().values()))
     assert count <= 91, trunk_table.options()
 
@@ -64,7 +63,7 @@ def test_there_are_few_options() -> None:
         *(pytest.param(name, marks=pytest.mark.long) for name in ("sigmoid", "cross_entropy")),
     ],
 )
-def test_without_an_objective_all_others_work(module: str, tmp_path: Path) -> None:
+def test_without_an_objective_all_others_work(module, tmp_path):
     """Its file and its lines in the registry are deleted: nobody else knew of it."""
     names = [name for name, where in OBJECTIVES.items() if where.startswith(f"{module}:")]
     library = tmp_path / "lib"

@@ -71,7 +71,7 @@ def docstrings(tree: ast.AST) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=name_of)
-def test_a_room_speaks_the_field_s_words_in_sentences(room: Path) -> None:
+def test_a_room_speaks_the_field_s_words_in_sentences(room):
     wrong = []
     for path in sorted(room.glob("*.py")):
         wrong += retired_words(path)
@@ -82,5 +82,5 @@ def test_a_room_speaks_the_field_s_words_in_sentences(room: Path) -> None:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
-def test_a_text_speaks_the_field_s_words(path: Path) -> None:
+def test_a_text_speaks_the_field_s_words(path):
     assert not (wrong := retired_words(path)), "\n".join(wrong)

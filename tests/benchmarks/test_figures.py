@@ -19,9 +19,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_data_of_all_results_is_found(
-    figures: ModuleType, shared_data: Path, tmp_path: Path
-) -> None:
+def test_data_of_all_results_is_found(figures, shared_data, tmp_path):
     """Packed data is known by its name, decoded images with it; all else is there."""
     for name, raw in (("decode-full", "decode-full-raw"), ("cifar10-simple", None)):
         (tmp_path / "few" / name).mkdir(parents=True)

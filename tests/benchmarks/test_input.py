@@ -88,9 +88,9 @@ def stage_for(packed: Path, json_path: Path | None = None, **more: Any) -> Input
 
 
 def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    packed, tmp_path, monkeypatch,
+    capsys,
+):  # fmt: skip
     peers = ("honest", "nearest", "flipped", "bytes_instead", "darker_crops", "dies")
     fakes = [fake(name) for name in peers]
     fakes.append(fake("not_installed", install="pip install a-package"))
@@ -126,9 +126,7 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     assert "left out: No module named" in text
 
 
-def test_the_chart_of_the_readme_shows_peers_and_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chart_of_the_readme_shows_peers_and_limits(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
@@ -148,7 +146,7 @@ def test_the_chart_of_the_readme_shows_peers_and_limits(
     assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
 
 
-def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:
+def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit():
     def figure(value: float) -> dict[str, float]:
         return {"median": value, "low": 0.9 * value, "high": 1.1 * value}
 
@@ -163,9 +161,7 @@ def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:
     )
 
 
-def test_ours_making_something_else_ends_the_run(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ours_making_something_else_ends_the_run(packed, monkeypatch):
     monkeypatch.setattr(race, "OURS", fake("flipped", "ours"))
     with pytest.raises(RuntimeError, match="flipped: it makes other images"):
         stage_for(packed, peers=("none",), parts=("none",)).run()
@@ -182,9 +178,7 @@ def resting_count(counter: Path) -> str:
     raise AssertionError(f"it still counts, from {before} to {count}")
 
 
-def test_contestants_without_a_turn_are_stopped_with_their_children(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contestants_without_a_turn_are_stopped_with_their_children(tmp_path, monkeypatch):
     """And one that does not answer."""
     task = Task(data=tmp_path, scratch=tmp_path, batch_size=2, image_size=8, threads=1)
     counter = tmp_path / "counter"
@@ -201,7 +195,7 @@ def test_contestants_without_a_turn_are_stopped_with_their_children(
     resting_count(counter)
 
 
-def test_an_image_is_compared_with_the_one_it_shows() -> None:
+def test_an_image_is_compared_with_the_one_it_shows():
     truth = np.random.default_rng(0).uniform(0, 255, (6, 16, 16, 3)).astype(np.float32)
     gap = gap_to(truth, truth[[3, 1, 5, 0, 4, 2, 2]] + 1)
     assert gap.mean == pytest.approx(1, abs=1e-4)
@@ -210,7 +204,7 @@ def test_an_image_is_compared_with_the_one_it_shows() -> None:
         gap_to(truth, truth[[3, 1, 3, 1]])
 
 
-def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
+def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path):
     """Not for JPEGs, which would tell nothing of what it is timed with."""
     with pack_images(tmp_path / "raw", format="raw") as raw:
         task = Task(
@@ -225,7 +219,7 @@ def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_our_raw_loader_makes_pillow_s_images(packed: Path, tmp_path: Path) -> None:
+def test_our_raw_loader_makes_pillow_s_images(packed, tmp_path):
     with pack_images(tmp_path / "raw", format="raw") as raw:
         out = tmp_path / "result.json"
         stage_for(packed, out, raw_data=raw.folder, peers=("none",), parts=("none",)).run()
@@ -233,7 +227,7 @@ def test_our_raw_loader_makes_pillow_s_images(packed: Path, tmp_path: Path) -> N
     assert gap["mean"] < 0.5
 
 
-def test_contenders_are_chosen_by_name() -> None:
+def test_contenders_are_chosen_by_name():
     assert choose(("all",), PEERS) == list(PEERS)
     assert choose(("none",), PEERS) == []
     assert [each.name for each in choose(("dali,timm", "pool"), PEERS)] == ["timm", "pool", "dali"]
@@ -247,9 +241,7 @@ def test_contenders_are_chosen_by_name() -> None:
     [pytest.param(one, id=one.name, marks=[pytest.mark.long] * (one.name in LONG))
      for one in (OURS, *PEERS)],
 )  # fmt: skip
-def test_every_contender_makes_pillow_s_images(
-    contender: Contender, packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_contender_makes_pillow_s_images(contender, packed, monkeypatch, tmp_path):
     """Those whose package is there."""
     monkeypatch.setattr(race, "OURS", OURS)
     monkeypatch.setattr(race, "PEERS", (contender,) if contender != OURS else ())
@@ -280,14 +272,12 @@ else:
 
 
 @pytest.mark.parametrize("forks", [False, True])
-def test_memory_of_a_session_counts_what_is_shared_once_and_whole(forks: bool) -> None:
+def test_memory_of_a_session_counts_what_is_shared_once_and_whole(forks):
     """NumPy's libraries are mapped by this process too; its array by the process and its fork."""
     command = [sys.executable, "-c", _HOLDER, "forks" if forks else "alone"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
         process.stdout.read(1 + forks)
         held = session_bytes(process.pid)
         status = Path(f"/proc/{process.pid}/status").read_text()

@@ -56,9 +56,7 @@ def _img2dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_img2dataset")
 @pytest.mark.parametrize("name", ["webdataset", "img2dataset"])
 @pytest.mark.parametrize("format", ["keep", "png"])
-def test_writers_of_others_are_given_the_images_of_the_bare_loop(
-    name: str, format: Any, images: list[Path], tmp_path: Path
-) -> None:
+def test_writers_of_others_are_given_the_images_of_the_bare_loop(name, format, images, tmp_path):
     assert packing._missing(name) == ""
     recipe = packing._Recipe(format, "short:16")
     bare = packing._work(0, images, (recipe, packing._BARE, tmp_path))
@@ -70,9 +68,7 @@ def test_writers_of_others_are_given_the_images_of_the_bare_loop(
     assert xxhash.xxh3_64_intdigest(images[0].read_bytes()) not in bare  # they were scaled
 
 
-def test_a_writer_that_is_not_installed_is_named_with_its_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_writer_that_is_not_installed_is_named_with_its_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "img2dataset" else found(name)
@@ -83,9 +79,7 @@ def test_a_writer_that_is_not_installed_is_named_with_its_install(
     assert "img2dataset" not in sys.modules
 
 
-def test_a_writer_that_loses_an_image_stops_the_stage(
-    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_loses_an_image_stops_the_stage(images, tmp_path, monkeypatch):
     def lose(paths: list[Path], recipe: Any, name: str, out: Path) -> None:
         out.mkdir()
         packing._work(0, paths[1:], (recipe, name, out))

@@ -36,7 +36,7 @@ def outcome(contestant: str, images: int, seconds: float, score: float, seed: in
     )  # fmt: skip
 
 
-def test_contestants_are_named_before_a_colon() -> None:
+def test_contestants_are_named_before_a_colon():
     muon = Contestant.parse("muon: --optim.name muon --data.augment 'none,blur=0.5'")
     assert muon == Contestant("muon", ("--optim.name", "muon", "--data.augment", "none,blur=0.5"))
     assert Contestant.parse("open_clip").is_open_clip
@@ -46,16 +46,14 @@ def test_contestants_are_named_before_a_colon() -> None:
 
 
 @pytest.mark.parametrize(("images", "expected"), [(128, 1), (1000, 8), (11_520, 90), (99_999, 781)])
-def test_lengths_are_whole_epochs_of_a_list_in_which_no_row_comes_twice(
-    images: int, expected: int
-) -> None:
+def test_lengths_are_whole_epochs_of_a_list_in_which_no_row_comes_twice(images, expected):
     length = Length.nearest(images, num_images=500, batch_size=128)
     assert length.steps == pytest.approx(expected, abs=length.epochs / 2)
     assert length.images == 128 * length.steps
     assert length.steps_of_epoch * 128 <= 5 * 500 + 64
 
 
-def test_intervals_by_hand() -> None:
+def test_intervals_by_hand():
     # deviation 1, t(0.975, 2) = 4.3027
     found = Interval.of([1.0, 2.0, 3.0])
     assert found.mean == 2
@@ -68,7 +66,7 @@ def test_intervals_by_hand() -> None:
     assert Interval.of_difference([1.0, 1.0], [3.0, 3.0]) == Interval(-2, -2, -2)
 
 
-def test_seconds_to_an_accuracy_and_the_verdict_are_read_off_the_curve() -> None:
+def test_seconds_to_an_accuracy_and_the_verdict_are_read_off_the_curve():
     outcomes = [outcome("ours", 100, 10, 20), outcome("ours", 200, 40, 40)]
     curve = curve_of(outcomes, "ours")
     assert seconds_to(curve, "photos/top1", 30) == pytest.approx(20)  # half way in the logarithm
@@ -110,9 +108,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: folder / kind for kind in texts}
 
 
-def test_open_clips_list_has_each_image_by_the_weight_of_its_set_with_other_texts(
-    packed: dict[str, Path], tmp_path: Path
-) -> None:
+def test_open_clips_list_has_each_image_by_the_weight_of_its_set_with_other_texts(packed, tmp_path):
     images = ImageList([str(packed["labels"]), f"{packed['captions']}"], tmp_path / "images")
     assert images.num_images == 80
     images.write_rows(tmp_path / "rows.tsv", 160, seed=0)
@@ -137,9 +133,8 @@ def test_open_clips_list_has_each_image_by_the_weight_of_its_set_with_other_text
 
 
 @pytest.mark.dali
-@pytest.mark.dist
 @pytest.mark.timeout(280)
-def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_a_race_of_a_few_steps(packed, tmp_path):
     """Both sides train and are judged; nothing is repeated the second time."""
     options = [
         *("race", "--train", str(packed["labels"]), str(packed["captions"])),
@@ -168,7 +163,7 @@ def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resize", [40, "squash", "longest"])
-def test_the_judge_resizes_images_as_configured(resize: int | str) -> None:
+def test_the_judge_resizes_images_as_configured(resize):
     half = (0.5, 0.5, 0.5)
     data = DataConfig(image_size=32, evaluation_resize=resize, mean=half, std=half)
     pixels = np.zeros((60, 90, 3), np.uint8)
@@ -178,7 +173,7 @@ def test_the_judge_resizes_images_as_configured(resize: int | str) -> None:
     assert (row.shape, abs(int((row > 0.5).sum()) - white) <= 1) == ((32,), True)
 
 
-def test_open_clip_builds_a_vit_of_own_sizes(tmp_path: Path) -> None:
+def test_open_clip_builds_a_vit_of_own_sizes(tmp_path):
     code = "from benchmarks.race.contestants import register_open_clip_model as one; "
     code += "import pathlib, timm; name = 'unicl_vit_clip_patch8_w32_d1_h2_m64_gelu_32'; "
     code += f"one(pathlib.Path({str(tmp_path)!r}), {{'embed_dim': 8, 'text_cfg': {{}}, "
@@ -187,9 +182,8 @@ def test_open_clip_builds_a_vit_of_own_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.dali
-@pytest.mark.dist
 @pytest.mark.timeout(280)
-def test_both_sides_start_from_a_model_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_both_sides_start_from_a_model_by_name(packed, tmp_path):
     """At a rate of nothing a run keeps the scores of its start."""
     config = build_preset("mixed-small").changed(
         model={"image_encoder": "test_vit", "text_norm_eps": 1e-6},

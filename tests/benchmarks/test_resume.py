@@ -51,14 +51,12 @@ def run_of(*epochs: str) -> list[Step]:
         (run_of("01-23 45-67", "76-54"), 0, 0, 0),  # it could not be resumed
     ],
 )
-def test_each_kind_of_fault_is_counted(
-    steps: list[Step], lost: int, doubled: int, out_of_order: int
-) -> None:
+def test_each_kind_of_fault_is_counted(steps, lost, doubled, out_of_order):
     unbroken = run_of("01-23 45-67", "76-54 32-10")
     assert count(steps, unbroken, 8) == Counts(lost, doubled, out_of_order, len(steps))
 
 
-def test_an_epoch_that_a_rank_is_still_in_loses_nothing() -> None:
+def test_an_epoch_that_a_rank_is_still_in_loses_nothing():
     steps: list[Step] = [[(0, [0, 1]), (1, [2, 3])], [(0, [4, 5]), (1, [6, 7])]]
     assert count(steps, run_of("01-23 45-67"), 8).lost == 0
     steps.append([(1, [0, 1]), (2, [2, 3])])
@@ -95,7 +93,7 @@ def chain_of(
 
 
 @pytest.mark.timeout(120)
-def test_a_chain_counts_what_was_trained_on(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_a_chain_counts_what_was_trained_on(process, tmp_path):
     chain, counts = chain_of(process, fake("exact"), tmp_path, TWO, ONE)
     assert counts == Counts(0, 0, 0, 24)
     assert len(chain.kills) == 3
@@ -112,7 +110,7 @@ def test_a_chain_counts_what_was_trained_on(process: ProcessPoolExecutor, tmp_pa
 
 
 @pytest.mark.timeout(120)
-def test_one_that_refuses_other_ranks_says_so(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_one_that_refuses_other_ranks_says_so(process, tmp_path):
     chain, _ = chain_of(process, fake("refuses"), tmp_path, TWO, ONE)
     assert chain.failure == "ValueError: the state is that of 2 ranks, not 1"
     assert not chain_of(process, fake("refuses"), tmp_path, TWO)[0].failure
@@ -129,7 +127,7 @@ def test_one_that_refuses_other_ranks_says_so(process: ProcessPoolExecutor, tmp_
 
 
 @pytest.mark.timeout(120)
-def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_workers_of_ranks_are_killed_too(process, tmp_path):
     chain_of(process, fake("with_a_worker"), tmp_path, TWO)
     workers = (tmp_path / "workers").read_text().split()
     assert len(workers) == 8
@@ -139,7 +137,7 @@ def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path:
 
 
 @pytest.mark.timeout(300)
-def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_ours_loses_and_doubles_nothing(process, tmp_path):
     images = [encode_png(np.full((8, 8, 3), (0, one, 0), np.uint8)) for one in range(96)]
     samples = [Sample(image, labels=[0]) for image in images]
     options = {"class_names": ["record"], "tokenizer": Tokenizer(), "format": "raw"}
@@ -151,9 +149,7 @@ def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: 
 
 
 @pytest.mark.timeout(300)
-def test_the_program_writes_table_and_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_program_writes_table_and_json(tmp_path, monkeypatch, capsys):
     nowhere = {"imports": ("a_package_that_nobody_has",), "install": "pip install a-package"}
     fakes = (fake("exact"), fake("refuses", state=""), fake("absent", **nowhere))
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
@@ -180,6 +176,6 @@ def test_the_program_writes_table_and_json(
         ({"only": ("nobody",)}, "'nobody' is not among unicl_fast, litdata"),
     ],
 )
-def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Resume(**options).run()

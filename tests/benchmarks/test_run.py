@@ -59,7 +59,7 @@ def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> s
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_loss_measures_all_its_parts(packed, tmp_path):
     options = ("--data", str(packed["captions"]), "--sizes", "64", "--batch-size", "2")
     # 64 rows may find room in memory that the process has already
     assert {
@@ -71,7 +71,7 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.dali
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_step_measures_its_parts(packed, tmp_path):
     options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
     parts = ("--parts", "open-clip", "switches", "profile")
     found = check(tmp_path / "step.json", "step", *options, *parts)
@@ -81,7 +81,7 @@ def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> Non
 @pytest.mark.dali
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_step_measures_memory(packed, tmp_path):
     options = ("--image-encoder", "test_vit", "--image-size", "32", "--batch-size", "4")
     parts = ("--parts", "switches", "micro-batches", "--data", str(packed["labels"]))
     found = check(tmp_path / "step.json", "step", *options, *parts)
@@ -91,7 +91,7 @@ def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.dali
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_input_measures_augmentation_and_a_store(packed, tmp_path):
     options = ("--data", str(packed["labels"]), *_TINY_INPUT, "--peers", "none", "--parts", "none")
     augment = ("--augment", "none,grayscale=0.5")
     store = ("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64")
@@ -104,30 +104,26 @@ def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_pa
 
 
 @pytest.mark.timeout(600)
-def test_pack_measures_writers(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_pack_measures_writers(packed, tmp_path):
     options = ("--images", "24", "--formats", "keep", "webp", "--resize", "short:24")
     found = check(tmp_path / "pack.json", "pack", "--data", str(packed["zip"]), *options)
     assert {"webp: unicl-pack / bare loop, by CPU time", "start of unicl-pack, s"} <= found
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_explains_its_options(
-    program: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_program_explains_its_options(program, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([program, "--help"])
     assert stopped.value.code == 0
     assert f"unicl-bench {program}" in capsys.readouterr().out
 
 
-def test_missing_data_is_reported_in_a_sentence(tmp_path: Path) -> None:
+def test_missing_data_is_reported_in_a_sentence(tmp_path):
     words = ("loss", "--parts", "text", "--data", tmp_path / "nowhere")
     assert "nowhere" in refusal_of(bench, *words)
 
 
-def test_turns_alternate_and_end_when_a_gpu_has_done_its_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_turns_alternate_and_end_when_a_gpu_has_done_its_work(monkeypatch):
     monkeypatch.setattr(harness.gc, "collect", lambda: 0)  # half a second in a test run
     seen: list[str] = []
     turns = harness.take_turns(
@@ -144,9 +140,7 @@ def test_turns_alternate_and_end_when_a_gpu_has_done_its_work(
     assert seen == ["works", "waits", "works", "waits"]
 
 
-def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_images_of_one_class_under_different_prompts_are_no_clip_batch(capsys):
     text = {"text_width": 64, "text_heads": 1, "text_layers": 1, "embed_dim": 16}
     settings = {"device": "cpu", "text": text, "precision": "fp32"}
     config = step_config("test_vit", image_size=160, batch_size=4, **settings)
@@ -161,7 +155,7 @@ def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
 ON_CARD = SimpleNamespace(device=torch.device("cuda:0"))
 
 
-def test_work_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_on_the_cpu_is_refused(monkeypatch):
     """The real profiler sees no kernel of its products, and the results lie in host memory."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(harness.gc, "collect", lambda: 0)  # a tenth of a second in a test run
@@ -181,9 +175,7 @@ def test_work_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (9.0, 1.5, "its results are on no tensor"),
     ],
 )
-def test_each_sign_of_work_on_the_host_is_enough(
-    monkeypatch: pytest.MonkeyPatch, kernel_seconds: float, result: object, reason: str
-) -> None:
+def test_each_sign_of_work_on_the_host_is_enough(monkeypatch, kernel_seconds, result, reason):
     monkeypatch.setattr(
         harness, "kernel_seconds", lambda work: kernel_seconds if work() is None else 0.0
     )
@@ -194,10 +186,10 @@ def test_each_sign_of_work_on_the_host_is_enough(
         assert busy_part("work", lambda: result, seconds=10.0) == 0.9
 
 
-def test_every_switch_changes_what_its_name_says() -> None:
+def test_every_switch_changes_what_its_name_says():
     config = step_config("test_vit", image_size=160, batch_size=4, precision="bf16")
     for name, change in switches_of(config, torch.device("cuda")).items():
-        efficiency = dataclasses.replace(config.efficiency, **change)  # type: ignore[arg-type]
+        efficiency = dataclasses.replace(config.efficiency, **change)
         assert efficiency != config.efficiency
         wanted = "tf32" if "TF32" in name else "fp32" if "fp32" in name else "bf16"
         assert efficiency.precision == wanted, name

@@ -49,9 +49,7 @@ def full_disk() -> contextlib.AbstractContextManager[None]:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_skipped_and_named(
-    run_folder: Path, name: str, harm: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named(run_folder, name, harm, caplog):
     newest = list_checkpoints(run_folder / "checkpoints")[-1]
     if harm == "flip" and name != "state.json":  # most bytes of a text may be another one
         flip_a_byte(newest / name)
@@ -61,13 +59,12 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
         (newest / name).write_bytes((newest / name).read_bytes()[:-200])
     with caplog.at_level(logging.WARNING):
         found = find_sound_checkpoint(run_folder)
-    assert found is not None
     assert found.name == "step-00000004"
     assert "skipping a checkpoint" in caplog.text
     assert newest.name in caplog.text
 
 
-def test_if_all_are_damaged_nothing_is_started_anew(run_folder: Path) -> None:
+def test_if_all_are_damaged_nothing_is_started_anew(run_folder):
     for checkpoint in list_checkpoints(run_folder / "checkpoints"):
         flip_a_byte(checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match="all 3 checkpoints"):
@@ -92,9 +89,7 @@ def steps_in(folder: Path) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 @pytest.mark.parametrize("fault", ["full disk", "a file in the way", "folder gone", "run gone"])
-def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
-    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
-) -> None:
+def test_a_run_outlives_its_disk_and_writes_again_when_it_can(images, tmp_path, caplog, fault):
     """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
     folder = tmp_path / "run"
     checkpoints = folder / "checkpoints"
@@ -139,7 +134,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
         assert len(lines) == 8
 
 
-def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Path) -> None:
+def test_the_last_checkpoint_must_be_written(images, tmp_path):
     trainer = trainer_of(images, tiny_config(steps=4), tmp_path)
 
     def before_step(step: int) -> None:
@@ -153,7 +148,7 @@ def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Pat
     read_state(list_checkpoints(tmp_path / "checkpoints")[0])
 
 
-def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder: Path) -> None:
+def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder):
     """A checkpoint that is written over one from before takes its place at the very end."""
     checkpoints = run_folder / "checkpoints"
     before = read_state(checkpoints / "step-00000006")
@@ -170,13 +165,10 @@ def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder: P
     assert not list(checkpoints.glob(".*"))
 
 
-def test_a_checkpoint_is_read_for_its_checksums_once(
-    images: torch.Tensor, run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_read_for_its_checksums_once(images, run_folder, monkeypatch):
     checksum = Mock(wraps=file_checksum)
     monkeypatch.setattr("unicl_fast.checkpoints.load.file_checksum", checksum)
     found = find_sound_checkpoint(run_folder)
-    assert found is not None
     trainer = trainer_of(images, tiny_config(), run_folder)
     trainer.resume(found)
     names = sorted(call.args[0].name for call in checksum.call_args_list)

@@ -38,7 +38,7 @@ from unicl_fast.training.trainer import Trainer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", [100, pytest.param(1500, marks=pytest.mark.long)])
-def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path, cases: int) -> None:
+def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path, cases):
     counts = fuzz_checkpoints.fuzz(tmp_path, cases)
     assert counts["refused"] > cases / 2
     assert counts["fits"] > 0
@@ -114,9 +114,7 @@ def use(folder: Path, name: str) -> None:
         (SEGMENT, "record"),
     ],
 )
-def test_any_change_to_a_file_of_a_run_is_a_clear_error_or_none(
-    whole_run: Path, name: str, part: str
-) -> None:
+def test_any_change_to_a_file_of_a_run_is_a_clear_error_or_none(whole_run, name, part):
     path = whole_run / name
     original = path.read_bytes()
 
@@ -199,7 +197,7 @@ def change_tensors(checkpoint: Path, file: str, **changes: torch.Tensor | None) 
     fuzz_checkpoints.make_fit(checkpoint)
 
 
-def test_every_flipped_digit_of_the_state_and_a_missing_seal_are_found(checkpoint: Path) -> None:
+def test_every_flipped_digit_of_the_state_and_a_missing_seal_are_found(checkpoint):
     original = (checkpoint / "state.json").read_bytes()
     digits = [place for place, byte in enumerate(original) if chr(byte).isdigit()]
     for place in digits[::3]:
@@ -236,9 +234,7 @@ def test_every_flipped_digit_of_the_state_and_a_missing_seal_are_found(checkpoin
         ({"config": []}, "config must be an object, not \\[\\]"),
     ],
 )
-def test_states_that_cannot_be_are_refused_before_anything_is_built(
-    checkpoint: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_states_that_cannot_be_are_refused_before_anything_is_built(checkpoint, changes, message):
     change_state(checkpoint, **changes)
     with pytest.raises(ValueError, match=message):
         load_encoders(checkpoint)
@@ -256,14 +252,14 @@ def test_states_that_cannot_be_are_refused_before_anything_is_built(
     ],
 )
 def test_an_optimizers_state_that_does_not_fit_is_not_spread_over_the_model(
-    trainer: Trainer, checkpoint: Path, changes: dict[str, Any], message: str
-) -> None:
+    trainer, checkpoint, changes, message
+):
     change_tensors(checkpoint, "optimizer.safetensors", **changes)
     with pytest.raises(DamagedCheckpointError, match=message):
         trainer.resume(checkpoint)
 
 
-def test_whole_numbers_are_no_weights(trainer: Trainer, checkpoint: Path) -> None:
+def test_whole_numbers_are_no_weights(trainer, checkpoint):
     change_tensors(checkpoint, "model.safetensors", logit_scale=torch.tensor(1))
     for use in (trainer.resume, load_encoders):
         with pytest.raises(ValueError, match="logit_scale holds torch.int64"):

@@ -59,9 +59,7 @@ def kept(folder: Path) -> list[int]:
 RISING_AND_FALLING = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3, 6: 0.1}
 
 
-def test_it_stays_beside_the_newest_and_the_one_before_it_goes(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_it_stays_beside_the_newest_and_the_one_before_it_goes(images, tmp_path):
     trainer_in(tmp_path, images, RISING_AND_FALLING).fit()
     assert kept(tmp_path) == [2, 6]
     assert read_best(tmp_path / "checkpoints") == Best(2, "zero_shot/digits/top1", 0.5)
@@ -85,9 +83,7 @@ NUMBERS_THAT_ARE_NONE = RISING_AND_FALLING | {1: float("nan"), 3: float("inf"), 
     ],
     ids=["another number", "none", "not due", "not finite"],
 )
-def test_the_best_is_that_of_the_number_that_is_named(
-    images: torch.Tensor, tmp_path: Path, values: dict, settings: dict, expected: list[int]
-) -> None:
+def test_the_best_is_that_of_the_number_that_is_named(images, tmp_path, values, settings, expected):
     trainer_in(tmp_path, images, values, **settings).fit()
     assert kept(tmp_path) == expected
     if len(expected) == 1:
@@ -97,7 +93,7 @@ def test_the_best_is_that_of_the_number_that_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["nothing", "best.json", "metrics.jsonl"])
-def test_a_resumed_run_remembers_it(images: torch.Tensor, tmp_path: Path, lost: str) -> None:
+def test_a_resumed_run_remembers_it(images, tmp_path, lost):
     trainer_in(tmp_path, images, RISING_AND_FALLING, steps=4, keep=2).fit()
     assert kept(tmp_path) == [2, 3, 4]
     if lost == "best.json":  # killed before it was written
@@ -112,7 +108,7 @@ def test_a_resumed_run_remembers_it(images: torch.Tensor, tmp_path: Path, lost: 
 
 
 @pytest.mark.slow
-def test_who_goes_back_before_it_looks_for_another(images: torch.Tensor, tmp_path: Path) -> None:
+def test_who_goes_back_before_it_looks_for_another(images, tmp_path):
     trainer_in(tmp_path, images, RISING_AND_FALLING, keep=0).fit()
     again = trainer_in(tmp_path, images, dict.fromkeys(range(7), 0.0), keep=2)
     again.resume(tmp_path / "checkpoints" / "step-00000001")
@@ -121,12 +117,7 @@ def test_who_goes_back_before_it_looks_for_another(images: torch.Tensor, tmp_pat
     assert read_best(tmp_path / "checkpoints") == Best(1, "zero_shot/digits/top1", 0.2)
 
 
-def test_one_that_could_not_be_written_is_not_the_best(
-    images: torch.Tensor,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_that_could_not_be_written_is_not_the_best(images, tmp_path, caplog, monkeypatch):
     def write_but_step_2(folder: Path, *, step: int, **rest: Any) -> Path:
         if step == 2:
             raise OSError("no space left")
@@ -139,7 +130,7 @@ def test_one_that_could_not_be_written_is_not_the_best(
     assert "step 2 is the best so far, but its checkpoint is not kept" in caplog.text
 
 
-def test_a_best_that_is_gone_or_damaged_is_said(images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_best_that_is_gone_or_damaged_is_said(images, tmp_path):
     trainer_in(tmp_path, images, RISING_AND_FALLING).fit()
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(FileNotFoundError, match="step-00000002 as its best, which is not there"):
@@ -149,7 +140,7 @@ def test_a_best_that_is_gone_or_damaged_is_said(images: torch.Tensor, tmp_path: 
         load_encoders(tmp_path / "best")
 
 
-def test_a_metric_that_no_evaluation_gives_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_metric_that_no_evaluation_gives_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="checkpoint.best=zero_shot/cats/top1: no evaluation"):
         trainer_in(tmp_path, images, {}, best="zero_shot/cats/top1").fit()
     with pytest.raises(ValueError, match="it has none: set data.evaluate"):
@@ -159,18 +150,14 @@ def test_a_metric_that_no_evaluation_gives_is_refused(images: torch.Tensor, tmp_
     assert choose_best_metric("", ["retrieval/a", "zero_shot/b"]) == "evaluated/mean"
 
 
-def test_a_key_that_is_not_among_the_numbers_keeps_no_best(
-    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_that_is_not_among_the_numbers_keeps_no_best(images, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer_in(tmp_path, images, RISING_AND_FALLING, best="zero_shot/digits/top3").fit()
     assert kept(tmp_path) == [6]
     assert caplog.text.count("checkpoint.best means zero_shot/digits/top3") == 1
 
 
-def test_two_writers_of_one_step_do_not_join_their_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_writers_of_one_step_do_not_join_their_files(tmp_path, monkeypatch):
     """The second writes all of its checkpoint between two files of the first."""
     save_file, is_first = checkpoint_files.save_file, True
 
@@ -195,9 +182,7 @@ def test_two_writers_of_one_step_do_not_join_their_files(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(
-    images: torch.Tensor, tmp_path: Path, name: str
-) -> None:
+def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(images, tmp_path, name):
     for run in ("one", "other"):
         trainer_of(images, tiny_config(steps=2), tmp_path / run).fit()
     one, other = (list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in ("one", "other"))
@@ -209,9 +194,7 @@ def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_weights_have_the_permissions_of_any_new_file(
-    tmp_path: Path, umask: int, mode: int
-) -> None:
+def test_weights_have_the_permissions_of_any_new_file(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         save_tensors({"weight": torch.ones(3)}, tmp_path / "model.safetensors")

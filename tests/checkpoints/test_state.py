@@ -35,13 +35,8 @@ SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
      ("lamb", {"exp_avg", "exp_avg_sq"}, {"group_step.0", "group_step.1"}, 0.9)],
 )  # fmt: skip
 def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
-    images: torch.Tensor,
-    tmp_path: Path,
-    ema_decay: float,
-    optimizer: str,
-    of_a_parameter: set[str],
-    of_all: set[str],
-) -> None:
+    images, tmp_path, ema_decay, optimizer, of_a_parameter, of_all
+):
     config = tiny_config(optimizer=optimizer, steps=4).changed(optim={"ema_decay": ema_decay})
     loader = StepLoader(images)
     trainer = make_trainer(config, loader, run_folder=tmp_path, data=DATA, progress=False)
@@ -75,7 +70,7 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     assert state | {"step": 0, "checksums": 0} == before | {"step": 0, "checksums": 0}
 
 
-def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_scaler_that_is_used_is_part_of_it(images, tmp_path):
     config = tiny_config(precision="fp16", steps=1)
     trainer_of(images, config, tmp_path).fit()
     (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
@@ -83,9 +78,7 @@ def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Pat
     assert set(state["scaler"]) == SCALER
 
 
-def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(monkeypatch, caplog):
     pytest.importorskip("triton")
     config = tiny_config(image_encoder="unicl_swin6_small", precision="bf16")
     model, gpu = build_on_meta(config, "cuda"), torch.device("cuda")
@@ -109,8 +102,7 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path: Path) -> None:
+def test_rank_0_reads_a_checkpoint_for_all_ranks(images, tmp_path):
     """Rank 1 has no such file: it gets what rank 0 read, bit for bit, or the same error."""
     config = tiny_config(precision="fp32", steps=2).changed(optim={"ema_decay": 0.9})
     trainer = trainer_of(images, config, tmp_path / "run")

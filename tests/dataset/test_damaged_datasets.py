@@ -17,11 +17,7 @@ from hypothesis import strategies as st
 from packed_sets import sample_of, write_set
 from property_tests import examples
 
-from unicl_fast.dataset.arrays import (
-    ARRAY_DTYPES,
-    blocks_of,
-    open_array,
-)
+from unicl_fast.dataset.arrays import ARRAY_DTYPES, blocks_of, open_array
 from unicl_fast.dataset.growing_files import ArrayFile
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
@@ -50,15 +46,9 @@ def raw(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["packed", "raw"])
 @pytest.mark.parametrize(
     "examples",
-    [
-        100,
-        pytest.param(500, marks=pytest.mark.slow),
-        pytest.param(15_000, marks=[pytest.mark.slow, pytest.mark.long]),
-    ],
+    [100, pytest.param(500, marks=pytest.mark.slow), pytest.param(15_000, marks=pytest.mark.long)],
 )
-def test_any_damage_is_a_clear_error_or_changes_nothing(
-    request: pytest.FixtureRequest, kind: str, examples: int
-) -> None:
+def test_any_damage_is_a_clear_error_or_changes_nothing(request, kind, examples):
     counts = fuzz_datasets.fuzz(request.getfixturevalue(kind), examples)
     assert min(counts.values()) > examples // 40, counts  # each way out has been tried
 
@@ -66,7 +56,7 @@ def test_any_damage_is_a_clear_error_or_changes_nothing(
 @pytest.mark.parametrize(
     "name", ["samples.npy", "captions.npy", "tokens.npy", "labels.npy", "manifest.json"]
 )
-def test_every_flipped_bit_of_arrays_and_manifest_is_found(packed: Path, name: str) -> None:
+def test_every_flipped_bit_of_arrays_and_manifest_is_found(packed, name):
     """Tokens, labels and class names have no meaning of their own that could give them away."""
     original = (packed / name).read_bytes()
     step = max(1, len(original) // 150)
@@ -110,8 +100,8 @@ def rewrite(packed: Path, name: str, change: Any) -> None:
     ],
 )
 def test_references_to_what_is_not_there_are_refused_whatever_the_checksums_say(
-    packed: Path, name: str, field: str | list[str], value: int, message: str
-) -> None:
+    packed, name, field, value, message
+):
     def change(rows: Any) -> None:
         for one in [field] if isinstance(field, str) else field:
             (rows[one] if one else rows)[4] = value
@@ -121,13 +111,13 @@ def test_references_to_what_is_not_there_are_refused_whatever_the_checksums_say(
         PackedDataset(packed)
 
 
-def test_a_sample_of_another_size_than_the_raw_data_set_s_is_refused(raw: Path) -> None:
+def test_a_sample_of_another_size_than_the_raw_data_set_s_is_refused(raw):
     rewrite(raw, "samples", lambda rows: rows["width"].__setitem__(3, 7))
     with pytest.raises(ValueError, match="row 3 is an image of another size"):
         PackedDataset(raw)
 
 
-def test_a_pickle_in_an_array_is_not_run(packed: Path, tmp_path: Path) -> None:
+def test_a_pickle_in_an_array_is_not_run(packed, tmp_path):
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -141,13 +131,13 @@ def test_a_pickle_in_an_array_is_not_run(packed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_data_set_without_checksums_is_read_as_before(packed: Path) -> None:
+def test_a_data_set_without_checksums_is_read_as_before(packed):
     expected = fuzz_datasets.read_all(packed)
     (packed / CHECKSUMS_NAME).unlink()
     assert fuzz_datasets.read_all(packed) == expected
 
 
-def test_all_files_are_listed_with_their_checksums(packed: Path) -> None:
+def test_all_files_are_listed_with_their_checksums(packed):
     listed = read_checksums(packed)
     assert listed == {
         path.name: xxhash.xxh3_64_hexdigest(path.read_bytes())
@@ -161,9 +151,7 @@ def test_all_files_are_listed_with_their_checksums(packed: Path) -> None:
 
 @given(length=st.integers(0, 50), data=st.data())
 @examples(40)
-def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
-    tmp_path_factory: pytest.TempPathFactory, length: int, data: st.DataObject
-) -> None:
+def test_arrays_of_any_length_are_opened_and_checked_block_by_block(tmp_path_factory, length, data):
     folder = tmp_path_factory.mktemp("array")
     file = ArrayFile(folder, "labels")
     values = np.arange(length, dtype="<i4")
@@ -192,7 +180,7 @@ def resident_bytes(path: Path) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells what is there")
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_pages_read_for_a_look_at_all_samples_are_given_back(packed: Path, fraction: float) -> None:
+def test_pages_read_for_a_look_at_all_samples_are_given_back(packed, fraction):
     with PackedDataset(packed, fraction=fraction) as dataset:
         for rows in blocks_of(dataset.samples):
             assert int(rows["size"].sum()) > 0

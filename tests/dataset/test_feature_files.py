@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from unicl_fast.dataset.text_files import (
 ROWS = np.arange(6, dtype="<f4").reshape(3, 2)
 
 
-def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path: Path) -> None:
+def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path):
     with sole_storer(tmp_path, "key"):
         make_rows(tmp_path, "key", num_samples=3, width=2, kind="<f4")
         assert not has_features(tmp_path, "key")  # as after a kill at this point
@@ -49,7 +48,7 @@ def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path: 
     assert np.array_equal(read_features(tmp_path, "key", num_samples=3).row(1), ROWS[1])
 
 
-def test_all_rows_are_written_at_once_and_only_by_the_first(tmp_path: Path) -> None:
+def test_all_rows_are_written_at_once_and_only_by_the_first(tmp_path):
     write_features(tmp_path, "key", ROWS)
     write_features(tmp_path, "key", ROWS + 1)
     found = read_features(tmp_path, "key", num_samples=3)
@@ -58,7 +57,7 @@ def test_all_rows_are_written_at_once_and_only_by_the_first(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("field", ["stored", "unreadable", "dtype"])
-def test_a_description_that_was_changed_is_refused(tmp_path: Path, field: str) -> None:
+def test_a_description_that_was_changed_is_refused(tmp_path, field):
     write_features(tmp_path, "key", ROWS)
     path = tmp_path / "key.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: "AAAA"}))
@@ -66,7 +65,7 @@ def test_a_description_that_was_changed_is_refused(tmp_path: Path, field: str) -
         read_features(tmp_path, "key", num_samples=3)
 
 
-def test_texts_are_found_by_their_tokens_over_files_and_paddings(tmp_path: Path) -> None:
+def test_texts_are_found_by_their_tokens_over_files_and_paddings(tmp_path):
     first = np.array([[5, 9, 0], [5, 7, 9]], np.uint16)
     second = np.array([[5, 8, 8, 9]], np.uint32)
     write_text_features(tmp_path, "key", first, torch.tensor([[1.0], [2.0]]).bfloat16())
@@ -82,7 +81,7 @@ def test_texts_are_found_by_their_tokens_over_files_and_paddings(tmp_path: Path)
     assert read_text_features(tmp_path, "none").find(asked).tolist() == [-1] * 4
 
 
-def test_texts_of_a_damaged_file_are_refused(tmp_path: Path) -> None:
+def test_texts_of_a_damaged_file_are_refused(tmp_path):
     write_text_features(tmp_path, "key", np.array([[5, 9]], np.uint16), torch.ones(1, 2))
     (path,) = tmp_path.glob("text-key-*.safetensors")
     content = bytearray(path.read_bytes())
@@ -95,7 +94,7 @@ def test_texts_of_a_damaged_file_are_refused(tmp_path: Path) -> None:
         read_text_features(tmp_path, "key", check=False)
 
 
-def test_distinct_texts_come_by_length_and_tokens() -> None:
+def test_distinct_texts_come_by_length_and_tokens():
     rows = np.array([[5, 9, 0], [4, 9, 0], [5, 9, 0], [9, 0, 0], [1, 1, 1]], np.uint16)
     found = distinct_texts(rows)
     assert found.tolist() == [[9, 0, 0], [4, 9, 0], [5, 9, 0], [1, 1, 1]]

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,9 +45,7 @@ def packed(tmp_path: Path) -> Path:
 
 @given(count=st.integers(1, 9), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
 @examples(25)
-def test_images_come_back_one_by_one_and_in_any_order(
-    tmp_path_factory: pytest.TempPathFactory, count: int, height: int, width: int, data: Any
-) -> None:
+def test_images_come_back_one_by_one_and_in_any_order(tmp_path_factory, count, height, width, data):
     images = noise(count, height, width)
     out = write(tmp_path_factory.mktemp("raw") / "set", images)
     assert np.array_equal(np.load(out / "pixels.npy"), images)
@@ -68,7 +65,7 @@ def test_images_come_back_one_by_one_and_in_any_order(
         assert np.array_equal(found, expected)
 
 
-def test_the_files_are_those_of_the_format(packed: Path) -> None:
+def test_the_files_are_those_of_the_format(packed):
     manifest = json.loads((packed / "manifest.json").read_text())
     assert manifest["version"] == 2
     pixels = packed / "pixels.npy"
@@ -87,7 +84,7 @@ def test_the_files_are_those_of_the_format(packed: Path) -> None:
             assert set(json.loads(member)) == {"captions", "labels", "source", "name"}
 
 
-def test_images_of_another_size_are_not_written(tmp_path: Path) -> None:
+def test_images_of_another_size_are_not_written(tmp_path):
     with DatasetWriter(tmp_path / "set", images="raw") as writer:
         writer.add(raw_sample(noise(4, 5), 0))
         with pytest.raises(ValueError, match="one size, 5 x 4 .*not 4 x 5"):
@@ -95,7 +92,7 @@ def test_images_of_another_size_are_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_versions_have_their_own_fields(packed: Path) -> None:
+def test_versions_have_their_own_fields(packed):
     values = json.loads((packed / "manifest.json").read_text())
     for version, pixels, message in (
         (6, values["pixels"], "version 6, this program reads versions 1 to 5"),
@@ -133,27 +130,20 @@ def rewrite_manifest(packed: Path, **pixels: int) -> None:
         ({"height": 2**62, "width": 2**62}, "contradicts itself"),
     ],
 )
-def test_sizes_that_contradict_each_other_are_refused(
-    packed: Path, pixels: dict[str, int], message: str
-) -> None:
+def test_sizes_that_contradict_each_other_are_refused(packed, pixels, message):
     rewrite_manifest(packed, **pixels)
     with pytest.raises(ValueError, match=message):
         PackedDataset(packed)
 
 
-def test_lost_pixels_are_an_error_or_bad_samples(
-    packed: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_pixels_are_an_error_or_bad_samples(packed, caplog):
     path = packed / "pixels.npy"
     os.truncate(path, 512 + 5 * 90 + 1)
     with pytest.raises(ValueError, match=r"pixels\.npy has 963 bytes, the manifest says 1142"):
         PackedDataset(packed)
     with pytest.raises(ValueError, match="images of 2 of 7 samples: more than"):
         PackedDataset(packed, max_bad_fraction=0.2)
-    with (
-        caplog.at_level(logging.WARNING),
-        PackedDataset(packed, max_bad_fraction=0.3) as dataset,
-    ):
+    with caplog.at_level(logging.WARNING), PackedDataset(packed, max_bad_fraction=0.3) as dataset:
         assert "DAMAGED DATA SET" in caplog.text
         out = np.empty((7, 5, 6, 3), np.uint8)
         sound = dataset.read_pixels(np.arange(7), out, np.arange(7))
@@ -167,7 +157,7 @@ def test_lost_pixels_are_an_error_or_bad_samples(
         assert not dataset.read_pixels(np.arange(7), out, np.arange(7)).any()
 
 
-def test_a_shard_of_descriptions_costs_no_images(packed: Path) -> None:
+def test_a_shard_of_descriptions_costs_no_images(packed):
     (packed / "shard-000000.tar").unlink()
     with pytest.raises(FileNotFoundError, match="shard-000000"):
         PackedDataset(packed)
@@ -175,7 +165,7 @@ def test_a_shard_of_descriptions_costs_no_images(packed: Path) -> None:
         dataset.image_bytes(0, verify=True)
 
 
-def test_reading_after_close_is_an_error(packed: Path) -> None:
+def test_reading_after_close_is_an_error(packed):
     dataset = PackedDataset(packed)
     dataset.close()
     with pytest.raises(ValueError, match="has been closed"):

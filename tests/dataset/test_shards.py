@@ -46,9 +46,7 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(
-    tmp_path: Path,
-) -> None:
+def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(tmp_path):
     """A stand-in for WebP: the writer goes by the name."""
     samples = [sample(number, extension="webp" if number == 1 else "jpg") for number in range(9)]
     assert write_set(tmp_path / "jpg", [sample(0)]).version == 1
@@ -67,9 +65,7 @@ def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(
 
 
 @given(st.lists(st.text(), max_size=3), st.lists(st.integers(0, 2**31 - 1), max_size=3), st.text())
-def test_a_description_is_what_a_json_encoder_makes(
-    captions: list[str], labels: list[int], name: str
-) -> None:
+def test_a_description_is_what_a_json_encoder_makes(captions, labels, name):
     odd = f'"{name}"\\\udcff\n'
     told = sample(0, captions=[*captions, odd], tokens=[], labels=labels, source=odd, name=name)
     fields = {"captions": [*captions, odd], "labels": labels, "source": odd, "name": name}
@@ -94,11 +90,7 @@ token_rows = st.lists(st.integers(0, 65535), min_size=2, max_size=77)
     shard_bytes=st.integers(1, 6000),
 )
 @examples(30)
-def test_any_samples_survive_the_round_trip(
-    tmp_path_factory: pytest.TempPathFactory,
-    samples: list[tuple[bytes, list[list[int]], list[int]]],
-    shard_bytes: int,
-) -> None:
+def test_any_samples_survive_the_round_trip(tmp_path_factory, samples, shard_bytes):
     out = tmp_path_factory.mktemp("round") / "set"
     tokens = [[np.array(row, np.uint16) for row in rows] for _, rows, _ in samples]
     written = [
@@ -118,7 +110,7 @@ def test_any_samples_survive_the_round_trip(
             assert info.num_bytes <= shard_bytes or info.num_samples == 1
 
 
-def test_shards_are_tars_with_numbered_members(packed: Path) -> None:
+def test_shards_are_tars_with_numbered_members(packed):
     number = 0
     for shard in sorted(packed.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -127,14 +119,14 @@ def test_shards_are_tars_with_numbered_members(packed: Path) -> None:
                 assert image.name == f"{number:010d}.jpg"
                 assert description.name == f"{number:010d}.json"
                 assert (image.mtime, image.uid, image.mode) == (0, 0, 0o644)
-                fields = json.load(tar.extractfile(description))  # type: ignore[arg-type]
+                fields = json.load(tar.extractfile(description))
                 assert fields["captions"] == sample(number).captions
                 assert fields["labels"] == sample(number).labels
                 number += 1
     assert number == 9
 
 
-def test_webdataset_reads_the_shards(packed: Path) -> None:
+def test_webdataset_reads_the_shards(packed):
     import webdataset
 
     shards = [str(path) for path in sorted(packed.glob("*.tar"))]
@@ -145,7 +137,7 @@ def test_webdataset_reads_the_shards(packed: Path) -> None:
 
 
 @pytest.mark.dali
-def test_indexes_equal_those_of_dalis_own_tool(packed: Path, tmp_path: Path) -> None:
+def test_indexes_equal_those_of_dalis_own_tool(packed, tmp_path):
     import wds2idx
 
     for shard in packed.glob("*.tar"):
@@ -154,7 +146,7 @@ def test_indexes_equal_those_of_dalis_own_tool(packed: Path, tmp_path: Path) -> 
         assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "i.idx").read_bytes()
 
 
-def test_manifest_survives_json(packed: Path) -> None:
+def test_manifest_survives_json(packed):
     manifest = Manifest.load(packed)
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.class_names == ("cat", "Käse")
@@ -173,22 +165,20 @@ def test_manifest_survives_json(packed: Path) -> None:
         ({"num_samples": 8}, "8"),
     ],
 )
-def test_wrong_manifests_are_refused_by_name(
-    packed: Path, change: dict[str, Any], message: str
-) -> None:
+def test_wrong_manifests_are_refused_by_name(packed, change, message):
     path = packed / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         PackedDataset(packed)
 
 
-def test_a_folder_without_manifest_is_no_data_set(tmp_path: Path) -> None:
+def test_a_folder_without_manifest_is_no_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"unicl-pack build"):
         PackedDataset(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["samples.npy", "labels.npy", "tokens.npy", "shard-000001.tar"])
-def test_missing_and_cut_files_are_named(packed: Path, name: str) -> None:
+def test_missing_and_cut_files_are_named(packed, name):
     os.truncate(packed / name, 300)
     with pytest.raises(ValueError, match=name):
         PackedDataset(packed)
@@ -197,7 +187,7 @@ def test_missing_and_cut_files_are_named(packed: Path, name: str) -> None:
         PackedDataset(packed)
 
 
-def test_a_shard_that_shrinks_under_us_is_an_error_with_a_name(packed: Path) -> None:
+def test_a_shard_that_shrinks_under_us_is_an_error_with_a_name(packed):
     with PackedDataset(packed) as dataset:
         shard = dataset.manifest.shards[int(dataset.samples[8]["shard"])].name
         os.truncate(packed / shard, int(dataset.samples[8]["offset"]) + 5)
@@ -205,9 +195,7 @@ def test_a_shard_that_shrinks_under_us_is_an_error_with_a_name(packed: Path) -> 
             dataset.image_bytes(8)
 
 
-def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(
-    packed: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(packed, caplog):
     shards = Manifest.load(packed).shards
     (packed / shards[0].name).unlink()
     os.truncate(packed / shards[1].name, 1000)
@@ -232,9 +220,7 @@ def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(
                 assert dataset.image_bytes(number, verify=True).tobytes() == jpeg(number)
 
 
-def test_a_shard_that_cannot_be_read_is_an_error_with_the_sample_s_name(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_cannot_be_read_is_an_error_with_the_sample_s_name(packed, monkeypatch):
     def fail_with(number: int) -> None:
         def preadv(*_: Any) -> int:
             raise OSError(number, os.strerror(number))
@@ -252,9 +238,7 @@ def test_a_shard_that_cannot_be_read_is_an_error_with_the_sample_s_name(
             dataset.image_bytes(3)
 
 
-def test_a_file_that_the_file_system_has_forgotten_is_opened_anew(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_the_file_system_has_forgotten_is_opened_anew(packed, monkeypatch):
     with PackedDataset(packed) as dataset:
         dataset.image_bytes(0)
         (stale,) = dataset._reader._files.values()
@@ -273,7 +257,7 @@ def test_a_file_that_the_file_system_has_forgotten_is_opened_anew(
 
 
 @pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
-def test_arrays_that_are_replaced_stay_what_they_were(packed: Path, name: str) -> None:
+def test_arrays_that_are_replaced_stay_what_they_were(packed, name):
     with PackedDataset(packed) as dataset:
         before = np.array(getattr(dataset, name))
         other = packed / "other"
@@ -284,7 +268,7 @@ def test_arrays_that_are_replaced_stay_what_they_were(packed: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
-def test_arrays_cut_in_place_are_told(packed: Path, name: str) -> None:
+def test_arrays_cut_in_place_are_told(packed, name):
     with PackedDataset(packed) as dataset:
         dataset.check_arrays()
         os.truncate(packed / f"{name}.npy", 300)
@@ -292,7 +276,7 @@ def test_arrays_cut_in_place_are_told(packed: Path, name: str) -> None:
             dataset.check_arrays()
 
 
-def test_changed_bytes_are_found_by_the_checksum(packed: Path) -> None:
+def test_changed_bytes_are_found_by_the_checksum(packed):
     with PackedDataset(packed) as dataset:
         with (packed / dataset.manifest.shards[0].name).open("r+b") as file:
             file.seek(int(dataset.samples[0]["offset"]) + 100)
@@ -302,7 +286,7 @@ def test_changed_bytes_are_found_by_the_checksum(packed: Path) -> None:
             dataset.image_bytes(0, verify=True)
 
 
-def test_numbers_out_of_range_are_refused(packed: Path) -> None:
+def test_numbers_out_of_range_are_refused(packed):
     with PackedDataset(packed) as dataset:
         for index in (-1, 9):
             with pytest.raises(IndexError, match="0 to 8"):
@@ -311,9 +295,7 @@ def test_numbers_out_of_range_are_refused(packed: Path) -> None:
             dataset.caption_tokens(2, 2)
 
 
-def test_many_shards_do_not_use_up_descriptors(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_shards_do_not_use_up_descriptors(packed, monkeypatch):
     monkeypatch.setattr("unicl_fast.dataset.files._MAX_OPEN_FILES", 1)
     with PackedDataset(packed) as dataset:
         before = len(os.listdir("/proc/self/fd"))
@@ -322,9 +304,7 @@ def test_many_shards_do_not_use_up_descriptors(
         assert len(os.listdir("/proc/self/fd")) == before + 1
 
 
-def test_files_that_are_not_kept_open_are_opened_by_their_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_are_not_kept_open_are_opened_by_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr("unicl_fast.dataset.files._MAX_OPEN_FILES", 1)
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere é"
     folder.mkdir()
@@ -347,14 +327,14 @@ def test_files_that_are_not_kept_open_are_opened_by_their_names(
         reader.read_ranges(numbers, numbers, numbers, buffer, numbers)
 
 
-def test_nothing_appears_before_it_is_whole(tmp_path: Path) -> None:
+def test_nothing_appears_before_it_is_whole(tmp_path):
     with DatasetWriter(tmp_path / "set") as writer:
         writer.add(sample(0))
         assert not (tmp_path / "set").exists()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_occupied_folder_is_refused(packed: Path, tmp_path: Path) -> None:
+def test_an_occupied_folder_is_refused(packed, tmp_path):
     with pytest.raises(ValueError, match="already holds a packed data set"):
         DatasetWriter(packed)
     (tmp_path / "other").mkdir()
@@ -364,7 +344,7 @@ def test_an_occupied_folder_is_refused(packed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other" / "letter.txt").exists()
 
 
-def test_a_sample_without_any_text_is_refused(tmp_path: Path) -> None:
+def test_a_sample_without_any_text_is_refused(tmp_path):
     with (
         DatasetWriter(tmp_path / "set") as writer,
         pytest.raises(ValueError, match="captions or labels"),
@@ -373,9 +353,7 @@ def test_a_sample_without_any_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fraction", "used"), [(1.0, 5), (0.5, 2), (0.7, 4), (0.001, 1)])
-def test_a_part_of_a_data_set_is_its_first_samples(
-    tmp_path: Path, fraction: float, used: int
-) -> None:
+def test_a_part_of_a_data_set_is_its_first_samples(tmp_path, fraction, used):
     write_set(tmp_path / "set", [sample(number) for number in range(5)])
     with (
         PackedDataset(tmp_path / "set") as whole,
@@ -407,7 +385,7 @@ class Sums(torch.utils.data.Dataset[int]):
 @pytest.mark.parametrize(
     "context", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("spawn", "forkserver"))]
 )
-def test_workers_of_any_kind_read_what_has_been_read_before(packed: Path, context: str) -> None:
+def test_workers_of_any_kind_read_what_has_been_read_before(packed, context):
     with PackedDataset(packed) as dataset:
         sums = Sums(dataset)
         expected = [sums[number] for number in range(9)]
@@ -418,7 +396,7 @@ def test_workers_of_any_kind_read_what_has_been_read_before(packed: Path, contex
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_has_files_of_its_own(packed: Path, copied: Any) -> None:
+def test_a_copy_has_files_of_its_own(packed, copied):
     with PackedDataset(packed, fraction=0.5) as dataset:
         samples = SampleReader(dataset)
         before, shown = dataset.image_bytes(3), samples.read(3)

@@ -45,14 +45,12 @@ def launched(program: str, *ranks: str, restarts: int = 0) -> tuple[int, str, st
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
+def test_no_rank_of_one_machine_listens_to_other_machines():
     """Neither the ranks' store nor their gloo connections."""
     code, _, errors = launched("listening_program", "-", "-")
     assert code == 0, errors
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("ranks", "code"),
     [
@@ -66,27 +64,23 @@ def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
     ],
     ids=str,
 )
-def test_the_code_is_that_of_the_rank_that_brought_about_the_end(
-    ranks: list[str], code: int
-) -> None:
+def test_the_code_is_that_of_the_rank_that_brought_about_the_end(ranks, code):
     assert launched("rank_program", *ranks)[0] == code
 
 
-@pytest.mark.dist
-def test_a_rank_that_fails_ends_with_its_traceback_while_another_waits_for_it() -> None:
+def test_a_rank_that_fails_ends_with_its_traceback_while_another_waits_for_it():
     code, _, errors = launched("failing_program", "-", "-")
     assert code == 1
     assert errors.rstrip().endswith("RuntimeError: the fault of rank 1"), errors
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("asked", "code", "starts"),
     [("die", 137, 3), ("3", 3, 3), ("0", 0, 1), ("2", 2, 1), ("75", 75, 1)],
 )
 def test_ranks_are_started_again_after_a_death_but_not_after_wrong_input_or_a_stop(
-    asked: str, code: int, starts: int
-) -> None:
+    asked, code, starts
+):
     found, out, errors = launched("rank_program", asked, restarts=2)
     assert (found, out.count("started")) == (code, starts)
     if starts > 1:
@@ -95,31 +89,25 @@ def test_ranks_are_started_again_after_a_death_but_not_after_wrong_input_or_a_st
         assert f"RANK 0 {how}, and all 2 restarts are used up" in errors
 
 
-@pytest.mark.dist
-def test_a_program_that_resumes_nothing_ends_with_130_after_ctrl_c() -> None:
+def test_a_program_that_resumes_nothing_ends_with_130_after_ctrl_c():
     begin = "from unicl_fast.system.program import begin_program; begin_program()\n"
     code = begin + LAUNCH.replace("max_restarts=int(restarts)", "resumes=False")
     with launch("rank_program", "sleep", "sleep", code=code) as process:
-        assert process.stdout is not None
         assert {process.stdout.readline() for _ in range(4)} == {"started\n", "asleep\n"}
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "\nunicl_fast: stopped by Ctrl-C\n")
 
 
-@pytest.mark.dist
-def test_ranks_that_a_signal_ended_are_not_started_again() -> None:
+def test_ranks_that_a_signal_ended_are_not_started_again():
     with launch("rank_program", "sleep", restarts=2) as process:
-        assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["started\n", "asleep\n"]
         process.terminate()
         out, _ = process.communicate(timeout=120)
     assert (process.returncode, out) == (9, "")
 
 
-def test_a_log_is_kept_until_its_file_has_a_name_and_ends_with_the_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_log_is_kept_until_its_file_has_a_name_and_ends_with_the_error(tmp_path, caplog):
     caplog.set_level("INFO")
     logger = logging.getLogger("unicl_fast")
     path = tmp_path / "log.txt"
@@ -144,9 +132,7 @@ def test_a_log_is_kept_until_its_file_has_a_name_and_ends_with_the_error(
     ]
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, caplog):
     caplog.set_level("INFO")
     logger = logging.getLogger("unicl_fast")
     with keeping_log():

@@ -56,7 +56,7 @@ def agree(store: dist.Store, *, late: int, world_size: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
-def test_each_attempt_has_a_name_of_its_own(late: int) -> None:
+def test_each_attempt_has_a_name_of_its_own(late):
     store = dist.HashStore()
     names = [agree(store, late=late) for _ in range(3)]
     assert all(len(set(of_ranks)) == 1 for of_ranks in names)
@@ -64,7 +64,7 @@ def test_each_attempt_has_a_name_of_its_own(late: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_does_not_take_those_of_an_earlier_attempt_for_its_peers(rank: int) -> None:
+def test_a_rank_does_not_take_those_of_an_earlier_attempt_for_its_peers(rank):
     store = dist.HashStore()
     agree(store, late=2)
     with pytest.raises(RuntimeError, match="not all 3 ranks came"):
@@ -72,12 +72,12 @@ def test_a_rank_does_not_take_those_of_an_earlier_attempt_for_its_peers(rank: in
     assert len(set(agree(store, late=1))) == 1
 
 
-def test_forty_ranks_meet() -> None:
+def test_forty_ranks_meet():
     store = dist.HashStore()
     assert len(set(agree(store, late=20, world_size=40))) == 1
 
 
-def test_gloo_takes_the_interface_that_leads_to_rank_0() -> None:
+def test_gloo_takes_the_interface_that_leads_to_rank_0():
     assert interface_with(address_towards("127.0.0.1")) == "lo"
     assert address_towards("no such host.invalid") == "127.0.0.1"
     assert interface_with("192.0.2.1") is None  # reserved for documentation
@@ -85,13 +85,7 @@ def test_gloo_takes_the_interface_that_leads_to_rank_0() -> None:
 
 @pytest.mark.parametrize("address", ["127.0.1.1", "::1", "no such host.invalid"])
 @pytest.mark.parametrize(("local", "interface"), [("2", "lo"), ("1", "eth7"), ("1", None)])
-def test_no_rank_of_several_machines_takes_loopback(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    address: str,
-    local: str,
-    interface: str | None,
-) -> None:
+def test_no_rank_of_several_machines_takes_loopback(monkeypatch, caplog, address, local, interface):
     """Not even on the machine that MASTER_ADDR names; the default route leads to the others."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that monkeypatch restores it
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
@@ -111,7 +105,7 @@ def test_no_rank_of_several_machines_takes_loopback(
     assert ("name one in GLOO_SOCKET_IFNAME" in caplog.text) == (interface is None)
 
 
-def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch):
     """As if a machine showed one GPU to all its ranks; two machines have two."""
     gpus = [SimpleNamespace(uuid=f"GPU-{name}") for name in "abaa"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", mock.Mock(side_effect=gpus))
@@ -126,20 +120,18 @@ def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch: pytest.Monk
         claim_gpu(store, gpu)
 
 
-def test_one_rank_waits_for_nobody() -> None:
+def test_one_rank_waits_for_nobody():
     assert agree(dist.HashStore(), late=0, world_size=1)
     with process_group(torch.device("cpu")) as ranks:
         assert (ranks.world_size, ranks.cores) == (1, usable_cores())
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_exchange_objects_and_unpickle_nothing(world_size: int) -> None:
+def test_ranks_exchange_objects_and_unpickle_nothing(world_size):
     run_on_ranks(exchange_objects, world_size)
 
 
-@pytest.mark.dist
-def test_all_ranks_take_the_precision_that_rank_0_measured() -> None:
+def test_all_ranks_take_the_precision_that_rank_0_measured():
     run_on_ranks(agree_on_a_precision, 2)
 
 
@@ -155,17 +147,17 @@ def test_all_ranks_take_the_precision_that_rank_0_measured() -> None:
         ("rack[01,03]node[07-12,20]-ib,gpu[1,2]", "rack01node07-ib"),
     ],
 )
-def test_first_host_of_a_node_list(node_list: str, first: str) -> None:
+def test_first_host_of_a_node_list(node_list, first):
     assert first_host(node_list) == first
 
 
 @pytest.mark.parametrize("node_list", ["", "n[1-2", "n[]", ",n1", "n]1["])
-def test_what_is_no_node_list_is_refused(node_list: str) -> None:
+def test_what_is_no_node_list_is_refused(node_list):
     with pytest.raises(ValueError, match="set MASTER_ADDR"):
         first_host(node_list)
 
 
-def test_each_node_has_its_own_number_of_tasks() -> None:
+def test_each_node_has_its_own_number_of_tasks():
     assert [tasks_of_node("2,4(x2),1", node) for node in range(4)] == [2, 4, 4, 1]
     for wrong in ("2,4(x2)", "", "4(x", "4(x9)(x2)"):
         with pytest.raises(ValueError, match="start the ranks with torchrun"):
@@ -185,9 +177,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 @pytest.mark.parametrize(("tasks_per_node", "local"), [("4(x2)", "4"), ("2,6", "6")])
-def test_slurm_tasks_become_ranks(
-    monkeypatch: pytest.MonkeyPatch, tasks_per_node: str, local: str
-) -> None:
+def test_slurm_tasks_become_ranks(monkeypatch, tasks_per_node, local):
     for name in TORCHRUN:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
@@ -200,7 +190,7 @@ def test_slurm_tasks_become_ranks(
         monkeypatch.delenv(name)
 
 
-def test_torchrun_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_goes_first(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)

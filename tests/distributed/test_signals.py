@@ -47,9 +47,7 @@ def _interrupts_are_heard() -> Iterator[None]:
         *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT)),
     ],
 )
-def test_an_interrupted_run_resumes_as_if_nothing_had_been(
-    images: torch.Tensor, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_an_interrupted_run_resumes_as_if_nothing_had_been(images, tmp_path, number):
     config = tiny_config(steps=6)
     unbroken = trainer_of(images, config)
     unbroken.fit()
@@ -69,9 +67,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(2, 2), (5, 3)], ids=["last", "earlier"])
-def test_a_signal_during_a_save_waits_for_the_save(
-    images: torch.Tensor, tmp_path: Path, steps: int, expected: int
-) -> None:
+def test_a_signal_during_a_save_waits_for_the_save(images, tmp_path, steps, expected):
     """The run ends well if it was the last one, and otherwise after one more step."""
     trainer = trainer_of(images, tiny_config(steps=steps), tmp_path)  # saves in every second
     state_dict = trainer.scaler.state_dict
@@ -92,7 +88,7 @@ def test_a_signal_during_a_save_waits_for_the_save(
     assert read_state(newest.with_name("step-00000002")).step == 2
 
 
-def test_a_second_ctrl_c_ends_at_once() -> None:
+def test_a_second_ctrl_c_ends_at_once():
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.has_come(Ranks())
@@ -100,7 +96,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_a_shell_ignores_stays_ignored() -> None:
+def test_what_a_shell_ignores_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Interruption() as interruption:
@@ -110,10 +106,7 @@ def test_what_a_shell_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.dist
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(images, tmp_path):
     run_on_ranks(train_until_rank_1_is_signalled, 2, images, tmp_path)
     steps = [int((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
     assert steps[0] == steps[1]
@@ -148,8 +141,8 @@ with signals.exit_immediately_on_signals("program"), signals.Interruption():
     ids=str,
 )
 def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
-    phase: str, signals: list[signal.Signals], code: int | None, said: str
-) -> None:
+    phase, signals, code, said
+):
     """It hangs in a call that no signal interrupts, as in a collective."""
     process = subprocess.Popen(
         [sys.executable, "-c", IN_A_CALL_THAT_HEARS_NOTHING, phase],
@@ -158,8 +151,6 @@ def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        assert process.stdout is not None
-        assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
         for number in signals:
             process.send_signal(number)
@@ -206,9 +197,7 @@ WHOLE = [(step, f"{name}/top1") for step in (3, 6) for name in ("first", "second
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6])
-def test_an_evaluation_that_is_broken_off_is_made_up_for(
-    images: torch.Tensor, tmp_path: Path, step: int
-) -> None:
+def test_an_evaluation_that_is_broken_off_is_made_up_for(images, tmp_path, step):
     unbroken = evaluating(images, tmp_path / "unbroken", ZeroShotOfFour(images))
     unbroken.fit()
     expected = evaluations_of(tmp_path / "unbroken")
@@ -229,8 +218,8 @@ def test_an_evaluation_that_is_broken_off_is_made_up_for(
 
 
 def test_a_stop_in_an_evaluation_writes_the_checkpoint_that_failed_before(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    images, tmp_path, monkeypatch
+):
     """The one that was due at this step was begun without waiting, and a full disk refused it."""
     refused: list[int] = []
 
@@ -249,9 +238,7 @@ def test_a_stop_in_an_evaluation_writes_the_checkpoint_that_failed_before(
     assert [one.name for one in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
 
 
-def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(images, tmp_path):
     crashing = evaluating(images, tmp_path, ZeroShotOfFour(images))
     crashing.evaluations["second"] = mock.Mock(side_effect=RuntimeError("out of memory"))
     crashing.config = crashing.config.changed(checkpoint={"every_steps": 3})
@@ -268,10 +255,7 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_a_signal_to_one_rank_breaks_an_evaluation_off_on_all(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_rank_breaks_an_evaluation_off_on_all(images, tmp_path):
     run_on_ranks(evaluate_until_rank_1_is_signalled, 2, images, tmp_path)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["3", "3"]
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]

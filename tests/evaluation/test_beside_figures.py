@@ -49,7 +49,7 @@ def run_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder: Path) -> None:
+def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder):
     last = {name: value for line in read_metrics(run_folder) for name, value in line.items()}
     labels, captions = SAID
     assert labels.startswith("zero_shot/labels:\n")
@@ -61,11 +61,8 @@ def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder: P
 
 
 def test_evaluations_have_baselines_beside_them_and_encode_for_them_once(
-    data: Path,
-    run_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    data, run_folder, capsys, monkeypatch
+):
     shutil.rmtree(run_folder.parent / "stored")  # so that images are encoded for the baselines
     labels = evaluated("zero-shot", run_folder, "--data", data / "labels")
     assert "BELOW A BASELINE: this model finds less than nearest" in capsys.readouterr().out
@@ -89,9 +86,7 @@ def test_evaluations_have_baselines_beside_them_and_encode_for_them_once(
     assert loaded == [21], "the evaluated images, for zero-shot itself"
 
 
-def test_a_phrase_says_why_there_are_no_baselines(
-    data: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_phrase_says_why_there_are_no_baselines(data, run_folder, monkeypatch):
     words = ["zero-shot", run_folder, "--data", data / "labels"]
     monkeypatch.setattr(baselines, "MOST_IMAGES", 40)
     assert evaluated(*words)["baselines"] == "62 images would be encoded, over 40"

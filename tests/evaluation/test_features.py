@@ -51,9 +51,7 @@ def model() -> UniCL:
 
 
 @torch.no_grad()
-def test_all_that_decides_features_and_nothing_else_changes_their_key(
-    model: UniCL, tmp_path: Path
-) -> None:
+def test_all_that_decides_features_and_nothing_else_changes_their_key(model, tmp_path):
     """Weights of the image encoder and its projection, settings, images, their order, the layer."""
     with packed(tmp_path / "set", [0, 1]) as dataset:
         keys = {key_of(model, dataset, "projection")}
@@ -87,8 +85,8 @@ def test_all_that_decides_features_and_nothing_else_changes_their_key(
 
 @pytest.mark.parametrize("decode_device", ["auto", "gpu"])
 def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
-    monkeypatch: pytest.MonkeyPatch, model: UniCL, decode_device: str
-) -> None:
+    monkeypatch, model, decode_device
+):
     """A GPU's run is evaluated on the CPU, too."""
     model.config = model.config.changed(data={"decode_device": decode_device})
     monkeypatch.setattr(features, "load_encoders", lambda *_, **__: model)
@@ -96,9 +94,7 @@ def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
         assert on_ranks.model.config.data.decode_device == "cpu"
 
 
-def test_of_two_that_keep_the_same_features_the_first_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_that_keep_the_same_features_the_first_is_read(tmp_path, monkeypatch):
     """The second begins when the first has written its rows, and not yet said so."""
     seal, second = feature_files.seal_rows, []
 
@@ -116,7 +112,7 @@ def test_of_two_that_keep_the_same_features_the_first_is_read(
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_rows_of_ranks_come_in_turn(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_rows_of_ranks_come_in_turn(monkeypatch, count):
     """Of a single row, two of three ranks have none."""
     table = torch.arange(3.0 * count).view(count, 3)
     parts = {str(rank): table[rank::3] for rank in range(3) if rank < count}
@@ -126,8 +122,7 @@ def test_rows_of_ranks_come_in_turn(monkeypatch: pytest.MonkeyPatch, count: int)
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path: Path) -> None:
+def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path):
     path = tmp_path / "found.json"
     run_on_ranks(gather_features_of_slices, 2, str(path))
     tables = json.loads(path.read_text())
@@ -135,14 +130,12 @@ def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_wait_for_rank_0_to_pack_longer_than_a_collective_may_last(data: Path) -> None:
+def test_ranks_wait_for_rank_0_to_pack_longer_than_a_collective_may_last(data):
     run_on_ranks(open_class_folders, 2, str(data / "classes"), 10.0, False)
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_that_wait_for_rank_0_say_that_it_has_ended(data: Path) -> None:
+def test_ranks_that_wait_for_rank_0_say_that_it_has_ended(data):
     with ranks_of(open_class_folders, 2, str(data / "classes"), 240.0, True) as processes:
         for process in processes:
             process.join(120)

@@ -29,7 +29,7 @@ def model() -> Model:
     return Model(build_model(config.changed(data={"evaluation_resize": 40})).double())
 
 
-def test_paths_images_and_arrays_give_the_same_features(model: Model, photos: list[Path]) -> None:
+def test_paths_images_and_arrays_give_the_same_features(model, photos):
     opened = [Image.open(photo) for photo in photos]
     arrays = [np.asarray(image.convert("RGB")) for image in opened]
     of_paths = model.embed_images([str(photos[0]), *photos[1:]], batch_size=2)
@@ -41,9 +41,7 @@ def test_paths_images_and_arrays_give_the_same_features(model: Model, photos: li
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_images_are_prepared_as_torchvision_does(
-    model: Model, photos: list[Path], interpolation: str
-) -> None:
+def test_images_are_prepared_as_torchvision_does(model, photos, interpolation):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as transforms
 
@@ -56,7 +54,7 @@ def test_images_are_prepared_as_torchvision_does(
         assert abs(other.prepare(photo).astype(int) - expected).max() <= 1
 
 
-def test_classes_are_ranked_by_probability(model: Model, photos: list[Path]) -> None:
+def test_classes_are_ranked_by_probability(model, photos):
     found = model.classify(photos, NAMES)
     images = torch.from_numpy(model.embed_images(photos))
     texts = torch.from_numpy(model.embed_texts([f"a photo of a {name}." for name in NAMES]))
@@ -70,7 +68,7 @@ def test_classes_are_ranked_by_probability(model: Model, photos: list[Path]) -> 
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_unusable_arguments_are_named(model: Model, photos: list[Path], tmp_path: Path) -> None:
+def test_unusable_arguments_are_named(model, photos, tmp_path):
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(photos[0].read_bytes()[:3000])
     for images, kind, said in (

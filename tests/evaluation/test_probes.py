@@ -43,12 +43,12 @@ def few_cs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def right_by(classifier: object, test: LabelledFeatures) -> int:
-    return int((classifier.predict(test.features) == test.labels).sum())  # type: ignore[attr-defined]
+    return int((classifier.predict(test.features) == test.labels).sum())
 
 
 @pytest.mark.parametrize("num_classes", [6, 2])
 @pytest.mark.parametrize("c", [1e-3, 1.0])
-def test_a_given_c_is_scikit_learns_on_all_samples(c: float, num_classes: int) -> None:
+def test_a_given_c_is_scikit_learns_on_all_samples(c, num_classes):
     train = clusters(400, seed=0, num_classes=num_classes)
     test = clusters(300, seed=1, num_classes=num_classes)
     result = linear_probe(train, test, c=c)
@@ -63,7 +63,7 @@ def test_a_given_c_is_scikit_learns_on_all_samples(c: float, num_classes: int) -
 
 
 @pytest.mark.usefixtures("few_cs")
-def test_a_probe_takes_the_c_that_validates_best_and_fits_both_parts() -> None:
+def test_a_probe_takes_the_c_that_validates_best_and_fits_both_parts():
     data, validation = clusters(60, seed=0, spread=4.0), clusters(200, seed=1, spread=4.0)
     test = clusters(500, seed=2, spread=4.0)
     result = linear_probe(data, test, validation=validation)
@@ -80,9 +80,7 @@ def test_a_probe_takes_the_c_that_validates_best_and_fits_both_parts() -> None:
 @pytest.mark.parametrize(
     ("best", "last"), [(1e-5, 1.0), (0.01, 1.0), (1.0, 100.0), (1e3, 1e5), (1e6, 1e6)]
 )
-def test_the_search_ends_two_decades_after_the_best_c(
-    best: float, last: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_ends_two_decades_after_the_best_c(best, last, monkeypatch):
     """The classifier is its C, and right for one more sample the nearer C is to the best one."""
 
     def count(counts: ClassificationCounts, c: float, held_out: LabelledFeatures) -> None:
@@ -98,7 +96,7 @@ def test_the_search_ends_two_decades_after_the_best_c(
 
 
 @pytest.mark.usefixtures("few_cs")
-def test_c_follows_the_metric() -> None:
+def test_c_follows_the_metric():
     train, validation = (
         one.take(np.r_[np.flatnonzero(one.labels < 5)[:300], np.flatnonzero(one.labels == 5)[:8]])
         for one in (clusters(600, seed=seed, spread=1.0) for seed in (0, 3))
@@ -111,9 +109,7 @@ def test_c_follows_the_metric() -> None:
 
 
 @pytest.mark.usefixtures("few_cs")
-def test_few_samples_choose_c_by_cross_validation_and_one_a_class_not_at_all(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_few_samples_choose_c_by_cross_validation_and_one_a_class_not_at_all(caplog):
     result = linear_probe(balanced(5, seed=0), clusters(100, seed=1))
     assert (result.chosen_by, result.num_folds) == ("cross-validation", 5)
     assert (result.num_validation, result.num_fitted) == (0, 30)
@@ -131,9 +127,7 @@ def test_few_samples_choose_c_by_cross_validation_and_one_a_class_not_at_all(
 
 
 @pytest.mark.usefixtures("few_cs")
-def test_few_shots_are_fitted_on_the_shots_only_and_c_by_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_few_shots_are_fitted_on_the_shots_only_and_c_by_others(monkeypatch):
     fits = []
 
     def fit(fitted: LabelledFeatures, test: LabelledFeatures, pairs: list, **settings: object):
@@ -158,7 +152,7 @@ def test_few_shots_are_fitted_on_the_shots_only_and_c_by_others(
     assert one.standard_deviation is None
 
 
-def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> None:
+def test_any_of_several_labels_is_right_and_samples_without_are_left_out():
     samples = with_labels(np.eye(4), [[0], [], [2, 3], [1, 3]], name="this", class_names=NAMES[:4])
     assert (len(samples), samples.num_without_label) == (3, 1)
     train = with_labels(np.eye(4), [[0], [1], [2], [3]], name="train", class_names=NAMES[:4])
@@ -172,9 +166,7 @@ def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> No
         with_labels(np.eye(4), [[], [], [], []], name="this", class_names=NAMES)
 
 
-def test_unequal_features_and_a_missing_scikit_learn_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_unequal_features_and_a_missing_scikit_learn_are_refused(monkeypatch):
     train, test = clusters(50, seed=0), clusters(30, seed=1)
     broken = dataclasses.replace(test, features=np.full_like(test.features, np.nan))
     others = dataclasses.replace(test, class_names=NAMES[::-1])
@@ -191,9 +183,7 @@ def test_unequal_features_and_a_missing_scikit_learn_are_refused(
 
 
 @pytest.mark.parametrize("rows_at_once", [4096, 7])
-def test_neighbours_vote_as_scikit_learns_do(
-    rows_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbours_vote_as_scikit_learns_do(rows_at_once, monkeypatch):
     monkeypatch.setattr(probes, "_ROWS_AT_ONCE", rows_at_once)
     train, test = clusters(200, seed=0), clusters(80, seed=1)
     results = nearest_neighbours(train, test, ks=(1, 15), temperature=0.1)
@@ -215,9 +205,7 @@ def test_neighbours_vote_as_scikit_learns_do(
     [((20, 20), 1), ((19, 21), 1), ((9, 7, 6), 5), ((4, 3), 3), ((5, 2), 2), ((4, 1), 2),
      ((60, 10, 1), 1), ((1, 1, 1), 0)],
 )  # fmt: skip
-def test_each_class_is_held_out_in_part_but_never_its_only_sample(
-    sizes: tuple[int, ...], folds: int
-) -> None:
+def test_each_class_is_held_out_in_part_but_never_its_only_sample(sizes, folds):
     """A fifth where that has four samples a class, or every sample once in one of the folds."""
     labels = np.repeat(np.arange(len(sizes)), sizes)
     found = hold_out(labels, seed=0)
@@ -235,7 +223,7 @@ def test_each_class_is_held_out_in_part_but_never_its_only_sample(
         assert not np.array_equal(hold_out(labels, seed=1)[0][1], found[0][1])
 
 
-def test_shots_are_drawn_of_each_class_and_others_to_choose_by() -> None:
+def test_shots_are_drawn_of_each_class_and_others_to_choose_by():
     labels = np.repeat([0, 1, 2], [50, 10, 2])
     shots, others = draw_shots(labels, shots=8, seed=0)
     assert np.bincount(labels[shots]).tolist() == [8, 8, 2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from unicl_fast.tools.evaluate.figures import most_confused
 from unicl_fast.tools.evaluate.knn import Knn
 
 
-def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images() -> None:
+def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images():
     """Over images with none, one or several of four classes, one of which has no image."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(40, 4, generator=generator, dtype=torch.float64)
@@ -46,7 +45,7 @@ def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images(
         average_precisions(scores, [[]] * 40, "abcd")
 
 
-def test_intervals_cover_as_often_as_they_say() -> None:
+def test_intervals_cover_as_often_as_they_say():
     trials, rate = 200, 0.3
     covered = 0.0
     for right in range(trials + 1):
@@ -58,7 +57,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert wilson_interval(10, 10)[1] == 1
 
 
-def test_mistakes_are_listed_by_number_from_class_to_prediction() -> None:
+def test_mistakes_are_listed_by_number_from_class_to_prediction():
     counts = ClassificationCounts(("dog", "cat", "hen"))
     for own, row in enumerate(([5, 3, 0], [1, 8, 1], [0, 4, 0])):
         for taken, number in enumerate(row):
@@ -71,9 +70,7 @@ def test_mistakes_are_listed_by_number_from_class_to_prediction() -> None:
     assert [row[2] for row in most_confused(result, count=2)] == [4, 3]
 
 
-def test_texts_of_users_are_written_unchanged_and_are_no_markup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_of_users_are_written_unchanged_and_are_no_markup(tmp_path, monkeypatch):
     """tests/training/test_figures.py has how they are drawn."""
     names = (*HOSTILE, "a | b")
     counts = ClassificationCounts(names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -35,9 +34,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.evaluate import figures as drawing
 
 
-def test_all_captions_of_an_image_and_their_like_are_green_and_no_other(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_all_captions_of_an_image_and_their_like_are_green_and_no_other(monkeypatch, tmp_path):
     """Another image's caption of the same words is right, as in the recalls."""
     texts = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.4], [0.0, 1.0]])
     found = RetrievalFeatures(
@@ -68,7 +65,7 @@ def test_all_captions_of_an_image_and_their_like_are_green_and_no_other(
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
-def test_retrieval_counts_as_a_sort_does(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_retrieval_counts_as_a_sort_does(monkeypatch, chunk):
     monkeypatch.setattr("unicl_fast.evaluation.retrieval._CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(30, 6, generator=generator, dtype=torch.float64), dim=1)
@@ -89,7 +86,7 @@ def test_retrieval_counts_as_a_sort_does(monkeypatch: pytest.MonkeyPatch, chunk:
     assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
 
 
-def test_equal_captions_belong_to_all_their_images_and_other_ties_count_against_us() -> None:
+def test_equal_captions_belong_to_all_their_images_and_other_ties_count_against_us():
     """As many different captions as classes: each image finds one, and each caption an image."""
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(4)
@@ -110,9 +107,7 @@ def test_equal_captions_belong_to_all_their_images_and_other_ties_count_against_
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(4, [(0, 4), (4, 8)]), (100, [(0, 10)])])
-def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
-    batch_size: int, batches: list[tuple[int, int]]
-) -> None:
+def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(batch_size, batches):
     """Two of the ten images have the same first caption; an incomplete batch is left out."""
     generator = torch.Generator().manual_seed(1)
     images, texts = (
@@ -132,7 +127,7 @@ def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-12)
 
 
-def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
+def test_captions_are_those_of_their_numbers(tmp_path):
     """Numbers count the captions of all images that have one; the second has a label only."""
     captions = [["a dog", "the same dog"], [], ["a cat"], ["a hen", "two hens", "three hens"]]
     samples = [Sample(jpeg(n), captions=c, labels=[0] * (not c)) for n, c in enumerate(captions)]
@@ -148,9 +143,7 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
     assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
 
 
-def test_captions_are_cut_to_the_model_s_context(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_are_cut_to_the_model_s_context(tmp_path, monkeypatch):
     config = tiny_config()
     model = build_model(config.changed(model={"context_length": 8})).eval()
     monkeypatch.setattr(ModelOnRanks, "features", lambda self, data: torch.zeros(len(data), 2))
@@ -158,14 +151,13 @@ def test_captions_are_cut_to_the_model_s_context(
     sample = Sample(jpeg(0), captions=texts)
     with pack(tmp_path / "set", [sample], class_names=(), tokenizer=Tokenizer()) as dataset:
         found = encode_captioned(ModelOnRanks(model), dataset)
-    assert found is not None
     expected = encode_token_rows(model, Tokenizer(8).encode(texts))
     assert torch.allclose(found.text_features, expected, atol=1e-12)
     assert torch.allclose(expected[1], expected[2], atol=1e-12)
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
-def test_messages_name_the_given_source_not_its_packed_folder(tmp_path: Path) -> None:
+def test_messages_name_the_given_source_not_its_packed_folder(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "one.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.jsonl").write_text('{"image": "photos/cat/one.jpg", "caption": "a cat"}\n')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +36,7 @@ class Watched(np.ndarray):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("top", [1, 7, 500])
-def test_blocks_find_what_a_sort_finds(top: int) -> None:
+def test_blocks_find_what_a_sort_finds(top):
     generator = np.random.default_rng(0)
     queries, rows = (generator.normal(size=(n, 6)).astype(np.float32) for n in (3, 200))
     rows[150] = rows[20]  # the first of equal ones comes first
@@ -60,9 +59,7 @@ def model() -> Model:
 
 
 @pytest.mark.dali
-def test_images_are_encoded_once_and_found_by_texts_and_images(
-    model: Model, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_encoded_once_and_found_by_texts_and_images(model, data, tmp_path, monkeypatch):
     with open_index(model, data / "captions", folder=tmp_path) as index:
         (first, second) = index.by_texts(["two dogs", "a red car"], top=3)
         files = [tmp_path / "query", tmp_path / "other"]
@@ -127,7 +124,7 @@ TITLES = (
         ("!", []),
     ],
 )
-def test_words_find_plurals_parts_of_words_and_typing_errors(query: str, found: list[int]) -> None:
+def test_words_find_plurals_parts_of_words_and_typing_errors(query, found):
     scores = Words(TITLES).scores(query)
     assert ((scores >= 0) & (scores <= 1)).all()
     assert [row for row in best(scores, 5).tolist() if scores[row] > 0][: len(found)] == found
@@ -137,7 +134,7 @@ def test_words_find_plurals_parts_of_words_and_typing_errors(query: str, found: 
 DOCUMENTS = ("blue shirt", "red shirt", "green shirt", "red hat", "shirt")
 
 
-def test_a_word_of_the_query_counts_by_its_rarity_and_nothing_is_sure_without_words() -> None:
+def test_a_word_of_the_query_counts_by_its_rarity_and_nothing_is_sure_without_words():
     words = Words(DOCUMENTS)
     scores = words.scores("red hat shirt")
     assert best(scores, 2).tolist() == [3, 1]
@@ -155,14 +152,14 @@ def test_a_word_of_the_query_counts_by_its_rarity_and_nothing_is_sure_without_wo
         Words(["!", "?"])
 
 
-def test_titles_without_a_text_are_neither_near_nor_far() -> None:
+def test_titles_without_a_text_are_neither_near_nor_far():
     titles = Titles([("a", "b"), (), ("b",), ("c", "a")], [1] * 4)
     assert titles.texts == ["a", "b", "c"]
     found = titles.per_sample(np.array([[1.0, 5.0, 3.0]], np.float32))
     assert found.tolist() == [[5, pytest.approx(13 / 3), 5, 3]]
 
 
-def test_a_weak_word_does_not_outweigh_the_images() -> None:
+def test_a_weak_word_does_not_outweigh_the_images():
     """Standardised, a single hit in a thousand titles would be 31 deviations above the mean."""
     images = np.random.default_rng(0).normal(size=(1, 1000)).astype(np.float32)
     images[0, 5] = 8
@@ -172,7 +169,7 @@ def test_a_weak_word_does_not_outweigh_the_images() -> None:
     assert best(scores[0], 1).tolist() == [5]
 
 
-def test_weights_follow_what_finds_the_titles_and_stay_above_zero() -> None:
+def test_weights_follow_what_finds_the_titles_and_stay_above_zero():
     titles = [(f"a thing {number}",) for number in range(300)]
     generator = np.random.default_rng(0)
     asked: list[str] = []
@@ -205,7 +202,7 @@ def test_weights_follow_what_finds_the_titles_and_stay_above_zero() -> None:
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_of_changed_items_only_new_ones_are_encoded(tmp_path: Path) -> None:
+def test_of_changed_items_only_new_ones_are_encoded(tmp_path):
     encoded: list[int] = []
 
     def rows_of(items: list[int], key: str, family: str = "f") -> list[float]:
@@ -239,8 +236,8 @@ def test_of_changed_items_only_new_ones_are_encoded(tmp_path: Path) -> None:
 
 @pytest.mark.dali
 def test_products_are_added_and_removed_without_encoding_the_others(
-    model: Model, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model, data, tmp_path, monkeypatch
+):
     """Both data sets have the same photographs of cats and frogs, in another order."""
     encoded = {"images": 0, "texts": 0}
 
@@ -277,9 +274,7 @@ def test_products_are_added_and_removed_without_encoding_the_others(
 
 
 @pytest.mark.dali
-def test_a_search_says_what_it_lacks(
-    model: Model, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_search_says_what_it_lacks(model, data, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with open_index(model, data / "captions") as index:
         assert index.signals == ["images", "titles"]
@@ -298,9 +293,7 @@ def test_a_search_says_what_it_lacks(
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_cells_find_nearly_all_of_many_rows_and_say_how_many(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_find_nearly_all_of_many_rows_and_say_how_many(tmp_path, monkeypatch):
     pytest.importorskip("faiss", reason="pip install --no-deps faiss-cpu")
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(50, 16))

@@ -163,9 +163,7 @@ def post(server: Running, path: str, question: Any, image: bytes | None = None) 
     return status, json.loads(content)
 
 
-def test_questions_about_classes_and_images_are_answered(
-    server: Running, model: Model, index: SearchIndex, photo: Path
-) -> None:
+def test_questions_about_classes_and_images_are_answered(server, model, index, photo):
     question = {"classes": list(NAMES), "template": "a photo of a {}."}
     (expected,) = model.classify([photo], NAMES)
     for asked in (question, {}):
@@ -210,9 +208,7 @@ def test_questions_about_classes_and_images_are_answered(
     assert ask(server, "GET", "/search")[0] == 405
 
 
-def test_only_this_machine_is_served_and_hostile_requests_print_nothing(
-    server: Running, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_this_machine_is_served_and_hostile_requests_print_nothing(server, capfd, monkeypatch):
     own = {"Sec-Fetch-Site": "same-origin", "Origin": server.address[:-1]}
     for status, path, headers in (
         (403, "/", {"Host": "evil.example:80"}),
@@ -257,9 +253,7 @@ def test_only_this_machine_is_served_and_hostile_requests_print_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_token_is_asked_for_and_other_hosts_may_be_named(
-    model: Model, index: SearchIndex, photo: Path
-) -> None:
+def test_a_token_is_asked_for_and_other_hosts_may_be_named(model, index, photo):
     with running(model, index, photo, host="0.0.0.0", token="sEcrét &1") as server:
         for status, path, headers in (
             (200, "/", {"Host": "shop.example"}),
@@ -273,7 +267,7 @@ def test_a_token_is_asked_for_and_other_hosts_may_be_named(
             assert ask(server, "GET", path, **headers)[0] == status, (path, headers)
 
 
-def test_headers_and_the_description_of_the_interface(server: Running) -> None:
+def test_headers_and_the_description_of_the_interface(server):
     for path in ("/", "/model", "/image/0", "/nothing", "/docs"):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as line:
             line.request("GET", path)
@@ -295,9 +289,7 @@ def test_headers_and_the_description_of_the_interface(server: Running) -> None:
     assert b"/docs.js" in ask(server, "GET", "/docs")[1]
 
 
-def test_a_browser_searches_and_classifies(
-    server: Running, model: Model, index: SearchIndex, photo: Path, tmp_path: Path
-) -> None:
+def test_a_browser_searches_and_classifies(server, model, index, photo, tmp_path):
     found = dump_page(server.address + "outer", tmp_path)
     assert found["focused"] == "text"
     assert found["status"] == f"{len(index)} images"

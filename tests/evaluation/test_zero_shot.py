@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ class ImageLoader:
     def close(self) -> None: ...
 
 
-def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model: UniCL) -> None:
+def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model):
     ours = zero_shot_classifier(model, class_names=NAMES, templates=TEMPLATES, batch_size=4)
     for name, row in zip(NAMES, ours, strict=True):
         prompts = [template.replace("{}", name) for template in TEMPLATES]
@@ -56,13 +55,12 @@ def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model: UniC
         torch.testing.assert_close(row, plain, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "num_classes"), [(2, 7), (3, 4)])  # the third rank has none
-def test_ranks_share_the_prompts(world_size: int, num_classes: int) -> None:
+def test_ranks_share_the_prompts(world_size, num_classes):
     run_on_ranks(share_prompts, world_size, list(NAMES[:num_classes]), list(TEMPLATES))
 
 
-def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
+def test_counts_are_those_of_a_plain_argmax(model):
     images = torch.randint(
         0, 256, (10, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -86,7 +84,7 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
         classify(features, classifier, labels=[[]] * 10, class_names=NAMES)
 
 
-def test_names_in_another_order_than_the_data_s_are_refused(tmp_path: Path) -> None:
+def test_names_in_another_order_than_the_data_s_are_refused(tmp_path):
     samples = [Sample(jpeg(number), labels=(number,)) for number in range(2)]
     given = tmp_path / "names.txt"
     with pack(tmp_path / "set", samples, class_names=("cat", "dog"), tokenizer=Tokenizer()):
@@ -100,13 +98,13 @@ def test_names_in_another_order_than_the_data_s_are_refused(tmp_path: Path) -> N
                 assert opened.class_names == tuple(names.split("\n")[:2])
 
 
-def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:
+def test_texts_are_encoded_in_the_order_given(model):
     texts = ["a b c d e f", "a", "one two three", "a b"]
     ours = encode_token_rows(model, Tokenizer().encode(texts), batch_size=2)
     torch.testing.assert_close(ours, model.encode_text(Tokenizer()(texts)), rtol=1e-9, atol=1e-12)
 
 
-def test_levels_are_counted_by_their_own_names_and_by_the_classes_below() -> None:
+def test_levels_are_counted_by_their_own_names_and_by_the_classes_below():
     """Features are the similarities with each name, so every answer is known."""
     names = ("beagle", "poodle", "cat", "car", "dog", "mammal")
     hierarchy = Hierarchy(names=names[4:], parents=(4, 4, 5, -1, 5, -1))

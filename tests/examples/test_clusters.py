@@ -42,14 +42,14 @@ def settings_of(words: list[str]) -> TrainConfig:
     return split_config(parse_arguments(given))
 
 
-def test_the_settings_are_settings() -> None:
+def test_the_settings_are_settings():
     config = settings_of(["--config", "run.yaml", "--out", "x"])
     assert config.run.global_batch_size == 4096
     assert config.data.train == ("/data/packed/photos=0.5", "/data/packed/pairs=0.5")
 
 
 @pytest.mark.parametrize("script", [SBATCH, TWO_NODES], ids=lambda path: path.name)
-def test_scripts_are_bash_and_their_command_is_ours(script: Path) -> None:
+def test_scripts_are_bash_and_their_command_is_ours(script):
     subprocess.run(["bash", "-n", script], check=True, timeout=60)
     text = script.read_text(encoding="utf-8").replace("\\\n", " ")
     (command,) = re.findall(r"(?:unicl-pretrain|unicl_fast\.tools\.pretrain) +(--.*)", text)
@@ -57,7 +57,7 @@ def test_scripts_are_bash_and_their_command_is_ours(script: Path) -> None:
     assert settings_of(shlex.split(command)).run.evaluate_every_steps == 2000
 
 
-def test_slurm_starts_a_job_again_after_the_code_that_says_so() -> None:
+def test_slurm_starts_a_job_again_after_the_code_that_says_so():
     text = SBATCH.read_text(encoding="utf-8")
     assert f'"$code" -eq {EXIT_INTERRUPTED} ]' in text
     options = re.findall(r"^#SBATCH (--[a-z-]+)(?:=\S+)?$", text, re.MULTILINE)
@@ -65,7 +65,7 @@ def test_slurm_starts_a_job_again_after_the_code_that_says_so() -> None:
     assert {"--requeue", "--signal", "--open-mode"} <= set(options)
 
 
-def test_kubernetes_counts_what_would_fail_again_and_mounts_what_is_named() -> None:
+def test_kubernetes_counts_what_would_fail_again_and_mounts_what_is_named():
     job = load("kubernetes/job.yaml")
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     pod = job["spec"]["template"]["spec"]
@@ -85,7 +85,7 @@ def test_kubernetes_counts_what_would_fail_again_and_mounts_what_is_named() -> N
     assert all(place.startswith(tuple(mounted)) for place in config.data.train)
 
 
-def test_skypilot_installs_and_runs_what_there_is() -> None:
+def test_skypilot_installs_and_runs_what_there_is():
     task = load("skypilot/train.yaml")
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_INTERRUPTED]
     program, *words = shlex.split(task["run"])
@@ -100,7 +100,7 @@ def project() -> dict[str, Any]:
     return found
 
 
-def test_the_dockerfile_copies_and_installs_what_there_is() -> None:
+def test_the_dockerfile_copies_and_installs_what_there_is():
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     kinds = [line.split()[0] for line in lines]
@@ -156,10 +156,7 @@ def write_settings(folder: Path, data: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.dist
-def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(
-    data: Path, tmp_path: Path, stand_ins: dict[str, str]
-) -> None:
+def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(data, tmp_path, stand_ins):
     out = tmp_path / "run"
     command = ["bash", SBATCH, write_settings(tmp_path, data), out]
     with subprocess.Popen(command, env=stand_ins) as job:
@@ -176,10 +173,7 @@ def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(
 
 @pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.dist
-def test_two_machines_that_torchrun_joins_are_one_run(
-    data: Path, tmp_path: Path, stand_ins: dict[str, str]
-) -> None:
+def test_two_machines_that_torchrun_joins_are_one_run(data, tmp_path, stand_ins):
     out = tmp_path / "run"
     settings = write_settings(tmp_path, data)
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -79,9 +79,7 @@ class Known(nn.Module):
         return [{**target, "scores": torch.ones(len(target["labels"]))}]
 
 
-def test_right_objects_have_precision_100_and_wrong_ones_less(
-    detect: ModuleType, pasted: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_right_objects_have_precision_100_and_wrong_ones_less(detect, pasted, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *_: torch.ones(()))  # flips none
     known = [target for _, target in detect.TrainImages(*pasted, masks=True)]
     data = detect.TestImages(*pasted)
@@ -101,9 +99,7 @@ def test_right_objects_have_precision_100_and_wrong_ones_less(
     assert detect.evaluate(Known([nothing] * len(data)), data)["bbox AP"] == 0
 
 
-def test_a_flip_moves_boxes_and_masks_with_their_pixels(
-    detect: ModuleType, pasted: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flip_moves_boxes_and_masks_with_their_pixels(detect, pasted, monkeypatch):
     data = detect.TrainImages(*pasted, masks=True)
     assert len(data) == 4
     seen = []
@@ -120,12 +116,12 @@ def test_a_flip_moves_boxes_and_masks_with_their_pixels(
         assert mask.sum() == mask[top:bottom, left:right].sum()
 
 
-def test_crowds_and_boxes_without_area_are_not_learned(detect: ModuleType) -> None:
+def test_crowds_and_boxes_without_area_are_not_learned(detect):
     rows = [{"bbox": [0, 0, 2, 2]}, {"bbox": [0, 0, 2, 0]}, {"bbox": [0, 0, 2, 2], "iscrowd": 1}]
     assert detect.objects_among(rows) == rows[:1]
 
 
-def test_the_pyramid_stands_on_the_exported_encoder(detect: ModuleType, tmp_path: Path) -> None:
+def test_the_pyramid_stands_on_the_exported_encoder(detect, tmp_path):
     model = exported(tmp_path / "resnet", "resnet10t")
     backbone = detect.Pyramid(tmp_path / "resnet").eval()
     assert backbone.strides == [4, 8, 16, 32]
@@ -142,9 +138,7 @@ def test_the_pyramid_stands_on_the_exported_encoder(detect: ModuleType, tmp_path
 
 
 @pytest.mark.slow
-def test_a_detector_is_trained_and_its_figures_written(
-    detect: ModuleType, pasted: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detector_is_trained_and_its_figures_written(detect, pasted, tmp_path, monkeypatch):
     exported(tmp_path / "backbone", "resnet10t")
     sets = ["--train", pasted[0], "--train-images", pasted[1], "--test", pasted[0]]
     sets += ["--test-images", pasted[1], "--backbone", tmp_path / "backbone", "--out", tmp_path]

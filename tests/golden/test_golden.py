@@ -51,9 +51,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "preset", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])]
 )
-def test_a_small_preset_gives_the_committed_loss_curve(
-    preset: str, packed: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_small_preset_gives_the_committed_loss_curve(preset, packed, tmp_path):
     committed = json.loads((FOLDER / "curves" / f"{preset}.json").read_text())
     found = train_curve(preset, packed, tmp_path / "run")
     # in fp64, since AdamW turns the rounding of fp32 into a percent within twenty steps
@@ -61,7 +59,7 @@ def test_a_small_preset_gives_the_committed_loss_curve(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_has_the_committed_settings(preset: str) -> None:
+def test_a_preset_has_the_committed_settings(preset):
     committed = json.loads((FOLDER / "presets" / f"{preset}.json").read_text())
     assert json.loads(json.dumps(config_to_dict(build_preset(preset)))) == committed
 

@@ -59,7 +59,7 @@ def check_table(name: str, found: object) -> None:
 
 
 @pytest.mark.parametrize("world_size", [8, pytest.param(64, marks=pytest.mark.slow), 1024])
-def test_the_collectives_of_a_step_are_those_of_the_table(world_size: int) -> None:
+def test_the_collectives_of_a_step_are_those_of_the_table(world_size):
     """Work because other ranks have more texts is a line of its own: padding to the largest."""
     even, ragged = (step_of(world_size, ragged=ragged) for ragged in (False, True))
     more = ragged["dispatches"] - even["dispatches"]
@@ -82,17 +82,17 @@ OTHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_steps_send_what_the_table_says(name: str) -> None:
+def test_other_steps_send_what_the_table_says(name):
     check_table(f"64 ranks, {name}", step_of(64, **OTHERS[name]))
 
 
 @pytest.mark.parametrize("shard", ["optimizer", "full"])
-def test_divided_steps_send_what_the_table_says(shard: str) -> None:
+def test_divided_steps_send_what_the_table_says(shard):
     """All parameters once, from their owners; or each block's twice, and its gradients once."""
     check_table(f"8 ranks, shard={shard}", step_of(8, shard=shard))
 
 
-def test_another_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_collective_is_seen(monkeypatch):
     monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
     update = Trainer.update
 

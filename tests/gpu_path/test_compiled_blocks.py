@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
-from pathlib import Path
 
 import pytest
 import timm
@@ -112,7 +111,7 @@ def figures_of(stand_in: ctypes.CDLL, name: str) -> dict[str, float]:
         for name, (_, _, dtype) in BLOCKS.items()
     ],
 )
-def test_a_block_is_compiled_as_the_table_says(stand_in: ctypes.CDLL, name: str) -> None:
+def test_a_block_is_compiled_as_the_table_says(stand_in, name):
     compare("compiled_blocks.json", name, figures_of(stand_in, name), versions=VERSIONS)
 
 
@@ -123,9 +122,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("figure", FAULTS)
-def test_more_traffic_and_breaks_are_seen(
-    stand_in: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, figure: str
-) -> None:
+def test_more_traffic_and_breaks_are_seen(stand_in, monkeypatch, figure):
     monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
     forward, fault, name = Mlp.forward, FAULTS[figure], "swin-tiny, first stage"
     monkeypatch.setattr(Mlp, "forward", lambda mlp, x: forward(mlp, fault(x)))
@@ -134,7 +131,7 @@ def test_more_traffic_and_breaks_are_seen(
         compare("compiled_blocks.json", name, found, versions=VERSIONS)
 
 
-def test_a_compiled_block_computes_what_fp64_does(stand_in: ctypes.CDLL, tmp_path: Path) -> None:
+def test_a_compiled_block_computes_what_fp64_does(stand_in, tmp_path):
     """Result and gradients of a shifted block with timm's attention, which Inductor fuses too."""
     torch.manual_seed(0)
     config = build_preset("swin-tiny").changed(

@@ -140,9 +140,7 @@ def launch_windows(
         pytest.param(80, "_backward", torch.bfloat16, 3, marks=slow),
     ],
 )
-def test_windows(
-    capability: int, name: str, dtype: torch.dtype, shift: int, tmp_path: Path
-) -> None:
+def test_windows(capability, name, dtype, shift, tmp_path):
     launched = launch_windows(name, capability, dtype, shift=shift, folder=tmp_path)
     check_window(launched.compiled, tmp_path)
     results, faults = launched.run()
@@ -208,9 +206,7 @@ def log2_sum_exp(logits: Tensor, dim: int) -> Tensor:
         pytest.param("_logit_gradients", torch.float32, "tf32x3", 1e-4, marks=slow),
     ],
 )
-def test_loss(
-    name: str, dtype: torch.dtype, precision: str, tolerance: float, tmp_path: Path
-) -> None:
+def test_loss(name, dtype, precision, tolerance, tmp_path):
     launched, exact = launch_loss(name, dtype, precision=precision, folder=tmp_path)
     results, faults = launched.run()
     assert not faults
@@ -220,7 +216,7 @@ def test_loss(
         assert_close(whole, exact[key], tolerance)
 
 
-def test_a_read_outside_of_a_tensor_is_noticed(tmp_path: Path) -> None:
+def test_a_read_outside_of_a_tensor_is_noticed(tmp_path):
     launched = launch_windows("_forward", 90, torch.bfloat16, shift=3, folder=tmp_path)
     launched.arguments["qkv"] = launched.arguments["qkv"][:-1].clone()
     _, faults = launched.run()
@@ -229,7 +225,7 @@ def test_a_read_outside_of_a_tensor_is_noticed(tmp_path: Path) -> None:
 
 @slow
 @pytest.mark.parametrize("name", ["_forward", "_backward"])
-def test_a_missing_barrier_fence_or_wait_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_missing_barrier_fence_or_wait_is_noticed(name, tmp_path):
     """One is removed at a time: 37 of 44 are noticed (Triton 3.9), others have nothing to order."""
     dtype = torch.bfloat16
     launched = launch_windows(name, 90, dtype, shift=3, folder=tmp_path)

@@ -17,7 +17,6 @@ from nvidia.dali.pipeline import Pipeline
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
-from unicl_fast.pipelines.host_batches import ImageForm
 from unicl_fast.pipelines.kernels.operators import GraphParts, parts_for
 
 pytestmark = pytest.mark.dali
@@ -58,7 +57,7 @@ def devices_of(pipeline: Pipeline) -> dict[str, str]:
 
 @pytest.mark.parametrize("augmentation", ["none", "none,policy=auto", "clip", "supcon"])
 @pytest.mark.parametrize("form", ["files", "pixels"])
-def test_a_training_graph_is_one_that_dali_can_build(form: ImageForm, augmentation: str) -> None:
+def test_a_training_graph_is_one_that_dali_can_build(form, augmentation):
     found = devices_of(
         build_train_graph(
             no_inputs,
@@ -75,14 +74,14 @@ def test_a_training_graph_is_one_that_dali_can_build(form: ImageForm, augmentati
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_an_evaluation_graph_is_one_that_dali_can_build(interpolation: str) -> None:
+def test_an_evaluation_graph_is_one_that_dali_can_build(interpolation):
     data = dataclasses.replace(DataConfig(), interpolation=interpolation)
     pipeline = build_evaluation_graph(no_inputs, data=data, batch_size=8, device=GPU)
     found = devices_of(pipeline)
     assert found.items() >= {"decoders__Image": "mixed", "Resize": "gpu"}.items()
 
 
-def test_an_output_on_the_host_is_seen() -> None:
+def test_an_output_on_the_host_is_seen():
     with Pipeline(batch_size=2, num_threads=1, device_id=0) as pipeline:
         (images,) = fn.external_source(no_inputs, num_outputs=1, batch=True)
         pipeline.set_outputs(fn.flip(images))

@@ -98,12 +98,8 @@ def check_budget(name: str, kernels: Kernels, *, images: int = 0) -> None:
 
 @pytest.mark.parametrize(("objective", "precision", "settings"), STEPS)
 def test_a_step_never_waits_and_stays_in_its_budget(
-    stand_in: ctypes.CDLL,
-    request: pytest.FixtureRequest,
-    objective: str,
-    precision: str,
-    settings: dict,
-) -> None:
+    stand_in, request, objective, precision, settings
+):
     config, batch = config_of(objective, precision, settings), tiny_batch(objective)
     with fake_gpu(stand_in) as mode:
         kernels = second_step(*fake_trainer(mode, config, batch))
@@ -117,7 +113,7 @@ def test_a_step_never_waits_and_stays_in_its_budget(
         for name in sorted({*ALL_OBJECTIVES} - {*OBJECTIVES})
     ],
 )
-def test_steps_of_other_objectives_never_wait(stand_in: ctypes.CDLL, objective: str) -> None:
+def test_steps_of_other_objectives_never_wait(stand_in, objective):
     config, batch = config_of(objective, "bf16", {}), tiny_batch(objective)
     with fake_gpu(stand_in) as mode:
         second_step(*fake_trainer(mode, config, batch))
@@ -135,7 +131,7 @@ def test_steps_of_other_objectives_never_wait(stand_in: ctypes.CDLL, objective: 
         ("bf16", {"ema_decay": 0.99}),
     ],
 )
-def test_a_step_on_a_gpu_never_waits_for_it(precision: str, settings: dict) -> None:
+def test_a_step_on_a_gpu_never_waits_for_it(precision, settings):
     """CUDA itself tells: any wait of the host in the step is an error."""
     config = config_of("unicl", precision, settings).changed(run={"device": "cuda"})
     trainer = make_trainer(config, ListLoader([tiny_batch()]), progress=False)
@@ -164,9 +160,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(precision: str, settings: dict) -> N
         ("swin-tiny", "triton"),
     ],
 )
-def test_the_step_of_a_preset_stays_in_its_budget(
-    stand_in: ctypes.CDLL, preset: str, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_of_a_preset_stays_in_its_budget(stand_in, preset, attention, monkeypatch):
     """512 photographs of 224 x 224 in bf16: the released recipe on eight GPUs."""
     if attention == "triton":
         pytest.importorskip("triton")
@@ -196,13 +190,8 @@ SCORES = [(8, 1, 8, 8), (12, 2, 5, 5), (48, 3, 16, 16), (12, 6, 16, 16)]
     ],
 )
 def test_no_tower_stores_scores(
-    stand_in: ctypes.CDLL,
-    monkeypatch: pytest.MonkeyPatch,
-    precision: str,
-    image_encoder: str,
-    attention: str,
-    expected: set[tuple[int, ...]],
-) -> None:
+    stand_in, monkeypatch, precision, image_encoder, attention, expected
+):
     """Neither that of texts, nor those of images but for timm's windows, in which they are seen."""
     if attention == "triton":
         pytest.importorskip("triton")
@@ -219,9 +208,7 @@ def test_no_tower_stores_scores(
     assert kernels.shapes & {*SCORES} == expected
 
 
-def test_a_run_reads_nothing_until_the_step_after_a_logging_step_is_launched(
-    stand_in: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_reads_nothing_until_the_step_after_a_logging_step_is_launched(stand_in, monkeypatch):
     def wait(event: FakeEvent) -> None:
         raise HostWaitsError("the host waits for an event")
 
@@ -266,7 +253,7 @@ READS = {
 }
 
 
-def test_what_makes_the_host_wait_is_seen(warm: tuple[Trainer, Batch]) -> None:
+def test_what_makes_the_host_wait_is_seen(warm):
     trainer, batch = warm
     seen = []
     for name, read in READS.items():
@@ -282,7 +269,7 @@ def test_what_makes_the_host_wait_is_seen(warm: tuple[Trainer, Batch]) -> None:
     assert seen == list(READS)
 
 
-def test_a_tensor_of_the_host_is_seen(warm: tuple[Trainer, Batch]) -> None:
+def test_a_tensor_of_the_host_is_seen(warm):
     trainer, batch = warm
     with (
         trainer.model.image_encoder.register_forward_hook(
@@ -294,9 +281,7 @@ def test_a_tensor_of_the_host_is_seen(warm: tuple[Trainer, Batch]) -> None:
         trainer.train_step(batch)
 
 
-def test_more_launches_and_bytes_are_seen(
-    warm: tuple[Trainer, Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_launches_and_bytes_are_seen(warm, monkeypatch):
     monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
     trainer, batch = warm
     with Kernels() as plain:

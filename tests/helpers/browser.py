@@ -68,5 +68,4 @@ def dump_page(address: str, tmp_path: Path) -> dict[str, Any]:
     )
     start, end = '<pre id="result">', "</pre>"
     assert start in done.stdout, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(html.unescape(done.stdout.split(start)[1].split(end)[0]))
-    return found
+    return json.loads(html.unescape(done.stdout.split(start)[1].split(end)[0]))

@@ -31,6 +31,15 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def moved(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors whose bits have changed."""
+    return {name for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
+
+
 def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Compares bit for bit."""
     assert found.keys() == expected.keys()

@@ -156,8 +156,6 @@ class _Kernel:
         path = folder / f"{name}.py"  # Triton reads the source of its functions from files
         path.write_text(source)
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self._kernel, self._folder = getattr(module, name), folder

@@ -82,7 +82,6 @@ def store(folder: Path, sample: int, data: bytes) -> None:
 def mend_checksums(folder: Path, name: str) -> None:
     """Makes checksums.txt, and the manifest for a shard, agree with a file that was changed."""
     checksums = read_checksums(folder)
-    assert checksums is not None
     old, new = checksums[name], file_checksum(folder / name)
     manifest = folder / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(old.encode(), new.encode()))
@@ -114,7 +113,6 @@ def _write_samples(folder: Path, samples: np.ndarray) -> None:
     path = folder / "samples.npy"
     path.write_bytes(path.read_bytes()[:HEADER_BYTES] + samples.tobytes())
     checksums = read_checksums(folder)
-    assert checksums is not None
     checksums["samples.npy"] = file_checksum(folder / "samples.npy")
     text = format_checksums(checksums.items())
     (folder / CHECKSUMS_NAME).write_text(text, encoding="utf-8")

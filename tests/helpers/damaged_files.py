@@ -36,8 +36,7 @@ def run_fuzzer(program: str, folder: Path, examples: int) -> dict[str, int]:
         timeout=290,
     )
     assert result.returncode == 0, result.stderr[-6000:]
-    counts: dict[str, int] = json.loads(result.stdout)
-    return counts
+    return json.loads(result.stdout)
 
 
 def fuzz_files(

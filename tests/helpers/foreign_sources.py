@@ -50,7 +50,6 @@ def outcomes(source: Source) -> dict[str, str]:
 def outcome(item: Item) -> str:
     if item.problem is not None:
         return item.problem.kind
-    assert item.entry is not None
     try:
         return "read" if item.entry.read() else "empty"
     except EntryError as error:
@@ -63,5 +62,4 @@ def texts(source: Source) -> dict[str, tuple[list[str], list[str | int]]]:
 
 
 def read(item: Item) -> bytes:
-    assert item.entry is not None
     return item.entry.read()

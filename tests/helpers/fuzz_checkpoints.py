@@ -17,13 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from damaged_files import (
-    damaged_bytes,
-    damaged_json,
-    damaged_safetensors,
-    fuzz_files,
-    run_fuzzer,
-)
+from damaged_files import damaged_bytes, damaged_json, damaged_safetensors, fuzz_files, run_fuzzer
 from hypothesis import strategies as st
 from small_runs import StepLoader, tiny_config
 

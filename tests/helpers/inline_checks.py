@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -11,11 +10,6 @@ from unicl_fast.packing import build as build_module
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
 from unicl_fast.text.tokenizer import Tokenizer
-
-
-@functools.cache
-def _tokenizer() -> Tokenizer:
-    return Tokenizer()
 
 
 def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -31,6 +25,6 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(task.name)
             yield checker.check(task.entry, task.captions, task.size)
 
-    tokenizer = _tokenizer()
+    tokenizer = Tokenizer()
     monkeypatch.setattr(build_module, "check_in_order", check)
     return names

@@ -79,8 +79,6 @@ def count_replaced(
     count = 0
     for batch, whole in zip(batches, expected, strict=True):
         assert batch.step == whole.step
-        assert batch.source_ids is not None
-        assert batch.scheduled_ids is not None
         assert batch.sample_ids is not None
         assert torch.equal(batch.scheduled_ids, whole.sample_ids)
         assert torch.equal(batch.source_ids, whole.source_ids)

@@ -21,7 +21,7 @@ from werkzeug.wrappers import Request, Response
 from unicl_fast.dataset.object_store import ObjectStore
 
 
-class FaultyStore(MemoryFileSystem):  # type: ignore[misc]
+class FaultyStore(MemoryFileSystem):
     """Objects in memory under faulty://; every read is noted, and may be made to fail."""
 
     protocol: ClassVar = "faulty"

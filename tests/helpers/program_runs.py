@@ -76,8 +76,7 @@ def evaluated(kind: str, checkpoint: Path, *more: str | Path, nproc: int = 1) ->
             call(evaluate, *words)
         else:
             run("evaluate", *words, "--nproc", str(nproc))
-        values: dict[str, Any] = json.loads(path.read_text())
-        return values
+        return json.loads(path.read_text())
 
 
 def losses(run_folder: Path) -> list[float]:

@@ -70,7 +70,7 @@ from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
 # interpreter would import torch and timm for five seconds each time.
-mp.set_forkserver_preload(["unicl_fast.training.trainer", "unicl_fast.training.run"])
+mp.set_forkserver_preload(["unicl_fast.training.run", "small_runs"])
 
 
 def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:

@@ -41,6 +41,9 @@ TEXTS = [
     "a photo of a horse",
 ]
 TEXT_LABELS = [0, 1, 1, -1, 7]
+TOKENIZER = Tokenizer()
+"""Stays, so that its vocabulary is read once: that takes as long as a step."""
+TOKENS = TOKENIZER(TEXTS)
 
 
 def tiny_config(
@@ -82,11 +85,8 @@ def global_batch(
     which = (torch.arange(12) * 7 + step) % 3
     which[8:] = 3
     which[5] = 4
-    tokens = Tokenizer()(TEXTS)[which]
-    labels = torch.tensor(TEXT_LABELS)[which]
-    batch = collate(
-        images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
-    )
+    labels, place = torch.tensor(TEXT_LABELS)[which], {"rank": rank, "world_size": world_size}
+    batch = collate(images.roll(step, dims=0), TOKENS[which], labels, step=step, **place)
     return dataclasses.replace(batch, step=step)
 
 
@@ -194,7 +194,7 @@ def labelled_batch(
     all_labels = [0, 1, 2**32, 2**32 + 1, 2**32 + 2]
     labels = torch.tensor(all_labels)[which]
     prompts = [TEXTS[0], TEXTS[1], TEXTS[4], "a fish", "a bird"]
-    tokens = Tokenizer()(prompts)[which]
+    tokens = TOKENIZER(prompts)[which]
     image_labels = None
     if objective.endswith("labels"):
         others = [[], [all_labels[0]], [all_labels[2], all_labels[4]]]
@@ -204,7 +204,7 @@ def labelled_batch(
         image_labels[-1] = image_labels[-1] if objective.startswith("ce") else []
     if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
-        tokens[-3:] = Tokenizer()(TEXTS[2:5])
+        tokens[-3:] = TOKENS[2:5]
     if objective.startswith(("clip", "siglip")):
         labels[:] = -1
     batch = collate(
@@ -259,8 +259,10 @@ def trainer_of(
     images: torch.Tensor,
     config: TrainConfig | None = None,
     folder: Path | None = None,
+    *,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
     **options: Any,
 ) -> Trainer:
     """A trainer on the batches of a `StepLoader`; by default of `tiny_config` and without files."""
-    options = {"loader": StepLoader(images), "progress": False, **options}
+    options = {"loader": StepLoader(images, change=change), "progress": False, **options}
     return make_trainer(config or tiny_config(), run_folder=folder, **options)

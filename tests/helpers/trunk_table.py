@@ -101,7 +101,7 @@ def code_of(path: Path) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [  # type: ignore[attr-defined]
+            node.body = [
                 one
                 for one in body
                 if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
@@ -235,7 +235,7 @@ def iterators_of_a_batch() -> int:
         counts.append(len(found))
         return read(self, batches)
 
-    SampleReader.read_files = reading  # type: ignore[method-assign]
+    SampleReader.read_files = reading
     try:
         with tempfile.TemporaryDirectory() as folder:
             image = saved(Image.new("RGB", (300, 300), "teal"), format="JPEG")
@@ -250,7 +250,7 @@ def iterators_of_a_batch() -> int:
                     next(batches)
                 loader.close()
     finally:
-        SampleReader.read_files = read  # type: ignore[method-assign]
+        SampleReader.read_files = read
     return max(counts) + 3
 
 

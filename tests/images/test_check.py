@@ -7,7 +7,6 @@ import io
 import re
 import struct
 import zlib
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -119,7 +118,7 @@ def every_kind(format: Format) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "keep"])
-def test_plain_images_of_the_format_keep_their_bytes(format: Format) -> None:
+def test_plain_images_of_the_format_keep_their_bytes(format):
     for kind, data in PLAIN[format].items():
         image = check_image(data, format=format, quality=30)
         assert image.data is data, kind
@@ -128,7 +127,7 @@ def test_plain_images_of_the_format_keep_their_bytes(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "keep"])
-def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format: Format) -> None:
+def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format):
     for kind, data in every_kind(format).items():
         image = check_image(data, format=format, quality=95)
         assert image.reencoded, kind
@@ -158,9 +157,7 @@ def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format: Forma
     format=st.sampled_from(FORMATS),
 )
 @examples(150)
-def test_any_size_is_what_it_should_be_and_comes_back(
-    data: st.DataObject, height: int, width: int, format: Format
-) -> None:
+def test_any_size_is_what_it_should_be_and_comes_back(data, height, width, format):
     noise = np.random.default_rng(height * 100 + width)
     shape = (height, width, 3) if data.draw(st.booleans()) else (height, width)
     pixels = noise.integers(0, 256, shape, np.uint8)
@@ -184,7 +181,7 @@ def test_any_size_is_what_it_should_be_and_comes_back(
         assert np.array_equal(np.asarray(found), pixels)
 
 
-def test_quality_is_that_of_every_jpeg_and_webp_that_is_encoded() -> None:
+def test_quality_is_that_of_every_jpeg_and_webp_that_is_encoded():
     source = saved(Image.effect_noise((64, 64), 60).convert("RGB"), format="PNG")
     for format in ("jpeg", "webp"):
         sizes = [len(check_image(source, format=format, quality=q).data) for q in (20, 60, 95)]
@@ -206,7 +203,7 @@ def extended(data: bytes, *chunks: tuple[bytes, bytes], flags: int = 0) -> bytes
 
 
 @pytest.mark.parametrize("kind", ["lossy", "lossless"])
-def test_a_wrapped_webp_loses_its_wrapping_and_not_a_bit_of_its_image(kind: str) -> None:
+def test_a_wrapped_webp_loses_its_wrapping_and_not_a_bit_of_its_image(kind):
     data = PLAIN["webp"][kind]
     for wrapped in (extended(data), extended(data, (b"ICCP", b"profile"), flags=0x20)):
         assert np.array_equal(shown(wrapped), shown(data))
@@ -217,7 +214,7 @@ def test_a_wrapped_webp_loses_its_wrapping_and_not_a_bit_of_its_image(kind: str)
         assert check_image(wrapped, format="packed").reencoded
 
 
-def test_what_decoders_may_see_differently_is_no_simple_webp() -> None:
+def test_what_decoders_may_see_differently_is_no_simple_webp():
     data = PLAIN["webp"]["lossy"]
     assert simple_webp(data) is data
     for odd in (data + b"more", data[:-2], extended(data) + data[12:], b"RIFF\4\0\0\0WEBP"):
@@ -228,7 +225,7 @@ def test_what_decoders_may_see_differently_is_no_simple_webp() -> None:
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless: bool) -> None:
+def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless):
     data = saved(
         Image.effect_noise((200, 150), 60).convert("RGB"), format="WEBP", lossless=lossless
     )
@@ -259,7 +256,7 @@ CHECKED_ENDS = {
 
 @pytest.mark.parametrize("kind", CHECKED_ENDS)
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
-def test_zeros_in_place_of_the_tail_are_damage(kind: str, part: float) -> None:
+def test_zeros_in_place_of_the_tail_are_damage(kind, part):
     data = CHECKED_ENDS[kind]
     assert check_image(data)
     start = int(len(data) * part)
@@ -269,13 +266,13 @@ def test_zeros_in_place_of_the_tail_are_damage(kind: str, part: float) -> None:
 
 
 @pytest.mark.parametrize("format", ["BMP", "PPM", "QOI"])
-def test_plain_pixels_that_lack_their_last_byte_are_damaged(format: str) -> None:
+def test_plain_pixels_that_lack_their_last_byte_are_damaged(format):
     with pytest.raises(ImageError) as caught:
         check_image(saved(NOISE, format=format)[:-1])
     assert caught.value.kind == "damaged"
 
 
-def test_a_ppm_is_kept_only_as_we_would_write_it() -> None:
+def test_a_ppm_is_kept_only_as_we_would_write_it():
     plain = saved(NOISE, format="PPM")
     assert check_image(plain, format="packed").data is plain
     assert check_image(plain, format="ppm").data == plain
@@ -288,7 +285,7 @@ def test_a_ppm_is_kept_only_as_we_would_write_it() -> None:
     assert len(grey) == len(plain)
 
 
-def test_zeros_at_the_end_of_sound_files_are_no_damage() -> None:
+def test_zeros_at_the_end_of_sound_files_are_no_damage():
     """Black areas of lossless WebPs end in them, Exif data too, and files that were padded."""
     black = NOISE.copy()
     black.paste(0, (0, 75, 200, 150))
@@ -302,7 +299,7 @@ def test_zeros_at_the_end_of_sound_files_are_no_damage() -> None:
         assert check_image(CHECKED_ENDS[kind] + bytes(100))
 
 
-def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
+def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere():
     wide = saved(Image.new("RGB", (MAX_WEBP_SIDE + 1, 2)), format="PNG")
     with pytest.raises(ImageError, match="16384 x 2 pixels; WebP holds at most 16,383"):
         check_image(wide, format="webp")
@@ -324,7 +321,7 @@ PNG, PHOTO = saved(RGB, format="PNG"), saved(photo(400, 600), format="JPEG")
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-def test_exif_orientation_is_baked_in(orientation: int, file_format: str) -> None:
+def test_exif_orientation_is_baked_in(orientation, file_format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     more = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
@@ -336,7 +333,7 @@ def test_exif_orientation_is_baked_in(orientation: int, file_format: str) -> Non
     assert np.abs(decoded(image.data) - upright).mean() < 2
 
 
-def test_the_transparent_value_of_a_16_bit_grey_png_lies_on_white() -> None:
+def test_the_transparent_value_of_a_16_bit_grey_png_lies_on_white():
     values = np.full((16, 16), 1000, np.uint16)
     values[:8] = 999  # the same grey in 8 bits
     data = saved(Image.fromarray(values), format="PNG")
@@ -349,9 +346,7 @@ def test_the_transparent_value_of_a_16_bit_grey_png_lies_on_white() -> None:
     assert (grey[8:] == 4).all()
 
 
-def test_images_that_begin_alike_are_checked_each_and_their_header_is_read_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_images_that_begin_alike_are_checked_each_and_their_header_is_read_once(monkeypatch):
     """As small images of one data set do: their header takes longer to read than they to decode."""
     walked: list[bytes] = []
     walk = images._walk_to_scan
@@ -374,7 +369,7 @@ SCAN = re.compile(rb"\xff\xda\x00[\x06-\x0c]")
 
 
 @pytest.mark.parametrize("kind", ["colour", "grey", "cmyk", "one scan a component"])
-def test_a_jpeg_cut_between_scans_is_damaged(kind: str) -> None:
+def test_a_jpeg_cut_between_scans_is_damaged(kind):
     """No decoder warns: the file ends where a file may end, and its image is coarse."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8))
     image = image.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
@@ -415,7 +410,7 @@ def png_of_chunks(data: bytes, *pixels: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "I;16"])
-def test_the_checksum_of_a_pngs_pixels_is_compared(mode: str) -> None:
+def test_the_checksum_of_a_pngs_pixels_is_compared(mode):
     """Chunks' own checksums do not tell; Pillow never reads so far, and DALI refuses the file."""
     values = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56)
     image = Image.fromarray(values) if mode == "I;16" else photo().convert(mode)
@@ -430,7 +425,7 @@ def test_the_checksum_of_a_pngs_pixels_is_compared(mode: str) -> None:
         assert caught.value.kind == "damaged"
 
 
-def test_what_follows_a_pngs_pixels_is_not_inflated_without_end() -> None:
+def test_what_follows_a_pngs_pixels_is_not_inflated_without_end():
     data = saved(Image.new("RGB", (8, 8)), format="PNG")
     rows = bytes(8 * 25)
     bomb = png_of_chunks(data, zlib.compress(rows + bytes(200_000_000)))
@@ -451,13 +446,13 @@ def test_what_follows_a_pngs_pixels_is_not_inflated_without_end() -> None:
         (PHOTO[: len(PHOTO) * 3 // 4] + b"\xff\xd9", "damaged"),
     ],
 )
-def test_what_is_no_image_is_refused_with_its_kind(data: bytes, kind: str) -> None:
+def test_what_is_no_image_is_refused_with_its_kind(data, kind):
     with pytest.raises(ImageError) as caught:
         check_image(data)
     assert caught.value.kind == kind
 
 
-def test_size_is_checked_from_the_header_before_decoding() -> None:
+def test_size_is_checked_from_the_header_before_decoding():
     data = bytearray(jpeg())
     frame = data.index(b"\xff\xc0")
     struct.pack_into(">HH", data, frame + 5, 60_000, 60_000)
@@ -467,13 +462,13 @@ def test_size_is_checked_from_the_header_before_decoding() -> None:
     assert caught.value.kind == "too large"
 
 
-def test_too_many_scans_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_scans_are_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_SCANS", 3)
     with pytest.raises(ImageError, match="scans"):
         check_image(jpeg(progressive=True))
 
 
-def test_more_scans_than_a_baseline_file_can_have_are_refused_by_the_decoder() -> None:
+def test_more_scans_than_a_baseline_file_can_have_are_refused_by_the_decoder():
     """So they need not be counted, which takes longer than all other checks of its bytes."""
     plain = jpeg()
     scan = plain[plain.index(b"\xff\xda") : -2]
@@ -482,7 +477,7 @@ def test_more_scans_than_a_baseline_file_can_have_are_refused_by_the_decoder() -
     assert caught.value.kind == "damaged"
 
 
-def test_resize_shrinks_the_short_side_and_never_enlarges() -> None:
+def test_resize_shrinks_the_short_side_and_never_enlarges():
     big = saved(photo(300, 450), format="JPEG")
     small = check_image(big, short_side=100, quality=85)
     assert (small.height, small.width) == (100, 150)
@@ -495,7 +490,7 @@ def test_resize_shrinks_the_short_side_and_never_enlarges() -> None:
 
 @given(st.binary(max_size=400))
 @examples(200)
-def test_any_bytes_give_a_image_or_a_reason(data: bytes) -> None:
+def test_any_bytes_give_a_image_or_a_reason(data):
     for prefix in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF....WEBP"):
         try:
             check_image(prefix + data)
@@ -505,7 +500,7 @@ def test_any_bytes_give_a_image_or_a_reason(data: bytes) -> None:
 
 @given(data=st.data())
 @examples(300)
-def test_the_fast_check_sees_all_that_a_full_decode_sees(data: st.DataObject) -> None:
+def test_the_fast_check_sees_all_that_a_full_decode_sees(data):
     damaged = bytearray(jpeg(progressive=data.draw(st.booleans())))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(2, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -521,7 +516,7 @@ def test_the_fast_check_sees_all_that_a_full_decode_sees(data: st.DataObject) ->
     assert sound or image.reencoded
 
 
-def test_hostile_files_are_accepted_or_refused_but_never_crash(shared_data: Path) -> None:
+def test_hostile_files_are_accepted_or_refused_but_never_crash(shared_data):
     folder = shared_data / "hostile"
     num_accepted = 0
     with (folder / "manifest.csv").open(encoding="utf-8") as file:
@@ -538,7 +533,7 @@ def test_hostile_files_are_accepted_or_refused_but_never_crash(shared_data: Path
     assert num_accepted > 150
 
 
-def test_real_photos_keep_their_bytes(shared_data: Path) -> None:
+def test_real_photos_keep_their_bytes(shared_data):
     for path in sorted((shared_data / "decode" / "images").iterdir())[:60]:
         data = path.read_bytes()
         image = check_image(data)

@@ -112,29 +112,25 @@ def encoded(head: SegmentHeader, steps: Iterable[int], *ids: np.ndarray) -> byte
 def record_at(path: Path, step: int) -> int:
     """Where the record of a step begins, in a file without substitutes."""
     file = read_segment_file(path)
-    assert file is not None
     (records,) = file.ranges
     return records.offset + (step - records.step) * file.header.record_bytes(0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_an_unbroken_run_is_proven(tmp_path: Path, world_size: int) -> None:
+def test_an_unbroken_run_is_proven(tmp_path, world_size):
     write(tmp_path, 1, 0, STEPS, world_size=world_size)
     proof = prove(tmp_path, steps_done=STEPS)
     assert proof.holds
     assert (proof.steps, proof.holes, proof.num_superseded) == (STEPS, (), 0)
     draws = np.bincount(SOURCE_IDS.reshape(-1)).tolist()
     assert [source.draws for source in proof.sources] == draws
-    assert [source.complete_epochs for source in proof.sources] == [
-        draws[0] // 37,
-        draws[1] // 300,
-    ]
+    assert [source.complete_epochs for source in proof.sources] == [draws[0] // 37, draws[1] // 300]
     assert proof.sources[0].complete_epochs > 5
     assert not proof.notes
     assert not proof.num_substituted
 
 
-def test_restarts_on_other_ranks_supersede_what_was_done_before(tmp_path: Path) -> None:
+def test_restarts_on_other_ranks_supersede_what_was_done_before(tmp_path):
     other = IDS.copy()
     other[20:] = 0  # what was abandoned may be anything
     write(tmp_path, 1, 0, 30, ids=other)
@@ -163,7 +159,7 @@ HOLES = {
 
 
 @pytest.mark.parametrize("kind", HOLES)
-def test_holes_are_found(tmp_path: Path, kind: str) -> None:
+def test_holes_are_found(tmp_path, kind):
     starts, steps_done, hole = HOLES[kind]
     for number, values in enumerate(starts, start=1):
         values = {"start": 0, "end": STEPS} | values
@@ -179,7 +175,7 @@ def test_holes_are_found(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["one again", "two exchanged over epochs"])
-def test_a_sample_that_is_scheduled_twice_in_an_epoch_is_found(tmp_path: Path, swap: bool) -> None:
+def test_a_sample_that_is_scheduled_twice_in_an_epoch_is_found(tmp_path, swap):
     ids = IDS.copy()
     places = np.argwhere(SOURCE_IDS == 0)
     first, other = tuple(places[3]), tuple(places[50 if swap else 20])
@@ -194,7 +190,7 @@ def test_a_sample_that_is_scheduled_twice_in_an_epoch_is_found(tmp_path: Path, s
     assert any(f"did not schedule sample {IDS[first]}" in fault for fault in proof.faults)
 
 
-def test_a_sample_scheduled_twice_in_the_epoch_in_progress_is_found(tmp_path: Path) -> None:
+def test_a_sample_scheduled_twice_in_the_epoch_in_progress_is_found(tmp_path):
     ids = IDS.copy()
     places = np.argwhere(SOURCE_IDS == 1)
     assert len(places) % 300 > 10
@@ -205,7 +201,7 @@ def test_a_sample_scheduled_twice_in_the_epoch_in_progress_is_found(tmp_path: Pa
     assert not proof.holds
 
 
-def test_a_sample_beyond_its_source_is_found(tmp_path: Path) -> None:
+def test_a_sample_beyond_its_source_is_found(tmp_path):
     ids = IDS.copy()
     ids[tuple(np.argwhere(SOURCE_IDS == 0)[-1])] = 37
     write(tmp_path, 1, 0, STEPS, ids=ids)
@@ -215,7 +211,7 @@ def test_a_sample_beyond_its_source_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_substitutes_are_counted_by_sample(tmp_path: Path, world_size: int) -> None:
+def test_substitutes_are_counted_by_sample(tmp_path, world_size):
     generator = np.random.default_rng(1)
     shown = IDS.copy()
     expected: dict[tuple[int, int], Counter[int]] = {}
@@ -232,7 +228,7 @@ def test_substitutes_are_counted_by_sample(tmp_path: Path, world_size: int) -> N
     assert proof.num_substituted == 7
 
 
-def test_a_record_cut_off_anywhere_is_dropped(tmp_path: Path) -> None:
+def test_a_record_cut_off_anywhere_is_dropped(tmp_path):
     shown = IDS.copy()
     shown[19, 4] = (shown[19, 4] + 1) % 37
     (path,) = write(tmp_path, 1, 0, 20, shown=shown)
@@ -254,7 +250,7 @@ def test_a_record_cut_off_anywhere_is_dropped(tmp_path: Path) -> None:
     assert prove(tmp_path).holes == ((19, 20),)
 
 
-def test_a_start_that_ended_within_its_header_is_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_start_that_ended_within_its_header_is_as_if_it_had_not_been(tmp_path):
     write(tmp_path, 1, 0, 20)
     (path,) = write(tmp_path, 2, 10, 10)
     whole = path.read_bytes()
@@ -267,9 +263,7 @@ def test_a_start_that_ended_within_its_header_is_as_if_it_had_not_been(tmp_path:
 
 @examples(40)
 @given(st.integers(0, 10_000), st.integers(1, 255), st.sampled_from([1, 2]))
-def test_no_flipped_byte_goes_unnoticed(
-    tmp_path_factory: pytest.TempPathFactory, at: int, flip: int, world_size: int
-) -> None:
+def test_no_flipped_byte_goes_unnoticed(tmp_path_factory, at, flip, world_size):
     folder = tmp_path_factory.mktemp("ledger")
     path = write(folder, 1, 0, 20, world_size=world_size)[-1]
     data = bytearray(path.read_bytes())
@@ -286,7 +280,7 @@ def test_no_flipped_byte_goes_unnoticed(
         assert proof.holes == ((step, step + 1),), "the records behind it can be read"
 
 
-def test_damage_where_a_later_start_has_records_costs_nothing(tmp_path: Path) -> None:
+def test_damage_where_a_later_start_has_records_costs_nothing(tmp_path):
     (path,) = write(tmp_path, 1, 0, 30)
     data = bytearray(path.read_bytes())
     data[record_at(path, 27) + 30] ^= 1
@@ -298,9 +292,7 @@ def test_damage_where_a_later_start_has_records_costs_nothing(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("window", "groups"), [(0, 128), (64, 1), (64, 4)])
-def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
-    tmp_path: Path, window: int, groups: int
-) -> None:
+def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(tmp_path, window, groups):
     samples = [np.zeros(source.num_samples, dtype=SAMPLE_DTYPE) for source in SOURCES]
     sources = []
     for source, rows in zip(SOURCES, samples, strict=True):
@@ -320,7 +312,6 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     encoded = encode_header(head)
     (tmp_path / segment_name(1, 0)).write_bytes(encoded)
     found = read_segment_file(tmp_path / segment_name(1, 0))
-    assert found is not None
     replan = Replan(tmp_path)
     replan(found.header, 0, *(values.reshape(STEPS, N).astype(np.int64) for values in scheduled))
     assert replan.num_draws == STEPS * N
@@ -332,9 +323,7 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     assert replan.num_different > STEPS
 
 
-def test_another_version_is_refused_by_its_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_version_is_refused_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setattr("unicl_fast.ledger.format.VERSION", 2)
     write(tmp_path, 1, 0, 3)
     monkeypatch.undo()
@@ -342,9 +331,7 @@ def test_another_version_is_refused_by_its_number(
         prove(tmp_path)
 
 
-def test_any_name_of_a_data_set_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_name_of_a_data_set_is_printed(tmp_path, capsys):
     hostile = "100 % {} $x$ <b> \N{PILE OF POO}\n\0\x1b[2J\udcff"
     (path,) = write(tmp_path / "ledger", 1, 0, 3)
     records = path.read_bytes()[len(encode_header(header(1, 0))) :]
@@ -361,7 +348,7 @@ def test_any_name_of_a_data_set_is_printed(
     assert end.value.code == 2  # it is proven, and cannot be written down
 
 
-def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> None:
+def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path):
     """What two runs leave that shared a folder."""
     other = (SOURCES[0], LedgerSource("captions", 301))
     for change in ({"run_id": "b"}, {"seed": 1}, {"sources": other}):
@@ -374,7 +361,7 @@ def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> 
         assert "segments 1 and 2 are of different runs: run a with seed 0" in proof.faults[0]
 
 
-def test_a_checkpoint_is_vouched_for_by_the_ledger_of_its_own_run(tmp_path: Path) -> None:
+def test_a_checkpoint_is_vouched_for_by_the_ledger_of_its_own_run(tmp_path):
     write(tmp_path, 1, 0, STEPS, run_id="a")
     own = Run(run_id="a", seed=0, global_batch_size=N, sizes=[37, 300])
     assert prove(tmp_path, steps_done=STEPS, run=own).holds
@@ -397,9 +384,7 @@ def test_a_checkpoint_is_vouched_for_by_the_ledger_of_its_own_run(tmp_path: Path
         ((1,) * 257, 1, 2),
     ],
 )
-def test_ids_take_as_few_bytes_as_their_sources_allow(
-    tmp_path: Path, sizes: tuple[int, ...], id_bytes: int, source_bytes: int
-) -> None:
+def test_ids_take_as_few_bytes_as_their_sources_allow(tmp_path, sizes, id_bytes, source_bytes):
     head = dataclasses.replace(
         header(1, 5),
         sources=tuple(LedgerSource(str(i), size) for i, size in enumerate(sizes)),
@@ -414,7 +399,6 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     path = tmp_path / segment_name(1, 0)
     path.write_bytes(encoded(head, range(5, 9), source_ids, scheduled, shown))
     file = read_segment_file(path)
-    assert file is not None
     assert [(one.step, one.end) for one in file.ranges][-1][1] == 9
     read_sources, read_ids = file.batch_rows(6, 9)
     assert np.array_equal(read_sources, source_ids[1:])
@@ -430,11 +414,8 @@ def trainer_in(folder: Path, images: torch.Tensor, loader: StepLoader | None = N
     return make_trainer(tiny_config(), loader, **options)
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_all_records_are_there_when_a_checkpoint_is_begun(
-    images: torch.Tensor, tmp_path: Path, world_size: int
-) -> None:
+def test_all_records_are_there_when_a_checkpoint_is_begun(images, tmp_path, world_size):
     if world_size == 1:
         write_a_ledger(Ranks(), images, tmp_path, False)
     else:
@@ -452,9 +433,9 @@ def full(file: int, data: bytes) -> int:
 
 
 def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    images, tmp_path, monkeypatch,
+    caplog,
+):  # fmt: skip
     written, write_all = [0], os.write
 
     def nearly_full(file: int, data: bytes) -> int:
@@ -477,9 +458,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
     assert not proof.notes
 
 
-def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(images, tmp_path):
     def move_away(batch: Batch) -> Batch:
         if batch.step == 2:
             (tmp_path / "ledger").rename(tmp_path / "elsewhere")
@@ -496,26 +475,20 @@ def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(
     assert prove(tmp_path / "ledger", steps_done=6).holds
 
 
-def test_a_ledger_that_cannot_be_written_at_the_end_is_an_error(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ledger_that_cannot_be_written_at_the_end_is_an_error(images, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module.os, "write", full)
     with pytest.raises(OSError, match="a checkpoint without it would leave a hole"):
         trainer_in(tmp_path, images).fit()
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 
-def test_a_loader_that_does_not_name_its_samples_is_refused(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_loader_that_does_not_name_its_samples_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="a ledger needs a loader whose batches have source_ids"):
         trainer_in(tmp_path, images, StepLoader(images)).fit()
 
 
 @pytest.mark.parametrize("field", ["source_ids", "scheduled_ids", "sample_ids"])
-def test_ids_that_do_not_exist_are_refused(
-    images: torch.Tensor, tmp_path: Path, field: str
-) -> None:
+def test_ids_that_do_not_exist_are_refused(images, tmp_path, field):
     ledger = ledger_in(tmp_path)
     batch: Batch = next(StepLoader(images, change=named).batches(0))
     wrong = getattr(batch, field).clone()
@@ -524,7 +497,7 @@ def test_ids_that_do_not_exist_are_refused(
         ledger.record(dataclasses.replace(batch, **{field: wrong}))
 
 
-def test_where_there_is_no_ledger_that_is_said(tmp_path: Path) -> None:
+def test_where_there_is_no_ledger_that_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no ledger"):
         prove(tmp_path / "ledger")
 
@@ -548,7 +521,7 @@ def record_stages(folder: Path, start: int, end: int, *, ids: np.ndarray = IDS) 
             ledger.record(SimpleNamespace(step=step, **rows))
 
 
-def test_a_run_in_stages_is_proven_over_their_boundary(tmp_path: Path) -> None:
+def test_a_run_in_stages_is_proven_over_their_boundary(tmp_path):
     record_stages(tmp_path, 0, 5)
     record_stages(tmp_path, 2, 9)
     own = Run(run_id="a", seed=0, global_batch_size=N, sizes=[37, 300])
@@ -563,7 +536,7 @@ def test_a_run_in_stages_is_proven_over_their_boundary(tmp_path: Path) -> None:
     assert [segment.header.segment for segment in proof.starts] == [1, 3]
 
 
-def test_a_draw_that_comes_again_behind_a_boundary_is_named(tmp_path: Path) -> None:
+def test_a_draw_that_comes_again_behind_a_boundary_is_named(tmp_path):
     flat = IDS.reshape(-1).copy()
     source = SOURCE_IDS.reshape(-1)
     at = 72 + int(np.argmax(source[72:] == 1))  # captions have one epoch of all that is drawn
@@ -575,7 +548,7 @@ def test_a_draw_that_comes_again_behind_a_boundary_is_named(tmp_path: Path) -> N
     assert any(where in fault for fault in proof.faults), proof.faults
 
 
-def test_a_stage_without_its_file_is_a_hole_of_its_draws(tmp_path: Path) -> None:
+def test_a_stage_without_its_file_is_a_hole_of_its_draws(tmp_path):
     record_stages(tmp_path, 0, 5)
     record_stages(tmp_path, 6, 9)
     (tmp_path / segment_name(2, 0)).unlink()
@@ -583,9 +556,7 @@ def test_a_stage_without_its_file_is_a_hole_of_its_draws(tmp_path: Path) -> None
     assert (proof.holes, proof.steps, proof.num_draws) == (((3, 6),), 3, 72)
 
 
-def test_a_stage_does_not_begin_before_the_records_of_the_last_one_are_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_does_not_begin_before_the_records_of_the_last_one_are_down(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module.os, "write", full)
     with pytest.raises(OSError, match="another stage of the run begins"):
         record_stages(tmp_path, 0, 4)

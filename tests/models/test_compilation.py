@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,7 +86,7 @@ def batch_of_texts(images: torch.Tensor, *, num_texts: int, num_words: int, step
     return collate(images, Tokenizer()(texts), labels, step=step)
 
 
-def test_sizes_are_few_and_not_much_larger() -> None:
+def test_sizes_are_few_and_not_much_larger():
     assert [round_up_length(length) for length in (1, 8, 9, 77)] == [8, 8, 16, 80]
     for count in range(1, 5000):
         rounded = round_up_count(count)
@@ -97,7 +96,7 @@ def test_sizes_are_few_and_not_much_larger() -> None:
     assert len({round_up_count(count) for count in range(1, 4097)}) <= 8 + 6 * 4
 
 
-def test_texts_that_are_added_change_no_feature() -> None:
+def test_texts_that_are_added_change_no_feature():
     model = build_model(tiny_config()).double().eval()
     tokens = Tokenizer()(["a dog", "two people in the snow", "a photo of a cat"])[:, :12]
     num_tokens = int((tokens.argmax(dim=1) + 1).sum())
@@ -110,13 +109,9 @@ def test_texts_that_are_added_change_no_feature() -> None:
 
 
 @pytest.mark.parametrize(
-    "others",
-    [{}, {"micro_batch_size": 5}],
-    ids=lambda others: ",".join(others) or "default",
+    "others", [{}, {"micro_batch_size": 5}], ids=lambda others: ",".join(others) or "default"
 )
-def test_padded_texts_do_not_count(
-    images: torch.Tensor, others: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padded_texts_do_not_count(images, others, monkeypatch):
     """The sizes of a compiled step, without compiling."""
     plain = first_gradients(images, Ranks(), tiny_config())
     monkeypatch.setattr(parallel_module, "compile_encoders", lambda model, what: None)
@@ -132,10 +127,10 @@ def test_padded_texts_do_not_count(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("cifar10-small", "swin-tiny", "focalnet-base", "resnet50")
         ),
-        pytest.param("vit-base", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param("vit-base", marks=pytest.mark.long),
     ],
 )
-def test_an_image_encoder_is_one_graph(preset: str) -> None:
+def test_an_image_encoder_is_one_graph(preset):
     config = build_preset(preset) if preset else tiny_config(precision="fp32")
     model, side = build_model(config), config.data.image_size
     model.set_drop_path_key(step=0, global_index=torch.arange(2))
@@ -147,7 +142,7 @@ def test_an_image_encoder_is_one_graph(preset: str) -> None:
     "is_packed",
     [pytest.param(True, id="packed"), pytest.param(False, id="trimmed", marks=pytest.mark.slow)],
 )
-def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
+def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed):
     """A size that was new once, and one for all sizes; each without a break."""
     encoder = build_model(tiny_config(precision="fp32")).text_encoder
     for length in range(8, 88, 8):
@@ -180,9 +175,9 @@ DIFFERENT = [
     ],
 )
 def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
-    images: torch.Tensor, what: str, sizes: list[tuple[int, int]], first: int, most: int,
-    compile_by: Callable[[str], None],
-) -> None:  # fmt: skip
+    images, what, sizes, first, most,
+    compile_by,
+):  # fmt: skip
     """Nor do other branches that are dropped; equal blocks of a kind are one graph."""
     compile_by("eager")
     batches = [
@@ -225,9 +220,7 @@ def encode_in_many_sizes(model: UniCL, images: torch.Tensor) -> None:
     ],
     ids=lambda others: ",".join(map(str, others.values())),
 )
-def test_compiled_blocks_give_the_eager_gradients(
-    images: torch.Tensor, others: dict, compile_by: Callable[[str], None]
-) -> None:
+def test_compiled_blocks_give_the_eager_gradients(images, others, compile_by):
     """With torch's own kernels, by way of the forward and backward graphs of a compiled step."""
     eager = first_gradients(images, Ranks(), tiny_config(**others))
     compile_by("aot_eager")
@@ -238,9 +231,7 @@ def test_compiled_blocks_give_the_eager_gradients(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(
-    images: torch.Tensor, compile_by: Callable[[str], None]
-) -> None:
+def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(images, compile_by):
     config = tiny_config().changed(optim={"lora": "image:4,text:2"})
     loss, eager = first_gradients(images, Ranks(), config)
     eager = {name: gradient for name, gradient in eager.items() if gradient is not None}
@@ -256,9 +247,7 @@ def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(
 
 
 @pytest.mark.parametrize(("what", "number"), [("blocks", 6 + 2), ("encoders", 2)])
-def test_what_is_compiled_keeps_names_and_leaves_the_average_as_it_is(
-    images: torch.Tensor, what: str, number: int
-) -> None:
+def test_what_is_compiled_keeps_names_and_leaves_the_average_as_it_is(images, what, number):
     config = tiny_config(compile=what)
     plain = build_model(config).state_dict().keys()
     config = config.changed(optim={"ema_decay": 0.9})
@@ -286,7 +275,7 @@ def test_what_is_compiled_keeps_names_and_leaves_the_average_as_it_is(
         ),
     ],
 )
-def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict) -> None:
+def test_the_compiled_step_is_the_eager_step(images, others):
     """By torch's own kernels, compiled."""
 
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -305,17 +294,13 @@ def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict)
         torch.testing.assert_close(weight, eager[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "settings",
     [{"compile": "encoders"}, {"compile": "blocks", "activation_checkpointing": True}],
     ids=lambda settings: settings["compile"],
 )
-def test_compiled_ranks_give_the_gradients_of_one_eager_process(
-    images: torch.Tensor, tmp_path: Path, settings: dict
-) -> None:
+def test_compiled_ranks_give_the_gradients_of_one_eager_process(images, tmp_path, settings):
     """Each rank has other numbers of texts and tokens, so its padding is another, too."""
     eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
     run_on_ranks(write_compiled_gradients, 2, images, str(tmp_path), settings)
@@ -328,9 +313,7 @@ def test_compiled_ranks_give_the_gradients_of_one_eager_process(
             )
 
 
-def test_what_cannot_be_compiled_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     norms = {"image_encoder": "unicl_convnet7_small", "activation_checkpointing": True}
     for settings, message in (
         (norms, "BatchNorm.*activation_checkpointing=False"),
@@ -348,9 +331,7 @@ def settled(model: UniCL, device: str) -> str:
     return settle_compilation(EfficiencyConfig(precision="fp64"), model, torch.device(device))
 
 
-def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch):
     model = build_model(tiny_config())
     capability = (8, 0)
     found = {"g++", "gcc", "triton"}
@@ -377,7 +358,7 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
     assert settled(model, "cuda") == "off"
 
 
-def test_sizes_of_texts_are_rounded_where_that_helps() -> None:
+def test_sizes_of_texts_are_rounded_where_that_helps():
     cases = [("auto", "cpu"), ("off", "cpu"), ("blocks", "cpu"), ("off", "cuda")]
     rounded = [
         rounds_sizes(tiny_config(compile=what).efficiency, torch.device(on)) for what, on in cases

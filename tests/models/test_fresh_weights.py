@@ -39,15 +39,11 @@ def text_shapes() -> dict[str, ModelConfig]:
     "preset",
     [
         # 12 layers of width 512 take longer than all the others
-        pytest.param(
-            name,
-            marks=[pytest.mark.slow, pytest.mark.long]
-            * (model.text_width * model.text_layers > 4000),
-        )
+        pytest.param(name, marks=[pytest.mark.long] * (model.text_width * model.text_layers > 4000))
         for name, model in text_shapes().items()
     ],
 )
-def test_other_words_are_other_features(preset: str) -> None:
+def test_other_words_are_other_features(preset):
     """The mean squared distance of two prompts that differ in the noun; 2 if unrelated.
 
     Over three seeds: 0.11 to 0.25 at 2 layers, where 0.02 everywhere gave 0.01 to 0.05; and 0.08 at
@@ -81,7 +77,7 @@ def _marks(preset: str) -> list[pytest.MarkDecorator]:
         if "half" not in name
     ],
 )
-def test_both_towers_get_gradients_of_one_size(preset: str) -> None:
+def test_both_towers_get_gradients_of_one_size(preset):
     """Neither encoder gets more than 16 times the gradient of the other; all have one.
 
     0.4 to 2 in most presets; an EfficientNet whose BatchNorms see ten images is at 8 to 11.

@@ -20,7 +20,7 @@ IMAGES = torch.arange(2 * 5 * 7 * 3, dtype=torch.int64).mul(37).remainder(256)
 IMAGES = IMAGES.to(torch.uint8).view(2, 5, 7, 3)
 
 
-def test_equals_torchvision_and_is_channels_last() -> None:
+def test_equals_torchvision_and_is_channels_last():
     ours = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD)
     images = IMAGES.permute(0, 3, 1, 2).contiguous()
     theirs = V.normalize(V.to_dtype(images, torch.float32, scale=True), CLIP_MEAN, CLIP_STD)
@@ -31,7 +31,7 @@ def test_equals_torchvision_and_is_channels_last() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_rounds_once(dtype: torch.dtype) -> None:
+def test_rounds_once(dtype):
     ours = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
     exact = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD, dtype=torch.float64)
     assert ours.dtype == dtype
@@ -47,9 +47,7 @@ def test_rounds_once(dtype: torch.dtype) -> None:
         ((6, 256, 256, 4), (0.1, 0.2, 0.3, 0.4)),
     ],
 )
-def test_large_batches_hold_the_same_bits_as_small_ones(
-    shape: tuple[int, ...], mean: tuple[float, ...]
-) -> None:
+def test_large_batches_hold_the_same_bits_as_small_ones(shape, mean):
     """They are stored past the caches, in blocks that know nothing of rows."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
@@ -62,7 +60,7 @@ def test_large_batches_hold_the_same_bits_as_small_ones(
     torch.testing.assert_close(whole[:, 2].double(), channel, rtol=0, atol=2e-6)
 
 
-def test_an_address_that_no_block_can_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_no_block_can_begin_at(monkeypatch):
     monkeypatch.setattr(precision, "_LARGE_VALUES", 0)
     values = torch.arange(96, dtype=torch.uint8).view(1, 2, 48)
     factor = torch.tensor([2.0, 3.0, 4.0]).repeat(16)
@@ -72,12 +70,12 @@ def test_an_address_that_no_block_can_begin_at(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(unaligned, values * factor + factor)
 
 
-def test_what_is_no_uint8_batch_is_refused() -> None:
+def test_what_is_no_uint8_batch_is_refused():
     with pytest.raises(ValueError, match=r"expected uint8 images \[b h w 3\]"):
         normalise_images(torch.zeros(1, 3, 4, 4), mean=CLIP_MEAN, std=CLIP_STD)
 
 
-def test_only_fp16_scales_the_loss() -> None:
+def test_only_fp16_scales_the_loss():
     scaling = {
         name: Precision(name).build_scaler("cpu").is_enabled()
         for name in ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -91,12 +89,12 @@ def test_only_fp16_scales_the_loss() -> None:
     ids=["faster", "hardly faster", "emulated"],
 )
 def test_auto_is_what_was_measured_to_be_faster(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    fp32: float, bf16: float, expected: str,
-) -> None:  # fmt: skip
+    monkeypatch, caplog,
+    fp32, bf16, expected,
+):  # fmt: skip
     monkeypatch.setattr(precision, "seconds_of_products", lambda threads: (fp32, bf16))
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
-    assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
+    assert Precision("auto") == Precision(expected)
     with caplog.at_level("INFO"):
         assert settle_precision("auto", torch.device("cpu")) == expected
     assert f"precision: {expected}" in caplog.text
@@ -105,7 +103,7 @@ def test_auto_is_what_was_measured_to_be_faster(
     assert settle_precision("bf16", torch.device("cpu"), stored="fp64") == "bf16"
 
 
-def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> None:
+def test_both_precisions_are_measured_once_and_no_random_number_is_drawn():
     precision.seconds_of_products.cache_clear()
     before = torch.get_rng_state()
     fp32, bf16 = precision.seconds_of_products(1)
@@ -118,7 +116,7 @@ def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> No
     ("precision_name", "expected"),
     [("tf32", True), ("bf16", True), ("fp16", True), ("fp32", False), ("fp64", False)],
 )
-def test_tf32_is_for_gpus_whose_encoders_round_anyway(precision_name: str, expected: bool) -> None:
+def test_tf32_is_for_gpus_whose_encoders_round_anyway(precision_name, expected):
     switches = [
         (torch.backends.cuda.matmul, "allow_tf32"),
         (torch.backends.cudnn, "allow_tf32"),

@@ -23,7 +23,6 @@ def shown(model: UniCL, batch: Any, *, step: int, rows: slice = slice(None)) -> 
     """The tokens [b t w] behind the layer that drops them."""
     found: list[torch.Tensor] = []
     layer = model.drop_path_key.tokens
-    assert layer is not None
     handle = layer.register_forward_hook(lambda _, __, out: found.append(out))
     pixels = batch.images[rows].permute(0, 3, 1, 2).double() / 255
     model.set_drop_path_key(step=step, global_index=batch.global_index[rows])
@@ -32,7 +31,7 @@ def shown(model: UniCL, batch: Any, *, step: int, rows: slice = slice(None)) -> 
     return found[0]
 
 
-def test_tokens_are_a_function_of_step_and_sample(images: torch.Tensor) -> None:
+def test_tokens_are_a_function_of_step_and_sample(images):
     batch = next(iter(StepLoader(images).batches(0)))
     model = build_model(config_of())
     first = shown(model, batch, step=0)
@@ -53,7 +52,7 @@ def test_tokens_are_a_function_of_step_and_sample(images: torch.Tensor) -> None:
     assert not torch.equal(shown(model, batch, step=1), first)
 
 
-def test_micro_batches_leave_out_what_the_whole_batch_does(images: torch.Tensor) -> None:
+def test_micro_batches_leave_out_what_the_whole_batch_does(images):
     losses = []
     for size in (0, 4):
         trainer = make_trainer(config_of(micro_batch_size=size), StepLoader(images), progress=False)
@@ -64,12 +63,12 @@ def test_micro_batches_leave_out_what_the_whole_batch_does(images: torch.Tensor)
     assert float(plain.train_step(batch)[0]) != pytest.approx(losses[0][0], rel=1e-6)
 
 
-def test_an_encoder_without_tokens_is_refused() -> None:
+def test_an_encoder_without_tokens_is_refused():
     with pytest.raises(ValueError, match=r"model.token_drop .* timm's ViTs, and .* is none"):
         build_model(config_of(image_encoder="unicl_convnet7_small"))
 
 
-def test_at_least_one_patch_is_left() -> None:
+def test_at_least_one_patch_is_left():
     layer = KeyedTokenDrop(0.999, num_prefix_tokens=1)
     layer.keys = torch.arange(2)
     assert layer(torch.randn(2, 5, 3)).shape == (2, 2, 3)

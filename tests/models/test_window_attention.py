@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,7 @@ import torch
 from compiled_kernels import check_window, compile_window
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted_kernels import (
-    Compute,
-    attention_and_gradients,
-    check_operators,
-    gradients_of_swin,
-)
+from interpreted_kernels import Compute, attention_and_gradients, check_operators, gradients_of_swin
 from property_tests import examples
 from small_runs import tiny_config
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -95,16 +89,14 @@ slow = pytest.mark.slow
     ],
     ids=str,
 )
-def test_kernels_round_no_more_than_timms(
-    compute: Compute, form: str, size: tuple[int, int], window: Any, shift: int
-) -> None:
+def test_kernels_round_no_more_than_timms(compute, form, size, window, shift):
     block = build_block(size, window=window, shift=shift)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
     check_against_timm(compute, block, size, dtype=dtype, autocast=form == "autocast")
 
 
 @pytest.mark.parametrize("variant", ["", pytest.param(",dora", marks=slow)])
-def test_adapters_are_seen_by_the_kernels(compute: Compute, variant: str) -> None:
+def test_adapters_are_seen_by_the_kernels(compute, variant):
     block = build_block((6, 4), window=(3, 4), shift=1)
     add_adapters(block, [block], Adapters.parse(f"image:4{variant}"), rank=4)
     for name, weight in block.named_parameters():
@@ -112,10 +104,10 @@ def test_adapters_are_seen_by_the_kernels(compute: Compute, variant: str) -> Non
     check_against_timm(compute, block, (6, 4))
 
 
-@pytest.mark.parametrize("largest", [3, pytest.param(8, marks=[slow, pytest.mark.long])])
+@pytest.mark.parametrize("largest", [3, pytest.param(8, marks=pytest.mark.long)])
 @given(data=st.data())
 @examples(25)
-def test_any_window(compute: Compute, largest: int, data: st.DataObject) -> None:
+def test_any_window(compute, largest, data):
     side = st.integers(1, largest)
     window = data.draw(side, "height"), data.draw(side, "width")
     size = tuple(data.draw(st.integers(w, 2 * w + 3), "map") for w in window)
@@ -130,12 +122,12 @@ def test_any_window(compute: Compute, largest: int, data: st.DataObject) -> None
 
 
 @pytest.mark.parametrize("shift", [pytest.param(0, marks=slow), 1])
-def test_torch_may_trace_and_compile_the_operators(compute: Compute, shift: int) -> None:
+def test_torch_may_trace_and_compile_the_operators(compute, shift):
     compute(check_operators, shift=shift)
 
 
 @pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=slow)])
-def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
+def test_fused_blocks_are_few_graphs_without_breaks(recomputes):
     """On tensors without content, forward and backward; six blocks are of three kinds."""
     images = torch.empty(2, 3, 32, 32, device="meta")
     settings = {"activation_checkpointing": recomputes}
@@ -143,7 +135,7 @@ def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
     assert counts.tolist() == [3, 0]
 
 
-def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
+def test_weights_keep_their_names_and_copies_compute_with_their_own():
     model = build_model(tiny_config(image_encoder="unicl_swin6_small"))
     names = list(model.state_dict())
     assert fuse_window_attention(model.image_encoder) == 6
@@ -155,14 +147,14 @@ def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
         assert all(block._attn.__self__ is block for block in blocks)
 
 
-def test_kernels_that_are_not_interpreted_refuse_the_cpu() -> None:
+def test_kernels_that_are_not_interpreted_refuse_the_cpu():
     block = build_block((7, 7))
     x = torch.zeros(1, 7, 7, block.dim)
     with pytest.raises(ValueError, match="on a CUDA device, not on cpu.*auto or timm"):
         attention_and_gradients(block, x, x, fused=True)
 
 
-def test_operations_are_counted_as_those_of_timm() -> None:
+def test_operations_are_counted_as_those_of_timm():
     """Backward has a product more: it computes the scores anew."""
     counts = []
     for fused in (False, True):
@@ -188,7 +180,7 @@ def test_operations_are_counted_as_those_of_timm() -> None:
         pytest.param(90, torch.bfloat16, 3, marks=slow),
         pytest.param(100, torch.bfloat16, 3, marks=slow),
         *(
-            pytest.param(capability, dtype, shift, marks=[slow, pytest.mark.long])
+            pytest.param(capability, dtype, shift, marks=pytest.mark.long)
             for capability in (80, 90, 100)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for shift in (0, 3)
@@ -196,9 +188,7 @@ def test_operations_are_counted_as_those_of_timm() -> None:
         ),
     ],
 )
-def test_compiled_kernels_fit_and_spill_no_register(
-    capability: int, dtype: torch.dtype, shift: int, tmp_path: Path
-) -> None:
+def test_compiled_kernels_fit_and_spill_no_register(capability, dtype, shift, tmp_path):
     """Compiled ahead of time as the windows of the presets' models are, which needs no GPU."""
     from unicl_fast.models import window_attention
 
@@ -216,9 +206,7 @@ def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
     return settle_window_attention(config.efficiency, model, torch.device(device))
 
 
-def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(monkeypatch, caplog):
     obstacle, fault, tried = "", "", []
     monkeypatch.setattr(compilation, "obstacle_to_triton", lambda index, oldest: obstacle)
     monkeypatch.setattr(compilation, "fault_in_trial", lambda *what: tried.append(what) or fault)
@@ -259,7 +247,7 @@ def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
         settled("triton", image_encoder="test_vit")
 
 
-def test_windows_that_are_too_large_stay_timms() -> None:
+def test_windows_that_are_too_large_stay_timms():
     with torch.device("meta"):
         large = timm.create_model("swin_base_patch4_window12_384", num_classes=0)
         usual = timm.create_model("swin_base_patch4_window7_224", num_classes=0)
@@ -267,7 +255,7 @@ def test_windows_that_are_too_large_stay_timms() -> None:
     assert fuse_window_attention(usual) == 24
 
 
-def test_smaller_windows_take_the_middle_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smaller_windows_take_the_middle_of_the_table(monkeypatch):
     from unicl_fast.models import window_attention  # it imports triton
 
     encoder = build_image_encoder(

@@ -29,7 +29,7 @@ small_tiles = tiles_of(5)
     scale=st.floats(0.1, 100),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_formula(form: str, classes: list[int], scale: float, seed: int) -> None:
+def test_equals_the_formula(form, classes, scale, seed):
     images, texts = rows(len(classes), seed=seed), rows(len(classes), seed=seed + 1)
     class_ids = torch.tensor(classes)
     i2t, t2i = reference_loss(images.numpy(), texts.numpy(), class_ids.numpy(), scale)
@@ -44,12 +44,9 @@ def test_equals_the_formula(form: str, classes: list[int], scale: float, seed: i
     assert ours("both") == pytest.approx((i2t + t2i) / 2, rel=1e-10, abs=1e-12)
 
 
-@given(
-    classes=st.lists(st.integers(0, 3), min_size=2, max_size=8),
-    scale=st.floats(0.5, 100),
-)
+@given(classes=st.lists(st.integers(0, 3), min_size=2, max_size=8), scale=st.floats(0.5, 100))
 @examples(20)
-def test_gradients_equal_differences_of_the_formula(classes: list[int], scale: float) -> None:
+def test_gradients_equal_differences_of_the_formula(classes, scale):
     n = len(classes)
     class_ids = np.array(classes)
     images, texts = rows(n, 4, seed=3), rows(n, 4, seed=4)
@@ -78,9 +75,7 @@ def test_gradients_equal_differences_of_the_formula(classes: list[int], scale: f
     texts=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     text_classes=st.lists(st.integers(0, 2), min_size=6, max_size=6),
 )
-def test_distinct_texts_with_counts_equal_all_texts(
-    form: str, texts: list[int], text_classes: list[int]
-) -> None:
+def test_distinct_texts_with_counts_equal_all_texts(form, texts, text_classes):
     """Value and gradients: six texts of up to three classes, seen several times or not at all."""
     index, classes = torch.tensor(texts), torch.tensor(text_classes)
     images = rows(len(texts), seed=1).requires_grad_()
@@ -115,7 +110,7 @@ def test_weights_average_the_losses_of_rows_and_columns(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["one image", "one class", "all distinct", "captions only"])
-def test_finite_at_scale_100(dtype: torch.dtype, kind: str, form: str) -> None:
+def test_finite_at_scale_100(dtype, kind, form):
     n = 1 if kind == "one image" else 64
     class_ids = {
         "one image": torch.zeros(1, dtype=torch.int64),
@@ -134,7 +129,7 @@ def test_finite_at_scale_100(dtype: torch.dtype, kind: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_float64_stays_float64_under_autocast(form: str) -> None:
+def test_float64_stays_float64_under_autocast(form):
     images, texts, class_ids = rows(8), rows(8, seed=1), torch.arange(8)
     plain = unified_contrastive_loss(images, texts, class_ids, 10.0, form=form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -158,13 +153,13 @@ MEMBERSHIP = Membership(torch.arange(4), torch.arange(4), torch.ones(4))
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_shapes_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(arguments, message):
     plain = {"text_features": torch.ones(4, 16), "class_ids": torch.arange(4), "scale": 1.0}
     with pytest.raises(ValueError, match=message):
         unified_contrastive_loss(torch.ones(4, 16), **(plain | arguments))
 
 
-def test_without_triton_only_its_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_only_its_form_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "unicl_fast.objectives.loss_triton", raising=False)
     images, class_ids = rows(4), torch.arange(4)

@@ -68,9 +68,9 @@ def assert_equals_the_dense_form(
 )
 @examples(150)
 def test_any_class_structure(
-    compute: Compute, structure: str, sizes: tuple[int, int, int], scale: float, counts: str,
-    directions: str, unit: bool, duplicates: bool, weighted: bool, seed: int,
-) -> None:  # fmt: skip
+    compute, structure, sizes, scale, counts,
+    directions, unit, duplicates, weighted, seed,
+):  # fmt: skip
     random = np.random.default_rng(seed)
     b, u, d = sizes
     values = {
@@ -104,9 +104,7 @@ def test_any_class_structure(
     scale=st.floats(0.1, 100),
     seed=st.integers(0, 10_000),
 )
-def test_several_labels_a_sample(
-    compute: Compute, sizes: tuple[int, int], mixed: bool, counted: bool, scale: float, seed: int
-) -> None:
+def test_several_labels_a_sample(compute, sizes, mixed, counted, scale, seed):
     """Both forms, and the rule itself: weights Y Y^T over the sum of the row."""
     random = np.random.default_rng(seed)
     b, u = sizes
@@ -133,9 +131,7 @@ def test_several_labels_a_sample(
     others=st.sampled_from([0, 50]),
     scale=st.floats(0.1, 100),
 )
-def test_two_views_without_the_image_itself(
-    compute: Compute, classes: list[int], others: int, scale: float
-) -> None:
+def test_two_views_without_the_image_itself(compute, classes, others, scale):
     """And those of other ranks behind them: several tiles of gradients in both directions."""
     views, more = rows(len(classes), seed=1), rows(others, seed=2)
     of_texts = torch.tensor([*classes, *(number % 4 for number in range(others))])
@@ -145,7 +141,7 @@ def test_two_views_without_the_image_itself(
     )  # fmt: skip
 
 
-def test_without_any_positive_the_loss_is_zero_and_its_gradient_finite(compute: Compute) -> None:
+def test_without_any_positive_the_loss_is_zero_and_its_gradient_finite(compute):
     for n in (1, 2):
         views = rows(n, seed=1).float()
         call = loss_and_gradients, views, views, torch.arange(n), 10.0
@@ -154,7 +150,7 @@ def test_without_any_positive_the_loss_is_zero_and_its_gradient_finite(compute: 
         assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_logits_beyond_the_range_of_exp_in_one_batch(compute: Compute) -> None:
+def test_logits_beyond_the_range_of_exp_in_one_batch(compute):
     """fp32 at scale 100: a row of -100 and a row of +100, so that no common shift would do."""
     u = torch.eye(2).repeat(12, 1)
     arguments = {"text_class_ids": torch.arange(24) % 8}
@@ -164,7 +160,7 @@ def test_logits_beyond_the_range_of_exp_in_one_batch(compute: Compute) -> None:
         torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-5)
 
 
-def test_columns_of_two_ranks_are_joined(compute: Compute) -> None:
+def test_columns_of_two_ranks_are_joined(compute):
     images, texts = rows(34, seed=1), rows(19, seed=2)
     arguments = {"text_class_ids": torch.arange(19) % 6, "text_counts": torch.arange(19) % 4}
     call = images, texts, torch.arange(34) % 6, 40.0
@@ -173,13 +169,13 @@ def test_columns_of_two_ranks_are_joined(compute: Compute) -> None:
         torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-13)
 
 
-def test_features_may_lie_in_memory_as_they_like(compute: Compute) -> None:
+def test_features_may_lie_in_memory_as_they_like(compute):
     images, texts = rows(20, 16, seed=1).T.contiguous().T, rows(20, 40, seed=2)[:, 3:35:2]
     assert_equals_the_dense_form(compute, images, texts, torch.arange(20) // 2, 10.0)
 
 
 @pytest.mark.parametrize("n", [1, 37])
-def test_equals_the_formula_of_the_paper(compute: Compute, n: int) -> None:
+def test_equals_the_formula_of_the_paper(compute, n):
     images, texts, class_ids = rows(n, 20, seed=1), rows(n, 20, seed=2), torch.arange(n) % 5
     loss, *_ = compute(loss_and_gradients, images, texts, class_ids, 20.0)
     expected = reference_loss(images, texts, class_ids, 20.0)
@@ -223,9 +219,7 @@ def assert_close_to_fp64(
         ("triton", torch.float16, 100.0, (1e-6, 1e-3)),
     ],
 )
-def test_narrow_types_accumulate_in_fp32(
-    request: pytest.FixtureRequest, form: str, dtype: torch.dtype, scale: float, tolerances: Any
-) -> None:
+def test_narrow_types_accumulate_in_fp32(request, form, dtype, scale, tolerances):
     if form == "triton":
         pool = request.getfixturevalue("interpreter")
         assert_close_to_fp64(
@@ -248,15 +242,13 @@ def test_narrow_types_accumulate_in_fp32(
         (torch.bfloat16, (1e-5, 0.01)),
     ],
 )
-def test_many_blocks_on_a_gpu(dtype: torch.dtype, tolerances: Any) -> None:
+def test_many_blocks_on_a_gpu(dtype, tolerances):
     """More logits than one tile of the gradient holds; neither side is a multiple of a block."""
     compute = functools.partial(call_on, "cuda", form="triton")
     assert_close_to_fp64(compute, 4500, 520, dtype, 100.0, tolerances)
 
 
-def test_columns_are_not_summed_up_where_only_rows_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_columns_are_not_summed_up_where_only_rows_are_asked_for(monkeypatch):
     """Cross-entropy may have thousands of columns, one for each class, to some hundred rows."""
     dims, plain = [], loss_tiled._accumulate
 
@@ -274,7 +266,7 @@ def test_columns_are_not_summed_up_where_only_rows_are_asked_for(
 
 
 @pytest.mark.parametrize("trained", range(3), ids=["images", "texts", "scale"])
-def test_only_what_is_asked_for_is_differentiated(trained: int) -> None:
+def test_only_what_is_asked_for_is_differentiated(trained):
     inputs = [rows(9, seed=1), rows(9, seed=2), torch.tensor(5.0, dtype=torch.float64)]
     inputs[trained].requires_grad_()
     dense, tiled = (
@@ -289,7 +281,7 @@ def test_only_what_is_asked_for_is_differentiated(trained: int) -> None:
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_a_second_derivative_is_right_or_refused(form: str, sigmoid: bool) -> None:
+def test_a_second_derivative_is_right_or_refused(form, sigmoid):
     """A gradient penalty, say, which would add nothing if gradients passed for constants."""
     images, texts = rows(9, seed=1).requires_grad_(), rows(9, seed=2)
     if sigmoid:
@@ -304,7 +296,7 @@ def test_a_second_derivative_is_right_or_refused(form: str, sigmoid: bool) -> No
         assert torch.autograd.grad(gradient.square().sum(), images)[0].abs().max() > 0.01
 
 
-def test_a_second_derivative_of_features_of_other_ranks_is_refused() -> None:
+def test_a_second_derivative_of_features_of_other_ranks_is_refused():
     features = rows(3, seed=1).requires_grad_()
     with fake_ranks(2) as ranks, pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(gather_rows(features, ranks).sum(), features, create_graph=True)
@@ -322,9 +314,7 @@ def test_a_second_derivative_of_features_of_other_ranks_is_refused() -> None:
         ((1, 3 << 24), 3),
     ],
 )
-def test_tiles_of_a_gpu_are_as_few_as_their_area_allows(
-    shape: tuple[int, int], number: int
-) -> None:
+def test_tiles_of_a_gpu_are_as_few_as_their_area_allows(shape, number):
     tiles = _blocks(*shape, "cuda")
     assert len(tiles[0]) * len(tiles[1]) == number
     assert tiles[0][0].stop * tiles[1][0].stop <= LARGEST_TILE["cuda"]
@@ -336,7 +326,7 @@ def test_tiles_of_a_gpu_are_as_few_as_their_area_allows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_is_as_large_as_the_logits(dtype: torch.dtype) -> None:
+def test_no_tensor_is_as_large_as_the_logits(dtype):
     n = 600
     images, texts = rows(n, seed=1).to(dtype), rows(n, seed=2).to(dtype)
     sizes = {}

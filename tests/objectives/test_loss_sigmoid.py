@@ -40,9 +40,7 @@ def loss_and_gradients(
     seed=st.integers(0, 10_000),
 )
 @examples(60)
-def test_equals_the_formula(
-    sizes: tuple[int, int], num_classes: int, padded: bool, scale: float, bias: float, seed: int
-) -> None:
+def test_equals_the_formula(sizes, num_classes, padded, scale, bias, seed):
     """Any classes, images without a positive text, counts, and texts of count 0."""
     random = np.random.default_rng(seed)
     b, u = sizes
@@ -60,7 +58,7 @@ def test_equals_the_formula(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_all_classes_distinct_is_siglip(form: str) -> None:
+def test_all_classes_distinct_is_siglip(form):
     images, texts = rows(12, seed=1), rows(12, seed=2)
     learnt = [images.clone(), texts.clone(), *torch.tensor([10.0, -10.0], dtype=torch.float64)]
     learnt = [one.detach().requires_grad_() for one in learnt]
@@ -78,9 +76,7 @@ def test_all_classes_distinct_is_siglip(form: str) -> None:
     seed=st.integers(0, 10_000),
 )
 @examples(40)
-def test_several_labels_weigh_by_the_cosine_of_their_rows(
-    sizes: tuple[int, int], mixed: bool, seed: int
-) -> None:
+def test_several_labels_weigh_by_the_cosine_of_their_rows(sizes, mixed, seed):
     """Entries of a label that stands twice add up before a row's length is taken."""
     random = np.random.default_rng(seed)
     members = [random_membership(random, n, mixed=mixed) for n in sizes]
@@ -110,7 +106,7 @@ def test_several_labels_weigh_by_the_cosine_of_their_rows(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_narrow_types_are_near_fp64_and_finite_at_scale_100(dtype: torch.dtype, form: str) -> None:
+def test_narrow_types_are_near_fp64_and_finite_at_scale_100(dtype, form):
     """Pairs that resemble each other, and those that are as wrong as it gets."""
     class_ids = torch.arange(60) % 20
     classes = rows(20, seed=3)[class_ids]
@@ -129,7 +125,7 @@ def test_narrow_types_are_near_fp64_and_finite_at_scale_100(dtype: torch.dtype, 
             assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
-def test_no_tensor_is_as_large_as_the_logits() -> None:
+def test_no_tensor_is_as_large_as_the_logits():
     n = 100
     images, texts = rows(n, seed=1), rows(n, seed=2)
     sizes = {}
@@ -141,7 +137,7 @@ def test_no_tensor_is_as_large_as_the_logits() -> None:
     assert sizes["tiled"] <= images.numel() * 8
 
 
-def test_kernels_of_the_softmax_form_are_not_taken_for_it() -> None:
+def test_kernels_of_the_softmax_form_are_not_taken_for_it():
     images = rows(4, seed=1)
     with pytest.raises(ValueError, match="for the softmax form only: set auto, dense or tiled"):
         sigmoid_contrastive_loss(images, images, torch.arange(4), 10.0, -10.0, form="triton")

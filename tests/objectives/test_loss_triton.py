@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,9 +22,7 @@ from unicl_fast.training import settle
 triton = pytest.importorskip("triton")
 
 
-def test_loops_have_one_stage_where_triton_forgets_their_fences(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_loops_have_one_stage_where_triton_forgets_their_fences(monkeypatch):
     from unicl_fast.models.window_attention import launch_options
     from unicl_fast.objectives.loss_triton import blocks_for
 
@@ -44,7 +40,7 @@ def test_loops_have_one_stage_where_triton_forgets_their_fences(
     assert stages("3.6.0", 80) == [3, 1, 3]  # no tensor core reads by a proxy of its own
 
 
-def test_rows_of_features_begin_at_16_bytes() -> None:
+def test_rows_of_features_begin_at_16_bytes():
     from unicl_fast.objectives.loss_triton import _aligned
 
     features = torch.ones(3, 9, dtype=torch.bfloat16)
@@ -53,13 +49,13 @@ def test_rows_of_features_begin_at_16_bytes() -> None:
     assert _aligned(whole := torch.ones(3, 32)) is whole
 
 
-def test_kernels_that_are_not_interpreted_refuse_the_cpu() -> None:
+def test_kernels_that_are_not_interpreted_refuse_the_cpu():
     features = torch.ones(4, 4)
     with pytest.raises(ValueError, match="on a CUDA device, not on cpu; use form .* auto"):
         unified_contrastive_loss(features, features, torch.arange(4), 1.0, form="triton")
 
 
-def test_fp32_is_not_tf32_unless_torch_may_use_it() -> None:
+def test_fp32_is_not_tf32_unless_torch_may_use_it():
     from unicl_fast.objectives.loss_triton import _precision
 
     assert [_precision(t) for t in (torch.float32, torch.bfloat16)] == ["tf32x3", "ieee"]
@@ -71,9 +67,7 @@ def test_fp32_is_not_tf32_unless_torch_may_use_it() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(monkeypatch):
     def form(num_logits: int, device: str, *, has_triton: bool) -> str:
         monkeypatch.setattr(loss_module, "_takes_triton", lambda device, dtype: has_triton)
         return loss_module._fastest_form(num_logits, torch.device(device), torch.float32)
@@ -84,9 +78,7 @@ def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(
     assert form(64 * 65_536, "cpu", has_triton=True) == "tiled"
 
 
-def test_kernels_that_fail_in_their_trial_are_not_taken(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_that_fail_in_their_trial_are_not_taken(monkeypatch, caplog):
     fault, tried = "", []
     monkeypatch.setattr(loss_module, "obstacle_to_triton", lambda index, oldest: "")
     monkeypatch.setattr(loss_module, "fault_in_trial", lambda *what: tried.append(what) or fault)
@@ -101,9 +93,7 @@ def test_kernels_that_fail_in_their_trial_are_not_taken(
     assert "the loss is off" in caplog.text
 
 
-def test_all_ranks_take_tiles_where_kernels_fail_on_one_machine(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_all_ranks_take_tiles_where_kernels_fail_on_one_machine(monkeypatch, caplog):
     of_other, tried = "", []
     monkeypatch.setattr(settle, "fault_of_triton", lambda device: tried.append(device) or "")
     monkeypatch.setattr(
@@ -127,7 +117,7 @@ def test_all_ranks_take_tiles_where_kernels_fail_on_one_machine(
     assert line == "loss: tiled (efficiency.loss=auto): rank 1: the loss is off"
 
 
-def test_features_are_rounded_to_the_nearest_number_of_tf32() -> None:
+def test_features_are_rounded_to_the_nearest_number_of_tf32():
     from unicl_fast.objectives.loss_tiled import round_to_tf32
 
     torch.manual_seed(0)
@@ -143,7 +133,7 @@ def test_features_are_rounded_to_the_nearest_number_of_tf32() -> None:
     assert round_to_tf32(strange[1].view(torch.float32)).isnan()  # CUDA's own
 
 
-def test_well_fitted_pairs_have_no_negative_loss_in_tf32(interpreter: ProcessPoolExecutor) -> None:
+def test_well_fitted_pairs_have_no_negative_loss_in_tf32(interpreter):
     """With products that cut TF32's operands off, as an H100's do."""
     pairs = rows(48, 64, seed=1).float()
     call = pairs, pairs, torch.arange(48), 100.0
@@ -155,9 +145,7 @@ def test_well_fitted_pairs_have_no_negative_loss_in_tf32(interpreter: ProcessPoo
 
 
 @pytest.mark.parametrize(("rounds", "least", "most"), [(True, -1e-3, 1e-3), (False, -0.1, -0.04)])
-def test_tiles_of_torch_are_rounded_too(
-    monkeypatch: pytest.MonkeyPatch, rounds: bool, least: float, most: float
-) -> None:
+def test_tiles_of_torch_are_rounded_too(monkeypatch, rounds, least, most):
     def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         bits = (x.contiguous().view(torch.int32) & -8192 for x in (left, right))
         return plain(*(x.view(torch.float32) for x in bits), out=out)
@@ -170,32 +158,27 @@ def test_tiles_of_torch_are_rounded_too(
     assert least < loss < most
 
 
+FORMS = [
+    (torch.bfloat16, {}),
+    (torch.float32, {}),
+    (torch.float64, {}),
+    (torch.bfloat16, {"counted": False, "exclude_self": True}),
+    (torch.float32, {"counted": False, "exclude_self": True}),
+    (torch.bfloat16, {"counted": False, "with_columns": False}),
+    (torch.float32, {"precision": "tf32"}),
+]
+SOON = [(80, torch.float32, {}), (90, torch.bfloat16, {}), (100, torch.bfloat16, {})]
+
+
+@pytest.mark.slow  # a case costs 8 s; gpu_path/test_compiled_kernels.py computes with one each time
 @pytest.mark.parametrize(
     ("capability", "dtype", "options"),
     [
-        pytest.param(80, torch.float32, {}, marks=pytest.mark.slow),
-        (90, torch.bfloat16, {}),
-        pytest.param(100, torch.bfloat16, {}, marks=pytest.mark.slow),
-        *(
-            pytest.param(capability, dtype, options, marks=[pytest.mark.slow, pytest.mark.long])
-            for capability in SHARED_BYTES
-            for dtype, options in [
-                (torch.bfloat16, {}),
-                (torch.bfloat16, {"counted": False, "exclude_self": True}),
-                (torch.bfloat16, {"counted": False, "with_columns": False}),
-                (torch.float32, {}),
-                (torch.float32, {"counted": False, "exclude_self": True}),
-                (torch.float32, {"precision": "tf32"}),
-                (torch.float64, {}),
-            ]
-            if (capability, dtype, options)
-            not in [(80, torch.float32, {}), (90, torch.bfloat16, {})]
-        ),
+        pytest.param(*case, marks=[pytest.mark.long] * (case not in SOON))
+        for case in ((capability, *form) for capability in SHARED_BYTES for form in FORMS)
     ],
 )
-def test_compiled_kernels_fit_and_spill_no_register(
-    capability: int, dtype: torch.dtype, options: dict, tmp_path: Path
-) -> None:
+def test_compiled_kernels_fit_and_spill_no_register(capability, dtype, options, tmp_path):
     """Compiled ahead of time with the blocks that would run, which needs no GPU."""
     from unicl_fast.objectives import loss_triton
 

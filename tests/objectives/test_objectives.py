@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +60,7 @@ def logits_of(model: UniCL, pixels: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_supcon_is_the_mean_over_anchors_and_positives(images: torch.Tensor, form: str) -> None:
+def test_supcon_is_the_mean_over_anchors_and_positives(images, form):
     """Khosla et al., equation 2, by loops."""
     config, model = evaluated("supcon", loss=form)
     batch = labelled_batch(images, objective="supcon")
@@ -125,9 +124,9 @@ def classes_of(batch: Batch) -> torch.Tensor:
     [name for name in OBJECTIVES if name.startswith(("unicl", "clip", "sigmoid", "siglip"))],
 )
 def test_images_and_texts_give_the_loss_of_a_dense_matrix(
-    images: torch.Tensor, objective: str, form: str, every_text: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    images, objective, form, every_text,
+    monkeypatch,
+):  # fmt: skip
     """Weights of pairs: Y Y^T of mixed images, in cosines for sigmoids; else 1 in a common class.
 
     Of CLIP's they are the diagonal, whatever is equal: an equal text has the same logit.
@@ -164,7 +163,7 @@ def test_images_and_texts_give_the_loss_of_a_dense_matrix(
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
 @pytest.mark.parametrize("objective", ["ce", "ce, labels", "ce, mixed"])
-def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, objective: str, form: str) -> None:
+def test_ce_is_that_of_a_linear_layer(images, objective, form):
     """Of several labels it takes all in equal parts, of mixed images mixed labels."""
     config, model = evaluated(objective, loss=form)
     batch = labelled_batch(images, objective=objective)
@@ -179,14 +178,14 @@ def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, objective: str, form
     torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
 
 
-def test_sigmoids_begin_where_siglip_does() -> None:
+def test_sigmoids_begin_where_siglip_does():
     for objective in ("sigmoid", "siglip"):
         _, model = evaluated(objective)
         assert model.logit_scale.item() == pytest.approx(math.log(10))
         assert model.logit_bias.item() == -10
 
 
-def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tensor) -> None:
+def test_many_learnt_rows_of_few_images_take_no_square_matrix(images):
     """In the dense form, which is taken for few logits: the weights of pairs are 3 x 10,000."""
     rows = torch.nn.functional.normalize(torch.randn(10_000, 4), dim=1)
     several = Membership(torch.arange(3), torch.arange(3) * 3_333, torch.ones(3))
@@ -197,9 +196,7 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tens
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
-def test_a_pair_is_mixed_as_timm_mixes_it(
-    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mixup: float, cutmix: float
-) -> None:
+def test_a_pair_is_mixed_as_timm_mixes_it(images, monkeypatch, mixup, cutmix):
     """In a batch of two the first and the last, which timm pairs, are neighbours."""
     batch = labelled_batch(images, objective="unicl")
     batch = dataclasses.replace(
@@ -213,8 +210,7 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
     theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=5)
     monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.lambdas[0], cutmix > 0))
     monkeypatch.setattr(
-        "timm.data.mixup.cutmix_bbox_and_lam",
-        lambda *_, **__: (draws.boxes[0], draws.lambdas[0]),
+        "timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: (draws.boxes[0], draws.lambdas[0])
     )
     expected, targets = theirs(pixels.clone(), batch.targets.class_ids)
     mixed, labels = mix(pixels, batch, draws)
@@ -225,7 +221,7 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
     assert 0 < draws.lambdas[0] < 1
 
 
-def test_what_is_drawn_follows_its_law() -> None:
+def test_what_is_drawn_follows_its_law():
     settings = {"seed": 3, "num_pairs": 4000, "image_size": 224}
     draws = draw_pairs(0.8, 1.0, step=0, **settings)
     cuts = draws.boxes[:, 1] > draws.boxes[:, 0]
@@ -243,7 +239,7 @@ def test_what_is_drawn_follows_its_law() -> None:
     assert draw_pairs(0.0, 1.0, step=0, **settings).boxes[:, 1].all()
 
 
-def test_mixed_images_keep_their_memory_format(images: torch.Tensor) -> None:
+def test_mixed_images_keep_their_memory_format(images):
     batch = labelled_batch(images, objective="unicl")
     pixels = encoder_input(batch.images, tiny_config())
     draws = draw_pairs(1.0, 0.0, seed=0, step=0, num_pairs=6, image_size=32)
@@ -252,7 +248,7 @@ def test_mixed_images_keep_their_memory_format(images: torch.Tensor) -> None:
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_label_that_stands_twice_adds_up() -> None:
+def test_a_label_that_stands_twice_adds_up():
     """Partners of one class: the pair is not mixed at all as far as labels go."""
     generator = torch.Generator().manual_seed(0)
     u, v = F.normalize(torch.randn(2, 6, 4, dtype=torch.float64, generator=generator), dim=2)
@@ -267,22 +263,19 @@ def test_a_label_that_stands_twice_adds_up() -> None:
 FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "unicl, weighted labels"]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("world_size", "chosen"),
     [
         pytest.param(2, FEW, id="2"),
         pytest.param(2, {*OBJECTIVES} - {*FEW}, id="2-more", marks=pytest.mark.slow),
-        pytest.param(3, [*OBJECTIVES], id="3", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(3, [*OBJECTIVES], id="3", marks=pytest.mark.long),
         # four ranks would part pairs
         pytest.param(
             *(4, [one for one in OBJECTIVES if "mixed" not in one]), id="4", marks=pytest.mark.slow
         ),
     ],
 )
-def test_ranks_give_the_objectives_of_one_process(
-    images: torch.Tensor, tmp_path: Path, world_size: int, chosen: list[str]
-) -> None:
+def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, chosen):
     """Loss and every parameter's gradient in fp64, drop path on; two views of different masks."""
     run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), [*chosen], {})
     for objective in chosen:
@@ -305,7 +298,7 @@ def test_ranks_give_the_objectives_of_one_process(
 
 
 @pytest.mark.parametrize("objective", ["unicl, labels", "unicl, weighted labels"])
-def test_micro_batches_of_images_of_several_classes(images: torch.Tensor, objective: str) -> None:
+def test_micro_batches_of_images_of_several_classes(images, objective):
     loader = labelled_loader(images, objective)
     loss, expected = first_gradients(images, Ranks(), objective_config(objective), loader)
     config = objective_config(objective, micro_batch_size=5)
@@ -315,7 +308,7 @@ def test_micro_batches_of_images_of_several_classes(images: torch.Tensor, object
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
+def test_second_views_have_slots_of_their_own(images):
     share = labelled_batch(images, objective="supcon", rank=1, world_size=3)
     assert shown_indices(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
 
@@ -330,15 +323,13 @@ def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
         ("siglip", {"loss": "triton"}, "triton cannot compute the loss of objective.name=siglip"),
     ],
 )
-def test_what_an_objective_cannot_do_is_refused(
-    images: torch.Tensor, objective: str, efficiency: dict, message: str
-) -> None:
+def test_what_an_objective_cannot_do_is_refused(images, objective, efficiency, message):
     loader = ListLoader([global_batch(images)])
     with pytest.raises(ValueError, match=message):
         make_trainer(objective_config(objective, **efficiency), loader, progress=False).fit()
 
 
-def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
+def test_other_views_and_torn_pairs_are_refused(images):
     loader = ListLoader([global_batch(images)])
     config = objective_config("supcon")
     one_view = config.changed(data={"augment": ()})
@@ -364,16 +355,14 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("objectives", [("unicl", "unicl, labels"), ("unicl, labels", "unicl")])
-def test_batches_with_other_classes_than_the_objective_takes_are_refused(
-    images: torch.Tensor, objectives: tuple[str, str]
-) -> None:
+def test_batches_with_other_classes_than_the_objective_takes_are_refused(images, objectives):
     loader = labelled_loader(images, objectives[1])
     trainer = make_trainer(objective_config(objectives[0]), loader, progress=False)
     with pytest.raises(ValueError, match="loader's batches have .* Targets.image_classes"):
         trainer.fit()
 
 
-def test_a_model_without_texts_says_so(images: torch.Tensor) -> None:
+def test_a_model_without_texts_says_so(images):
     _, model = evaluated("supcon")
     for_it = "has no text encoder.*: use .*linear-probe or knn"
     with pytest.raises(ValueError, match=for_it):

@@ -43,7 +43,7 @@ def clip_loader(images: torch.Tensor) -> StepLoader:
     return labelled_loader(images, "clip")
 
 
-def test_without_a_margin_it_is_clip(images: torch.Tensor) -> None:
+def test_without_a_margin_it_is_clip(images):
     clip = dataclasses.replace(tiny_config(), objective=make_objective("clip"))
     loader = labelled_loader(images, "clip, weighted")
     loss, gradients = first_gradients(images, Ranks(), clip, loader)
@@ -53,7 +53,7 @@ def test_without_a_margin_it_is_clip(images: torch.Tensor) -> None:
         torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-15, msg=name)
 
 
-def test_positives_lose_the_margin(images: torch.Tensor) -> None:
+def test_positives_lose_the_margin(images):
     config = config_of(margin=0.2)
     batch = next(clip_loader(images).batches(0))
     model = build_model(config).double().eval()
@@ -67,7 +67,7 @@ def test_positives_lose_the_margin(images: torch.Tensor) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_micro_batches_give_the_same_gradients(images: torch.Tensor) -> None:
+def test_micro_batches_give_the_same_gradients(images):
     config = config_of(margin=0.2)
     loss, gradients = first_gradients(images, Ranks(), config, clip_loader(images))
     parts = config.changed(efficiency={"micro_batch_size": 5})
@@ -77,11 +77,11 @@ def test_micro_batches_give_the_same_gradients(images: torch.Tensor) -> None:
         torch.testing.assert_close(again[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_a_form_that_it_lacks_is_refused() -> None:
+def test_a_form_that_it_lacks_is_refused():
     with pytest.raises(ValueError, match="objective.name=margin: take one of auto, dense"):
         config_of().changed(efficiency={"loss": "tiled"})
 
 
-def test_a_long_name_keeps_its_distance_in_the_help(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_name_keeps_its_distance_in_the_help(monkeypatch):
     monkeypatch.setitem(registry.OBJECTIVES, "additive_margin", "unicl:CLIPObjective")
     assert "additive_margin   an image" in registry.list_objectives()

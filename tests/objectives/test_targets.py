@@ -23,12 +23,7 @@ from unicl_fast.objectives.targets import (
     map_targets,
     slice_targets,
 )
-from unicl_fast.text.token_rows import (
-    find_rows,
-    hash_rows,
-    make_table,
-    position_factors,
-)
+from unicl_fast.text.token_rows import find_rows, hash_rows, make_table, position_factors
 from unicl_fast.text.token_rows import unique_rows as unique_rows_kernel
 
 Rows = npt.NDArray[np.uint16]
@@ -63,10 +58,7 @@ def key_of(row: reference.Row) -> int:
 
 
 def assert_equal(
-    targets: HostTargets,
-    rows: Rows,
-    labels: npt.NDArray[np.int64],
-    prompts: PlainPrompts,
+    targets: HostTargets, rows: Rows, labels: npt.NDArray[np.int64], prompts: PlainPrompts
 ) -> None:
     texts, index, classes, counts = reference.map_targets(
         rows.tolist(), labels.tolist(), prompts.classes
@@ -103,9 +95,7 @@ def batches(draw: st.DrawFn) -> tuple[Rows, npt.NDArray[np.int64], PlainPrompts]
 
 @examples(400)
 @given(batches())
-def test_any_batch_gets_the_targets_of_the_oracle(
-    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
-) -> None:
+def test_any_batch_gets_the_targets_of_the_oracle(batch):
     rows, labels, prompts = batch
     assert_equal(map_targets(rows, labels, prompts), rows, labels, prompts)
     assert_equal(map_targets(rows, labels), rows, labels, PlainPrompts())
@@ -120,7 +110,6 @@ def as_image_labels(image_labels: list[list[int]]) -> ImageLabels:
 
 def by_image(image_classes: npt.NDArray[np.int64] | None, size: int) -> list[list[int]]:
     """The classes of each image, as they are listed."""
-    assert image_classes is not None
     samples, classes = image_classes
     assert sorted(samples.tolist()) == samples.tolist()
     return [classes[samples == sample].tolist() for sample in range(size)]
@@ -131,9 +120,7 @@ FIELDS = ("tokens", "text_index", "text_class_ids", "text_counts", "text_lengths
 
 @examples(300)
 @given(batches(), st.data())
-def test_images_of_several_labels_get_all_their_classes_once(
-    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
-) -> None:
+def test_images_of_several_labels_get_all_their_classes_once(batch, data):
     """And they change nothing for texts; in one batch, in steps mapped together, in a slice."""
     rows, labels, prompts = batch
     few = st.lists(st.sampled_from([0, 1, 2, 3, 6, 9, BIG]), max_size=5)
@@ -175,7 +162,7 @@ def test_images_of_several_labels_get_all_their_classes_once(
     assert {one.image_classes for one in map_steps(rows, labels, prompts, size=size)} == {None}
 
 
-def test_labels_of_other_images_are_refused() -> None:
+def test_labels_of_other_images_are_refused():
     rows, labels = torch.ones((2, 8)), torch.tensor([0, 1])
     images = torch.zeros((2, 4, 4, 3), dtype=torch.uint8)
     with pytest.raises(ValueError, match="image_labels are of 3 images, the batch has 2"):
@@ -196,9 +183,7 @@ def test_labels_of_other_images_are_refused() -> None:
         *(pytest.param("a", (label,), {}, ["a" if label < 0 else label]) for label in (-1, 0, BIG)),
     ],
 )
-def test_the_rules_by_example(
-    texts: str, labels: tuple[int, ...], prompts: dict[str, int], expected: list[int | str]
-) -> None:
+def test_the_rules_by_example(texts, labels, prompts, expected):
     """Texts of one token, and the classes of samples: a text's name for its key."""
     plain = PlainPrompts({(ord(text),): label for text, label in prompts.items()})
     targets = map_targets(as_rows(*([ord(text)] for text in texts)), as_labels(*labels), plain)
@@ -208,11 +193,11 @@ def test_the_rules_by_example(
 
 
 @given(st.lists(st.integers(0, 65535), max_size=77), st.integers(0, 50))
-def test_padding_does_not_change_the_key_of_a_caption(text: list[int], padding: int) -> None:
+def test_padding_does_not_change_the_key_of_a_caption(text, padding):
     assert key_of((*text, *[0] * padding)) == key_of(reference.trim(text))
 
 
-def test_keys_of_a_hundred_thousand_captions_are_distinct() -> None:
+def test_keys_of_a_hundred_thousand_captions_are_distinct():
     numbers = np.arange(100_000)
     rows = np.zeros((len(numbers), 77), dtype=np.uint16)
     rows[:, 3], rows[:, 40], rows[:, 76] = numbers % 50, numbers // 50 % 50, numbers // 2500
@@ -222,7 +207,7 @@ def test_keys_of_a_hundred_thousand_captions_are_distinct() -> None:
     assert key_of((49406, 320, 1929, 49407)) == 6288395689219992146
 
 
-def test_rows_are_compared_even_if_all_hashes_are_equal() -> None:
+def test_rows_are_compared_even_if_all_hashes_are_equal():
     rows = as_rows([1], [2], [1], [3], [2], [1])
     hashes = np.zeros(len(rows), dtype=np.uint64)
     table = make_table(len(rows))
@@ -237,7 +222,7 @@ def test_rows_are_compared_even_if_all_hashes_are_equal() -> None:
     assert find_rows(queries, hashes[:3], table, distinct).tolist() == [2, -1, 0]
 
 
-def test_rows_that_differ_in_one_token_have_different_hashes() -> None:
+def test_rows_that_differ_in_one_token_have_different_hashes():
     base = np.full(77, 1000, dtype=np.uint16)
     rows = np.repeat(base[None], 77 * 16, axis=0)
     for position in range(77):
@@ -246,7 +231,7 @@ def test_rows_that_differ_in_one_token_have_different_hashes() -> None:
     assert len(np.unique(hash_rows(rows, position_factors(77)))) == len(rows)
 
 
-def test_views_and_read_only_arrays_give_the_same_result() -> None:
+def test_views_and_read_only_arrays_give_the_same_result():
     rows = np.random.default_rng(0).integers(0, 3, (64, 20)).astype(np.uint16)
     labels = np.random.default_rng(1).integers(-1, 5, 64)
     frozen = rows[::2, 4:9].copy()
@@ -268,21 +253,19 @@ def test_views_and_read_only_arrays_give_the_same_result() -> None:
         (np.zeros((2, 77), np.uint16), np.array([0, 2**62]), "2\\*\\*62"),
     ],
 )
-def test_wrong_input_is_refused_in_a_sentence(
-    rows: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], message: str
-) -> None:
+def test_wrong_input_is_refused_in_a_sentence(rows, labels, message):
     with pytest.raises(ValueError, match=message):
-        map_targets(rows, labels)  # type: ignore[arg-type]
+        map_targets(rows, labels)
 
 
-def test_a_slice_out_of_range_is_refused() -> None:
+def test_a_slice_out_of_range_is_refused():
     targets = map_targets(as_rows([1], [2]), as_labels(0, 1))
     for start, stop in ((0, 3), (1, 1), (-1, 1)):
         with pytest.raises(ValueError, match="slice of 2 samples"):
             slice_targets(targets, start, stop)
 
 
-def test_targets_and_prompts_load_neither_torch_nor_dali_and_the_tokenizer_no_other() -> None:
+def test_targets_and_prompts_load_neither_torch_nor_dali_and_the_tokenizer_no_other():
     program = (
         "import sys, unicl_fast.objectives.targets, unicl_fast.text.prompts; "
         "from unicl_fast.text.tokenizer import Tokenizer; Tokenizer().encode(['a']); "

@@ -48,9 +48,7 @@ class Asked:
         return 7
 
 
-def test_the_next_batch_is_asked_about_before_this_one_is_handed_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_next_batch_is_asked_about_before_this_one_is_handed_over(monkeypatch):
     asked = Asked(monkeypatch)
     with asked_ahead(some_batches(3), TWO) as batches:
         seen = [(batch.step, asked.questions) for batch in batches]
@@ -58,9 +56,7 @@ def test_the_next_batch_is_asked_about_before_this_one_is_handed_over(
     assert asked.answered == []
 
 
-def test_a_rank_that_stops_waits_for_its_question_and_one_that_fails_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_rank_that_stops_waits_for_its_question_and_one_that_fails_does_not(monkeypatch):
     asked = Asked(monkeypatch)
 
     def leave(error: type[Exception]) -> None:
@@ -74,16 +70,14 @@ def test_a_rank_that_stops_waits_for_its_question_and_one_that_fails_does_not(
     assert asked.answered == [2]
 
 
-def test_a_rank_of_one_asks_nothing() -> None:
+def test_a_rank_of_one_asks_nothing():
     with asked_ahead(some_batches(2), Ranks()) as batches:
         assert [batch.texts.max_num_texts for batch in batches] == [None, None]
 
 
 @pytest.mark.parametrize("piece", [0, 8, 20, 64])
 @pytest.mark.parametrize("rounds", [False, True])
-def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(
-    piece: int, rounds: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(piece, rounds, monkeypatch):
     for module in (encoding, micro_batches):
         monkeypatch.setattr(module, "rounds_sizes", lambda *_: rounds, raising=False)
     efficiency = EfficiencyConfig(micro_batch_size=piece)
@@ -105,13 +99,12 @@ def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(
         else:
             counts = texts_to_encode(texts, ids, efficiency)[3]
         largest = max_num_texts(texts, efficiency, piece=piece)
-        assert largest is not None
         assert largest() == len(counts)
         encoded.append(len(counts))
     assert encoded == sorted(encoded)  # so the rank with the most texts encodes the most
 
 
-def test_a_maximum_over_gpus_is_read_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_maximum_over_gpus_is_read_after_its_copy(monkeypatch):
     """The calls of torch.cuda are stood in for: the order of what the stream does is checked."""
     done: list[str] = []
 
@@ -148,13 +141,13 @@ def test_a_maximum_over_gpus_is_read_after_its_copy(monkeypatch: pytest.MonkeyPa
     assert done == ["sent", "stream waits", "event", "host waits"]
 
 
-def test_ranks_on_gpus_ask_by_the_network_of_their_gpus() -> None:
+def test_ranks_on_gpus_ask_by_the_network_of_their_gpus():
     with fake_ranks(8) as ranks:
         assert PendingMaximum(5, ranks).wait() == 5
 
 
 @pytest.mark.gpu
-def test_a_maximum_over_gpus_does_not_wait_for_the_step() -> None:
+def test_a_maximum_over_gpus_does_not_wait_for_the_step():
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         PendingMaximum(1, TWO).wait()  # NCCL connects

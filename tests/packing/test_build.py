@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_runs import Pack, build_set, contents, jpeg, left_out, samples_of, write_photos
+from pack_runs import build_set, contents, jpeg, left_out, samples_of, write_photos
 from PIL import Image
 from waiting import wait_until
 
@@ -46,9 +46,7 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield dataset
 
 
-def test_every_sound_image_is_packed_with_its_class_and_the_others_are_listed(
-    packed: PackedDataset, folder: Path
-) -> None:
+def test_every_sound_image_is_packed_with_its_class_and_the_others_are_listed(packed, folder):
     assert packed.manifest.class_names == ("cat", "dog", "sea lion")
     assert packed.manifest.templates == SIMPLE_TEMPLATES
     samples = samples_of(packed.folder)
@@ -63,9 +61,7 @@ def test_every_sound_image_is_packed_with_its_class_and_the_others_are_listed(
 
 
 @pytest.mark.usefixtures("checked")
-def test_the_order_in_which_the_system_lists_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_in_which_the_system_lists_leaves_no_trace(tmp_path, monkeypatch):
     """Equal images in equal sources: one given twice, one called like it, links to one folder."""
     for number in range(12):
         for place in ("a", "b"):
@@ -93,8 +89,7 @@ def test_the_order_in_which_the_system_lists_leaves_no_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
+def test_the_locale_leaves_no_trace(tmp_path):
     """Nor do bytes of names that are not UTF-8."""
     photos = tmp_path / "m\u00fcller" / "photos"
     (photos / "h\u00fchner").mkdir(parents=True)
@@ -114,15 +109,13 @@ def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
 
 
-def test_the_number_of_workers_leaves_no_trace(
-    packed: PackedDataset, folder: Path, tmp_path: Path
-) -> None:
+def test_the_number_of_workers_leaves_no_trace(packed, folder, tmp_path):
     build_set([folder], tmp_path / "one")
     assert contents(tmp_path / "one") == contents(packed.folder)
 
 
 @pytest.mark.usefixtures("checked")
-def test_the_seed_decides_the_order(packed: PackedDataset, folder: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_the_order(packed, folder, tmp_path):
     build_set([folder], tmp_path / "set", seed=1)
     with PackedDataset(tmp_path / "set") as other:
         here = [packed.image_bytes(index).tobytes() for index in range(len(packed))]
@@ -131,9 +124,7 @@ def test_the_seed_decides_the_order(packed: PackedDataset, folder: Path, tmp_pat
     assert sorted(here) == sorted(there)
 
 
-def test_the_program_says_what_it_did_and_what_comes_next(
-    folder: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_the_program_says_what_it_did_and_what_comes_next(folder, tmp_path, pack):
     out = str(tmp_path / "set")
     options = ("--out", out, "--workers", "1", "--license", "CC-BY-4.0")
     code, text = pack("build", folder, *options)
@@ -147,7 +138,7 @@ def test_the_program_says_what_it_did_and_what_comes_next(
 
 
 @pytest.mark.usefixtures("checked")
-def test_what_is_repeated_or_held_out_is_said(folder: Path, tmp_path: Path, pack: Pack) -> None:
+def test_what_is_repeated_or_held_out_is_said(folder, tmp_path, pack):
     out = tmp_path / "held-out Äpfel"
     _, text = pack("build", folder, folder, "--out", out)
     assert f"note: 91 images of {out} that an earlier sample has too, byte for byte: " in text
@@ -161,9 +152,7 @@ def test_what_is_repeated_or_held_out_is_said(folder: Path, tmp_path: Path, pack
 
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize(("names", "warns"), [(("00", "42"), True), (("00", "cat"), False)])
-def test_class_names_that_are_numbers_are_warned_of(
-    tmp_path: Path, pack: Pack, names: tuple[str, ...], warns: bool
-) -> None:
+def test_class_names_that_are_numbers_are_warned_of(tmp_path, pack, names, warns):
     for name in names:
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
@@ -203,9 +192,7 @@ def test_class_names_that_are_numbers_are_warned_of(
         (["FOLDER"], "--out"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(
-    folder: Path, tmp_path: Path, pack: Pack, arguments: list[str], message: str
-) -> None:
+def test_wrong_input_is_one_sentence_and_exit_code_2(folder, tmp_path, pack, arguments, message):
     (tmp_path / "names").write_text("bird\n")
     places = {"FOLDER": folder, "OUT": tmp_path / "out", "NAMES": tmp_path / "names"}
     places["NAMES/set"] = tmp_path / "names" / "set"
@@ -217,7 +204,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.usefixtures("checked")
-def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path: Path, pack: Pack) -> None:
+def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path, pack):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "1.jpg").write_text("no image")
     (tmp_path / "in" / "0.tar").touch()
@@ -228,13 +215,10 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path: Path, pack: Pa
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_stopped_build_leaves_nothing(
-    folder: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_stopped_build_leaves_nothing(folder, tmp_path, number):
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
         big = io.BytesIO()
         Image.effect_noise((1600, 1200), 90).save(big, format="JPEG")
@@ -261,9 +245,7 @@ def test_a_stopped_build_leaves_nothing(
 
 
 @pytest.mark.usefixtures("checked")
-def test_classes_get_their_places_in_a_hierarchy(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_get_their_places_in_a_hierarchy(folder, tmp_path, capsys):
     """By names, by WordNet-style keys with words, and by columns of a list."""
     by_name, by_key, words = (tmp_path / name for name in ("a.json", "is_a.txt", "words.txt"))
     by_name.write_text('{"cat": "mammal", "sea_lion": "mammal", "mammal": "animal", "ox": "cow"}')
@@ -284,7 +266,6 @@ def test_classes_get_their_places_in_a_hierarchy(
         with PackedDataset(out) as dataset:
             hierarchy = dataset.manifest.hierarchy
             assert dataset.manifest.class_names == ("cat", "dog", "sea lion")
-        assert hierarchy is not None
         names = (*dataset.manifest.class_names, *hierarchy.names)
         chains = [[names[one] for one in chain] for chain in hierarchy.chains()[:3]]
         assert chains == [["animal", "mammal", "cat"], ["dog"], ["animal", "mammal", "sea lion"]]
@@ -300,8 +281,8 @@ def test_classes_get_their_places_in_a_hierarchy(
     ],
 )
 def test_a_hierarchy_of_other_classes_is_refused_before_anything_is_packed(
-    folder: Path, tmp_path: Path, options: dict[str, str], message: str
-) -> None:
+    folder, tmp_path, options, message
+):
     if "hierarchy" in options:
         (tmp_path / "tree.json").write_text(options["hierarchy"])
         options = {"hierarchy": str(tmp_path / "tree.json")}

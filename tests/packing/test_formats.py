@@ -12,7 +12,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from bad_entries import CrashingOnce
-from pack_runs import Pack, build_set, jpeg
+from pack_runs import build_set, jpeg
+from packed_sets import saved
 from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
@@ -20,8 +21,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat, check_image
 from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
-
-pytestmark = pytest.mark.dist
 
 FILES = ("jpeg", "webp", "png", "ppm")
 
@@ -63,7 +62,7 @@ def names_of(folder: Path) -> set[str]:
     return {field for line in lines for field in line.split()[::4]}
 
 
-def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path]) -> None:
+def test_all_become_files_of_the_format_and_show_the_same(packed):
     for format, extension in (("jpeg", "jpg"), ("webp", "webp"), ("png", "png"), ("ppm", "ppm")):
         assert names_of(packed[format]) == {extension, "json"}
     assert names_of(packed["keep"]) == {"jpg", "png", "json"}
@@ -84,9 +83,7 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
                         assert difference.mean() < 5
 
 
-def test_verify_inspect_and_build_take_every_format(
-    packed: dict[str, Path], tmp_path: Path, pack: Pack
-) -> None:
+def test_verify_inspect_and_build_take_every_format(packed, tmp_path, pack):
     sets = [packed[format] for format in FILES]
     code, text = pack("build", "--workers", 1, *sets, "--out", tmp_path / "all")
     assert code == 0, text
@@ -103,16 +100,11 @@ def test_verify_inspect_and_build_take_every_format(
     assert page.read_text().count("<img") >= 15
 
 
-def test_the_program_scales_counts_and_writes_what_it_did(
-    folder: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_the_program_scales_counts_and_writes_what_it_did(folder, tmp_path, pack):
     told = tmp_path / "told.json"
     code, text = pack(
-        "build",
-        "--workers",
-        1,
-        *(folder, "--out", tmp_path / "out", "--format", "webp", "--resize", "short:12"),
-        *("--quality", 40, "--json", told),
+        *("build", "--workers", 1, folder, "--out", tmp_path / "out", "--format", "webp"),
+        *("--resize", "short:12", "--quality", 40, "--json", told),
     )
     assert code == 0
     assert "15 re-encoded as WebP q40, 0 copied unchanged" in text
@@ -162,7 +154,7 @@ def kinds_of_images(root: Path) -> dict[str, Image.Image]:
     return shown | {"yak/turned.jpg": upright}
 
 
-def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path: Path) -> None:
+def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path):
     shown = kinds_of_images(tmp_path / "in")
     folders = []
     for workers in (1, 3):
@@ -181,31 +173,17 @@ def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_p
             assert len(dataset.labels_of(index)) == 1
 
 
-def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
-    tmp_path: Path, pack: Pack
-) -> None:
+def test_sizes_that_differ_are_named_and_squares_are_the_way_out(tmp_path, pack):
     for number, (height, width) in enumerate([(20, 20), (20, 21), (50, 33), (1, 300), (8, 8)]):
         save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
-    code, text = pack(
-        "build", "--workers", 1, "--format", "raw", tmp_path / "in", "--out", tmp_path / "out"
-    )
+    words = "build", "--workers", 1, "--format", "raw", tmp_path / "in", "--out", tmp_path / "out"
+    code, text = pack(*words)
     assert code == 2
     assert "--format raw needs images of one size" in text
     assert text.count("cat/") == 2
     assert "--resize square:" in text
     assert os.listdir(tmp_path) == ["in"]
-    code, text = pack(
-        "build",
-        "--workers",
-        1,
-        "--format",
-        "raw",
-        tmp_path / "in",
-        "--out",
-        tmp_path / "out",
-        "--resize",
-        "square:20",
-    )
+    code, text = pack(*words, "--resize", "square:20")
     assert code == 0
     assert "decoded, 20 x 20 pixels each" in text
     pixels = np.load(tmp_path / "out" / "pixels.npy")
@@ -214,16 +192,14 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
     assert any(np.array_equal(image, noise(20, 21)[:, :20]) for image in pixels)
 
 
-def saved(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
+def png(pixels: np.ndarray) -> bytes:
+    return saved(Image.fromarray(pixels), format="PNG")
 
 
-def test_pixels_of_another_size_stay_in_the_worker() -> None:
+def test_pixels_of_another_size_stay_in_the_worker():
     """Or a chunk of images that are larger than they look would fill the memory."""
     options = ImageOptions(short_side=0, quality=90, max_pixels=10_000, seconds=0, format="raw")
-    entries = [CrashingOnce("/", saved(noise(*size))) for size in ((9, 8), (90, 80))]
+    entries = [CrashingOnce("/", png(noise(*size))) for size in ((9, 8), (90, 80))]
     tasks = [Task(name="", entry=entry, size=(9, 8)) for entry in entries]
     results = list(check_in_order(tasks, options=options, context_length=77, workers=1))
     assert all(isinstance(result, Checked) for result in results)
@@ -231,7 +207,7 @@ def test_pixels_of_another_size_stay_in_the_worker() -> None:
     assert sizes == [(9, 216), (90, 0)]
 
 
-def test_chunks_are_as_small_as_answers_are_large() -> None:
+def test_chunks_are_as_small_as_answers_are_large():
     entry = CrashingOnce("/", b"")
     options = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
     for answer_bytes, longest in ((3072, 128), (150_000, 27), (4_000_000, 1), (10**9, 1)):
@@ -243,9 +219,9 @@ def test_chunks_are_as_small_as_answers_are_large() -> None:
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 10), (31, 64), (64, 31), (20, 20)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
+def test_squares_show_the_middle(size, channels):
     pixels = noise(*size, channels)
-    data = saved(pixels if channels == 3 else pixels[..., 0])
+    data = png(pixels if channels == 3 else pixels[..., 0])
     image = check_image(data, square_side=20, format="raw")
     assert (image.height, image.width) == (20, 20)
     found = np.frombuffer(image.data, np.uint8).reshape(20, 20, 3)
@@ -262,10 +238,10 @@ def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
         assert np.array_equal(found, np.broadcast_to(pixels, found.shape))
 
 
-def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None:
+def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole():
     """That would be 26 million pixels wide."""
     pixels = noise(1, 65_000)
-    found = check_image(saved(pixels), square_side=400, format="raw")
+    found = check_image(png(pixels), square_side=400, format="raw")
     # as if it had been scaled whole and cut then: the filter looks at its neighbours
     near = Image.fromarray(pixels[:, 32_489:32_510]).resize(
         (21 * 400, 400), Image.Resampling.BICUBIC
@@ -274,8 +250,8 @@ def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None
     assert np.abs(twin - np.frombuffer(found.data, np.uint8).reshape(400, 400, 3)).max() <= 1
 
 
-def test_squares_of_files_are_encoded_anew_unless_they_are_squares() -> None:
-    large = check_image(saved(noise(60, 40)), square_side=20)
+def test_squares_of_files_are_encoded_anew_unless_they_are_squares():
+    large = check_image(png(noise(60, 40)), square_side=20)
     assert (large.extension, large.height, large.width, large.reencoded) == ("jpg", 20, 20, True)
-    data = saved(noise(20, 20))
+    data = png(noise(20, 20))
     assert check_image(data, square_side=20).data is data

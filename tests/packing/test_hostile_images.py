@@ -57,8 +57,7 @@ def measured_build(
     command = [sys.executable, str(script), str(source), str(out), str(max_pixels), format]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
-    found: dict[str, float] = json.loads(result.stdout)
-    return found
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +82,7 @@ def hostile(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out / "set"
 
 
-def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(
-    hostile: Path, shared_data: Path
-) -> None:
+def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(hostile, shared_data):
     with (shared_data / "hostile" / "manifest.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["file"].removeprefix("files/"): row for row in csv.DictReader(file)}
     agreed = {
@@ -112,9 +109,7 @@ def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(
     "format",
     ["keep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jpeg", "webp", "png"))],
 )
-def test_a_worker_takes_no_more_memory_than_its_pixels_need(
-    tmp_path: Path, peak_at_rest: float, format: str
-) -> None:
+def test_a_worker_takes_no_more_memory_than_its_pixels_need(tmp_path, peak_at_rest, format):
     """Bombs of every format, and honest images at the very limit: 40 bytes a pixel hold it."""
     bombs = tmp_path / "bombs" / "x"
     bombs.mkdir(parents=True)
@@ -131,9 +126,7 @@ def test_a_worker_takes_no_more_memory_than_its_pixels_need(
     assert found["seconds"] < 120
 
 
-def test_a_zip_of_bombs_takes_no_more_than_the_largest_file(
-    tmp_path: Path, peak_at_rest: float
-) -> None:
+def test_a_zip_of_bombs_takes_no_more_than_the_largest_file(tmp_path, peak_at_rest):
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("x/zeros.bmp", "w", force_zip64=True) as member:
             for _ in range(100):

@@ -16,7 +16,6 @@ from damage import flip_byte
 from foreign_sources import write_tar
 from inline_checks import check_inline
 from pack_runs import (
-    Pack,
     build_set,
     contents,
     faults_of,
@@ -104,14 +103,13 @@ def place(shared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(shared: Path) -> None:
+def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(shared):
     index, packed = shared / "index", shared / "packed"
     assert samples_of(index) == samples_of(packed)
     assert left_out(index) == left_out(packed)
     assert len(left_out(index)) == 3
     assert faults_of(index, decode=True) == []
     with PackedDataset(index) as dataset:
-        assert dataset.sources is not None
         own = [i for i in range(len(dataset)) if dataset.sources.place_of(i) is None]
         assert len(own) == 3, "the turned ones"
         # samples of a tar follow each other in its order, so that a store is read once
@@ -127,9 +125,7 @@ def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(share
         )
 
 
-def test_class_folders_are_indexed_and_found_from_the_data_set_if_named_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_class_folders_are_indexed_and_found_from_the_data_set_if_named_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", range(12), ("dog", "cat"))
     build("photos", Path("sets/index"))
@@ -148,7 +144,7 @@ def set_images(out: Path) -> list[bytes]:
         return [dataset.image_bytes(i, verify=True).tobytes() for i in range(len(dataset))]
 
 
-def test_a_changed_source_is_found_and_named(place: Path) -> None:
+def test_a_changed_source_is_found_and_named(place):
     tar = place / "tars/00001.tar"
     with PackedDataset(place / "index") as dataset:
         number = next(i for i in range(len(dataset)) if dataset.shard_of(i) == str(tar))
@@ -159,7 +155,6 @@ def test_a_changed_source_is_found_and_named(place: Path) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
     # of the same time too, --known would bring the same index again
     with PackedDataset(place / "index") as dataset:
-        assert dataset.sources is not None
         version = int(dataset.sources.rows[dataset.source_place(number).file]["version"])
         os.utime(tar, ns=(version, version))
         with pytest.raises(DamagedSampleError, match="--out NEW; without --known, which would"):
@@ -178,7 +173,7 @@ def test_a_changed_source_is_found_and_named(place: Path) -> None:
         dataset.image_bytes(number)
 
 
-def test_a_grown_source_is_looked_at_where_it_is_new(place: Path, looked_at: list[str]) -> None:
+def test_a_grown_source_is_looked_at_where_it_is_new(place, looked_at):
     write_shard(place / "tars", 3)
     looked_at.clear()
     with pytest.raises(
@@ -198,7 +193,7 @@ def test_a_grown_source_is_looked_at_where_it_is_new(place: Path, looked_at: lis
     assert len(looked_at) == 2 * PER_TAR + 2 * 2
 
 
-def test_an_index_is_a_source_of_indexes_and_of_packed_data_sets(place: Path) -> None:
+def test_an_index_is_a_source_of_indexes_and_of_packed_data_sets(place):
     write_shard(place / "more", 5)
     build(place / "more", place / "second")
     both = [str(place / "index"), str(place / "second")]
@@ -211,7 +206,7 @@ def test_an_index_is_a_source_of_indexes_and_of_packed_data_sets(place: Path) ->
         assert (PackedDataset(out).sources is None) != in_place
 
 
-def test_what_is_no_file_as_it_is_is_refused(shared: Path, place: Path, pack: Pack) -> None:
+def test_what_is_no_file_as_it_is_is_refused(shared, place, pack):
     (place / "photos/cat").mkdir(parents=True)
     (place / "photos/cat/1.jpg").write_bytes(jpeg(1))
     zipped = shutil.make_archive(str(place / "photos"), "zip", place / "photos")
@@ -230,9 +225,7 @@ def test_what_is_no_file_as_it_is_is_refused(shared: Path, place: Path, pack: Pa
         assert words in printed, printed
 
 
-def test_sources_under_urls_are_read_where_they_lie(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sources_under_urls_are_read_where_they_lie(shared, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     url = f"file://{shared}/tars"
     for source in (url, f"{url}/{{00000..00002}}.tar"):
@@ -248,7 +241,7 @@ def test_sources_under_urls_are_read_where_they_lie(
         for block in blocks:
             dataset.fetch_ahead(*block)
         with mock.patch.object(LocalReader, "read_into", side_effect=AssertionError):
-            place = next(i for i in range(len(dataset)) if dataset.sources.place_of(i))  # type: ignore[union-attr]
+            place = next(i for i in range(len(dataset)) if dataset.sources.place_of(i))
             dataset.image_bytes(place, verify=True)
         assert dataset.needed_bytes > 0
     assert faults_of(out, decode=True) == []
@@ -259,9 +252,7 @@ def test_sources_under_urls_are_read_where_they_lie(
         PackedDataset(f"file://{shared}/index")
 
 
-def test_a_build_that_was_killed_resumes_in_place(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_that_was_killed_resumes_in_place(shared, tmp_path, monkeypatch):
     out, options = tmp_path / "index", {"shard_bytes": 4096}
     build(shared / "tars", tmp_path / "unbroken", **options)
     with monkeypatch.context() as patched:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import look_at
-from pack_runs import Pack, build_set
+from pack_runs import build_set
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
@@ -69,7 +69,7 @@ def inspection(packed: Path) -> Inspection:
     return inspect_dataset(packed, workers=1, progress=False)
 
 
-def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
+def test_the_numbers_are_those_of_the_data(inspection):
     assert (inspection.num_samples, inspection.num_labels) == (24, 24)
     assert dict(inspection.class_counts) == {
         "cat": 6, "Cat": 6, "dog & fox": 7, CLASSES[3]: 5, "empty": 0
@@ -80,7 +80,6 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert inspection.quarantined == {"damaged": 1}
     assert inspection.heights.largest == 360
     assert sum(inspection.widths.counts) == 24
-    assert inspection.captions_per_image is not None
     assert inspection.captions_per_image.counts == (3, 12)
     label, text = inspection.concepts
     assert (label.num_images, label.num_concepts, label.images_per_concept) == (24, 4, 6)
@@ -95,19 +94,16 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert "spaCy" in text.kind
 
 
-def test_copies_are_found_by_bytes_and_by_eye(inspection: Inspection) -> None:
+def test_copies_are_found_by_bytes_and_by_eye(inspection):
     assert (inspection.exact_copies.num_groups, inspection.exact_copies.num_surplus) == (3, 3)
     assert inspection.exact_copies.num_labels_differ == 0
-    assert inspection.near_copies is not None
     (group,) = inspection.near_copies.groups
     assert group.labels_differ
     assert len(group.samples) == 2
     assert 0 < max(group.distances) <= 4 or group.distances == (0, 0)
 
 
-def test_concepts_are_noun_phrases_where_spacy_can_find_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_concepts_are_noun_phrases_where_spacy_can_find_them(monkeypatch):
     """A stand-in for spaCy: noun phrases are what stands between commas."""
 
     def word(text: str) -> SimpleNamespace:
@@ -164,7 +160,7 @@ def written(packed: Path, inspection: Inspection, tmp_path_factory: pytest.TempP
     return folder
 
 
-def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
+def test_the_page_needs_nothing_else_and_obeys_no_text(written):
     page = (written / "page.html").read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(page)
@@ -181,7 +177,7 @@ def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
     assert "https://" not in page
 
 
-def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None:
+def test_the_list_of_copies_can_be_left_out(packed, written):
     rows = list(csv.DictReader((written / "list.csv").open(newline="")))
     assert sorted(row["kind"] for row in rows) == ["duplicate"] * 3 + ["near duplicate"]
     main(["build", str(packed), "--leave-out", str(written / "list.csv"),
@@ -194,7 +190,7 @@ def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None
     assert found["exact_copies"]["num_surplus"] == 3
 
 
-def test_a_browser_shows_all_parts(written: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_all_parts(written, tmp_path):
     found = look_at(written / "page.html", tmp_path)
     assert found["headings"] == [
         "set", "Images and concepts", "Contact sheet", "Classes", "Captions", "Images",
@@ -208,7 +204,7 @@ def test_a_browser_shows_all_parts(written: Path, tmp_path: Path) -> None:
         assert text in found["text"]
 
 
-def test_the_program_prints_table_1(packed: Path, pack: Pack) -> None:
+def test_the_program_prints_table_1(packed, pack):
     code, text = pack("inspect", packed, "--no-near", "--concepts", "words")
     assert code == 0
     rows = [line for line in text.splitlines() if line.startswith("| image-")]
@@ -221,8 +217,8 @@ def test_the_program_prints_table_1(packed: Path, pack: Pack) -> None:
 
 
 def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Pack
-) -> None:
+    packed, tmp_path, monkeypatch, pack
+):
     """`pip install unicl_fast` does not bring it, and is all that the first steps ask for."""
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -244,16 +240,14 @@ def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for
         assert "not looked for" not in text
 
 
-def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(packed, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     monkeypatch.setattr(near_duplicates, "_dataset", PackedDataset(packed))
     with pytest.raises(ValueError, match=r"sample 0+ .*more pixels than .*--no-near"):
         near_duplicates._hash(0, 1)
 
 
-def test_a_raw_set_is_described_by_its_pixels(tmp_path: Path, pack: Pack) -> None:
+def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):
     """Files of different bytes and names of different lengths, but the same pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), np.uint8)
     for name, content, level in (("cat/1", 0, 1), ("dog/a longer name", 0, 9), ("dog/2", 1, 1)):
@@ -289,7 +283,7 @@ def test_a_raw_set_is_described_by_its_pixels(tmp_path: Path, pack: Pack) -> Non
     assert np.array_equal(shown, np.load(tmp_path / "set" / "pixels.npy"))
 
 
-def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
+def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs():
     values = np.array([*range(20, 64)] * 5 + [65_280, 900])
     spread = inspect_module._spread(values)
     assert spread.edges[-3:] == (62.0, 64.0, 65_280.0)

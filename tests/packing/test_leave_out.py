@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from pack_runs import Pack, build_set, jpeg, samples_of
+from pack_runs import build_set, jpeg, samples_of
 
 from unicl_fast.packing.build import build_dataset
 
@@ -34,7 +34,7 @@ def sources(tmp_path: Path) -> list[Path]:
     return [tmp_path / "photos.zip", tmp_path / "list.jsonl"]
 
 
-def test_what_a_list_names_is_passed_over(sources: list[Path], tmp_path: Path) -> None:
+def test_what_a_list_names_is_passed_over(sources, tmp_path):
     (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
     summary = build_set(sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"))
     assert {one.name for one in samples_of(tmp_path / "set")} == {
@@ -45,9 +45,7 @@ def test_what_a_list_names_is_passed_over(sources: list[Path], tmp_path: Path) -
         build_set(sources, tmp_path / "no", leave_out="s3://bucket/list.csv")
 
 
-def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
-    tmp_path: Path, pack: Pack
-) -> None:
+def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(tmp_path, pack):
     """Else a copy's row would take the image that stays as well, and nobody would notice."""
     places = [tmp_path / folder / "train" for folder in "ab"]
     for number, place in enumerate(places):
@@ -78,11 +76,11 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
     (tmp_path / "copies.csv").write_text("\n".join(rows))
     options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
     for name, sources in (("built", places), ("again", [tmp_path / "all"])):
-        build_dataset(sources, tmp_path / name, workers=1, **options)  # type: ignore[arg-type]
+        build_dataset(sources, tmp_path / name, workers=1, **options)
         assert {one.name for one in samples_of(tmp_path / name)} == {"cat/own0.jpg", "cat/own1.jpg"}
 
 
-def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
         with open(bytes(tmp_path / "in" / "cat") + b"/" + name, "wb") as file:
@@ -92,5 +90,5 @@ def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
     build_set([tmp_path / "in"], tmp_path / "all")
     assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
     for name in ("in", "all"):
-        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)  # type: ignore[arg-type]
+        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)
         assert {one.name for one in samples_of(tmp_path / f"of {name}")} == {"cat/plain.jpg"}

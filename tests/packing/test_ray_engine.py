@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from bad_entries import Crashing, Faulty, KillsParentOnce
-from pack_runs import Pack, build_set, jpeg
+from pack_runs import build_set, jpeg
 
 from unicl_fast.packing import ray_engine
 from unicl_fast.packing.ray_engine import check_on_ray
@@ -41,9 +41,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_a_build_on_ray_without_ray_says_what_to_install(
-    tmp_path: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_on_ray_without_ray_says_what_to_install(tmp_path, pack, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     words = ("build", tmp_path, "--out", tmp_path / "o", "--engine", "ray")
     code, text = pack(*words)
@@ -81,9 +79,7 @@ class InOneProcess:
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 1), (3, 3), (0, 2 * 3)])
-def test_no_more_chunks_are_under_way_than_there_are_workers(
-    monkeypatch: pytest.MonkeyPatch, workers: int, most: int
-) -> None:
+def test_no_more_chunks_are_under_way_than_there_are_workers(monkeypatch, workers, most):
     """Ray runs as many as it has cores, whatever this machine's share is to be."""
 
     def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
@@ -94,13 +90,11 @@ def test_no_more_chunks_are_under_way_than_there_are_workers(
     monkeypatch.setattr(ray_engine, "_check_chunk", check)
     tasks = [Task(name=str(number), entry=Faulty()) for number in range(64 * 20)]
     results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=workers)
-    assert [result.message for result in results] == [task.name for task in tasks]  # type: ignore[union-attr]
+    assert [result.message for result in results] == [task.name for task in tasks]
     assert ray.most == most
 
 
-def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(tmp_path, monkeypatch):
     def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
         seen.extend(task.entry for task in tasks)
         return "m1", [Problem(kind="unreadable", message="No such file") for _ in tasks]
@@ -124,13 +118,12 @@ def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.usefixtures("cluster")
-def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: Path) -> None:
+def test_a_cluster_gives_the_bytes_of_this_machine(shared_data, tmp_path):
     source = shared_data / "captions" / "flickr8k" / "captions.jsonl"
     for engine in ("local", "ray"):
         options = {"engine": engine, "resize": "short:96", "shard_bytes": 500_000, "workers": 2}
-        build_set([source], tmp_path / engine, **options)  # type: ignore[arg-type]
+        build_set([source], tmp_path / engine, **options)
     local, on_ray = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("local", "ray")
@@ -141,9 +134,8 @@ def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: 
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.usefixtures("cluster")
-def test_bad_images_and_killed_processes_of_ray_cost_no_others(tmp_path: Path) -> None:
+def test_bad_images_and_killed_processes_of_ray_cost_no_others(tmp_path):
     sound = KillsParentOnce(str(tmp_path / "mark"), jpeg(3))
     tasks = [Task(name=str(number), entry=sound, captions=("a cat",)) for number in range(200)]
     tasks[70] = Task(name="crash", entry=Crashing(signal.SIGSEGV))

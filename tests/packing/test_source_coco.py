@@ -54,7 +54,7 @@ def coco(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
+def test_captions_and_instances_meet_at_the_image(coco):
     places = [str(path) for path in sorted((coco / "annotations").iterdir())]
     (source,) = read_sources(places, ListOptions(), Spool(None))
     assert source.name == "captions_val2017.json+instances_val2017.json"
@@ -71,7 +71,7 @@ def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
     assert (once.name, len(once.items)) == (source.name, 3)
 
 
-def test_images_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> None:
+def test_images_are_found_in_zips_and_in_a_folder_called_images(coco):
     place = str(coco / "annotations" / "captions_val2017.json")
     write_zip(coco / "val2017.zip", {f"val2017/{number}.jpg": jpeg(number) for number in (1, 2)})
     (coco / "val2017").rename(coco / "images")
@@ -83,7 +83,7 @@ def test_images_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> N
         read_source(place)
 
 
-def test_filters_of_rows_are_refused(coco: Path) -> None:
+def test_filters_of_rows_are_refused(coco):
     place = str(coco / "annotations" / "captions_val2017.json")
     with pytest.raises(ValueError, match="captions_val2017.json: .* no columns: leave --where out"):
         read_source(place, ListOptions(where=["split=val"]))
@@ -91,7 +91,7 @@ def test_filters_of_rows_are_refused(coco: Path) -> None:
         read_source(place, ListOptions(min_score=["clip=0.3"]))
 
 
-def test_entries_that_lie_are_named(coco: Path) -> None:
+def test_entries_that_lie_are_named(coco):
     images: list[Any] = [
         {"id": 1, "file_name": "1.jpg"},
         {"id": 1, "file_name": "2.jpg"},
@@ -137,7 +137,7 @@ def test_entries_that_lie_are_named(coco: Path) -> None:
         ('{"images": [1}', "expected ',' or ']'"),
     ],
 )
-def test_what_is_no_coco_file_is_refused_in_a_sentence(coco: Path, text: str, message: str) -> None:
+def test_what_is_no_coco_file_is_refused_in_a_sentence(coco, text, message):
     path = coco / "annotations" / "captions_val2017.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
@@ -145,7 +145,7 @@ def test_what_is_no_coco_file_is_refused_in_a_sentence(coco: Path, text: str, me
     assert "captions_val2017.json" in str(caught.value)
 
 
-def test_a_json_array_is_a_list_like_any_other(coco: Path) -> None:
+def test_a_json_array_is_a_list_like_any_other(coco):
     rows = [{"image": "1.jpg", "caption": ["a", "b"]}, {"image": "2.jpg", "label": "x"}, 3]
     (coco / "list.json").write_text(json.dumps(rows))
     source = read_source(coco / "list.json", ListOptions(image_root=str(coco / "val2017")))
@@ -153,7 +153,7 @@ def test_a_json_array_is_a_list_like_any_other(coco: Path) -> None:
     assert outcomes(source)["line 3"] == "bad row"
 
 
-def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> None:
+def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path):
     for name in ("train.zip", "00001.zip"):
         write_zip(tmp_path / name, {f"n01440764/a b{n}.JPEG": jpeg(n) for n in (1, 2)})
     (tmp_path / "train_map.txt").write_text(
@@ -209,9 +209,7 @@ def pieces_of(value: Any) -> list[tuple[str, Any]]:
     cut=st.floats(0, 1, exclude_max=True),
 )
 @examples(60)
-def test_json_in_pieces_is_json(
-    tmp_path_factory: pytest.TempPathFactory, value: Any, indent: int | None, cut: float
-) -> None:
+def test_json_in_pieces_is_json(tmp_path_factory, value, indent, cut):
     path = tmp_path_factory.mktemp("json") / "a.json"
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -253,9 +251,7 @@ def file(tmp_path: Path, shared_data: Path) -> Path:
     ],
 )
 @pytest.mark.parametrize("folder", ["", "images"])
-def test_a_split_has_its_images_with_all_their_captions(
-    file: Path, shared_data: Path, where: tuple[str, ...], numbers: list[int], folder: str
-) -> None:
+def test_a_split_has_its_images_with_all_their_captions(file, shared_data, where, numbers, folder):
     flickr = shared_data / "captions" / "flickr8k"
     options = ListOptions(image_root=str(flickr / folder), where=where)
     source = read_source(file, options)
@@ -264,17 +260,16 @@ def test_a_split_has_its_images_with_all_their_captions(
     assert [item.captions for item in source.items] == [one["captions"] for one in expected]
     for item, one in zip(source.items, expected, strict=True):
         assert item.problem is None
-        assert item.entry is not None
         assert item.entry.read() == (flickr / one["image"]).read_bytes()
     assert source.passed_over[LEFT_OUT] == 16 - len(expected)
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(file: Path) -> None:
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(file):
     with pytest.raises(ValueError, match=r"split=dev; its splits are train \(4\), val \(4\)"):
         read_source(file, ListOptions(where=("split=dev",)))
 
 
-def test_what_cannot_be_packed_is_named(file: Path) -> None:
+def test_what_cannot_be_packed_is_named(file):
     content = json.loads(file.read_text())
     content["images"] = content["images"][:4]
     changes: list[dict[str, Any]] = [

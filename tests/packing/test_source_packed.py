@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from damage import copy_of, flip_byte, mend_checksums
 from inline_checks import check_inline
-from pack_runs import Pack, build_set, faults_of, jpeg, samples_of, stop_at, write_photos
+from pack_runs import build_set, faults_of, jpeg, samples_of, stop_at, write_photos
 from packed_sets import sample_of, write_set
 
 from unicl_fast.dataset.manifest import Manifest
@@ -74,8 +74,8 @@ def quarantined(folder: Path) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("format", ["", "raw"])
 def test_a_build_of_packed_sets_is_the_build_of_their_sources(
-    packed: dict[str, Path], tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    packed, tmp_path, format, monkeypatch
+):
     places = [packed[f"{format}photos"], packed[f"{format}pairs"]]
     options: dict[str, Any] = {"format": "raw"} if format else {}
     with monkeypatch.context() as patch:
@@ -98,8 +98,8 @@ def test_a_build_of_packed_sets_is_the_build_of_their_sources(
 
 
 def test_packed_sets_go_with_other_sources_and_are_changed_when_that_is_asked_for(
-    sources: dict[str, Path], packed: dict[str, Path], tmp_path: Path
-) -> None:
+    sources, packed, tmp_path
+):
     build(packed["photos"], packed["rawpairs"], out=tmp_path / "mixed", license="MIT")
     kinds = {one.image[:2] for one in samples_of(tmp_path / "mixed")}
     assert kinds == {b"\xff\xd8", b"\x89P"}  # JPEGs stay, pixels become PNGs
@@ -115,7 +115,7 @@ def test_packed_sets_go_with_other_sources_and_are_changed_when_that_is_asked_fo
     assert samples_of(tmp_path / "kept") == samples_of(tmp_path / "small")
 
 
-def test_damage_is_left_out_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_damage_is_left_out_by_name(packed, tmp_path):
     with PackedDataset(packed["pairs"]) as dataset:
         damaged = copy_of(dataset, tmp_path / "pairs")
         places = {
@@ -150,7 +150,7 @@ def contents_in_order(folder: Path) -> list[tuple[str, str]]:
     return [(text.source, text.name) for text in texts]
 
 
-def test_damaged_pixels_are_left_out_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_pixels_are_left_out_by_name(packed, tmp_path):
     with PackedDataset(packed["rawpairs"]) as dataset:
         damaged = copy_of(dataset, tmp_path / "pairs")
     name = contents_in_order(damaged)[4]
@@ -163,9 +163,7 @@ def test_damaged_pixels_are_left_out_by_name(packed: dict[str, Path], tmp_path: 
     assert "pixels.npy, offset 9728: " in row[3]
 
 
-def test_captions_of_another_tokenizer_are_tokenized_anew(
-    packed: dict[str, Path], tmp_path: Path
-) -> None:
+def test_captions_of_another_tokenizer_are_tokenized_anew(packed, tmp_path):
     """By another vocabulary, by packages that clean texts otherwise, or cut shorter."""
     folders = []
     for number, length in enumerate((6, 77)):
@@ -192,9 +190,7 @@ def test_captions_of_another_tokenizer_are_tokenized_anew(
     assert short.tokens == long.tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
 
 
-def test_lists_of_copies_find_samples_by_their_first_source(
-    packed: dict[str, Path], tmp_path: Path
-) -> None:
+def test_lists_of_copies_find_samples_by_their_first_source(packed, tmp_path):
     (tmp_path / "out.csv").write_text("name,source\n3.jpg,list.jsonl\n3.jpg,elsewhere\n")
     listed = str(tmp_path / "out.csv")
     summary = build(packed["pairs"], out=tmp_path / "set", leave_out=listed)
@@ -202,9 +198,7 @@ def test_lists_of_copies_find_samples_by_their_first_source(
     assert "3.jpg" not in {one.name for one in samples_of(tmp_path / "set")}
 
 
-def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(
-    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(packed, tmp_path, monkeypatch):
     shutil.copytree(packed["pairs"], tmp_path / "pairs")
     places, options = (packed["photos"], tmp_path / "pairs"), {"shard_bytes": 20_000}
     build(*places, out=tmp_path / "whole", **options)
@@ -221,7 +215,7 @@ def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(
         build(*places, out=tmp_path / "set", **options)
 
 
-def test_classes_keep_their_numbers_and_equal_names_are_one_class() -> None:
+def test_classes_keep_their_numbers_and_equal_names_are_one_class():
     lists = [["crane", "crane", "dog"], [], ["cat", "dog", "crane"]]
     labels = ["ape", "big_cat", *(label for names in lists for label in spell_classes(names))]
     space = collect_label_space(labels, lists)
@@ -254,13 +248,8 @@ def change_manifest(folder: Path, **fields: object) -> None:
     ],
 )
 def test_what_is_damaged_or_does_not_go_together_is_refused_in_a_sentence(
-    packed: dict[str, Path],
-    tmp_path: Path,
-    change: dict[str, object] | str,
-    arguments: list[str],
-    message: str,
-    pack: Pack,
-) -> None:
+    packed, tmp_path, change, arguments, message, pack
+):
     with PackedDataset(packed["photos"]) as dataset:
         other = copy_of(dataset, tmp_path / "other")
     if isinstance(change, dict):
@@ -276,7 +265,7 @@ def test_what_is_damaged_or_does_not_go_together_is_refused_in_a_sentence(
     assert os.listdir(tmp_path) == ["other"]
 
 
-def test_templates_may_be_given_where_they_differ(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_templates_may_be_given_where_they_differ(packed, tmp_path):
     with PackedDataset(packed["photos"]) as dataset:
         other = copy_of(dataset, tmp_path / "other")
     change_manifest(other, templates=["only {}"])
@@ -286,9 +275,7 @@ def test_templates_may_be_given_where_they_differ(packed: dict[str, Path], tmp_p
     assert Manifest.load(tmp_path / "own").templates == ("only {}",)
 
 
-def test_hierarchies_are_joined_or_refused_if_they_differ(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_hierarchies_are_joined_or_refused_if_they_differ(sources, tmp_path):
     for name, parents in {"photos": {"cat": "mammal"}, "pairs": {"ape": "mammal"}}.items():
         tree = tmp_path / f"{name}.json"
         tree.write_text(json.dumps(parents | {"dog": "pet" if name == "pairs" else "mammal"}))
@@ -300,14 +287,13 @@ def test_hierarchies_are_joined_or_refused_if_they_differ(
     build(tmp_path / "photos", tmp_path / "new", out=tmp_path / "both")
     manifest = Manifest.load(tmp_path / "both")
     assert manifest.class_names == ("cat", "dog", "sea lion", "ape")
-    assert manifest.hierarchy is not None
     assert manifest.hierarchy.names == ("mammal", "animal")
     assert manifest.hierarchy.parents == (4, 4, -1, 4, 5, -1)
     build(tmp_path / "photos", tmp_path / "pairs", out=tmp_path / "given", hierarchy=tree)
     assert Manifest.load(tmp_path / "given").hierarchy != manifest.hierarchy
 
 
-def test_classes_of_one_name_stay_apart_also_under_given_names(tmp_path: Path) -> None:
+def test_classes_of_one_name_stay_apart_also_under_given_names(tmp_path):
     """The built-in names of ImageNet have two missiles, one of them the projectile."""
     names, tree = tmp_path / "names.txt", tmp_path / "tree.json"
     names.write_text("n1\tmissile\nn2\tmissile\nn3\tdog\n")

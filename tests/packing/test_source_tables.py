@@ -16,7 +16,7 @@ import pytest
 from foreign_sources import outcomes, read, read_source, texts, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import Pack, jpeg
+from pack_runs import jpeg
 from property_tests import examples
 
 from unicl_fast.packing.sources import tables as source_tables
@@ -59,7 +59,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
     return Spool(tmp_path / "spool")
 
 
-def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) -> None:
+def test_images_in_parquet_with_names_for_numbers(tmp_path, spool):
     found = described(table(tags=[[0], [1, 0], None, [], [1], [1]]))
     pq.write_table(found, tmp_path / "a.parquet", row_group_size=4)
     source = read_source(tmp_path / "a.parquet", spool=spool)
@@ -75,7 +75,7 @@ def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) 
     assert sorted(outcomes(source).values()) == ["low score"] * 3 + ["read"] * 3
 
 
-def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spool) -> None:
+def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path, spool):
     for number in (1, 2):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
     rows = {
@@ -92,7 +92,7 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
     assert not source.labels_are_names
 
 
-def test_paths_in_files_of_several_folders_take_a_root(tmp_path: Path, spool: Spool) -> None:
+def test_paths_in_files_of_several_folders_take_a_root(tmp_path, spool):
     for number, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.jpg").write_bytes(jpeg(number))
@@ -105,9 +105,7 @@ def test_paths_in_files_of_several_folders_take_a_root(tmp_path: Path, spool: Sp
     assert texts(source) == {"a/1.jpg": (["a"], []), "b/1.jpg": (["b"], [])}
 
 
-def test_a_zip_of_images_is_opened_once_for_all_files(
-    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_zip_of_images_is_opened_once_for_all_files(tmp_path, spool, monkeypatch):
     opened: list[Path] = []
 
     class CountedZip(ZipTree):
@@ -130,7 +128,7 @@ def test_a_zip_of_images_is_opened_once_for_all_files(
         read_source(tmp_path / "set", options, spool)
 
 
-def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: Spool) -> None:
+def test_what_img2dataset_and_others_call_their_columns(tmp_path, spool):
     rows = {
         "jpg": [jpeg(1), None],
         "caption": ["one", "two"],
@@ -160,15 +158,13 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
         ({"image": [1.5], "label": [1]}, ListOptions(), "of type double; expected bytes"),
     ],
 )
-def test_tables_without_the_columns_say_what_they_have(
-    tmp_path: Path, spool: Spool, columns: dict[str, Any], options: ListOptions, message: str
-) -> None:
+def test_tables_without_the_columns_say_what_they_have(tmp_path, spool, columns, options, message):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
         read_source(tmp_path / "a.parquet", options, spool)
 
 
-def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: Spool) -> None:
+def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path, spool):
     (tmp_path / "set" / "data").mkdir(parents=True)
     for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test", 1)):
         path = tmp_path / "set" / "data" / f"{name}.parquet"
@@ -188,9 +184,7 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
     assert len(read_source(tmp_path / "set", spool=spool).items) == 5
 
 
-def test_labels_beyond_the_names_and_values_of_other_types_are_named(
-    tmp_path: Path, spool: Spool
-) -> None:
+def test_labels_beyond_the_names_and_values_of_other_types_are_named(tmp_path, spool):
     found = described(pa.table({"image": images(*range(5)), "label": [0, 2, -2, 2**40, -1]}))
     pq.write_table(found, tmp_path / "a.parquet")
     source = read_source(tmp_path / "a.parquet", spool=spool)
@@ -211,9 +205,7 @@ def break_page(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
-    tmp_path: Path, spool: Spool
-) -> None:
+def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(tmp_path, spool):
     for name in ("a", "b", "c"):
         pq.write_table(table(9), tmp_path / f"{name}.parquet", row_group_size=3)
     break_page(tmp_path / "a.parquet")
@@ -230,9 +222,7 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_build_of_nothing_but_a_damaged_file_ends_with_a_sentence(
-    tmp_path: Path, pack: Pack, size: int
-) -> None:
+def test_a_build_of_nothing_but_a_damaged_file_ends_with_a_sentence(tmp_path, pack, size):
     path = tmp_path / "a.parquet"
     pq.write_table(described(table()), path)
     path.write_bytes(path.read_bytes()[:size])
@@ -245,9 +235,7 @@ def test_a_build_of_nothing_but_a_damaged_file_ends_with_a_sentence(
     assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
-    tmp_path: Path, spool: Spool
-) -> None:
+def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(tmp_path, spool):
     for number in range(4):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
     names = pa.array([b"0.jpg", b"1.jpg", b"\xff.jpg", b"3.jpg"])
@@ -272,9 +260,7 @@ def damaged_copies(data: st.DataObject) -> bytes:
 
 @given(data=st.data())
 @examples(60)
-def test_any_damage_to_a_table_is_named(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_damage_to_a_table_is_named(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("table")
     path = folder / "a.parquet"
     path.write_bytes(damaged_copies(data))
@@ -300,7 +286,7 @@ def test_any_damage_to_a_table_is_named(
             assert row["offset"] + row["size"] <= (folder / "images").stat().st_size
 
 
-def test_a_build_with_where_remembers_what_it_left_out(tmp_path: Path, spool: Spool) -> None:
+def test_a_build_with_where_remembers_what_it_left_out(tmp_path, spool):
     pq.write_table(table(6, set=[*"aab", *"aab"]), tmp_path / "a.parquet")
     stays = Spool(tmp_path / "spool")
     again = Spool(tmp_path / "spool")
@@ -310,9 +296,7 @@ def test_a_build_with_where_remembers_what_it_left_out(tmp_path: Path, spool: Sp
         assert [read(item) for item in source.items] == [jpeg(2), jpeg(5)]
 
 
-def test_a_file_that_ends_its_process_costs_what_comes_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_ends_its_process_costs_what_comes_after(tmp_path, monkeypatch):
     """One value of 20 MB that a dictionary repeats: read out, 20 GB."""
     monkeypatch.setattr(source_tables, "_MEMORY_BYTES", 200_000_000)
     spool = Spool(tmp_path / "spool")
@@ -327,7 +311,7 @@ def test_a_file_that_ends_its_process_costs_what_comes_after(
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
 
 
-def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+def test_a_script_needs_no_guard(tmp_path):
     """Processes that read and check do not begin with its main part again."""
     pq.write_table(described(table(3, tags=[[0]] * 3)), tmp_path / "a.parquet")
     places = str(tmp_path / "a.parquet"), str(tmp_path / "out")
@@ -342,18 +326,14 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
 
 
-def test_a_full_disk_is_told_by_what_it_is_needed_for(
-    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_by_what_it_is_needed_for(tmp_path, spool, monkeypatch):
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
     with pytest.raises(OSError, match="no room left for .*unpacked images need their full size"):
         read_source(tmp_path / "a.parquet", spool=spool)
 
 
-def test_without_pyarrow_the_extra_is_named(
-    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pyarrow_the_extra_is_named(tmp_path, spool, monkeypatch):
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install .*\[sources\]"):

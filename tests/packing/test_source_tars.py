@@ -31,7 +31,7 @@ def three_samples(path: Path) -> Path:
     return write_tar(path, members | {"f/002.txt": b"one"})
 
 
-def test_a_key_is_a_sample_with_its_texts(tmp_path: Path) -> None:
+def test_a_key_is_a_sample_with_its_texts(tmp_path):
     place = str(three_samples(tmp_path / "a.tar"))
     source = read_source(place)
     assert texts(source) == {
@@ -49,7 +49,7 @@ def test_a_key_is_a_sample_with_its_texts(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+def test_what_webdataset_writes_is_read(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(5):
             sample = {"__key__": f"{number:06d}", "jpg": jpeg(number), "txt": f"square {number}"}
@@ -60,7 +60,7 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_are_read_as_tarfile_reads_them(tmp_path: Path, style: int) -> None:
+def test_names_are_read_as_tarfile_reads_them(tmp_path, style):
     names = ["a.jpg", "f/" * 60 + "b.jpg", "\u00e9/" + "c" * 80 + ".jpg", "\udcff.jpg"]
     if style != tarfile.USTAR_FORMAT:
         names.append("d" * 300 + ".jpg")
@@ -68,7 +68,7 @@ def test_names_are_read_as_tarfile_reads_them(tmp_path: Path, style: int) -> Non
         for name in names:
             info = tarfile.TarInfo(name)
             info.size = len(name)
-            info.mtime = 1.5  # type: ignore[assignment]  # pax writes a header for the half
+            info.mtime = 1.5  # pax writes a header for the half
             archive.addfile(info, io.BytesIO(os.fsencode(name)))
         folder = tarfile.TarInfo("folder")
         folder.type = tarfile.DIRTYPE
@@ -80,7 +80,7 @@ def test_names_are_read_as_tarfile_reads_them(tmp_path: Path, style: int) -> Non
     assert len(expected) == len(names)
 
 
-def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path: Path) -> None:
+def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path):
     one, two = three_samples(tmp_path / "s-08.tar"), write_tar(tmp_path / "x", {"9.jpg": jpeg(9)})
     (tmp_path / "s-09.tar").write_bytes(one.read_bytes() + two.read_bytes())
     two.unlink()
@@ -97,14 +97,14 @@ def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("place", ["b.tgz", "B.TAR.GZ", ""])
-def test_compressed_tars_are_refused_not_passed_over(tmp_path: Path, place: str) -> None:
+def test_compressed_tars_are_refused_not_passed_over(tmp_path, place):
     three_samples(tmp_path / "a.tar")
     (tmp_path / (place or "b.tar.gz")).write_bytes(b"")
     with pytest.raises(ValueError, match="compressed.*unpack it to a .tar first: gunzip"):
         read_source(tmp_path / place)
 
 
-def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
+def test_folders_that_programs_leave_do_not_hide_tars(tmp_path):
     three_samples(tmp_path / "a.tar")
     for folder in ("_tmp", "__MACOSX"):
         (tmp_path / folder).mkdir()
@@ -121,7 +121,7 @@ def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
         read_source(tmp_path)
 
 
-def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> None:
+def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path):
     data = three_samples(tmp_path / "a.tar").read_bytes()
     with (tmp_path / "a.tar").open("rb") as file:
         members = list(iter_members(file))
@@ -143,7 +143,7 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> Non
     assert sum(name.startswith("b.tar") for name in found) == 3
 
 
-def test_odd_samples_are_refused_by_name(tmp_path: Path) -> None:
+def test_odd_samples_are_refused_by_name(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -185,7 +185,7 @@ def test_odd_samples_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header", [b"\0" * 124 + b"7" * 11, b"\0" * 124 + b"\x80" + b"\x7f" * 11, b"x" * 512]
 )
-def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> None:
+def test_headers_that_lie_end_the_tar_there(tmp_path, header):
     block = bytearray(header.ljust(512, b"\0"))
     block[156:157] = b"x"  # an extended header, which would have to be read
     if header[:1] != b"x":
@@ -225,7 +225,7 @@ def headers_with(kind: bytes, content: bytes) -> bytes:
     ],
     ids=["digits", "long", "short", "many", "nested", "sparse"],
 )
-def test_headers_that_cost_time_or_memory_are_refused(tmp_path: Path, data: bytes) -> None:
+def test_headers_that_cost_time_or_memory_are_refused(tmp_path, data):
     path = tmp_path / "a.tar"
     path.write_bytes(data)
     started = time.process_time()
@@ -236,9 +236,7 @@ def test_headers_that_cost_time_or_memory_are_refused(tmp_path: Path, data: byte
 
 @given(data=st.data())
 @examples(100)
-def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(tmp_path_factory, data):
     path = three_samples(tmp_path_factory.mktemp("tar") / "a.tar")
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
@@ -254,7 +252,7 @@ def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
             assert len(read(item)) in {len(jpeg(number)) for number in range(3)}
 
 
-def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:
+def test_img2dataset_in_tars_counts_its_failures(tmp_path):
     three_samples(tmp_path / "00000.tar")
     statistics = {"count": 10, "successes": 3, "failed_to_download": 6, "failed_to_resize": 1}
     (tmp_path / "00000_stats.json").write_text(json.dumps(statistics))
@@ -264,7 +262,7 @@ def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:
     assert source.passed_over == {"failed downloads of img2dataset": 7}
 
 
-def test_img2dataset_in_files(tmp_path: Path) -> None:
+def test_img2dataset_in_files(tmp_path):
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     (tmp_path / "00000_stats.json").write_text('{"failed_to_download": 1}')

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import Pack, build_set, contents, jpeg, samples_of
+from pack_runs import build_set, contents, jpeg, samples_of
 from property_tests import examples
 
 from unicl_fast.packing.split import _choose, _Groups
@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("checked")
     fraction=st.floats(0.05, 0.5),
 )
 @examples(100)
-def test_groups_stay_whole_and_each_class_keeps_its_fraction(
-    strata: list[int], pairs: list[tuple[int, int]], fraction: float
-) -> None:
+def test_groups_stay_whole_and_each_class_keeps_its_fraction(strata, pairs, fraction):
     groups = _Groups(len(strata))
     for one, other in pairs:
         if max(one, other) < len(strata):
@@ -73,7 +71,7 @@ def shop(tmp_path: Path) -> Path:
 COLUMNS = {"caption_column": ["title"], "label_column": ["category", "department"]}
 
 
-def test_both_sides_share_classes_and_no_image(shop: Path, tmp_path: Path, pack: Pack) -> None:
+def test_both_sides_share_classes_and_no_image(shop, tmp_path, pack):
     out = tmp_path / "packed"
     arguments = [
         *("--caption-column", "title", "--label-column", "category", "department"),
@@ -111,7 +109,7 @@ def test_both_sides_share_classes_and_no_image(shop: Path, tmp_path: Path, pack:
     assert (code, f"it holds some; name {out}/held-out or {out}/train" in text) == (2, True)
 
 
-def test_the_seed_decides_what_is_held_out(shop: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_what_is_held_out(shop, tmp_path):
     found = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         options = {**COLUMNS, "split": 0.9, "seed": seed}
@@ -122,10 +120,9 @@ def test_the_seed_decides_what_is_held_out(shop: Path, tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_packed_sets_are_divided_by_their_checksums(shop: Path, tmp_path: Path) -> None:
+def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
     build_set([shop], tmp_path / "whole", **COLUMNS)
     summary = build_set([tmp_path / "whole"], tmp_path / "set", split=0.8)
-    assert summary.held_out is not None
     assert summary.num_samples + summary.held_out.num_samples == 120
     assert (summary.num_quarantined, summary.held_out.num_quarantined) == (1, 0)
     assert summary.num_shared == 0
@@ -143,13 +140,8 @@ def test_packed_sets_are_divided_by_their_checksums(shop: Path, tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_divided_is_refused_and_leaves_nothing(
-    shop: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-    pack: Pack,
-) -> None:
+    shop, tmp_path, monkeypatch, arguments, message, pack
+):
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir(tmp_path))
     words = ["build", "shop.jsonl", "--label-column", "category", "--out", "set", *arguments]

@@ -16,7 +16,7 @@ import pytest
 from foreign_sources import write_tar
 from inline_checks import check_inline
 from object_stores import put
-from pack_runs import Pack, build_set, jpeg, stop_at, write_photos
+from pack_runs import build_set, jpeg, stop_at, write_photos
 from werkzeug.serving import make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
@@ -69,14 +69,8 @@ def raising(error: BaseException) -> Callable[..., None]:
     ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"]
 )
 def test_a_stopped_build_to_a_url_says_what_is_kept(
-    photos: Path,
-    url: str,
-    work: Path,
-    error: BaseException,
-    code: int,
-    monkeypatch: pytest.MonkeyPatch,
-    pack: Pack,
-) -> None:
+    photos, url, work, error, code, monkeypatch, pack
+):
     arguments = ("build", photos, "--out", url, "--shard-bytes", SHARD_BYTES)
     with monkeypatch.context() as patch:
         stop_at(patch, 3, error)
@@ -107,8 +101,8 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
 
 
 def test_the_same_build_resumes_an_upload_that_was_cut_off(
-    photos: Path, url: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    photos, url, work, tmp_path, monkeypatch
+):
     real, sent = upload._send, []
 
     def send(store: ObjectStore, path: Path, expected: str) -> None:
@@ -132,9 +126,7 @@ def test_the_same_build_resumes_an_upload_that_was_cut_off(
     assert set(os.listdir(tmp_path / "whole")) - set(os.listdir(store)) == {"made-of.json"}
 
 
-def test_a_build_to_a_url_that_cannot_be_leaves_nothing(
-    url: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_to_a_url_that_cannot_be_leaves_nothing(url, work, tmp_path, monkeypatch):
     (tmp_path / "bad" / "cat").mkdir(parents=True)
     (tmp_path / "bad" / "cat" / "1.jpg").write_text("no image")
     with pytest.raises(ValueError, match="nothing could be packed"):
@@ -146,9 +138,7 @@ def test_a_build_to_a_url_that_cannot_be_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", ["photos.tar", "photos.zip", "photos-{0..1}.tar"])
-def test_the_query_of_a_source_is_in_no_name_and_no_file(
-    name: str, photos: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_the_query_of_a_source_is_in_no_name_and_no_file(name, photos, tmp_path, pack):
     secret = "?X-Sig=SE/CRET"
     for number, one in enumerate(expand_braces(name)):
         place = tmp_path / "store" / f"{one}{secret}"
@@ -168,16 +158,14 @@ def test_the_query_of_a_source_is_in_no_name_and_no_file(
     assert (code, "CRET" in text) == (2, False), text
 
 
-def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_path: Path) -> None:
+def test_a_packed_set_under_a_url_is_a_source_too(photos, url, tmp_path):
     build(photos, url)
     build_set([url], str(tmp_path / "again"))
     assert Manifest.load(tmp_path / "again").num_samples == 60
     assert Manifest.load(tmp_path / "again").source == (url,)
 
 
-def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(
-    photos: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(photos, tmp_path, pack):
     """Though nobody lists its files but the data set itself."""
     build(photos, str(tmp_path / "set"))
 
@@ -206,9 +194,7 @@ def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(
         server.server_close()
 
 
-def test_advice_about_a_damaged_url_can_be_followed(
-    photos: Path, url: str, tmp_path: Path, pack: Pack
-) -> None:
+def test_advice_about_a_damaged_url_can_be_followed(photos, url, tmp_path, pack):
     build(photos, url)
     build(photos, str(tmp_path / "sound"))
     store = ObjectStore(url)
@@ -224,9 +210,7 @@ def test_advice_about_a_damaged_url_can_be_followed(
     assert pack("verify", url, "--no-decode")[0] == 0
 
 
-def test_an_inspection_names_the_url_and_not_its_copy(
-    photos: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Pack
-) -> None:
+def test_an_inspection_names_the_url_and_not_its_copy(photos, url, tmp_path, monkeypatch, pack):
     build(photos, url)
     places = {kind: tmp_path / f"all.{kind}" for kind in ("json", "html", "csv")}
     code, text = pack(

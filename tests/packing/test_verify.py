@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import simplejpeg
 from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import Pack, faults_of
-from packed_sets import sample_of, write_set
+from pack_runs import faults_of
+from packed_sets import sample_of, saved, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -39,23 +38,16 @@ def jpeg(number: int) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels, quality=60))
 
 
-def png(**options: str) -> bytes:
-    file = io.BytesIO()
-    Image.new(options.get("mode", "L"), (24, 20), 7).save(file, format="PNG")
-    return file.getvalue()
+def png(mode: str = "L") -> bytes:
+    return saved(Image.new(mode, (24, 20), 7), format="PNG")
 
 
 def sample(image: bytes, number: int, **changes: object) -> PackedSample:
     """A sample with nothing wrong but what `changes` says."""
     captions = ["A cat!", f"the number {number}"][: number % 3]
-    sound = {
-        "extension": "png" if image.startswith(b"\x89PNG") else "jpg",
-        "height": 20 + number,
-        "width": 24,
-        "captions": captions,
-        "tokens": TOKENIZER.encode(captions),
-    }
-    return sample_of(image, number, **(sound | changes))
+    sound = {"captions": captions, "tokens": TOKENIZER.encode(captions)}
+    sound |= {"extension": "png" if image.startswith(b"\x89PNG") else "jpg"}
+    return sample_of(image, number, **(sound | {"height": 20 + number, "width": 24} | changes))
 
 
 def write(out: Path, samples: list[PackedSample], **options: Any) -> Path:
@@ -115,7 +107,7 @@ places = st.integers(0, 2**20)
 flips = st.integers(1, 255)
 
 
-def test_what_was_packed_is_sound(packed: Path) -> None:
+def test_what_was_packed_is_sound(packed):
     assert len(list(packed.glob("shard-*.tar"))) >= 3
     assert not faults_of(packed)
     assert not faults_of(packed, decode=True)
@@ -123,9 +115,7 @@ def test_what_was_packed_is_sound(packed: Path) -> None:
 
 @given(data=st.data(), where=places, flip=flips)
 @examples(180)
-def test_a_flipped_byte_anywhere_is_found(
-    copy: Path, raw: Path, data: st.DataObject, where: int, flip: int
-) -> None:
+def test_a_flipped_byte_anywhere_is_found(copy, raw, data, where, flip):
     folder = data.draw(st.sampled_from([copy, raw]))
     name = data.draw(st.sampled_from(sorted(os.listdir(folder))))
     with Damaged(folder, name, where, flip):
@@ -136,9 +126,7 @@ def test_a_flipped_byte_anywhere_is_found(
 
 @given(data=st.data(), where=places, flip=flips)
 @examples(100)
-def test_without_checksums_a_sample_still_contradicts_its_neighbours(
-    copy: Path, data: st.DataObject, where: int, flip: int
-) -> None:
+def test_without_checksums_a_sample_still_contradicts_its_neighbours(copy, data, where, flip):
     """All checksums of files are right: what is left is what the samples themselves show."""
     name = data.draw(st.sampled_from(sorted(path.name for path in copy.glob("shard-*.tar"))))
     with Damaged(copy, name, where, flip, mend=True) as damaged:
@@ -157,9 +145,7 @@ def test_without_checksums_a_sample_still_contradicts_its_neighbours(
 
 @given(data=st.data(), where=places, flip=flips)
 @examples(80)
-def test_arrays_contradict_the_shards(
-    copy: Path, data: st.DataObject, where: int, flip: int
-) -> None:
+def test_arrays_contradict_the_shards(copy, data, where, flip):
     """Also where somebody has changed an array and made new checksums."""
     name = data.draw(st.sampled_from(["samples", "captions", "tokens", "labels"])) + ".npy"
     with Damaged(copy, name, where, flip, mend=True) as damaged:
@@ -174,7 +160,7 @@ def test_arrays_contradict_the_shards(
         assert bool(faults_of(copy)) >= differs
 
 
-def test_files_that_are_missing_added_or_cut_are_named(packed: Path, copy: Path) -> None:
+def test_files_that_are_missing_added_or_cut_are_named(packed, copy):
     for name in sorted(os.listdir(packed)):
         whole = (copy / name).read_bytes()
         (copy / name).unlink()
@@ -185,8 +171,7 @@ def test_files_that_are_missing_added_or_cut_are_named(packed: Path, copy: Path)
     (copy / "photo.jpg").write_bytes(b"")
     (copy / "folder").mkdir()
     assert [(fault.file, fault.kind) for fault in faults_of(copy)] == [
-        ("folder", "extra"),
-        ("photo.jpg", "extra"),
+        *(("folder", "extra"), ("photo.jpg", "extra"))
     ]
     (copy / "photo.jpg").unlink()
     (copy / "folder").rmdir()
@@ -194,9 +179,7 @@ def test_files_that_are_missing_added_or_cut_are_named(packed: Path, copy: Path)
 
 
 @pytest.mark.parametrize("change", [lambda text: text[:-7], lambda text: "?" + text[1:]])
-def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
-    copy: Path, change: Callable[[str], str]
-) -> None:
+def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(copy, change):
     with Damaged(copy, "checksums.txt", 0, 0):
         (copy / "checksums.txt").write_text(change((copy / "checksums.txt").read_text()))
         assert [(fault.file, fault.kind) for fault in faults_of(copy)] == [
@@ -204,8 +187,7 @@ def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
         ]
 
 
-@pytest.mark.dist
-def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> None:
+def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path):
     others = psutil.Process().children()  # which fixtures of a session have started
     sound = jpeg(2)
     cut = sound[:-50] + b"\xff\xd9"
@@ -224,11 +206,8 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     found = {fault.sample: (fault.kind, fault.message) for fault in faults_of(out, decode=True)}
     assert set(found) == set(lies)
     kinds = {number: kind for number, (kind, _) in found.items()}
-    assert kinds == dict.fromkeys((1, 2, 3, 4, 8), "image") | {
-        5: "tokens",
-        6: "checksum",
-        7: "tokens",
-    }
+    expected = {**dict.fromkeys((1, 2, 3, 4, 8), "image"), 5: "tokens", 6: "checksum", 7: "tokens"}
+    assert kinds == expected
     assert "libjpeg" in found[1][1]
     assert "22 x 24 pixels, samples.npy says 22 x 25" in found[3][1]
     assert "would have encoded it again" in found[4][1]
@@ -240,9 +219,7 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
 
 @given(where=places, flip=flips)
 @examples(40)
-def test_pixels_are_compared_without_checksums_of_files_too(
-    raw: Path, where: int, flip: int
-) -> None:
+def test_pixels_are_compared_without_checksums_of_files_too(raw, where, flip):
     """The header with the manifest, each image with its own checksum; shards are not blamed."""
     with Damaged(raw, "pixels.npy", where, flip, mend=True) as damaged:
         (fault,) = faults_of(raw)
@@ -253,9 +230,7 @@ def test_pixels_are_compared_without_checksums_of_files_too(
             assert (fault.kind, fault.sample) == ("checksum", (damaged.place - 512) // 90)
 
 
-def test_pixels_that_are_missing_or_cut_are_named(
-    raw: Path, caplog: pytest.LogCaptureFixture, pack: Pack
-) -> None:
+def test_pixels_that_are_missing_or_cut_are_named(raw, caplog, pack):
     path = raw / "pixels.npy"
     whole = path.read_bytes()
     path.unlink()
@@ -276,13 +251,13 @@ def test_pixels_that_are_missing_or_cut_are_named(
     assert not faults_of(raw)
 
 
-def test_a_damaged_shard_of_a_raw_set_leaves_its_images_compared(raw: Path) -> None:
+def test_a_damaged_shard_of_a_raw_set_leaves_its_images_compared(raw):
     with Damaged(raw, "shard-000000.tar", 3, 1), Damaged(raw, "pixels.npy", 512, 1, mend=True):
         found = {(fault.file, fault.kind) for fault in faults_of(raw) if fault.sample == 0}
     assert found == {("shard-000000.tar", "shard"), ("pixels.npy", "checksum")}
 
 
-def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path) -> None:
+def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw):
     path = raw / "manifest.json"
     with Damaged(raw, "manifest.json", 0, 0):
         values = json.loads(path.read_text())
@@ -294,18 +269,13 @@ def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path)
     assert "9 images of 6 x 6 pixels" in messages[0]
 
 
-def test_the_program_prints_some_and_lists_all(
-    packed: Path, copy: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_the_program_prints_some_and_lists_all(packed, copy, tmp_path, pack):
     code, text = pack("verify", packed, "--no-decode")
     assert code == 0
     assert f"{packed}: sound; 9 images (0 decoded), 9 captions" in text
+    words = "--show", 1, "--list", tmp_path / "all.csv", "--json", tmp_path / "all.json"
     with Damaged(copy, "samples.npy", 520, 255), Damaged(copy, "shard-000000.tar", 600, 1):
-        code, text = pack(
-            "verify",
-            *(copy, "--no-decode", "--show", 1),
-            *("--list", tmp_path / "all.csv", "--json", tmp_path / "all.json"),
-        )
+        code, text = pack("verify", copy, "--no-decode", *words)
     assert code == 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open(newline="")))
     found = json.loads((tmp_path / "all.json").read_text())
@@ -316,11 +286,8 @@ def test_the_program_prints_some_and_lists_all(
     assert "FAULTS FOUND" in text
 
 
-@pytest.mark.slow
 @pytest.mark.long
-def test_verification_costs_little_beside_strict_decoding(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verification_costs_little_beside_strict_decoding(shared_data, tmp_path, capsys):
     """One worker against the same check of the same bytes in this process, in turns."""
     files = sorted((shared_data / "decode" / "images").iterdir())
     images = [check_image(path.read_bytes()) for path in files] * 6

@@ -21,30 +21,22 @@ from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.workers import Checked, ImageOptions, Problem, Task, check_in_order
 
-pytestmark = pytest.mark.dist
-
 # expected of each: what stands in quarantine.csv
 BAD: dict[str, tuple[Entry, str, str]] = {
     "dog/fault.jpg": (Crashing(int(signal.SIGSEGV)), "crash", "a decoder crashed (SIGSEGV)"),
     "cat/abort.jpg": (Crashing(int(signal.SIGABRT)), "crash", "a decoder crashed (SIGABRT)"),
-    "cat/killed.jpg": (
-        Crashing(int(signal.SIGKILL)),
-        "crash",
-        "a decoder was killed, possibly out of memory",
-    ),
+    "cat/killed.jpg": (Crashing(int(signal.SIGKILL)), "crash", "a decoder was killed, possibly "
+                       "out of memory"),
     "cat/slow.jpg": (Hanging(), "too slow", "not done after 8 seconds"),
-    "dog/hungry.jpg": (
-        Hungry(16),
-        "too large",
-        "uses more memory than its number of pixels should",
-    ),
+    "dog/hungry.jpg": (Hungry(16), "too large", "uses more memory than its number of pixels "
+                       "should"),
     "dog/odd.jpg": (Faulty(), "failed", "KeyError: 'surprise'"),
-}
+}  # fmt: skip
 
 
 def options(**changes: float) -> ImageOptions:
     known = {"short_side": 0, "quality": 90, "max_pixels": 10_000_000, "seconds": 60}
-    return ImageOptions(**(known | changes))  # type: ignore[arg-type]
+    return ImageOptions(**(known | changes))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +78,8 @@ def build(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, workers: int
-) -> None:
+    monkeypatch, folder, tmp_path, workers
+):
     bad = {name: entry for name, (entry, _, _) in BAD.items()}
     refused: dict[str, Entry] = {
         name: RefusedEntry(kind, message) for name, (_, kind, message) in BAD.items()
@@ -102,7 +94,7 @@ def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
     assert images == {jpeg(number) for number in range(70)}
 
 
-def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path: Path) -> None:
+def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path):
     """A signal from outside, a neighbour's leak: the second try in a fresh process is sound."""
     tasks = [
         Task(name=str(number), entry=CrashingOnce(str(tmp_path / str(number)), jpeg(number)))
@@ -115,9 +107,7 @@ def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("times", [1, 99])
-def test_a_worker_that_is_killed_while_it_starts_is_started_again(
-    tmp_path: Path, times: int
-) -> None:
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(tmp_path, times):
     """The kernel's OOM killer does not wait for the first image."""
     killing = KillingAtStart(**dataclasses.asdict(options()), folder=str(tmp_path), times=times)
     tasks = [Task(name=str(number), entry=CrashingOnce("/", jpeg(number))) for number in range(3)]
@@ -130,7 +120,7 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_again(
     assert len(list(tmp_path.iterdir())) == 3, "not for ever"
 
 
-def test_captions_are_tokenised_after_a_crash_as_before(tmp_path: Path) -> None:
+def test_captions_are_tokenised_after_a_crash_as_before(tmp_path):
     sound = CrashingOnce(str(tmp_path / "mark"), jpeg(1))
     tasks = [
         Task(name="a", entry=Crashing(signal.SIGSEGV), captions=("lost",)),
@@ -143,7 +133,7 @@ def test_captions_are_tokenised_after_a_crash_as_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_limit_is_for_each_image_and_not_for_waiting() -> None:
+def test_the_limit_is_for_each_image_and_not_for_waiting():
     """A consumer slower than the limit (a full disk cache) makes no image too slow."""
     tasks = [Task(name=str(n), entry=CrashingOnce("/", jpeg(n))) for n in range(200)]
     results = check_in_order(tasks, options=options(seconds=5), context_length=77, workers=1)
@@ -153,7 +143,7 @@ def test_the_limit_is_for_each_image_and_not_for_waiting() -> None:
             time.sleep(6)
 
 
-def test_workers_are_gone_when_the_results_are_not_wanted_any_more() -> None:
+def test_workers_are_gone_when_the_results_are_not_wanted_any_more():
     others = set(psutil.Process().children())  # which fixtures of a session have started
     sound = [Task(name="a", entry=CrashingOnce("/", jpeg(1)))] * 128
     stuck = [Task(name="b", entry=Hanging())] * 400
@@ -162,5 +152,5 @@ def test_workers_are_gone_when_the_results_are_not_wanted_any_more() -> None:
     )
     assert isinstance(next(iter(results)), Checked)
     assert len(set(psutil.Process().children()) - others) == 2
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert not set(psutil.Process().children()) - others

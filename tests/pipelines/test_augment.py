@@ -60,7 +60,7 @@ def images(shared_data: Path) -> np.ndarray:
 
 def parts(**changes: object) -> GraphParts:
     settings = {"operators": ALL, "stages": 1, "twists": True, "blurs": True, "erases": True}
-    return GraphParts(**{**settings, **changes}, fill=FILL)  # type: ignore[arg-type]
+    return GraphParts(**{**settings, **changes}, fill=FILL)
 
 
 def run(
@@ -138,7 +138,7 @@ def assert_twins(one: np.ndarray, other: np.ndarray) -> None:
         pytest.param("none,grayscale=0.5", marks=pytest.mark.slow),
     ],
 )
-def test_the_fused_operator_does_what_dali_s_do(images: np.ndarray, spec: str) -> None:
+def test_the_fused_operator_does_what_dali_s_do(images, spec):
     rows = rows_of(spec)
     graph_parts = parts_for([parse_augmentation(spec)], np.array(FILL) / 255)
     assert graph_parts.fill == FILL
@@ -147,7 +147,7 @@ def test_the_fused_operator_does_what_dali_s_do(images: np.ndarray, spec: str) -
     assert_twins(fused, run(images, rows, graph_parts, fused=False))
 
 
-def test_every_operator_of_both_at_all_strengths(images: np.ndarray) -> None:
+def test_every_operator_of_both_at_all_strengths(images):
     """All in one batch, so that a graph that sends an image to the wrong one is noticed."""
     operations = [*RAND, *TRIVIAL, *AUTO]
     count = 2 * len(operations)
@@ -164,7 +164,7 @@ def test_every_operator_of_both_at_all_strengths(images: np.ndarray) -> None:
     assert changed.mean() > 0.8  # a solarize threshold may lie above an image's levels
 
 
-def test_images_whose_rows_ask_for_nothing_keep_every_bit(images: np.ndarray) -> None:
+def test_images_whose_rows_ask_for_nothing_keep_every_bit(images):
     rows = rows_of("unicl,blur=1,policy_probability=1,erase=1")
     rows[::2] = neutral_rows(COUNT, stages=2)[::2]
     for fused in (True, False):
@@ -209,7 +209,7 @@ def with_pillow(images: np.ndarray, operation: object, numbers: np.ndarray) -> n
 
 
 @pytest.mark.parametrize("operation", RAND, ids=lambda operation: operation.name)
-def test_operators_equal_pillow_s(images: np.ndarray, operation: object) -> None:
+def test_operators_equal_pillow_s(images, operation):
     for level, negate in ((0.9, False), (0.5, True)):
         rows = rows_for(operation, level=level, negate=negate)
         numbers = rows[0, Column.STAGES + 1 :]
@@ -239,9 +239,7 @@ def twisted(images: np.ndarray, **numbers: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.4])
-def test_jitter_s_brightness_saturation_and_grey_are_torchvision_s(
-    images: np.ndarray, factor: float
-) -> None:
+def test_jitter_s_brightness_saturation_and_grey_are_torchvision_s(images, factor):
     theirs = torch.from_numpy(images).permute(0, 3, 1, 2)
     for name in ("brightness", "saturation"):
         twin = getattr(functional, f"adjust_{name}")(theirs, factor).permute(0, 2, 3, 1)
@@ -253,7 +251,7 @@ def test_jitter_s_brightness_saturation_and_grey_are_torchvision_s(
         assert np.ptp(ours, axis=3).max() <= 1
 
 
-def test_contrast_turns_about_mid_grey_and_hue_keeps_grey() -> None:
+def test_contrast_turns_about_mid_grey_and_hue_keeps_grey():
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 16, 16, 3)
     stretched = twisted(levels, contrast=1.5)[0, ..., 0].reshape(-1).astype(float)
     assert np.abs(stretched - np.clip(128 + 1.5 * (np.arange(256) - 128), 0, 255)).max() <= 0.5
@@ -266,9 +264,7 @@ def test_contrast_turns_about_mid_grey_and_hue_keeps_grey() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_the_blur_is_torchvision_s_with_a_wide_enough_kernel(
-    images: np.ndarray, sigma: float
-) -> None:
+def test_the_blur_is_torchvision_s_with_a_wide_enough_kernel(images, sigma):
     images = images[:8]
     rows = neutral_rows(len(images), stages=0)
     rows[:, Column.SIGMA] = sigma
@@ -282,7 +278,7 @@ def test_the_blur_is_torchvision_s_with_a_wide_enough_kernel(
         assert gaps(blurred, np.stack([np.asarray(p) for p in pillow])).mean() < 1.5
 
 
-def test_the_erased_rectangle_is_filled_and_nothing_else(images: np.ndarray) -> None:
+def test_the_erased_rectangle_is_filled_and_nothing_else(images):
     rows = neutral_rows(COUNT, stages=0)
     rows[:, Column.ERASED : Column.STAGES] = [3, 90, 40, 22]  # to the right edge
     twin = images.copy()
@@ -291,7 +287,7 @@ def test_the_erased_rectangle_is_filled_and_nothing_else(images: np.ndarray) -> 
     assert np.array_equal(run(images, rows, parts(stages=0), fused=False), twin)
 
 
-def test_the_graph_holds_what_some_source_uses_and_nothing_else() -> None:
+def test_the_graph_holds_what_some_source_uses_and_nothing_else():
     mean = (0.5, 0.5, 0.5)
     none = parts_for([parse_augmentation("none"), parse_augmentation("clip")], mean)
     assert none is None
@@ -304,7 +300,7 @@ def test_the_graph_holds_what_some_source_uses_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("side", [1, 2, 7])
-def test_tiny_images(side: int) -> None:
+def test_tiny_images(side):
     """Filters are wider than the image, rectangles do not fit."""
     tiny = np.random.default_rng(0).integers(0, 256, (COUNT, side, side, 3), dtype=np.uint8)
     for spec in ("unicl,blur=1,policy_ops=4,policy_probability=1,erase=1", "none,policy=trivial"):
@@ -321,7 +317,7 @@ def test_tiny_images(side: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", ["unicl", "supcon,policy=trivial,erase=0.5", "none,policy=auto"])
-def test_the_gpu_does_what_the_cpu_does(images: np.ndarray, spec: str) -> None:
+def test_the_gpu_does_what_the_cpu_does(images, spec):
     rows = rows_of(spec)
     graph_parts = parts_for([parse_augmentation(spec)], np.array(FILL) / 255)
     gpu = run(images, rows, graph_parts, fused=False, device="gpu")

@@ -35,11 +35,7 @@ SIDE = 224
 def drawn(spec: str, *, count: int = MANY, key: int = 3) -> np.ndarray:
     augmentation = parse_augmentation(spec)
     return draw_rows(
-        augmentation,
-        np.arange(count),
-        key=key,
-        image_size=SIDE,
-        stages=augmentation.stages,
+        augmentation, np.arange(count), key=key, image_size=SIDE, stages=augmentation.stages
     )
 
 
@@ -60,7 +56,7 @@ def assert_chance(happened: np.ndarray, chance: float) -> None:
     assert abs(happened.mean() - chance) <= 5 * error
 
 
-def test_each_thing_happens_as_often_as_it_should_and_independently() -> None:
+def test_each_thing_happens_as_often_as_it_should_and_independently():
     rows = drawn("none,jitter=0.4,hue=0.1,jitter_probability=0.7,grayscale=0.2,blur=0.5,erase=0.25")
     jittered = rows[:, Column.BRIGHTNESS] != 1
     grey = rows[:, Column.SATURATION] == 0
@@ -74,7 +70,7 @@ def test_each_thing_happens_as_often_as_it_should_and_independently() -> None:
     assert (rows[~jittered & ~grey, : Column.SIGMA] == neutral_rows(1, stages=0)[0, :5]).all()
 
 
-def test_jitter_and_blur_are_uniform_in_their_ranges() -> None:
+def test_jitter_and_blur_are_uniform_in_their_ranges():
     rows = drawn("none,brightness=0.4,contrast=1.5,saturation=0.2,hue=0.1,blur=1")
     ranges = {
         Column.BRIGHTNESS: (0.6, 1.4),
@@ -89,7 +85,7 @@ def test_jitter_and_blur_are_uniform_in_their_ranges() -> None:
         assert gap < 1.95 / math.sqrt(MANY), column  # Kolmogorov's test at 1 in 1,000
 
 
-def test_rectangles_lie_in_the_image_and_have_area_and_shape_of_the_config() -> None:
+def test_rectangles_lie_in_the_image_and_have_area_and_shape_of_the_config():
     rows = drawn("none,erase=1,erase_area=0.05..0.2,erase_ratio=0.5..2")
     top, left, height, width = rows[:, Column.ERASED : Column.STAGES].T
     assert (np.minimum(top, left) >= 0).all()
@@ -103,7 +99,7 @@ def test_rectangles_lie_in_the_image_and_have_area_and_shape_of_the_config() -> 
     assert abs(np.log(ratio).mean()) < 0.02
 
 
-def test_randaugment_draws_each_operation_equally_often_with_timm_s_strength() -> None:
+def test_randaugment_draws_each_operation_equally_often_with_timm_s_strength():
     rows = drawn("none,policy=rand,policy_ops=3,policy_probability=0.6")
     magnitudes = []
     for number in range(3):
@@ -124,7 +120,7 @@ def test_randaugment_draws_each_operation_equally_often_with_timm_s_strength() -
     assert 0.01 < (magnitude > 9.99).mean() < 0.04  # one in 44 lies two deviations above
 
 
-def test_autoaugment_takes_the_pairs_of_the_paper() -> None:
+def test_autoaugment_takes_the_pairs_of_the_paper():
     policies = timm_augment.auto_augment_policy_original({})
     theirs = [[(op.name, op.prob, op.magnitude) for op in pair] for pair in policies]
     ours = [
@@ -141,7 +137,7 @@ def test_autoaugment_takes_the_pairs_of_the_paper() -> None:
         assert_chance(stage(rows, 0)[:, 0] == operator, chance)
 
 
-def test_trivialaugment_draws_one_operation_of_31_strengths() -> None:
+def test_trivialaugment_draws_one_operation_of_31_strengths():
     rows = drawn("none,policy=trivial")
     assert rows.shape[1] == Column.STAGES + STAGE_WIDTH
     operators = stage(rows, 0)[:, 0]
@@ -174,9 +170,7 @@ def matrix_of(name: str, value: float) -> list[float]:
 @pytest.mark.parametrize("level", [0.0, 0.31, 0.9, 0.95])
 @pytest.mark.parametrize("negate", [False, True])
 @pytest.mark.parametrize("operation", RAND, ids=lambda operation: operation.name)
-def test_randaugment_s_strengths_are_timm_s(
-    operation: Operation, level: float, negate: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_randaugment_s_strengths_are_timm_s(operation, level, negate, monkeypatch):
     monkeypatch.setattr(random, "random", lambda: 1.0 if negate else 0.0)
     name = TIMM_NAMES.get(operation.name, operation.name)
     rule = timm_augment.LEVEL_TO_ARG[name]
@@ -193,7 +187,7 @@ def test_randaugment_s_strengths_are_timm_s(
 
 @pytest.mark.parametrize("number", [0, 1, 15, 30])
 @pytest.mark.parametrize("operation", TRIVIAL, ids=lambda operation: operation.name)
-def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, number: int) -> None:
+def test_trivialaugment_s_strengths_are_torchvision_s(operation, number):
     strengths, signed = v2.TrivialAugmentWide._AUGMENTATION_SPACE[operation.name]
     table = strengths(31, SIDE, SIDE)
     theirs = 0.0 if table is None else float(table[number])
@@ -211,7 +205,7 @@ def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, numb
         assert row[1] == pytest.approx(255 * theirs, abs=1e-3)
 
 
-def test_rows_are_functions_of_key_and_draw() -> None:
+def test_rows_are_functions_of_key_and_draw():
     augmentation = parse_augmentation("unicl,blur=0.5,grayscale=0.2")
     whole = drawn("unicl,blur=0.5,grayscale=0.2", count=100)
     draws = np.array([77, 3, 50])
@@ -222,7 +216,7 @@ def test_rows_are_functions_of_key_and_draw() -> None:
     assert (other[:, Column.BRIGHTNESS] != whole[:, Column.BRIGHTNESS]).all()
 
 
-def test_without_augmentation_there_are_no_rows() -> None:
+def test_without_augmentation_there_are_no_rows():
     clip = parse_augmentation("clip")
     assert row_width([Augmentation(), clip]) == 0
     assert row_width([clip, parse_augmentation("none,grayscale=0.1")]) == Column.STAGES

@@ -87,9 +87,7 @@ def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
     return loader
 
 
-def test_images_beyond_the_limit_on_pixels_are_never_decoded(
-    sound: list[PackedDataset], prompts: ClassPrompts, tmp_path: Path
-) -> None:
+def test_images_beyond_the_limit_on_pixels_are_never_decoded(sound, prompts, tmp_path):
     assert DataConfig().max_pixels == MAX_PIXELS  # as packing's
     pixels = {
         (source, i): int(row["height"]) * int(row["width"])
@@ -114,12 +112,8 @@ def test_images_beyond_the_limit_on_pixels_are_never_decoded(
 
 
 def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
-    sound: list[PackedDataset],
-    folders: list[Path],
-    spoilt: Any,
-    prompts: ClassPrompts,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    sound, folders, spoilt, prompts, monkeypatch
+):
     """Fed from sound data by a plan that has the substitutes in it: the same bits."""
     bad = {(LABELLED, 5), (LABELLED, 40), (CAPTIONED, 17), (CAPTIONED, 20)}
     for source, sample in sorted(bad):
@@ -145,7 +139,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
                         getattr(planned, field.name)[row] = getattr(chosen, field.name)[0]
         return planned
 
-    loader.plan.long_batch = with_substitutes  # type: ignore[method-assign]
+    loader.plan.long_batch = with_substitutes
     for one, other in zip(batches, take(loader, count=STEPS), strict=True):
         assert_equal(dataclasses.replace(one, scheduled_ids=other.scheduled_ids), other)
 
@@ -180,8 +174,8 @@ def spoil(folders: Sequence[Path], bad: dict[tuple[int, int], str]) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bad_samples_of_all_kinds_and_bad_substitutes_are_replaced_and_nothing_else_changes(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, device: str
-) -> None:
+    sound, folders, spoilt, prompts, device
+):
     loader = make_loader(sound, prompts, device=device)
     expected = take(loader, count=STEPS)
     bad = many_bad(loader)
@@ -196,9 +190,7 @@ def test_bad_samples_of_all_kinds_and_bad_substitutes_are_replaced_and_nothing_e
     )
 
 
-def test_ranks_join_to_the_same_global_batches(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
-) -> None:
+def test_ranks_join_to_the_same_global_batches(sound, folders, spoilt, prompts):
     spoil(folders, many_bad(make_loader(sound, prompts)))
     datasets = spoilt()
     whole = take(make_loader(datasets, prompts), count=9)
@@ -210,8 +202,8 @@ def test_ranks_join_to_the_same_global_batches(
 
 
 def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
-) -> None:
+    sound, folders, spoilt, prompts
+):
     expected = take(make_loader(sound, prompts), count=STEPS)
     datasets = spoilt()
     names = [datasets[LABELLED].shard_of(i) for i in range(len(sound[LABELLED]))]
@@ -233,9 +225,7 @@ def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(
         assert torch.equal(batch.images[same], whole.images[same])
 
 
-def test_a_deleted_file_that_is_open_is_read_on(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
-) -> None:
+def test_a_deleted_file_that_is_open_is_read_on(sound, folders, spoilt, prompts):
     datasets = spoilt()
     for dataset in datasets:
         for i in range(len(dataset)):
@@ -249,9 +239,7 @@ def test_a_deleted_file_that_is_open_is_read_on(
     )
 
 
-def test_arrays_cut_in_place_end_the_run_with_a_sentence(
-    folders: list[Path], spoilt: Any, prompts: ClassPrompts
-) -> None:
+def test_arrays_cut_in_place_end_the_run_with_a_sentence(folders, spoilt, prompts):
     loader = make_loader(spoilt(), prompts)
     running = loader.batches(0)
     next(running)
@@ -266,9 +254,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_quarantine_file_that_is_removed_begins_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_quarantine_file_that_is_removed_begins_anew(tmp_path, caplog):
     path = tmp_path / "quarantine.csv"
     lists = RunQuarantine(path)
     for key in ("one", "two", "three"):
@@ -282,9 +268,9 @@ def test_a_quarantine_file_that_is_removed_begins_anew(
 
 @pytest.mark.slow
 def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts,
-    tmp_path: Path, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    sound, folders, spoilt, prompts,
+    tmp_path, caplog,
+):  # fmt: skip
     bad = many_bad(make_loader(sound, prompts))
     spoil(folders, bad)
     path = tmp_path / "run" / "quarantine.csv"
@@ -320,8 +306,8 @@ def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
 
 
 def test_when_nothing_is_good_the_run_ends_and_says_where_to_look(
-    folders: list[Path], spoilt: Any, prompts: ClassPrompts, tmp_path: Path
-) -> None:
+    folders, spoilt, prompts, tmp_path
+):
     datasets = spoilt()
     for shard in folders[LABELLED].glob("*.tar"):
         shard.unlink()
@@ -334,12 +320,8 @@ def test_when_nothing_is_good_the_run_ends_and_says_where_to_look(
 
 
 def test_a_decoder_that_fails_at_everything_condemns_nothing(
-    folders: list[Path],
-    spoilt: Any,
-    prompts: ClassPrompts,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    folders, spoilt, prompts, tmp_path, monkeypatch
+):
     store(folders[CAPTIONED], 17, undecodable("html"))
     no_image = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
     monkeypatch.setattr(graphs, "_sound_image", lambda: no_image)
@@ -351,8 +333,8 @@ def test_a_decoder_that_fails_at_everything_condemns_nothing(
 
 
 def test_a_batch_that_fails_though_its_images_do_not_is_named_by_its_step(
-    folders: list[Path], spoilt: Any, prompts: ClassPrompts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folders, spoilt, prompts, monkeypatch
+):
     store(folders[CAPTIONED], 17, undecodable("html"))
     loader = make_loader(spoilt(), prompts)
     step = next(s for s in itertools.count() if (CAPTIONED, 17) in planned_pairs(loader, s))
@@ -362,9 +344,7 @@ def test_a_batch_that_fails_though_its_images_do_not_is_named_by_its_step(
     loader.close()
 
 
-def test_evaluation_names_what_it_cannot_show_and_replaces_nothing(
-    folders: list[Path], spoilt: Any
-) -> None:
+def test_evaluation_names_what_it_cannot_show_and_replaces_nothing(folders, spoilt):
     data = DataConfig(image_size=32, evaluation_resize=36, threads=2)
     store(folders[CAPTIONED], 47, undecodable("html"))
     store(folders[CAPTIONED], 45, undecodable("gif"))

@@ -44,7 +44,7 @@ def largest_gap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (64, 300), (700, 60), (5, 7)])
-def test_windows_follow_the_law_of_random_resized_crop(height: int, width: int) -> None:
+def test_windows_follow_the_law_of_random_resized_crop(height, width):
     count = 4000
     ours = our_windows(height, width, count)
     theirs = torchvision_windows(height, width, count)
@@ -58,7 +58,7 @@ def test_windows_follow_the_law_of_random_resized_crop(height: int, width: int) 
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1000), (1000, 1), (10, 2000), (3000, 20)])
-def test_images_too_narrow_for_any_try_get_the_central_window(height: int, width: int) -> None:
+def test_images_too_narrow_for_any_try_get_the_central_window(height, width):
     ours = np.unique(our_windows(height, width, 200), axis=0)
     theirs = np.unique(torchvision_windows(height, width, 200), axis=0)
     assert np.array_equal(ours, theirs)
@@ -75,8 +75,8 @@ def test_images_too_narrow_for_any_try_get_the_central_window(height: int, width
     ],
 )
 def test_the_whole_area_in_one_ratio_is_the_central_window_for_every_draw(
-    height: int, width: int, ratio: float, expected: list[int]
-) -> None:
+    height, width, ratio, expected
+):
     whole = {"key": 5, "scale": (1.0, 1.0), "ratio": (ratio, ratio)}
     assert np.unique(our_windows(height, width, 200, **whole), axis=0).tolist() == [expected]
 
@@ -88,9 +88,7 @@ def test_the_whole_area_in_one_ratio_is_the_central_window_for_every_draw(
     low=st.floats(0.001, 1.0),
     narrow=st.floats(0.05, 1.0),
 )
-def test_windows_always_lie_inside(
-    height: int, width: int, key: int, low: float, narrow: float
-) -> None:
+def test_windows_always_lie_inside(height, width, key, low, narrow):
     laws = {"key": key, "scale": (low, 1.0), "ratio": (narrow, 1 / narrow)}
     starts, shapes = np.hsplit(our_windows(height, width, 50, **laws), 2)
     assert starts.min() >= 0

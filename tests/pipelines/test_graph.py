@@ -26,7 +26,6 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
 from unittest.mock import Mock
 
 import numba
@@ -181,9 +180,7 @@ def torchvision_twin(
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_real_crops_are_torchvision_s_to_one_level(
-    labelled: PackedDataset, interpolation: Interpolation
-) -> None:
+def test_real_crops_are_torchvision_s_to_one_level(labelled, interpolation):
     ours = train_images(labelled, interpolation=interpolation)
     gap = differences(ours, torchvision_twin(labelled, windows_of(labelled), interpolation))
     assert gap.max() <= 1
@@ -195,18 +192,14 @@ both_resamplers = pytest.mark.parametrize("resample", ["fused", "dali"])
 
 @both_resamplers
 @pytest.mark.parametrize("kind", ["labelled", "captioned"])
-def test_train_images_equal_pillow_s(
-    kind: str, resample: Resample, request: pytest.FixtureRequest
-) -> None:
+def test_train_images_equal_pillow_s(kind, resample, request):
     dataset = request.getfixturevalue(kind)
     gap = differences(train_images(dataset, resample=resample), train_twin(dataset))
     assert_equal_to_rounding(gap, resample)
 
 
 @both_resamplers
-def test_decoding_a_window_equals_cutting_the_decoded_image(
-    captioned: PackedDataset, resample: Resample
-) -> None:
+def test_decoding_a_window_equals_cutting_the_decoded_image(captioned, resample):
     """Without resampling nothing may differ, at the window's edge either (4:2:0 chroma)."""
     side = 64
     chosen = np.flatnonzero(
@@ -227,7 +220,7 @@ def test_decoding_a_window_equals_cutting_the_decoded_image(
     assert differences(images, twin).max() == 0
 
 
-def test_grey_images_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
+def test_grey_images_and_png_come_out_as_rgb(labelled):
     images = train_images(labelled)
     is_grey = [(image == image[..., :1]).all().item() for image in images]
     assert all(is_grey[:9])
@@ -246,8 +239,8 @@ def test_grey_images_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
     ],
 )
 def test_evaluation_images_equal_torchvision_s_resize_and_centre_crop(
-    kind: str, resize: int, crop: int, resample: Resample, request: pytest.FixtureRequest
-) -> None:
+    kind, resize, crop, resample, request
+):
     dataset = request.getfixturevalue(kind)
     data = DataConfig(image_size=crop, evaluation_resize=resize)
     reference = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
@@ -278,9 +271,9 @@ def oblong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("mode", ["longest", "squash"])
 def test_whole_images_are_shown_as_open_clip_shows_them(
-    oblong: PackedDataset, mode: Literal["longest", "squash"], interpolation: Interpolation,
-    resample: Resample,
-) -> None:  # fmt: skip
+    oblong, mode, interpolation,
+    resample,
+):  # fmt: skip
     """In evaluation and, by the same kernel, where a model is used on images."""
     data = DataConfig(
         image_size=32, evaluation_resize=mode, interpolation=interpolation, resample=resample
@@ -306,7 +299,7 @@ def test_whole_images_are_shown_as_open_clip_shows_them(
         assert gap.mean() < 0.3
 
 
-def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for build in (build_train_graph, build_evaluation_graph):
         with pytest.raises(RuntimeError, match=r"no usable CUDA driver.*run\.device=cpu"):
@@ -314,18 +307,16 @@ def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("method", ["_run_fn_sig", "_setup_fn_sig"])
-def test_a_dali_that_calls_functions_in_another_way_is_refused(
-    monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_a_dali_that_calls_functions_in_another_way_is_refused(monkeypatch, method):
     resample_operator(32, "bilinear")
     monkeypatch.setattr(NumbaFunction, method, lambda *_: numba.types.void(numba.types.int32))
     with pytest.raises(RuntimeError, match=r"from 2\.2 to 2\.4.*data\.resample=dali"):
         resample_operator(32, "bilinear")
 
 
-def test_without_dali_the_message_says_what_to_install() -> None:
+def test_without_dali_the_message_says_what_to_install():
     def import_without_dali() -> None:
-        sys.modules["nvidia.dali"] = None  # type: ignore[assignment]
+        sys.modules["nvidia.dali"] = None
         importlib.import_module("unicl_fast.pipelines.feature_loader")  # needs none
         with pytest.raises(ModuleNotFoundError, match=r"\[cuda12\]"):
             importlib.import_module("unicl_fast.pipelines.train_loader")
@@ -335,9 +326,7 @@ def test_without_dali_the_message_says_what_to_install() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 1.0])
-def test_gpu_images_equal_the_cpu_s(
-    labelled: PackedDataset, hw_decoder_load: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_images_equal_the_cpu_s(labelled, hw_decoder_load, monkeypatch):
     """On a GPU the decoder's transform is rounded in another way; the resize is DALI's on both.
 
     Chroma of the nearest pixel, DALI's default, makes a mean of 0.65, and 6.2 for a pixel in a
@@ -347,8 +336,7 @@ def test_gpu_images_equal_the_cpu_s(
     data = DataConfig(resample="dali")
     for gap in (
         differences(
-            train_images(labelled, device="cuda"),
-            train_images(labelled, resample="dali").numpy(),
+            train_images(labelled, device="cuda"), train_images(labelled, resample="dali").numpy()
         ),
         differences(
             evaluation_images(labelled, data, device="cuda"),

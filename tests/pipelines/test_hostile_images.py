@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -57,9 +56,7 @@ def corners(images: list[CheckedImage]) -> Iterator[tuple[np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_every_accepted_image_is_decoded_in_every_training_window(
-    accepted: dict[str, CheckedImage], resample: Resample
-) -> None:
+def test_every_accepted_image_is_decoded_in_every_training_window(accepted, resample):
     pixels = list(accepted.values())
     encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]
     windows = list(corners(pixels))
@@ -81,9 +78,7 @@ def test_every_accepted_image_is_decoded_in_every_training_window(
 
 
 @pytest.mark.parametrize("format", ["webp", "png"])
-def test_windows_of_real_photographs_are_what_pillow_cuts_out(
-    shared_data: Path, format: Literal["webp", "png"]
-) -> None:
+def test_windows_of_real_photographs_are_what_pillow_cuts_out(shared_data, format):
     """Not a level apart: both formats leave a decoder no choice, unlike JPEG."""
     paths = sorted((shared_data / "decode" / "images").iterdir())[::20]
     images = [check_image(path.read_bytes(), format=format, short_side=256) for path in paths]

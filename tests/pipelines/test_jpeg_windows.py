@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def cut_one(
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
 @given(values=st.data())
 @examples(40)
-def test_windows_of_any_image_have_the_same_pixels(subsampling: str, values: st.DataObject) -> None:
+def test_windows_of_any_image_have_the_same_pixels(subsampling, values):
     height = values.draw(st.integers(128, 300), label="height")
     width = values.draw(st.integers(128, 300), label="width")
     top = values.draw(st.integers(0, height - 1), label="top")
@@ -87,9 +86,7 @@ def test_windows_of_any_image_have_the_same_pixels(subsampling: str, values: st.
 
 @pytest.mark.parametrize("subsampling", ["420", "422"])
 @pytest.mark.parametrize("width", [131, 132])
-def test_a_last_segment_of_a_few_pixels_is_interpolated_as_in_the_whole(
-    subsampling: str, width: int
-) -> None:
+def test_a_last_segment_of_a_few_pixels_is_interpolated_as_in_the_whole(subsampling, width):
     """Alone it would be so narrow that libjpeg repeats its colours."""
     whole = with_marker_at_each_block(noise(140, width), subsampling)
     for columns in (1, 2):
@@ -101,7 +98,7 @@ def test_a_last_segment_of_a_few_pixels_is_interpolated_as_in_the_whole(
         )
 
 
-def test_what_has_no_markers_to_cut_at_stays_the_same() -> None:
+def test_what_has_no_markers_to_cut_at_stays_the_same():
     image = Image.fromarray(noise(200, 200))
     options = (
         {"format": "JPEG"},
@@ -121,14 +118,12 @@ def test_what_has_no_markers_to_cut_at_stays_the_same() -> None:
 @pytest.mark.parametrize(
     ("start", "shape"), [((-1, 0), (10, 10)), ((0, 195), (10, 10)), ((5, 5), (0, 5))]
 )
-def test_windows_that_are_not_in_the_image_are_left_to_the_decoder(
-    start: tuple[int, int], shape: tuple[int, int]
-) -> None:
+def test_windows_that_are_not_in_the_image_are_left_to_the_decoder(start, shape):
     whole = encoded(noise(200, 200), "420")
     assert cut_one(whole, start, shape)[0] is whole
 
 
-def test_a_file_that_ends_early_is_left_to_the_decoder() -> None:
+def test_a_file_that_ends_early_is_left_to_the_decoder():
     """Above all, it must not become a shorter one that is sound."""
     whole = encoded(noise(200, 200), "420")
     for length in range(0, len(whole) - 1, 97):
@@ -163,21 +158,21 @@ def _restart_markers(data: np.ndarray[Any, Any]) -> list[int]:
         (0xDB, 1, 0xD9),  # the end
     ],
 )
-def test_headers_of_other_kinds_are_left_to_the_decoder(marker: int, byte: int, value: int) -> None:
+def test_headers_of_other_kinds_are_left_to_the_decoder(marker, byte, value):
     data = encoded(noise(200, 200), "420")
     assert cut_one(data, (150, 20), (50, 30))[0] is not data
     data[_segment(data, marker) + byte] = value
     assert cut_one(data, (150, 20), (50, 30))[0] is data
 
 
-def test_a_second_frame_is_left_to_the_decoder() -> None:
+def test_a_second_frame_is_left_to_the_decoder():
     data = encoded(noise(200, 200), "420")
     frame = _segment(data, 0xC0)
     twice = np.insert(data, frame, data[frame : frame + 19])
     assert cut_one(twice, (150, 20), (50, 30))[0] is twice
 
 
-def test_fill_bytes_before_a_marker_are_passed_over() -> None:
+def test_fill_bytes_before_a_marker_are_passed_over():
     plain = encoded(noise(200, 200), "420")
     place = _segment(plain, 0xDB)
     filled = np.insert(plain, place, [0xFF] * 3)
@@ -189,7 +184,7 @@ def test_fill_bytes_before_a_marker_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "twice", "of another number", "the end instead"])
-def test_markers_out_of_turn_are_left_to_the_decoder(change: str) -> None:
+def test_markers_out_of_turn_are_left_to_the_decoder(change):
     data = encoded(noise(200, 224), "420")
     tenth = _restart_markers(data)[9]
     if change == "missing":
@@ -203,7 +198,7 @@ def test_markers_out_of_turn_are_left_to_the_decoder(change: str) -> None:
     assert cut_one(data, (100, 20), (50, 30))[0] is data
 
 
-def test_the_last_marker_must_be_the_one_that_is_due() -> None:
+def test_the_last_marker_must_be_the_one_that_is_due():
     end = encoded(noise(200, 200), "420")
     end[-1] = 0xD0  # in the place of the end
     assert cut_one(end, (150, 20), (50, 30))[0] is end
@@ -239,7 +234,7 @@ print(num_cut)
 
 
 @pytest.mark.slow
-def test_damaged_files_lead_nowhere_else(tmp_path: Path) -> None:
+def test_damaged_files_lead_nowhere_else(tmp_path):
     """With every index checked, which compiled code does not do by itself.
 
     Nor here where it looks for 0xFF in 64 bytes at once.
@@ -266,7 +261,5 @@ def test_damaged_files_lead_nowhere_else(tmp_path: Path) -> None:
         (127, 400, 16, 0),
     ],
 )
-def test_segments_are_some_eight_a_row_and_not_short(
-    height: int, width: int, block_width: int, expected: int
-) -> None:
+def test_segments_are_some_eight_a_row_and_not_short(height, width, block_width, expected):
     assert restart_interval(height, width, block_width=block_width) == expected

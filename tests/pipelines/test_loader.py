@@ -94,9 +94,9 @@ def take(
     ],
 )
 def test_graphs_share_the_threads_and_large_batches_are_decoded_one_at_a_time(
-    settings: dict[str, Any], num_images: int, window_bytes: float, threads: tuple[int, ...],
-    ahead: int, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    settings, num_images, window_bytes, threads,
+    ahead, monkeypatch,
+):  # fmt: skip
     monkeypatch.setattr("unicl_fast.pipelines.running.usable_cores", lambda: 12)
     data = DataConfig(**{"threads": 5} | settings)
     device = torch.device("cuda" if data.decode_device == "gpu" else "cpu")
@@ -104,9 +104,7 @@ def test_graphs_share_the_threads_and_large_batches_are_decoded_one_at_a_time(
     assert pace == Pace(threads=threads, ahead=ahead)
 
 
-def test_the_size_of_windows_is_that_of_the_largest_images(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
+def test_the_size_of_windows_is_that_of_the_largest_images(datasets, prompts):
     data = make_config(crop_scale=(0.5, 1.0)).data
     shown = np.mean([int(row["height"]) * int(row["width"]) for row in datasets[0].samples])
     # evaluations decode whole images
@@ -117,7 +115,7 @@ def test_the_size_of_windows_is_that_of_the_largest_images(
     assert EvaluationLoader(datasets[0], few_pixels, batch_size=whole).pace.ahead == 4
 
 
-def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:
+def test_a_batch_keeps_its_contract(datasets, prompts):
     for step, batch in enumerate(take(datasets, prompts, count=4)):
         assert batch.step == step
         assert batch.images.dtype == torch.uint8
@@ -137,9 +135,7 @@ def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: Clas
             assert tensor.is_contiguous()
 
 
-def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
+def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(datasets, prompts):
     """Two steps of 18 small images with short texts, one of crops, and then as the run says."""
     config = make_config()
     stages = ("36:image_size=16,global_batch_size=18,context_length=6", "12:crop_scale=1..1")
@@ -179,14 +175,10 @@ def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(
         TrainLoader(config, datasets, None, prompts)
 
 
-def test_each_image_comes_with_a_text_of_its_own_sample(
-    datasets: list[PackedDataset], prompts: ClassPrompts, tokenizer: Tokenizer
-) -> None:
+def test_each_image_comes_with_a_text_of_its_own_sample(datasets, prompts, tokenizer):
     labelled, captioned = datasets
     manifest, kinds = labelled.manifest, Counter()
     for batch in take(datasets, prompts, count=8):
-        assert batch.sample_ids is not None
-        assert batch.source_ids is not None
         rows = batch.texts.tokens[batch.texts.index].numpy()
         for i in range(BATCH):
             sample, source = int(batch.sample_ids[i]), int(batch.source_ids[i])
@@ -206,13 +198,12 @@ def test_each_image_comes_with_a_text_of_its_own_sample(
     assert min(kinds.values()) > 30
 
 
-def test_images_belong_to_their_samples(labelled: PackedDataset, prompts: ClassPrompts) -> None:
+def test_images_belong_to_their_samples(labelled, prompts):
     """Whole images (no crop, no flip), compared by their mean colour."""
     config = make_config(crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0), flip_probability=0.0)
     images = EvaluationLoader(labelled, config.data, batch_size=len(labelled))
     reference = next(iter(images)).images.float()
     for batch in take([labelled], prompts, count=3, config=config):
-        assert batch.sample_ids is not None
         colours = batch.images.float().mean(dim=(1, 2))
         distance = torch.cdist(colours, reference.mean(dim=(1, 2)))
         own = distance.gather(1, batch.sample_ids[:, None])
@@ -248,8 +239,8 @@ def several(shared_data: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator
 
 
 def test_images_have_the_classes_of_all_their_labels_whatever_their_text(
-    several: PackedDataset, captioned: PackedDataset, tokenizer: Tokenizer
-) -> None:
+    several, captioned, tokenizer
+):
     """From any step, and on any rank; texts are those of a run that takes one label alone."""
     datasets = [captioned, several]
     prompts = prompts_of(datasets, tokenizer)
@@ -298,8 +289,8 @@ AUGMENTED = ("unicl,blur=0.3,grayscale=0.2", "captioned:none,policy=trivial,eras
     ],
 )  # fmt: skip
 def test_batches_are_the_same_from_any_step_and_over_any_ranks(
-    datasets: list[PackedDataset], prompts: ClassPrompts, settings: dict[str, Any], world_size: int
-) -> None:
+    datasets, prompts, settings, world_size
+):
     options: dict[str, Any] = {"config": make_config(**settings), "weights": [1.0, 2.0]}
     whole = take(datasets, prompts, start=6, count=3, **options)
     assert_same(whole[1:], take(datasets, prompts, start=7, count=2, **options))
@@ -309,11 +300,10 @@ def test_batches_are_the_same_from_any_step_and_over_any_ranks(
     ]
     for expected, *parts in zip(whole[1:], *ranks, strict=True):
         assert_joined(parts, expected)
-        assert expected.source_ids is not None
         assert torch.bincount(expected.source_ids).tolist() == [4, 8]
 
 
-def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:
+def test_two_views(datasets, prompts):
     config = make_config(augment=("supcon,crop_scale=0.08..1",))
     (both,) = take(datasets, prompts, start=4, count=1, config=config)
     single = make_config(augment=("supcon,crop_scale=0.08..1,views=1",))
@@ -328,9 +318,9 @@ def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_files_cut_to_their_windows_give_the_same_batches(
-    views: int, shared_data: Path, tokenizer: Tokenizer, prompts: ClassPrompts, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    views, shared_data, tokenizer, prompts, tmp_path,
+    monkeypatch,
+):  # fmt: skip
     files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:BATCH]
     images = [np.asarray(Image.open(one).convert("RGB").resize((224, 168))) for one in files]
     encoded = [encode_jpeg(pixels, quality=90, subsampling="420") for pixels in images]
@@ -357,9 +347,7 @@ def test_files_cut_to_their_windows_give_the_same_batches(
         assert_equal(one, other)
 
 
-def test_a_state_continues_a_loader_on_any_number_of_ranks(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
+def test_a_state_continues_a_loader_on_any_number_of_ranks(datasets, prompts):
     whole = take(datasets, prompts, count=5)
     config = make_config().changed(run={"steps": 5})
     one = TrainLoader(config, datasets, None, prompts)
@@ -385,9 +373,7 @@ def test_a_state_continues_a_loader_on_any_number_of_ranks(
         len(endless)
 
 
-def test_prompts_with_an_exclamation_mark_keep_their_end(
-    labelled: PackedDataset, tokenizer: Tokenizer
-) -> None:
+def test_prompts_with_an_exclamation_mark_keep_their_end(labelled, tokenizer):
     """The id of "!" is 0, like padding."""
     names = [f"yahoo!(tm) {number}!" for number in range(len(labelled.manifest.class_names))]
     template = "a photo of {}"
@@ -398,9 +384,7 @@ def test_prompts_with_an_exclamation_mark_keep_their_end(
     assert batch.texts.lengths.tolist() == (batch.texts.tokens.argmax(dim=1) + 1).tolist()
 
 
-def test_a_shorter_context_cuts_captions_and_keeps_their_end(
-    captioned: PackedDataset, tokenizer: Tokenizer
-) -> None:
+def test_a_shorter_context_cuts_captions_and_keeps_their_end(captioned, tokenizer):
     prompts = ClassPrompts([((), ())], tokenizer)
     (long,) = take([captioned], prompts, count=1)
     (short,) = take([captioned], prompts, count=1, config=make_config(context_length=8))
@@ -413,8 +397,8 @@ def test_a_shorter_context_cuts_captions_and_keeps_their_end(
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1000), (2, 7), (3, 6)])
 def test_evaluation_shows_each_sample_once_over_all_ranks_and_epochs(
-    captioned: PackedDataset, world_size: int, batch_size: int
-) -> None:
+    captioned, world_size, batch_size
+):
     """The same images whatever the ranks and batches; some ranks have none."""
     data = make_config().data
     (whole,) = EvaluationLoader(captioned, data, batch_size=100)
@@ -436,7 +420,7 @@ def test_evaluation_shows_each_sample_once_over_all_ranks_and_epochs(
 
 
 @pytest.mark.parametrize("operator", ["decoders__Image", "decoders__ImageSlice"])
-def test_the_decoders_of_a_gpu_know_its_settings(operator: str) -> None:
+def test_the_decoders_of_a_gpu_know_its_settings(operator):
     """Building the operator would need a driver; its schema does not."""
     settings = _decoder_settings(torch.device("cuda"))
     assert operator in backend.RegisteredMixedOps()
@@ -446,11 +430,8 @@ def test_the_decoders_of_a_gpu_know_its_settings(operator: str) -> None:
 
 @pytest.mark.parametrize("decode_device", ["cpu", "auto"])
 def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
-    monkeypatch: pytest.MonkeyPatch,
-    datasets: list[PackedDataset],
-    prompts: ClassPrompts,
-    decode_device: str,
-) -> None:
+    monkeypatch, datasets, prompts, decode_device
+):
     expected = take(datasets, prompts, count=3)
     (evaluated,) = EvaluationLoader(datasets[1], make_config().data, batch_size=100)
     gpu = FakeGpu(monkeypatch)
@@ -469,9 +450,7 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
 
 
 @pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_decoder_is_tried_on_images_of_the_data(
-    datasets: list[PackedDataset], monkeypatch: pytest.MonkeyPatch, here: bool
-) -> None:
+def test_a_decoder_is_tried_on_images_of_the_data(datasets, monkeypatch, here):
     """With the CPU's, in a child; one that has passed is not tried again."""
 
     def decode_here(function: Callable[..., None], *arguments: Any, seconds: float) -> str:
@@ -495,13 +474,8 @@ def test_a_decoder_is_tried_on_images_of_the_data(
     ],
 )
 def test_a_gpu_s_decoder_that_crashes_fails_or_hangs_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-    datasets: list[PackedDataset],
-    prompts: ClassPrompts,
-    decode: Callable[..., None],
-    seconds: float,
-    fault: str,
-) -> None:
+    monkeypatch, datasets, prompts, decode, seconds, fault
+):
     monkeypatch.setattr(trial, "_decode", decode)
     monkeypatch.setattr(gpu_kernels, "TRIAL_SECONDS", seconds)
     config = make_config(decode_device="gpu")
@@ -519,9 +493,7 @@ def levels_apart(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decode_device", ["cpu", "gpu", "auto"])
-def test_a_gpu_gets_its_batches_from_either_decoder(
-    datasets: list[PackedDataset], prompts: ClassPrompts, decode_device: str
-) -> None:
+def test_a_gpu_gets_its_batches_from_either_decoder(datasets, prompts, decode_device):
     """From the CPU the very same; from the GPU, images of another decoder."""
     expected = take(datasets, prompts, count=3)
     config = make_config(decode_device=decode_device)

@@ -41,7 +41,7 @@ def feistel(index: int, *, size: int, key: int) -> int:
 
 @pytest.mark.parametrize("size", [1, 7, 64, 65, 1000, 2**48])
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65])
-def test_the_permutation_is_its_definition_however_many_are_asked(size: int, count: int) -> None:
+def test_the_permutation_is_its_definition_however_many_are_asked(size, count):
     """A resumed run must meet the order that it began with, whatever computes it."""
     index = np.arange(count) * 999_999_937 % size
     expected = [feistel(one, size=size, key=12345) for one in index.tolist()]
@@ -49,12 +49,12 @@ def test_the_permutation_is_its_definition_however_many_are_asked(size: int, cou
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
-def test_permute_is_a_bijection(size: int, key: int) -> None:
+def test_permute_is_a_bijection(size, key):
     image = permute(np.arange(size), size=size, key=key)
     assert np.array_equal(np.sort(image), np.arange(size))
 
 
-def test_keys_give_unrelated_permutations() -> None:
+def test_keys_give_unrelated_permutations():
     orders = [permute(np.arange(1000), size=1000, key=fold_key(0, i)) for i in range(20)]
     for one, other in itertools.combinations(orders, 2):
         # two unrelated permutations agree in 1 row on average
@@ -62,7 +62,7 @@ def test_keys_give_unrelated_permutations() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
-def test_all_orders_of_a_tiny_set_are_equally_likely(size: int) -> None:
+def test_all_orders_of_a_tiny_set_are_equally_likely(size):
     tries = 20_000
     orders = Counter(
         tuple(permute(np.arange(size), size=size, key=fold_key(size, i)).tolist())
@@ -75,20 +75,20 @@ def test_all_orders_of_a_tiny_set_are_equally_likely(size: int) -> None:
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
 
 
-def test_neighbouring_draws_get_unrelated_samples() -> None:
+def test_neighbouring_draws_get_unrelated_samples():
     image = permute(np.arange(100_000), size=100_000, key=1).astype(float)
     assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.015  # deviation 0.003
     assert abs(np.corrcoef(image, np.arange(100_000))[0, 1]) < 0.015
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**48 + 1])
-def test_a_size_out_of_range_is_refused(size: int) -> None:
+def test_a_size_out_of_range_is_refused(size):
     with pytest.raises(ValueError, match=r"1 to 2\*\*48"):
         permute(np.zeros(1, int), size=size, key=0)
 
 
 @given(size=st.integers(1, 3000), window=st.integers(1, 3500), key=st.integers(0, 2**64 - 1))
-def test_windows_hold_each_sample_once_and_few_stretches(size: int, window: int, key: int) -> None:
+def test_windows_hold_each_sample_once_and_few_stretches(size, window, key):
     image = permute_in_shuffle_windows(np.arange(size), size=size, window=window, key=key)
     assert np.array_equal(np.sort(image), np.arange(size))
     some = permute_in_shuffle_windows(np.arange(size)[::7], size=size, window=window, key=key)
@@ -104,7 +104,7 @@ def test_windows_hold_each_sample_once_and_few_stretches(size: int, window: int,
     assert max(last[number] - first[number] for number in last) < window
 
 
-def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
+def test_windows_mix_their_stretches_and_meet_others_in_each_pass():
     images = [
         permute_in_shuffle_windows(np.arange(4096), size=4096, window=512, key=fold_key(1, i))
         for i in range(2)
@@ -118,7 +118,7 @@ def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
     assert len(first & second) < 10
 
 
-def test_the_order_of_one_group_stays_what_it_is() -> None:
+def test_the_order_of_one_group_stays_what_it_is():
     """Runs are resumed in it, and their ledgers planned again."""
     image = permute_in_shuffle_windows(np.arange(1000), size=1000, window=100, key=5)
     assert image[:8].tolist() == [286, 609, 708, 446, 442, 645, 447, 258]
@@ -158,9 +158,7 @@ def permuted(
     key=st.integers(0, 2**64 - 1),
 )
 @examples(60)
-def test_groups_take_each_sample_once(
-    weights: list[int], size: int, window: int, batch: int, count: int, epoch: int, key: int
-) -> None:
+def test_groups_take_each_sample_once(weights, size, window, batch, count, epoch, key):
     for source in range(len(weights)):
         groups = shuffle_groups_of(
             count, global_batch_size=batch, weights=tuple(weights), source=source
@@ -181,7 +179,7 @@ def test_groups_take_each_sample_once(
 
 
 @pytest.mark.parametrize("count", [8, 64])
-def test_each_sample_meets_each_group_equally_often(count: int) -> None:
+def test_each_sample_meets_each_group_equally_often(count):
     """Chi-square over epochs; parts of two stretches of a window, and of a quarter of one."""
     groups = ShuffleGroups(count=count, global_batch_size=64, weights=(1,), source=0)
     size, epochs = 1024, 60
@@ -196,7 +194,7 @@ def test_each_sample_meets_each_group_equally_often(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8])
-def test_samples_of_a_window_share_a_batch_as_often_with_groups(count: int) -> None:
+def test_samples_of_a_window_share_a_batch_as_often_with_groups(count):
     """Within the same piece, and whatever the groups: a batch is a quarter of a window of 256."""
     groups = shuffle_groups_of(count, global_batch_size=64, weights=(1,), source=0)
     together = []
@@ -215,7 +213,7 @@ def test_samples_of_a_window_share_a_batch_as_often_with_groups(count: int) -> N
 
 
 @given(weights=weights_strategy, start=st.integers(0, 2**50))
-def test_every_source_keeps_its_weight_at_any_draw(weights: list[int], start: int) -> None:
+def test_every_source_keeps_its_weight_at_any_draw(weights, start):
     whole = integer_weights(weights)
     source_ids, draws = assign_sources(np.arange(start, start + 500), whole)
     for source, weight in enumerate(weights):
@@ -230,7 +228,7 @@ def test_every_source_keeps_its_weight_at_any_draw(weights: list[int], start: in
 
 
 @given(weights=weights_strategy, end=st.integers(0, 600))
-def test_draws_before_one_are_those_that_were_assigned(weights: list[int], end: int) -> None:
+def test_draws_before_one_are_those_that_were_assigned(weights, end):
     whole = integer_weights(weights)
     source_ids, draws = assign_sources(np.arange(end), whole)
     counts = draws_before(end, whole)
@@ -248,13 +246,11 @@ def test_draws_before_one_are_those_that_were_assigned(weights: list[int], end: 
         ([0.1, 100], (1, 1000)),
     ],
 )
-def test_weights_become_the_integers_that_were_meant(
-    given_weights: list[float], expected: tuple[int, ...]
-) -> None:
+def test_weights_become_the_integers_that_were_meant(given_weights, expected):
     assert integer_weights(given_weights) == expected
 
 
-def test_huge_counts_are_rounded_to_a_billionth() -> None:
+def test_huge_counts_are_rounded_to_a_billionth():
     counts = [5_000_000_001, 3_000_000_019]
     first, second = integer_weights(counts)
     assert first + second < 2**31
@@ -262,6 +258,6 @@ def test_huge_counts_are_rounded_to_a_billionth() -> None:
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -1], [math.inf], [math.nan], [1, 1e12]])
-def test_weights_that_make_no_sense_are_refused(weights: list[float]) -> None:
+def test_weights_that_make_no_sense_are_refused(weights):
     with pytest.raises(ValueError, match="source"):
         integer_weights(weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,9 +85,7 @@ def divisors(number: int) -> list[int]:
     templates=st.sampled_from(["per_class", "per_sample"]),
     text=st.sampled_from(["any", "captions", "labels"]),
 )
-def test_steps_planned_together_are_planned_as_each_alone(
-    step: int, count: int, rank: int, templates: str, text: str
-) -> None:
+def test_steps_planned_together_are_planned_as_each_alone(step, count, rank, templates, text):
     plan = make_plan(
         make_source(40, labels=2, captions=1), make_source(25, captions=3),
         batch=12, templates=templates, text=text,
@@ -112,8 +109,8 @@ def test_steps_planned_together_are_planned_as_each_alone(
     data=st.data(),
 )
 def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
-    sizes: list[int], batch: int, step: int, seed: int, window: int, data: st.DataObject
-) -> None:
+    sizes, batch, step, seed, window, data
+):
     world_size = data.draw(st.sampled_from(divisors(batch)))
     plan = make_plan(
         *(make_source(size, captions=2, labels=2) for size in sizes),
@@ -130,9 +127,7 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
 
 
 @given(size=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
-def test_an_epoch_shows_each_sample_once_from_any_start(
-    size: int, seed: int, data: st.DataObject
-) -> None:
+def test_an_epoch_shows_each_sample_once_from_any_start(size, seed, data):
     batch = data.draw(st.integers(1, size))
     world_size = data.draw(st.sampled_from(divisors(batch)))
     first_pass = data.draw(st.integers(0, 10**6))
@@ -146,7 +141,7 @@ def test_an_epoch_shows_each_sample_once_from_any_start(
 
 
 @pytest.mark.parametrize("window", [0, 24])
-def test_each_source_makes_passes_of_its_own(window: int) -> None:
+def test_each_source_makes_passes_of_its_own(window):
     plan = make_plan(
         *(make_source(30, captions=1), make_source(100, labels=1)),
         weights=[0.25, 0.75],
@@ -222,9 +217,9 @@ MILLION = 1_000_000
     ],
 )
 def test_machines_together_read_a_remote_data_set_little_more_than_once(
-    machines: int, looked_at: Sequence[int], sizes: dict[int, float], window: int,
-    num_groups: int, least: float, most: float,
-) -> None:  # fmt: skip
+    machines, looked_at, sizes, window,
+    num_groups, least, most,
+):  # fmt: skip
     # A window that is begun is read as a whole, so there are whole ones.
     num_draws = 2_000_000 if sizes is ONE and len(looked_at) < 4 else 10_000_000
     fetched = [
@@ -239,7 +234,7 @@ def test_machines_together_read_a_remote_data_set_little_more_than_once(
     assert least <= ratio <= most
 
 
-def test_without_weights_all_sources_finish_an_epoch_together() -> None:
+def test_without_weights_all_sources_finish_an_epoch_together():
     plan = make_plan(make_source(100, captions=1), make_source(300, labels=1), batch=40)
     batches = [plan.batch(step, rank=0, world_size=1) for step in range(10)]
     seen = Counter(
@@ -251,7 +246,7 @@ def test_without_weights_all_sources_finish_an_epoch_together() -> None:
     assert set(seen.values()) == {1}
 
 
-def test_seeds_change_everything_drawn() -> None:
+def test_seeds_change_everything_drawn():
     source = make_source(500, captions=5, labels=3)
     plans = [make_plan(source, batch=200, seed=seed, augment=EVERYTHING) for seed in (0, 1)]
     one, other = (all_of(plan, 1) for plan in plans)
@@ -259,7 +254,7 @@ def test_seeds_change_everything_drawn() -> None:
         assert not np.array_equal(one[name], other[name]), name
 
 
-def test_the_views_of_a_image_share_nothing_drawn_but_its_text() -> None:
+def test_the_views_of_a_image_share_nothing_drawn_but_its_text():
     batch = make_plan(make_source(500, labels=1), batch=400, augment=EVERYTHING).batch(
         3, rank=0, world_size=1
     )
@@ -271,7 +266,7 @@ def test_the_views_of_a_image_share_nothing_drawn_but_its_text() -> None:
         assert abs(np.corrcoef(first[:, column], second[:, column])[0, 1]) < 0.2, column
 
 
-def test_a_second_view_or_augmentation_leaves_everything_else_alone() -> None:
+def test_a_second_view_or_augmentation_leaves_everything_else_alone():
     source = make_source(300, captions=5, labels=3)
     options = {"batch": 200, "crop_scale": (0.2, 1.0)}
     plans = [make_plan(source, augment=augment, **options) for augment in ("none", EVERYTHING)]
@@ -282,7 +277,7 @@ def test_a_second_view_or_augmentation_leaves_everything_else_alone() -> None:
     assert plain["augment_rows"].size == 0
 
 
-def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:
+def test_each_source_has_its_own_crops_flips_and_augmentation():
     sources = [make_source(600, labels=1), make_source(600, labels=1)]
     augmentations = [parse_augmentation("clip"), parse_augmentation("unicl,flip=1")]
     options = {"global_batch_size": 400, "seed": 0, "augmentations": augmentations}
@@ -300,7 +295,7 @@ def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:
     assert batch.augment_rows[strong, 0, 0].all()
 
 
-def test_a_draw_in_another_epoch_draws_anew() -> None:
+def test_a_draw_in_another_epoch_draws_anew():
     plan = make_plan(make_source(50, captions=5), batch=50)
     first, second = (plan.batch(step, rank=0, world_size=1) for step in (0, 1))
     one, other = np.argsort(first.sample_ids), np.argsort(second.sample_ids)
@@ -314,7 +309,7 @@ def all_of(plan: TrainPlan, steps: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
 
-def test_any_text_is_a_fair_coin_between_kinds_then_uniform_within() -> None:
+def test_any_text_is_a_fair_coin_between_kinds_then_uniform_within():
     drawn = all_of(make_plan(make_source(1000, captions=5, labels=2), batch=1000), 20)
     is_caption = drawn["captions"] >= 0
     assert abs(is_caption.mean() - 0.5) < 0.02
@@ -331,7 +326,7 @@ def test_any_text_is_a_fair_coin_between_kinds_then_uniform_within() -> None:
 
 
 @pytest.mark.parametrize("text", ["any", "captions", "labels"])
-def test_a_sample_with_one_kind_of_text_shows_that(text: str) -> None:
+def test_a_sample_with_one_kind_of_text_shows_that(text):
     sources = make_source(100, captions=3), make_source(100, labels=2)
     drawn = all_of(make_plan(*sources, batch=50, text=text), 8)
     assert ((drawn["captions"] >= 0) == (drawn["source_ids"] == 0)).all()
@@ -339,12 +334,12 @@ def test_a_sample_with_one_kind_of_text_shows_that(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "shown"), [("captions", "captions"), ("labels", "labels")])
-def test_a_sample_with_both_kinds_shows_the_one_asked_for(text: str, shown: str) -> None:
+def test_a_sample_with_both_kinds_shows_the_one_asked_for(text, shown):
     drawn = all_of(make_plan(make_source(100, captions=2, labels=2), batch=100, text=text), 3)
     assert (drawn[shown] >= 0).all()
 
 
-def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks() -> None:
+def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks():
     plan = make_plan(make_source(200, labels=1), batch=100, templates="per_class")
     drawn_of_class: dict[int, set[int]] = {}
     for step in range(30):
@@ -365,32 +360,32 @@ def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks() -> None
     assert all(len(found) == 5 for found in drawn_of_class.values())
 
 
-def test_flips_have_the_chance_that_was_asked_for() -> None:
+def test_flips_have_the_chance_that_was_asked_for():
     for chance in (0.0, 0.3, 1.0):
         plan = make_plan(make_source(5000, labels=1), batch=5000, flip_probability=chance)
         assert abs(plan.batch(0, rank=0, world_size=1).windows[..., 4].mean() - chance) < 0.03
 
 
-def test_a_source_smaller_than_its_share_of_a_batch_is_refused() -> None:
+def test_a_source_smaller_than_its_share_of_a_batch_is_refused():
     sources = make_source(10, captions=1, name="little"), make_source(1000, labels=1)
     with pytest.raises(ValueError, match=r"little has 10 samples.*50\.0 of 100.*smaller"):
         make_plan(*sources, batch=100, weights=[1, 1])
     make_plan(*sources, batch=100, weights=[1, 9])
 
 
-def test_samples_without_any_text_are_refused_and_counted() -> None:
+def test_samples_without_any_text_are_refused_and_counted():
     source = make_source(20, captions=1, name="mute")
     source.samples["captions_count"][:3] = 0
     with pytest.raises(ValueError, match="3 of the 20 samples of mute"):
         make_plan(source)
 
 
-def test_ranks_that_cannot_share_a_batch_are_refused() -> None:
+def test_ranks_that_cannot_share_a_batch_are_refused():
     with pytest.raises(ValueError, match="8 cannot be shared by 3 ranks"):
         make_plan(make_source(20, labels=1)).batch(0, rank=0, world_size=3)
 
 
-def test_weights_must_match_the_data_sets() -> None:
+def test_weights_must_match_the_data_sets():
     with pytest.raises(ValueError, match="2 weights were given for 1 data sets"):
         make_plan(make_source(20, labels=1), weights=[1, 2])
 
@@ -401,9 +396,7 @@ def test_weights_must_match_the_data_sets() -> None:
     seed=st.integers(-(2**63), 2**63),
     data=st.data(),
 )
-def test_substitutes_are_all_other_samples_of_the_source_each_once(
-    sizes: list[int], step: int, seed: int, data: st.DataObject
-) -> None:
+def test_substitutes_are_all_other_samples_of_the_source_each_once(sizes, step, seed, data):
     batch = data.draw(st.integers(1, min(sizes)))
     plan = make_plan(
         *(make_source(size, captions=2, labels=2) for size in sizes), batch=batch, seed=seed
@@ -422,7 +415,7 @@ def test_substitutes_are_all_other_samples_of_the_source_each_once(
     assert tried[size - 1 :] == tried[: size - 1]
 
 
-def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else() -> None:
+def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else():
     sources = make_source(3000, captions=3), make_source(2000, labels=2)
     plan = make_plan(*sources, batch=200, augment=EVERYTHING)
     global_index = np.arange(200)
@@ -445,7 +438,7 @@ def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else() ->
     assert len(np.unique(whole["sample_ids"])) > 180
 
 
-def test_a_source_of_one_sample_has_no_other() -> None:
+def test_a_source_of_one_sample_has_no_other():
     plan = make_plan(make_source(1, labels=1), batch=1)
     for attempt in (1, 2, 3):
         substitute = plan.substitute(5, np.zeros(1, dtype=np.int64), attempt=attempt)
@@ -458,9 +451,7 @@ def test_a_source_of_one_sample_has_no_other() -> None:
     window=st.sampled_from([0, 16]),
 )
 @examples(25)
-def test_a_stage_continues_the_order_where_the_one_before_ended(
-    sizes: list[int], steps: int, window: int
-) -> None:
+def test_a_stage_continues_the_order_where_the_one_before_ended(sizes, steps, window):
     """Whatever its batches, every draw is what it would be in batches of one."""
     sources = [make_source(40, labels=1), make_source(23, captions=2)]
     *others, own = sizes
@@ -494,7 +485,7 @@ def test_a_stage_continues_the_order_where_the_one_before_ended(
     assert plan.epochs(1) == plain.epochs(sizes[0])
 
 
-def test_what_is_planned_beyond_the_end_of_a_stage_is_replaced_from_its_own_source() -> None:
+def test_what_is_planned_beyond_the_end_of_a_stage_is_replaced_from_its_own_source():
     """Batches are read ahead; one bad sample there would be looked for in the stage after."""
     sources = [make_source(1000, labels=1), make_source(40, captions=1)]
     spans = lay_out(("500:global_batch_size=20",), samples=1000, global_batch_size=10)
@@ -509,7 +500,7 @@ def test_what_is_planned_beyond_the_end_of_a_stage_is_replaced_from_its_own_sour
         assert np.array_equal(other.source_ids, planned.source_ids)
 
 
-def test_a_class_has_one_template_in_a_step_of_a_later_stage() -> None:
+def test_a_class_has_one_template_in_a_step_of_a_later_stage():
     spans = lay_out(("70:global_batch_size=7",), samples=1000, global_batch_size=100)
     source = make_source(200, labels=1)
     plan = make_plan(source, batch=100, templates="per_class", spans=spans)
@@ -524,9 +515,7 @@ def test_a_class_has_one_template_in_a_step_of_a_later_stage() -> None:
 
 
 @pytest.mark.parametrize("templates", ["per_sample", "per_class"])
-def test_texts_of_a_batch_are_prompts_of_one_level_which_changes_from_step_to_step(
-    templates: str,
-) -> None:
+def test_texts_of_a_batch_are_prompts_of_one_level_which_changes_from_step_to_step(templates):
     """A class that ends above the level stands for itself; ranks and long batches agree."""
     starts, chains = np.array([0, 3, 5, *range(6, 14)]), np.array([7, 2, 0, 7, 1, *range(2, 10)])
     plain = make_source(60, labels=1)

@@ -82,9 +82,7 @@ def make_loader(
 
 
 @pytest.mark.parametrize("form", ["png", "raw"])
-def test_a_loader_tells_how_long_storage_kept_it_waiting(
-    sets: Sets, prompts: ClassPrompts, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loader_tells_how_long_storage_kept_it_waiting(sets, prompts, form, monkeypatch):
     loader = make_loader(sets[form], prompts)
     assert loader.reading.decodes_files == (form == "png")
     name = "read_images" if form == "png" else "read_pixels"
@@ -99,7 +97,7 @@ def test_a_loader_tells_how_long_storage_kept_it_waiting(
     assert loader.reading.blocked_seconds >= 0.01
 
 
-def test_images_of_a_batch_are_read_as_single_ones_are(sets: Sets) -> None:
+def test_images_of_a_batch_are_read_as_single_ones_are(sets):
     datasets = [sets["png"][0], sets["raw"][0]]
     sources = np.array([1, 0, 0, 1, 0], np.int32)
     samples = np.array([3, 7, 3, 0, 1])
@@ -123,9 +121,7 @@ def test_images_of_a_batch_are_read_as_single_ones_are(sets: Sets) -> None:
         *(("dali", "none"), ("dali", "supcon")),
     ],
 )
-def test_raw_images_give_the_batches_of_files(
-    sets: Sets, prompts: ClassPrompts, resample: str, augment: str
-) -> None:
+def test_raw_images_give_the_batches_of_files(sets, prompts, resample, augment):
     settings = {"resample": resample, "augment": (augment,)}
     raw = make_loader(sets["raw"], prompts, **settings)
     assert raw.form == {"fused": "crops", "dali": "pixels"}[resample]
@@ -138,8 +134,8 @@ def test_raw_images_give_the_batches_of_files(
 
 @pytest.mark.parametrize("batch", [1, 5, 70])
 def test_any_batch_size_and_number_of_threads_gives_the_same_images(
-    sets: Sets, prompts: ClassPrompts, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    sets, prompts, batch, monkeypatch
+):
     """A group of batches is one, or many; crops are split among threads, or not."""
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
     monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", 1)
@@ -147,24 +143,20 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_images(
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
 
-def test_raw_and_files_train_together_through_the_decoder(
-    sets: Sets, prompts: ClassPrompts
-) -> None:
+def test_raw_and_files_train_together_through_the_decoder(sets, prompts):
     loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
     assert loader.form == "files"
     assert_same(take(loader, count=STEPS), take(make_loader(sets["raw"], prompts), count=STEPS))
 
 
-def test_raw_data_sets_of_two_sizes_train_together(
-    sets: Sets, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_raw_data_sets_of_two_sizes_train_together(sets, prompts, tokenizer, tmp_path):
     larger = saved(Image.effect_noise((50, 40), 90), format="PNG")
     samples = [Sample(larger, captions=["noise"])] * 20
     with pack(
         tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
     ) as other:
         batches = take(make_loader([sets["raw"][LABELLED], other], prompts), count=3)
-    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}  # type: ignore[union-attr]
+    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +193,7 @@ def of_sizes(sizes: Sets, tokenizer: Tokenizer) -> ClassPrompts:
         ("dali", "none", 70),
     ],
 )
-def test_ppms_of_any_sizes_give_the_batches_of_files(
-    sizes: Sets, of_sizes: ClassPrompts, resample: str, augment: str, batch: int
-) -> None:
+def test_ppms_of_any_sizes_give_the_batches_of_files(sizes, of_sizes, resample, augment, batch):
     settings: dict[str, Any] = {"resample": resample, "augment": (augment,), "batch": batch}
     loader = make_loader(sizes["ppm"], of_sizes, **settings)
     assert loader.form == {"fused": "crops", "dali": "files"}[resample]
@@ -214,9 +204,7 @@ def test_ppms_of_any_sizes_give_the_batches_of_files(
     assert torch.equal(next(iter(shown)).images, next(iter(expected)).images)
 
 
-def test_ppms_train_with_raw_images_of_one_size(
-    sets: Sets, sizes: Sets, tokenizer: Tokenizer
-) -> None:
+def test_ppms_train_with_raw_images_of_one_size(sets, sizes, tokenizer):
     runs = []
     for raw, varied in (("raw", "ppm"), ("png", "keep")):
         datasets = [sets[raw][LABELLED], *sizes[varied]]
@@ -226,9 +214,7 @@ def test_ppms_train_with_raw_images_of_one_size(
     assert_same(*runs)
 
 
-def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
-    sizes: Sets, of_sizes: ClassPrompts, tmp_path: Path, opening: Any
-) -> None:
+def test_a_damaged_ppm_is_replaced_by_one_of_another_size(sizes, of_sizes, tmp_path, opening):
     expected = take(make_loader(sizes["ppm"], of_sizes), count=STEPS)
     folder = copy_of(sizes["ppm"][0], tmp_path / "set")
     with (folder / "shard-000000.tar").open("r+b") as file:
@@ -242,7 +228,7 @@ def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
     assert_same(batches, take(files, count=STEPS))
 
 
-def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompts) -> None:
+def test_batches_handed_out_stay_what_they_were(sets, prompts):
     loader = make_loader(sets["raw"], prompts)
     held, copies = [], []
     for batch in itertools.islice(loader.batches(0), 200):
@@ -279,8 +265,8 @@ def flip_pixel(folder: Path, sample: int) -> None:
 
 
 def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
-    sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, tmp_path: Path
-) -> None:
+    sets, folders, opened, prompts, tmp_path
+):
     expected = take(make_loader(sets["raw"], prompts), count=STEPS)
     bad = {(LABELLED, 7), (LABELLED, 39), (CAPTIONED, 0)}
     for source, sample in bad:
@@ -308,9 +294,9 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
 
 @pytest.mark.parametrize("kind", ["cut", "gone"])
 def test_pixels_that_vanish_under_a_run_are_replaced(
-    sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, kind: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    sets, folders, opened, prompts, kind,
+    monkeypatch,
+):  # fmt: skip
     # few batches are read at once, else all could have been read before the damage is done
     monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", 4 * BATCH)
     count = 400
@@ -343,9 +329,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
             alone.close()
 
 
-def test_a_graph_that_fails_is_no_image_s_fault(
-    sets: Sets, prompts: ClassPrompts, tmp_path: Path
-) -> None:
+def test_a_graph_that_fails_is_no_image_s_fault(sets, prompts, tmp_path):
     loader = make_loader(
         sets["raw"], prompts, resample="dali", quarantine=tmp_path / "quarantine.csv"
     )
@@ -356,16 +340,14 @@ def test_a_graph_that_fails_is_no_image_s_fault(
         planned.windows[:, :, 2:4] = HEIGHT + 9
         return planned
 
-    loader.plan.long_batch = beyond  # type: ignore[method-assign]
+    loader.plan.long_batch = beyond
     with pytest.raises(DecodingError, match="step 0, rank 0: the graph fails"):
         next(loader.batches(0))
     loader.close()
     assert not (tmp_path / "quarantine.csv").exists()
 
 
-def test_evaluation_shows_the_pixels_of_files_and_names_damage(
-    sets: Sets, folders: list[Path], opened: Any
-) -> None:
+def test_evaluation_shows_the_pixels_of_files_and_names_damage(sets, folders, opened):
     data = DataConfig(image_size=SIZE, evaluation_resize=36, threads=2)
     for form, dataset in (("png", sets["png"][0]), ("raw", sets["raw"][0])):
         (whole,) = EvaluationLoader(dataset, data, batch_size=64)

@@ -94,8 +94,8 @@ def fetched_bytes() -> int:
 
 
 def test_batches_of_images_in_place_are_those_of_the_packed_data_set(
-    captioned: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    captioned, tokenizer, tmp_path, monkeypatch
+):
     check_inline(monkeypatch)
     out = tmp_path / "index"
     build_dataset([str(captioned.folder)], out, progress=False, in_place=True)
@@ -107,9 +107,9 @@ def test_batches_of_images_in_place_are_those_of_the_packed_data_set(
 
 @pytest.mark.parametrize("read_ahead", [0, 100])
 def test_batches_are_those_of_a_local_copy(
-    labelled: PackedDataset, captioned: PackedDataset, prompts: ClassPrompts, tmp_path: Path,
-    read_ahead: int, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    labelled, captioned, prompts, tmp_path,
+    read_ahead, monkeypatch,
+):  # fmt: skip
     read_ahead_by(monkeypatch, read_ahead)
     config = config_of()
     expected = take([labelled, captioned], prompts, config=config)
@@ -124,13 +124,7 @@ def test_batches_are_those_of_a_local_copy(
 
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_decoded_images_too(
-    raw: PackedDataset,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    resample: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_decoded_images_too(raw, tokenizer, tmp_path, resample, monkeypatch):
     prompts = ClassPrompts([((), ())], tokenizer)
     read_ahead_by(monkeypatch, 64)
     config = config_of(resample=resample)
@@ -139,9 +133,7 @@ def test_decoded_images_too(
     assert_same(batches, take([raw], prompts, config=config))
 
 
-def test_with_a_window_an_epoch_fetches_each_byte_about_once(
-    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_window_an_epoch_fetches_each_byte_about_once(raw, tokenizer, tmp_path, monkeypatch):
     """1,200 images of 3 kB, a cache that holds half of them, five images in a block."""
     prompts = ClassPrompts([((), ())], tokenizer)
     remote = opened([raw], tmp_path, block_bytes=16_384, max_bytes=1_900_000)
@@ -162,9 +154,7 @@ def test_with_a_window_an_epoch_fetches_each_byte_about_once(
     assert ratios[0] > 1.5 * ratios[256]
 
 
-def test_what_comes_is_fetched_before_it_is_asked_for(
-    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_comes_is_fetched_before_it_is_asked_for(raw, tokenizer, tmp_path, monkeypatch):
     read_ahead_by(monkeypatch, 1200)
     (remote,) = opened([raw], tmp_path, block_bytes=16_384)
     blocks = remote.blocks_of(np.arange(len(remote)))
@@ -188,7 +178,7 @@ def test_what_comes_is_fetched_before_it_is_asked_for(
     assert "unicl-read-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_evaluation_reads_each_block_once(captioned: PackedDataset, tmp_path: Path) -> None:
+def test_evaluation_reads_each_block_once(captioned, tmp_path):
     (remote,) = opened([captioned], tmp_path)
     data = config_of().data
     FaultyStore.reads.clear()
@@ -202,8 +192,8 @@ def test_evaluation_reads_each_block_once(captioned: PackedDataset, tmp_path: Pa
 
 
 def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
-    captioned: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    captioned, tokenizer, tmp_path, monkeypatch
+):
     read_ahead_by(monkeypatch, 24)
     (remote,) = opened([captioned], tmp_path)
     quarantine = tmp_path / "quarantine.csv"

@@ -88,9 +88,7 @@ def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: b
     data=st.data(),
 )
 @examples(400)
-def test_any_region_equals_the_oracle(
-    height: int, width: int, size: int, flip: bool, cubic: bool, seed: int, data: st.DataObject
-) -> None:
+def test_any_region_equals_the_oracle(height, width, size, flip, cubic, seed, data):
     """Bilinear is rounded once, cubic after each of its passes, as in torchvision.
 
     Bilinear has a line with 7 places behind the point, and weights with 14 or more: together a
@@ -121,9 +119,7 @@ def test_any_region_equals_the_oracle(
 @example(height=70, width=1, size=20, seed=0)
 @example(height=70, width=70, size=1, seed=0)
 @examples(200)
-def test_noise_of_any_size_is_torchvision_s_to_one_level(
-    cubic: bool, height: int, width: int, size: int, seed: int
-) -> None:
+def test_noise_of_any_size_is_torchvision_s_to_one_level(cubic, height, width, size, seed):
     """Torchvision rounds to whole levels between its two passes, hence the one."""
     image = random_image(height, width, seed)
     gap = resampled(image, size, cubic=cubic).astype(int) - torchvision_s(image, size, cubic)
@@ -152,7 +148,7 @@ print(total)
     not llvmlite.binding.get_host_cpu_features().get("avx512bw"),
     reason="needs a processor with AVX-512: only then three kinds of code can be compared",
 )
-def test_all_processors_make_the_same_pixels() -> None:
+def test_all_processors_make_the_same_pixels():
     """With AVX2 alone, and with what every processor has, other instructions multiply."""
     sums = []
     features = "+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma"
@@ -175,7 +171,7 @@ def test_all_processors_make_the_same_pixels() -> None:
     ("height", "width", "size"),
     [(1, 1, 9), (300, 333, 224), (4096, 8, 16), (9, 8192, 32), (16704, 9, 32), (8, 16704, 1)],
 )
-def test_an_even_image_stays_as_it_is(height: int, width: int, size: int, level: int) -> None:
+def test_an_even_image_stays_as_it_is(height, width, size, level):
     """However many taps: rounding, each by little, must not come to a level, or leave 16 bits."""
     image = np.full((height, width, 3), level, np.uint8)
     for cubic in (False, True):
@@ -183,16 +179,14 @@ def test_an_even_image_stays_as_it_is(height: int, width: int, size: int, level:
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(4096, 60, 16), (60, 4096, 16), (900, 9, 8)])
-def test_much_shrunk_images_are_torchvision_s_to_one_level(
-    height: int, width: int, size: int
-) -> None:
+def test_much_shrunk_images_are_torchvision_s_to_one_level(height, width, size):
     image = random_image(height, width)
     image[:, : width // 2] //= 8  # dark, where nothing is lost of products and all that is added
     gap = resampled(image, size).astype(int) - torchvision_s(image, size, cubic=False)
     assert np.abs(gap).max() <= 1
 
 
-def test_a_crop_of_its_own_size_is_copied() -> None:
+def test_a_crop_of_its_own_size_is_copied():
     image = random_image(28, 28)
     assert np.array_equal(resampled(image, 28), image)
     assert np.array_equal(resampled(image, 28, flip=True), image[:, ::-1])
@@ -210,8 +204,8 @@ def test_a_crop_of_its_own_size_is_copied() -> None:
 )
 @examples(200)
 def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
-    height: int, width: int, size: int, cubic: bool, few_values: bool, key: int
-) -> None:
+    height, width, size, cubic, few_values, key
+):
     """Small windows are widened to 16 bits first, large ones are not; sizes differ."""
     count = 5
     rng = np.random.default_rng(key)

@@ -57,9 +57,7 @@ def run(
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 @pytest.mark.parametrize(("prefetch", "graphs"), [(1, 1), (4, 1), (1, 2), (3, 3)])
-def test_every_batch_comes_once_and_beside_its_metadata(
-    encoded: list[np.ndarray], count: int, prefetch: int, graphs: int
-) -> None:
+def test_every_batch_comes_once_and_beside_its_metadata(encoded, count, prefetch, graphs):
     seen = []
     running = run(host_batches(encoded, count), prefetch=prefetch, graphs=graphs)
     for images, number in running:
@@ -68,7 +66,7 @@ def test_every_batch_comes_once_and_beside_its_metadata(
     assert seen == list(range(count))
 
 
-def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded: list[np.ndarray]) -> None:
+def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded):
     """No copy is made, so this is DALI's promise to keep, even behind the end of the graph."""
     held, copies = [], []
     for images, _ in run(host_batches(encoded, 10)):
@@ -79,7 +77,7 @@ def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded: list[np.n
         assert torch.equal(images, copy)
 
 
-def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) -> None:
+def test_buffers_are_reused_when_nobody_holds_them(encoded):
     addresses = set()
     for images, _ in run(host_batches(encoded, 40)):
         addresses.add(images.data_ptr())
@@ -92,8 +90,8 @@ def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) ->
     [(1, 1, (5,)), (2, 1, (5, 6)), (3, 1, (5, 6, 7)), (2, 2, (5, 6, 7)), (2, 3, (5, 6, 7, 8))],
 )
 def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
-    encoded: list[np.ndarray], prefetch: int, graphs: int, in_flight: tuple[int, ...]
-) -> None:
+    encoded, prefetch, graphs, in_flight
+):
     running = run(host_batches(encoded, 9, damaged=5), prefetch=prefetch, graphs=graphs)
     assert [next(running)[1] for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(DecodingError, match="image_slice") as caught:
@@ -102,7 +100,7 @@ def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
 
 
 @pytest.mark.parametrize("damaged", [0, 8])
-def test_the_first_and_the_last_batch_can_fail_too(encoded: list[np.ndarray], damaged: int) -> None:
+def test_the_first_and_the_last_batch_can_fail_too(encoded, damaged):
     running = run(host_batches(encoded, 9, damaged=damaged))
     assert [next(running)[1] for _ in range(damaged)] == list(range(damaged))
     with pytest.raises(DecodingError) as caught:
@@ -110,7 +108,7 @@ def test_the_first_and_the_last_batch_can_fail_too(encoded: list[np.ndarray], da
     assert caught.value.in_flight[0] == damaged
 
 
-def test_an_error_while_preparing_a_batch_arrives_as_it_is(encoded: list[np.ndarray]) -> None:
+def test_an_error_while_preparing_a_batch_arrives_as_it_is(encoded):
     with pytest.raises(RuntimeError, match="the disk is gone") as caught:
         list(run(host_batches(encoded, 9, failing=5)))
     assert not isinstance(caught.value, DecodingError)

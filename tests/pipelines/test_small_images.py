@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,9 +80,7 @@ def make_loader(
     ("format", "side", "form"),
     [("JPEG", 60, "crops"), ("PNG", 60, "files"), ("JPEG", 200, "files")],
 )
-def test_only_small_jpegs_go_past_dali(
-    tmp_path: Path, tokenizer: Tokenizer, format: str, side: int, form: str
-) -> None:
+def test_only_small_jpegs_go_past_dali(tmp_path, tokenizer, format, side, form):
     file = saved(Image.new("RGB", (side, side), "teal"), format=format)
     names = ["cat", "dog"]
     samples = [Sample(file, labels=[i % 2]) for i in range(8)]
@@ -100,9 +97,7 @@ def test_only_small_jpegs_go_past_dali(
     [{}, {"interpolation": "bicubic"}, {"augment": ("unicl",)}],
     ids=["plain", "bicubic", "unicl"],
 )
-def test_batches_are_those_of_dali(
-    small: PackedDataset, make_loader: Callable[..., TrainLoader], more: dict[str, Any]
-) -> None:
+def test_batches_are_those_of_dali(small, make_loader, more):
     by_dali = take(make_loader(small, "files", **more), count=STEPS)
     assert_same(take(make_loader(small, "crops", **more), count=STEPS), by_dali)
     for step in (3, 5):
@@ -117,9 +112,9 @@ def test_batches_are_those_of_dali(
 
 @pytest.mark.parametrize("group", [2048, 8], ids=["groups", "large"])
 def test_bad_ones_are_replaced_as_by_dali(
-    small: PackedDataset, make_loader: Callable[..., TrainLoader], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, group: int,
-) -> None:  # fmt: skip
+    small, make_loader, tmp_path,
+    monkeypatch, group,
+):  # fmt: skip
     """In groups of batches, and in a batch that threads share."""
     monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", group)
     expected = take(make_loader(small, "files"), count=STEPS)
@@ -152,7 +147,7 @@ def test_bad_ones_are_replaced_as_by_dali(
 @pytest.mark.parametrize(
     "file", [b"", b"\xff", b"\xff\xd8\xff", b"GIF89a", b"P6\n9 9\n255\n", bytes(99)]
 )
-def test_bytes_that_are_no_image_are_named_and_the_others_decoded(file: bytes) -> None:
+def test_bytes_that_are_no_image_are_named_and_the_others_decoded(file):
     sound = file_of(2)
     with Image.open(io.BytesIO(sound)) as image:
         pixels = np.asarray(image.convert("RGB"))

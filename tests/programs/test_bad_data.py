@@ -34,10 +34,7 @@ def data(shared_data: Path, tmp_path: Path) -> Path:
     return folder / "packed"
 
 
-@pytest.mark.dist
-def test_a_run_over_spoilt_samples_ends_well_on_one_rank_and_on_two(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_run_over_spoilt_samples_ends_well_on_one_rank_and_on_two(data, tmp_path):
     flip_byte(data, 3)
     flip_byte(data, 12)
     store(data, 25, undecodable("html"))

@@ -56,14 +56,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )  # fmt: skip
 def test_each_format_says_what_it_read_wrote_and_what_is_next(
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    format: str,
-    files: set[str],
-    next_step: str,
-) -> None:
+    trained, tmp_path, capsys, monkeypatch, format, files, next_step
+):
     out = tmp_path / "out"
     call(convert, format, trained, out)
     said = capsys.readouterr().out
@@ -116,8 +110,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
-    documented: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    documented, hub, tmp_path, capsys
+):
     out = tmp_path / "out"
     call(convert, "hf", documented, out, "--push", "us/first", "--license", "mit")
     said = capsys.readouterr().out
@@ -164,8 +158,8 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
 
 
 def test_an_upload_that_cannot_work_is_refused_before_a_model_is_read(
-    documented: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    documented, hub, tmp_path, monkeypatch
+):
     def said(repository: str, *, code: int) -> str:
         push = ("--push", repository)
         message = refusal_of(convert, "hf", documented, tmp_path / "out", *push, code=code)
@@ -191,8 +185,8 @@ def test_an_upload_that_cannot_work_is_refused_before_a_model_is_read(
 
 
 def test_an_upload_that_breaks_off_leaves_the_folder_and_says_how_to_continue(
-    documented: Path, hub: Hub, tmp_path: Path
-) -> None:
+    documented, hub, tmp_path
+):
     hub.breaks_off = True
     out = tmp_path / "out"
     message = refusal_of(convert, "hf", documented, out, "--push", "us/first", code=1)
@@ -200,9 +194,7 @@ def test_an_upload_that_breaks_off_leaves_the_folder_and_says_how_to_continue(
     assert load_encoders(out).config.model.embed_dim == 8
 
 
-def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(
-    documented: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(documented, tmp_path):
     arguments = ("hf", documented, tmp_path / "out", "--evaluations")
     other = documented / "other.json"
     assert "is about other weights (xxh3 another)" in refusal_of(convert, *arguments, other)
@@ -216,7 +208,7 @@ def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(
     assert "damaged.json is damaged: top1 must be a number in 0 to 1, not 7" in said
 
 
-def test_the_given_weights_are_converted(trained: Path, tmp_path: Path) -> None:
+def test_the_given_weights_are_converted(trained, tmp_path):
     for weights in ("ema", "model", "auto"):
         call(convert, "hf", trained, tmp_path / weights, "--weights", weights)
     ema, last, auto = (
@@ -226,7 +218,7 @@ def test_the_given_weights_are_converted(trained: Path, tmp_path: Path) -> None:
     assert not torch.equal(last, ema)
 
 
-def test_models_that_cannot_be_converted_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_converted_are_refused(trained, tmp_path):
     out = tmp_path / "out"
     assert "expected a run folder" in refusal_of(convert, "hf", tmp_path / "nowhere", out)
     assert "convert it to open_clip" in refusal_of(convert, "to-official", trained, out)
@@ -239,9 +231,7 @@ def test_models_that_cannot_be_converted_are_refused(trained: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.dali
-def test_a_released_checkpoint_is_converted_evaluated_and_converted_back(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_released_checkpoint_is_converted_evaluated_and_converted_back(data, tmp_path, capsys):
     file, out, result = tmp_path / "random.pth", tmp_path / "model", tmp_path / "result.json"
     entries = official_forward.random_entries("swin-tiny")
     write_official_file(file, entries)

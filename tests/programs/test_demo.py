@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from PIL import Image
 from program_runs import run
@@ -12,7 +10,7 @@ pytestmark = pytest.mark.dali
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path: Path) -> None:
+def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path):
     out = tmp_path / "demo"
     done = run("demo", "--out", out, "--samples", "1280")
     last = done.stdout.splitlines()[-1]
@@ -27,7 +25,7 @@ def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path: Path) -> 
         assert words in done.stdout
 
 
-def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
+def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
     (tmp_path / "thesis.txt").write_text("not yours")
     assert "choose another --out" in run("demo", "--out", tmp_path, expect=1).stderr
     assert (tmp_path / "thesis.txt").read_text() == "not yours"

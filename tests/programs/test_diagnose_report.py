@@ -52,9 +52,7 @@ def full_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_page_loads_nothing_and_a_browser_shows_all_parts(
-    full_page: Path, tmp_path: Path
-) -> None:
+def test_a_page_loads_nothing_and_a_browser_shows_all_parts(full_page, tmp_path):
     text = full_page.read_text(encoding="utf-8")
     assert re.findall(r"https?://|url\(", text) == []
     names = re.findall(r'\sid="([^"]+)"', text)
@@ -76,7 +74,7 @@ def test_a_page_loads_nothing_and_a_browser_shows_all_parts(
         ({"periodic": (Periodic(name=CHECKPOINT, every_steps=1, seconds=1.0),)}, CHECKPOINT),
     ],
 )
-def test_the_bottleneck_is_marked_where_it_is(changes: dict[str, Any], slow: str) -> None:
+def test_the_bottleneck_is_marked_where_it_is(changes, slow):
     text = page_of(diagnosis(measured(**changes)))
     marked = re.findall(
         r'<div class="bar is-limit"><span class="name">(.*), the bottleneck</span>', text
@@ -85,7 +83,7 @@ def test_the_bottleneck_is_marked_where_it_is(changes: dict[str, Any], slow: str
     assert text.count("the bottleneck") == 1
 
 
-def test_at_most_three_changes_are_advised_and_empty_parts_left_out() -> None:
+def test_at_most_three_changes_are_advised_and_empty_parts_left_out():
     trials = tuple(trial(f"--by {ratio}", ratio, ratio) for ratio in (0.9, 0.95, 0.85, 0.92))
     found = measured(whole=cost(1.0, 1.6, spread=0.1), world_size=2, trials=trials)
     text = page_of(diagnosis(found))
@@ -100,9 +98,7 @@ def test_at_most_three_changes_are_advised_and_empty_parts_left_out() -> None:
         assert absent not in text.split("<footer>")[0].split("<main>")[1], absent
 
 
-def test_a_report_is_written_and_holds_no_secret(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_is_written_and_holds_no_secret(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     run = Run(out=out, json=out / "again.json", given=("--data", SECRET), data=(SECRET,))

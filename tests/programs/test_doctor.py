@@ -59,7 +59,7 @@ def sound() -> Found:
     return _SOUND
 
 
-def test_checks_that_raise_or_end_the_process_are_faults_and_the_others_run() -> None:
+def test_checks_that_raise_or_end_the_process_are_faults_and_the_others_run():
     checks = [Check("first", sound), Check("raises", raises), Check("ends", ends)]
     checks += [Check("left out", sound, needs=("raises",)), Check("last", sound, needs=("first",))]
     rows = dict(run_checks(checks))
@@ -69,15 +69,15 @@ def test_checks_that_raise_or_end_the_process_are_faults_and_the_others_run() ->
     assert_found(rows["ends"], "fault", "crashed (SIGTERM)")
 
 
-def test_a_check_that_blocks_is_a_fault() -> None:
+def test_a_check_that_blocks_is_a_fault():
     rows = dict(run_checks([Check("blocks", signal.pause)], seconds=0.5))
     assert_found(rows["blocks"], "fault", "did not end within 0.5 s")
 
 
 @pytest.mark.parametrize(("state", "code"), [("warning", 0), ("fault", 1)])
 def test_the_exit_code_is_1_with_a_fault_and_rows_say_their_state_and_no_secret(
-    monkeypatch: Patch, capsys: pytest.CaptureFixture[str], state: Any, code: int
-) -> None:
+    monkeypatch, capsys, state, code
+):
     rows = {"data set": Found(state, "\x1b[2J https://user:secret@host/x", "do it"), "next": _SOUND}
     if code:
         del rows["next"]
@@ -95,9 +95,7 @@ def test_the_exit_code_is_1_with_a_fault_and_rows_say_their_state_and_no_secret(
     assert "secret" not in text
 
 
-def test_a_current_folder_that_was_removed_is_a_sentence(
-    monkeypatch: Patch, tmp_path: Path
-) -> None:
+def test_a_current_folder_that_was_removed_is_a_sentence(monkeypatch, tmp_path):
     """MKL would end the process when torch is imported."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gone").mkdir()
@@ -106,13 +104,13 @@ def test_a_current_folder_that_was_removed_is_a_sentence(
     assert "cd ~" in refusal_of(doctor)
 
 
-def test_every_row_is_explained_in_the_documentation() -> None:
+def test_every_row_is_explained_in_the_documentation():
     page = (_DOCS / "reliability.md").read_text()
     assert not [check.name for check in doctor.CHECKS if f"`{check.name}`" not in page]
 
 
 @pytest.mark.slow
-def test_the_program_runs_here_and_without_a_home(monkeypatch: Patch) -> None:
+def test_the_program_runs_here_and_without_a_home(monkeypatch):
     """This machine trains, so nothing here is a fault."""
     monkeypatch.setenv("HOME", "/proc/nowhere")
     for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
@@ -123,7 +121,7 @@ def test_the_program_runs_here_and_without_a_home(monkeypatch: Patch) -> None:
     assert "WARNING disks" in shown
 
 
-def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch: Patch) -> None:
+def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch):
     other = "spacy 3.8 requires thinc, which is not installed."
     ours = "unicl-fast 0.2.0 has requirement timm>=1.0.15, but you have timm 0.9."
     for code, lines, state, said in (
@@ -137,15 +135,13 @@ def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch: Patch
         assert_found(software.check_requirements(), state, said)
 
 
-def test_torch_that_cannot_be_imported_is_a_fault(monkeypatch: Patch) -> None:
+def test_torch_that_cannot_be_imported_is_a_fault(monkeypatch):
     assert software.check_torch().state == "ok"
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert_found(software.check_torch(), "fault", "torchvision")
 
 
-def test_torch_without_a_gpu_matters_only_next_to_an_nvidia_device(
-    monkeypatch: Patch, tmp_path: Path
-) -> None:
+def test_torch_without_a_gpu_matters_only_next_to_an_nvidia_device(monkeypatch, tmp_path):
     monkeypatch.setattr(software, "_DEVICES", tmp_path)
     patch(monkeypatch, torch.cuda, device_count=lambda: 0)
     assert_found(software.check_torch(), "ok", "the CPU computes")
@@ -155,7 +151,7 @@ def test_torch_without_a_gpu_matters_only_next_to_an_nvidia_device(
     assert_found(software.check_torch(), "warning", "unset CUDA_VISIBLE_DEVICES")
 
 
-def test_a_device_that_does_not_compute_is_a_fault(monkeypatch: Patch) -> None:
+def test_a_device_that_does_not_compute_is_a_fault(monkeypatch):
     patch(monkeypatch, torch.cuda, device_count=lambda: 1, get_device_name=lambda index: "H100")
     monkeypatch.setattr(software, "obstacle_to_triton", lambda index, oldest: "")
     real = torch.ones
@@ -169,7 +165,7 @@ def test_a_device_that_does_not_compute_is_a_fault(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.dali
-def test_dali_decodes_or_is_a_fault(monkeypatch: Patch) -> None:
+def test_dali_decodes_or_is_a_fault(monkeypatch):
     assert software.check_dali().state == "ok"
     two = [SimpleNamespace(name=f"nvidia-dali-cuda{n}") for n in (110, 120)]
     monkeypatch.setattr(metadata, "distributions", lambda: two)
@@ -179,7 +175,7 @@ def test_dali_decodes_or_is_a_fault(monkeypatch: Patch) -> None:
     assert_found(software.check_dali(), "fault", "does not decode WebP: ")
 
 
-def test_without_dali_the_fault_says_how_to_install_it(monkeypatch: Patch) -> None:
+def test_without_dali_the_fault_says_how_to_install_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "unicl_fast.pipelines.graph", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     import unicl_fast.pipelines
@@ -190,7 +186,7 @@ def test_without_dali_the_fault_says_how_to_install_it(monkeypatch: Patch) -> No
     assert found.fix.startswith(f"{install_command('cuda12')}, or ")
 
 
-def test_where_kernels_are_kept(monkeypatch: Patch, tmp_path: Path) -> None:
+def test_where_kernels_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     assert software.check_kernels().state == "ok"
     private = tmp_path / f"unicl_fast-{os.getuid()}"
@@ -203,7 +199,7 @@ def test_where_kernels_are_kept(monkeypatch: Patch, tmp_path: Path) -> None:
     assert software.check_kernels().state == "fault"
 
 
-def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
+def test_one_core_of_many_is_a_warning(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     patch(monkeypatch, machine, cpu_quota=lambda: inf, usable_cores=lambda: 8)
@@ -212,7 +208,7 @@ def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
     assert_found(machine.check_cores(), "warning", "a quota of 1 more: --cpus-per-task")
 
 
-def test_more_threads_than_cores_are_a_warning(monkeypatch: Patch) -> None:
+def test_more_threads_than_cores_are_a_warning(monkeypatch):
     """MKL limits torch to two threads of OMP_NUM_THREADS=64; other libraries use them all."""
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -239,9 +235,7 @@ def roomy(monkeypatch: Patch) -> SimpleNamespace:
     return usage
 
 
-def test_shared_memory_of_docker(
-    monkeypatch: Patch, tmp_path: Path, roomy: SimpleNamespace
-) -> None:
+def test_shared_memory_of_docker(monkeypatch, tmp_path, roomy):
     monkeypatch.setattr(machine, "_SHARED_MEMORY", tmp_path)
     assert machine.check_shared_memory().state == "ok"
     roomy.free = roomy.total = 64 << 20
@@ -250,9 +244,7 @@ def test_shared_memory_of_docker(
     assert machine.check_shared_memory().state == "fault"
 
 
-def test_folders_that_are_full_or_read_only(
-    monkeypatch: Patch, tmp_path: Path, roomy: SimpleNamespace
-) -> None:
+def test_folders_that_are_full_or_read_only(monkeypatch, tmp_path, roomy):
     below = tmp_path / "not" / "there"
     assert machine.check_folder(below).state == "ok"
     roomy.free = 10**9
@@ -265,9 +257,7 @@ def test_folders_that_are_full_or_read_only(
     assert_found(machine.check_folder(below), "warning", "cannot be written")
 
 
-def test_folders_that_a_user_may_lack(
-    monkeypatch: Patch, tmp_path: Path, roomy: SimpleNamespace
-) -> None:
+def test_folders_that_a_user_may_lack(monkeypatch, tmp_path, roomy):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
     assert machine.check_disks().state == "ok"

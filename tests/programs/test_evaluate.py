@@ -50,8 +50,8 @@ def trained(data: Path) -> Path:
 
 
 def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
-    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    data, trained, tmp_path, monkeypatch
+):
     """A run that still trains writes its next checkpoint while images are encoded."""
     run_folder, aside = tmp_path / "run", tmp_path / "aside"
     shutil.copytree(trained, run_folder)
@@ -70,9 +70,7 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
     assert found["weights_xxh3"] == weights_checksum(first)
 
 
-def test_images_of_a_folder_are_classified_and_embedded(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_a_folder_are_classified_and_embedded(data, trained, tmp_path, capsys):
     """As from Python, for a folder and for the data set packed from it."""
     where = ["--checkpoint", trained, "--device", "cpu"]
     (cut,) = (folder / "cut.jpg" for folder in data.glob("classes/**/cat"))
@@ -106,9 +104,7 @@ def test_images_of_a_folder_are_classified_and_embedded(
     assert {one.rpartition(" ")[0] for one in line.split(": ")[1].split(", ")} == set(names)
 
 
-def test_a_plain_folder_of_images_is_classified_and_embedded(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plain_folder_of_images_is_classified_and_embedded(data, trained, tmp_path, capsys):
     photos = tmp_path / "photos"
     names = ["a.jpg", "train/b.jpg", "val/deep/c.jpg"]
     for name, image in zip(names, sorted(data.glob("classes/**/*.jpg")), strict=False):
@@ -127,9 +123,7 @@ def test_a_plain_folder_of_images_is_classified_and_embedded(
     assert "photos has no captions" in refusal_of(evaluate, "retrieval", *where)
 
 
-def test_a_data_set_is_searched_by_texts_and_images(
-    data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_data_set_is_searched_by_texts_and_images(data, trained, monkeypatch, capsys):
     image = next(data.glob("classes/**/0001.jpg"))
     search = ["search", "--checkpoint", trained, "--device", "cpu", "--data", data / "labels"]
     call(evaluate, *search, "--query", "a frog", "a cat", "--image", image, "--top", "2")
@@ -147,9 +141,7 @@ def test_a_data_set_is_searched_by_texts_and_images(
     assert "there is no such file" in refusal_of(evaluate, *search, "--image", data / "none.jpg")
 
 
-def test_the_lines_of_python_find_what_the_commands_find(
-    data: Path, trained: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_lines_of_python_find_what_the_commands_find(data, trained, capfd):
     """Those of docs/evaluation.md, which print nothing."""
     text = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
@@ -173,9 +165,7 @@ def test_the_lines_of_python_find_what_the_commands_find(
     assert [row["top1"] for row in knn["results"]] == [by_k[k].top1 for k in (10, 20)]
 
 
-def test_several_data_sets_make_one_table_and_their_images(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_data_sets_make_one_table_and_their_images(data, trained, tmp_path, capsys):
     alone = evaluated("zero-shot", trained, "--data", data / "labels")
     pets = tmp_path / "pets"
     shutil.copytree(data / "labels", pets)
@@ -201,7 +191,7 @@ def test_several_data_sets_make_one_table_and_their_images(
         assert Image.open(tmp_path / "figures" / f"confusion-{name}.png").size[0] > 500
 
 
-def test_the_recipe_averages_two_models(trained: Path, tmp_path: Path) -> None:
+def test_the_recipe_averages_two_models(trained, tmp_path):
     text = Path(__file__).parents[2].joinpath("docs", "recipes.md").read_text(encoding="utf-8")
     (code,) = (one for one in re.findall(r"```python\n(.*?)```", text, re.S) if "lerp_" in one)
     first, last = list_checkpoints(trained / "checkpoints")
@@ -213,7 +203,7 @@ def test_the_recipe_averages_two_models(trained: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(half, torch.lerp(before, after, 0.5))
 
 
-def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> None:
+def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart():
     for name in ("OxfordIIITPet", "pets", "oxford-flowers-102", "FGVCAircraft", "caltech101-test"):
         assert protocol_metric(name) == "mean_per_class", name
     for name in ("CIFAR10", "food101", "StanfordCars", "petsounds"):
@@ -225,7 +215,7 @@ def require_clip_benchmark() -> None:
     pytest.importorskip("clip_benchmark", reason="pip install --no-deps clip-benchmark")
 
 
-def test_data_sets_of_clip_benchmark_have_its_lists() -> None:
+def test_data_sets_of_clip_benchmark_have_its_lists():
     require_clip_benchmark()
     kinds = [f"a photo of {word} {{}} {kind}." for word in ("a", "the") for kind in DTD_KINDS]
     assert read_templates("clip-benchmark:dtd") == tuple(kinds)
@@ -256,9 +246,7 @@ def test_data_sets_of_clip_benchmark_have_its_lists() -> None:
         ("serve --host 0.0.0.0", "--host 0.0.0.0 answers other machines: give --token, too"),
     ],
 )  # fmt: skip
-def test_wrong_uses_are_refused(
-    data: Path, trained: Path, tmp_path: Path, arguments: str, message: str
-) -> None:
+def test_wrong_uses_are_refused(data, trained, tmp_path, arguments, message):
     if "clip-benchmark" in arguments:
         require_clip_benchmark()
     places = {"tmp": tmp_path, "labels": data / "labels", "captions": data / "captions"}
@@ -270,9 +258,7 @@ def test_wrong_uses_are_refused(
     )
 
 
-def test_a_linear_probe_finds_its_features_again(
-    data: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_linear_probe_finds_its_features_again(data, trained, tmp_path, caplog):
     caplog.set_level("INFO")
     features = tmp_path / "features"
     sets = ["--train", data / "labels", "--data", data / "classes", "--features", features]
@@ -300,7 +286,7 @@ def test_a_linear_probe_finds_its_features_again(
     assert (alone["num_features"], other_layer["num_features"]) == (64, 64)
 
 
-def test_a_class_that_training_lacks_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_class_that_training_lacks_is_refused(data, trained, tmp_path):
     shutil.copytree(data / "classes", tmp_path / "test")
     folder = next((tmp_path / "test").rglob("cat"))
     folder.rename(folder.with_name("unicorn"))
@@ -310,8 +296,8 @@ def test_a_class_that_training_lacks_is_refused(data: Path, trained: Path, tmp_p
 
 
 def test_retrieval_reads_urls_and_lists_and_reports_chance(
-    data: Path, trained: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    data, trained, shared_data, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     url = upload(data / "captions", "faulty://bucket/pairs")
     found = evaluated("retrieval", trained, "--data", url)
@@ -328,9 +314,7 @@ def test_retrieval_reads_urls_and_lists_and_reports_chance(
     assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
 
 
-def test_a_port_in_use_is_refused_before_a_model_is_loaded(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(trained, monkeypatch, capsys):
     monkeypatch.setattr("unicl_fast.evaluation.inference.load_model", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -366,9 +350,9 @@ class Majority(FrozenFeatures):
 
 
 def test_an_evaluation_is_a_file_and_a_line(
-    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    data, trained, tmp_path, monkeypatch,
+    capsys,
+):  # fmt: skip
     """Its options, its help, refusals, and files of results come with it."""
     module = ModuleType("unicl_fast.tools.evaluate.majority")
     module.__file__ = str(tmp_path / "majority.py")  # where the help reads the docstrings
@@ -388,7 +372,6 @@ def test_an_evaluation_is_a_file_and_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "words",
     [
@@ -397,13 +380,13 @@ def test_an_evaluation_is_a_file_and_a_line(
         "zero-shot --data classes labels --batch-size 5",
     ],
 )
-def test_two_ranks_equal_one(data: Path, trained: Path, words: str) -> None:
+def test_two_ranks_equal_one(data, trained, words):
     sets = ("captions", "labels", "classes")
     kind, *more = (str(data / word) if word in sets else word for word in words.split())
     assert evaluated(kind, trained, *more, nproc=2) == evaluated(kind, trained, *more)
 
 
-def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_run_is_fine_tuned_on_labels(data, trained, tmp_path):
     """By the recipe of docs/evaluation.md; at so small a rate the encoder stays the run's."""
     text = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^    unicl-pretrain (.*--init .*)$", text.replace("\\\n", " "), re.M)
@@ -428,9 +411,7 @@ def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path
         ("Timed out waiting 600000ms for recv operation to complete", "another rank hangs"),
     ],
 )
-def test_a_rank_that_lost_another_says_so(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, sentence: str
-) -> None:
+def test_a_rank_that_lost_another_says_so(trained, tmp_path, monkeypatch, error, sentence):
     monkeypatch.setattr(Knn, "check", lambda self: None)
     monkeypatch.setattr(Knn, "run", Mock(side_effect=RuntimeError(error)))
     words = ["knn", "--checkpoint", trained, "--train", tmp_path, "--data", tmp_path]

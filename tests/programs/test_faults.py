@@ -19,7 +19,7 @@ from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 
-pytestmark = [*(pytest.mark.dali, pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600))]
+pytestmark = [pytest.mark.dali, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = [word if word != str(STEPS) else "1000000" for word in SMALL]
 FAULTS = Path(__file__).parents[1] / "helpers" / "faults"
@@ -126,9 +126,7 @@ def running(*arguments: Path | str, **how: int) -> Iterator[Program]:
 
 
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_signal_before_training_ends_the_program_at_once_with_75(
-    data: Path, tmp_path: Path, torchrun: bool
-) -> None:
+def test_a_signal_before_training_ends_the_program_at_once_with_75(data, tmp_path, torchrun):
     with running(data, tmp_path, torchrun=torchrun) as program:
         program.wait_for(lambda: program.has_loaded("libdali_operators"))
         victim = program.rank(0) if torchrun else program.process.pid
@@ -141,7 +139,7 @@ def test_a_signal_before_training_ends_the_program_at_once_with_75(
         program.assert_nothing_is_left()
 
 
-def test_nothing_outlives_a_killed_rank(data: Path, tmp_path: Path) -> None:
+def test_nothing_outlives_a_killed_rank(data, tmp_path):
     with running(data, tmp_path) as program:
         program.wait_until_it_trains()
         assert sorted(program.processes().values()) == ["", "0", "1"]
@@ -152,7 +150,7 @@ def test_nothing_outlives_a_killed_rank(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_nothing_outlives_a_killed_launcher(data: Path, tmp_path: Path, torchrun: bool) -> None:
+def test_nothing_outlives_a_killed_launcher(data, tmp_path, torchrun):
     with running(data, tmp_path, torchrun=torchrun) as program:
         program.wait_until_it_trains()
         program.process.kill()
@@ -160,7 +158,7 @@ def test_nothing_outlives_a_killed_launcher(data: Path, tmp_path: Path, torchrun
         program.assert_nothing_is_left()
 
 
-def test_reading_that_hangs_ends_the_run_with_70_and_is_named(data: Path, tmp_path: Path) -> None:
+def test_reading_that_hangs_ends_the_run_with_70_and_is_named(data, tmp_path):
     """After 30 seconds: a loaded machine may be compiling kernels."""
     # images of 32 pixels would be read 2,000 steps ahead, which take minutes on a loaded machine
     size = ("--data.image-size", "128", "--data.evaluation-resize", "128")

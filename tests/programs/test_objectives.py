@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from pack_runs import jpeg
@@ -28,7 +27,7 @@ from unicl_fast.training.settle import settle_objective
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
 
-def test_a_classifier_is_trained_resumed_and_evaluated(data: Path, tmp_path: Path) -> None:
+def test_a_classifier_is_trained_resumed_and_evaluated(data, tmp_path):
     """With mixup, whose numbers a resumed run must meet again; twice the same data: 20 rows."""
     arguments = [*SMALL, "--objective.name", "ce", "--objective.mixup", "0.8"]
     arguments += ["--objective.cutmix", "1", "--data.train", data / "labels", data / "labels"]
@@ -49,9 +48,7 @@ def test_a_classifier_is_trained_resumed_and_evaluated(data: Path, tmp_path: Pat
     assert "use the encoder's features (--layer encoder)" in said
 
 
-def test_images_of_several_labels_in_a_hierarchy(
-    shared_data: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_of_several_labels_in_a_hierarchy(shared_data, data, tmp_path, capsys):
     """COCO's photographs, mixed with captions; on two ranks, and resumed; then level by level."""
     coco, tree = shared_data / "captions" / "coco", tmp_path / "tree.json"
     groups = {"animal": ["dog", "cat", "bear", "cow", "horse", "sheep", "bird", "zebra", "giraffe"]}
@@ -90,7 +87,7 @@ def test_images_of_several_labels_in_a_hierarchy(
     assert "labels has no hierarchy of classes" in said
 
 
-def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:
+def test_two_views_are_contrasted(data, tmp_path):
     out = tmp_path / "run"
     arguments = [*SMALL, "--objective.name", "supcon", "--data.augment", "supcon"]
     call(pretrain, *arguments, "--data.train", data / "labels", "--out", out)
@@ -99,7 +96,7 @@ def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:
     assert b"text_encoder" not in weights(out)
 
 
-def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
+def test_labels_are_needed_and_their_number_must_be_right(data):
     """Also in what is evaluated: cross-entropy knows no captions."""
     settings = ["--objective.name", "ce", "--data.train", data / "labels", "--out", data / "none"]
     assert refusal_of(pretrain, *SMALL, *settings, "--data.evaluate", data / "captions")
@@ -127,7 +124,7 @@ def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
         rows_of_class_names(datasets[1:], ["cat", "unicorn"], prompts=prompts)
 
 
-def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path: Path) -> None:
+def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path):
     """Names that differ in capitals give the same tokens, so only the first one's row learns."""
     samples = [Sample(jpeg(number), labels=[number]) for number in range(3)]
     names = [("dog", "cat", "Cat"), ("CAT", "hen", "Dog")]

@@ -50,7 +50,7 @@ def unbroken(data: Path) -> Path:
     return out
 
 
-def test_a_run_leaves_the_files_and_lines_of_the_readme(unbroken: Path) -> None:
+def test_a_run_leaves_the_files_and_lines_of_the_readme(unbroken):
     assert len(losses(unbroken)) == STEPS
     assert Image.open(unbroken / "contact-sheet.png").size[0] > 300
     assert Image.open(unbroken / "curves.png").size[0] > 300
@@ -67,8 +67,8 @@ def test_a_run_leaves_the_files_and_lines_of_the_readme(unbroken: Path) -> None:
 
 
 def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
-    data: Path, unbroken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    data, unbroken, tmp_path, caplog
+):
     caplog.set_level("INFO")
     out = tmp_path / "run"
     call(pretrain, *SMALL, "--data.train", data / "labels", "--out", out, "--dry-run")
@@ -83,7 +83,7 @@ def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
     assert "--resume auto" in refusal_of(pretrain, *SMALL, *words)
 
 
-def test_a_run_is_resumed_by_its_folder_alone(data: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_by_its_folder_alone(data, tmp_path):
     out = tmp_path / "run"
     first = [*SMALL, "--data.train", data / "labels", "--run.steps", "4", "--optim.lr", "0.002"]
     call(pretrain, *first, "--out", out)
@@ -95,7 +95,7 @@ def test_a_run_is_resumed_by_its_folder_alone(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_captions_are_evaluated_in_training_as_unicl_eval_does(data: Path, tmp_path: Path) -> None:
+def test_captions_are_evaluated_in_training_as_unicl_eval_does(data, tmp_path):
     out = tmp_path / "run"
     sets = ["--data.evaluate", data / "captions", data / "labels"]
     exact = ("--efficiency.precision", "fp32")  # features of ten steps nearly tie
@@ -121,7 +121,7 @@ def test_captions_are_evaluated_in_training_as_unicl_eval_does(data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_quiet_run_says_nothing_and_keeps_its_log(data: Path, tmp_path: Path) -> None:
+def test_a_quiet_run_says_nothing_and_keeps_its_log(data, tmp_path):
     out = tmp_path / "run"
     run_ = run("pretrain", *SMALL, "--data.train", data / "labels", "--out", out, "--quiet")
     assert run_.stderr == run_.stdout == ""
@@ -130,12 +130,8 @@ def test_a_quiet_run_says_nothing_and_keeps_its_log(data: Path, tmp_path: Path) 
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I ", line) for line in lines)
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
-def test_a_run_starts_from_the_hub_and_resumes_without_it(
-    data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_starts_from_the_hub_and_resumes_without_it(data, unbroken, tmp_path, monkeypatch):
     call(convert, "hf", unbroken, tmp_path / "hub" / "us" / "first")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -165,7 +161,7 @@ LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for w
 
 
 @pytest.mark.slow
-def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
+def test_a_run_folder_has_one_writer(data, tmp_path):
     """As when a scheduler starts a job again beside its own zombie."""
     out = tmp_path / "run"
     sources = ["--data.train", data / "labels", data / "captions"]
@@ -184,7 +180,6 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("of_rank_1", "expected"),
     [
@@ -192,9 +187,7 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
         ("--data.train {captions} {labels}", "contents of data."),
     ],
 )
-def test_ranks_that_disagree_end_before_the_first_step(
-    data: Path, tmp_path: Path, of_rank_1: str, expected: str
-) -> None:
+def test_ranks_that_disagree_end_before_the_first_step(data, tmp_path, of_rank_1, expected):
     out = tmp_path / "run"
     train = ["--data.train", str(data / "labels"), str(data / "captions")]
     others = of_rank_1.format(labels=data / "labels", captions=data / "captions").split()
@@ -213,7 +206,7 @@ def test_ranks_that_disagree_end_before_the_first_step(
 
 
 @pytest.mark.slow
-def test_auto_keeps_its_meaning_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
+def test_auto_keeps_its_meaning_when_a_run_is_resumed(data, tmp_path):
     """A run that began in fp64 resumes in fp64, even if this machine prefers another precision."""
     arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]
     call(pretrain, *arguments, "--efficiency.precision", "fp64", "--run.steps", "4")
@@ -223,9 +216,7 @@ def test_auto_keeps_its_meaning_when_a_run_is_resumed(data: Path, tmp_path: Path
     assert len(losses(tmp_path / "run")) == STEPS
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
-    data: Path, unbroken: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(data, unbroken, tmp_path):
     """Other differences: tests/system/test_wording.py and tests/training/test_trainer.py."""
     manifest = json.loads((data / "labels" / "manifest.json").read_text())
     names = ["tomcat" if name == "cat" else name for name in manifest["class_names"]]
@@ -241,9 +232,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
 
 
 @pytest.mark.slow
-def test_the_average_of_the_weights_and_the_best_checkpoint_are_kept_and_evaluated(
-    data: Path, tmp_path: Path
-) -> None:
+def test_the_average_of_the_weights_and_the_best_checkpoint_are_kept_and_evaluated(data, tmp_path):
     out = tmp_path / "run"
     call(
         *(pretrain, *SMALL, "--data.train", data / "labels", "--data.evaluate", data / "labels"),
@@ -266,10 +255,8 @@ def test_the_average_of_the_weights_and_the_best_checkpoint_are_kept_and_evaluat
     assert "no evaluation of this run gives that number" in said
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=[pytest.mark.dist, pytest.mark.slow])])
-def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
-    data: Path, unbroken: Path, nproc: int
-) -> None:
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(data, unbroken, nproc):
     packed = evaluated("zero-shot", unbroken, "--data", data / "labels")
     assert (packed["num_samples"], packed["num_classes"]) == (21, 10)
     more = ["--batch-size", "3"] * (nproc > 1)
@@ -294,13 +281,13 @@ def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
         ("SMALL --out x --nproc 3 --data.train {labels}", "set run.global_batch_size to 6 or 9"),
     ],
 )  # fmt: skip
-def test_wrong_input_ends_with_2_and_a_sentence(data: Path, arguments: str, message: str) -> None:
+def test_wrong_input_ends_with_2_and_a_sentence(data, arguments, message):
     words = arguments.format(labels=data / "labels", captions=data / "captions").split()
     small = SMALL if words[0] == "SMALL" else []
     assert message in refusal_of(pretrain, *small, *words[bool(small) :])
 
 
-def test_a_missing_checkpoint_ends_ranks_before_they_start(data: Path, unbroken: Path) -> None:
+def test_a_missing_checkpoint_ends_ranks_before_they_start(data, unbroken):
     words = ("--checkpoint", f"{unbroken}x", "--data", data / "labels", "--nproc", "2")
     said = refusal_of(evaluate, "zero-shot", *words)
     assert f"there is no such folder; {unbroken} is there" in said
@@ -314,7 +301,7 @@ def test_a_missing_checkpoint_ends_ranks_before_they_start(data: Path, unbroken:
         pytest.param("convert hf x y", marks=pytest.mark.slow),
     ],
 )
-def test_a_removed_current_folder_is_reported(tmp_path: Path, words: str) -> None:
+def test_a_removed_current_folder_is_reported(tmp_path, words):
     gone = tmp_path / "gone"
     gone.mkdir()
 
@@ -338,8 +325,7 @@ shift && exec "$@"
 
 
 @pytest.mark.long
-@pytest.mark.slow
-def test_a_read_only_machine_trains_and_evaluates(data: Path, tmp_path: Path) -> None:
+def test_a_read_only_machine_trains_and_evaluates(data, tmp_path):
     """Programs write into --out and the temporary folder alone, not into home or installation."""
     alone = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", str(tmp_path)]
     probe = f"touch /probe 2> /dev/null && exit 1; touch {tmp_path}/probe"
@@ -362,9 +348,7 @@ def test_a_read_only_machine_trains_and_evaluates(data: Path, tmp_path: Path) ->
     run_there("evaluate", "zero-shot", "--checkpoint", out, "--data", data / "labels")
 
 
-def test_the_short_help_shows_the_preset_and_help_all_every_setting(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_short_help_shows_the_preset_and_help_all_every_setting(capsys):
     with pytest.raises(SystemExit) as stopped:
         call(pretrain, "--preset", "cifar10-small", "-h")
     assert not stopped.value.code

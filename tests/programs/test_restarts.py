@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ from unicl_fast.tools import ledger, pretrain
 from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.dali, pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
 STEPS_OF_A_RUN = 40
 FP64 = [
@@ -99,8 +98,8 @@ def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
     "starter", [start_own, pytest.param(start_torchrun, marks=pytest.mark.long)]
 )
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
-    data: Path, unbroken: Path, tmp_path: Path, starter: Callable[..., subprocess.Popen[str]]
-) -> None:
+    data, unbroken, tmp_path, starter
+):
     out = tmp_path / "run"
     process = starter(*FP64, *sources(data), "--out", out, nproc=2)
     wait_for_step(out, 6, process)
@@ -131,9 +130,9 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     ids=["short", "fp64", "fp32"],
 )
 def test_a_run_resumes_with_any_number_of_ranks(
-    data: Path, tmp_path: Path, precision: str, tolerance: float, steps: int,
-    numbers: tuple[int, ...],
-) -> None:  # fmt: skip
+    data, tmp_path, precision, tolerance, steps,
+    numbers,
+):  # fmt: skip
     """With augmentation and drop path: stopped, and resumed on other ranks.
 
     The largest difference is printed (pytest -s), for docs/reliability.md.
@@ -180,8 +179,8 @@ def test_a_run_resumes_with_any_number_of_ranks(
     ids=["one rank", "2, 3, 1 ranks"],
 )
 def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unbroken(
-    data: Path, tmp_path: Path, ranks: tuple[int, int, int], tolerance: float
-) -> None:
+    data, tmp_path, ranks, tolerance
+):
     """An epoch takes 41 samples, so the order of several goes over a boundary."""
     settings = [
         *(*SMALL, "--run.steps", "0", "--run.samples", "500", "--run.global-batch-size", "12"),
@@ -217,8 +216,8 @@ def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unb
 
 
 def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(
-    unbroken: Path, data: Path, tmp_path: Path
-) -> None:
+    unbroken, data, tmp_path
+):
     settings = [
         *(*SMALL, "--efficiency.precision", "fp64", "--init", unbroken, *sources(data)),
         *("--optim.lora", "image:4,text:2,rslora", "--optim.ema-decay", "0.9", "--resume", "auto"),
@@ -243,9 +242,7 @@ def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(
         torch.testing.assert_close(exported.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
 
 
-def test_unicl_ledger_names_missing_steps(
-    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unicl_ledger_names_missing_steps(unbroken, tmp_path, capsys):
     assert proven(unbroken)["sources"][0]["complete_epochs"] > 3
     assert "PROVEN: no step is missing" in capsys.readouterr().out
     broken = tmp_path / "run"
@@ -263,9 +260,7 @@ def test_unicl_ledger_names_missing_steps(
     assert holes == [[STEPS_OF_A_RUN - 1, STEPS_OF_A_RUN]]
 
 
-def test_a_missing_ledger_and_restarts_under_torchrun_are_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_ledger_and_restarts_under_torchrun_are_refused(data, tmp_path, monkeypatch):
     assert "trained with --ledger" in refusal_of(ledger, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "1")
     words = [*FP64, *sources(data), "--out", tmp_path / "run", "--max-restarts", "1"]

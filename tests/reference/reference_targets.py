@@ -33,9 +33,7 @@ def _mix64(value: int) -> int:
 
 
 def map_targets(
-    rows: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    prompt_classes: dict[Row, int],
+    rows: Sequence[Sequence[int]], labels: Sequence[int], prompt_classes: dict[Row, int]
 ) -> tuple[list[Row], list[int], list[int], list[int]]:
     """What `unicl_fast.objectives.targets.map_targets` must give.
 

@@ -31,7 +31,7 @@ from unicl_fast.system.atomic_files import (
         ("link", "link is not a folder; name another one"),
     ],
 )
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str, message: str) -> None:
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(ValueError, match=message):
@@ -54,8 +54,8 @@ with temporary_folder("unicl-test-") as folder:
 
 
 def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     calls = []
 
     def lock_after_another_start(descriptor: int, *, wait: bool) -> bool:
@@ -71,9 +71,7 @@ def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_again(
     assert len(calls) == 4  # ours, the other's of our folder and of its own, ours again
 
 
-def test_folders_of_killed_programs_are_removed_and_others_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_of_killed_programs_are_removed_and_others_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     processes = [
         subprocess.Popen(
@@ -104,7 +102,7 @@ def test_folders_of_killed_programs_are_removed_and_others_are_not(
             process.stdout.close()
 
 
-def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     write_text_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError), replacing(path) as aside:
@@ -115,7 +113,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_descriptor(tmp_path):
     path = tmp_path / "lock"
     one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
     assert lock(one)
@@ -128,7 +126,7 @@ def test_a_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
     os.close(other)
 
 
-def test_a_buffer_is_filled_as_far_as_the_file_reaches(tmp_path: Path) -> None:
+def test_a_buffer_is_filled_as_far_as_the_file_reaches(tmp_path):
     (tmp_path / "file").write_bytes(b"0123456789")
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)
     buffer = bytearray(4)

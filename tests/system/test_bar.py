@@ -19,12 +19,7 @@ def _no_thread_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (60.0, True), (0.0, False)])
-def test_a_log_gets_whole_lines_and_only_of_what_takes_long(
-    seconds: float,
-    shown: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_log_gets_whole_lines_and_only_of_what_takes_long(seconds, shown, monkeypatch, capsys):
     monkeypatch.setattr(bar, "_LOG_SECONDS", seconds)
     with Bar(total=4, desc="train", shown=shown) as outer:
         for _ in Bar(range(4), desc="encode images", shown=shown, leave=False):
@@ -40,9 +35,7 @@ def test_a_log_gets_whole_lines_and_only_of_what_takes_long(
     assert not re.search(r"\r|\x1b|\n\n", said)
 
 
-def test_a_clock_that_is_set_back_does_not_stop_the_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clock_that_is_set_back_does_not_stop_the_bar(monkeypatch, capsys):
     monkeypatch.setattr(bar, "_LOG_SECONDS", 0.0)
     clock = itertools.count(10_000.0, -3600.0)
     monkeypatch.setattr("tqdm.std.time", clock.__next__)

@@ -29,7 +29,7 @@ def work(task: str) -> str:
     return f"{task} done"
 
 
-def test_deaths_cost_their_task_only(capfd: pytest.CaptureFixture[str]) -> None:
+def test_deaths_cost_their_task_only(capfd):
     tasks = ["one", "crash", "two", "leave", "fill", "three"]
     found = list(run_limited(work, tasks, memory_bytes=GB))
     assert found == [
@@ -43,13 +43,13 @@ def test_deaths_cost_their_task_only(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_task_that_hangs_is_ended() -> None:
+def test_a_task_that_hangs_is_ended():
     found = run_limited(work, ["hang", "one"], seconds=0.5)
     assert next(found) == Death("time", "did not end within 0.5 s")
     found.close()
 
 
-def test_the_next_task_may_depend_on_the_last_result() -> None:
+def test_the_next_task_may_depend_on_the_last_result():
     tasks = ["one"]
     for result in run_limited(work, iter(tasks)):
         assert isinstance(result, str)
@@ -58,13 +58,13 @@ def test_the_next_task_may_depend_on_the_last_result() -> None:
     assert tasks == ["one", "one done", "one done done"]
 
 
-def test_errors_of_the_function_are_raised_or_described() -> None:
+def test_errors_of_the_function_are_raised_or_described():
     with pytest.raises(ValueError, match="the task is refused"):
         list(run_limited(work, ["refuse"]))
     assert fault_of(work, "refuse", seconds=300) == "failed: ValueError: the task is refused"
     assert fault_of(work, "one", seconds=300) == ""
 
 
-def test_a_child_that_is_killed_may_have_been_out_of_memory() -> None:
+def test_a_child_that_is_killed_may_have_been_out_of_memory():
     assert describe_death(-signal.SIGKILL).how == "was killed, possibly out of memory"
     assert describe_death(-60).how == "crashed (signal 60)"

@@ -32,9 +32,7 @@ def fault_after_a_start(*arguments: object) -> str:
     return fault_in_trial(*arguments)
 
 
-def test_what_was_found_right_is_tried_once_on_a_machine(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_found_right_is_tried_once_on_a_machine(cache, monkeypatch, caplog):
     runs: list[tuple[str, ...]] = []
     fault = "failed: it is off"
     caplog.set_level(logging.INFO, logger=gpu_kernels.logger.name)
@@ -66,7 +64,7 @@ def test_what_was_found_right_is_tried_once_on_a_machine(
     assert [starts(), starts()] == [6, 7]
 
 
-def test_a_crash_or_a_hang_is_a_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_or_a_hang_is_a_fault(cache, monkeypatch):
     fault = fault_after_a_start("faulty_trials", CPU, "crashes")
     assert fault == "faulty_trials crashes: the trial crashed (SIGSEGV)"
     monkeypatch.setattr(gpu_kernels, "TRIAL_SECONDS", 0.01)
@@ -76,7 +74,7 @@ def test_a_crash_or_a_hang_is_a_fault(cache: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", [WINDOWS[0], LOSS[0]])
-def test_our_kernels_pass_their_trials(trial: str) -> None:
+def test_our_kernels_pass_their_trials(trial):
     assert fault_after_a_start(trial, CPU, "float32") == ""
 
 
@@ -93,9 +91,7 @@ def test_our_kernels_pass_their_trials(trial: str) -> None:
     ],
     ids=["not divided", "no mask", "no sum", "no store", "rows of one block", "half a gradient"],
 )
-def test_wrong_kernels_fail_their_trials(
-    modules: tuple[str, str], old: str, new: str, expected: str
-) -> None:
+def test_wrong_kernels_fail_their_trials(modules, old, new, expected):
     fault = fault_after_a_start("faulty_trials", CPU, "mutated", *modules, old, new, "float32")
     assert expected in fault
     assert "ArithmeticError: " in fault
@@ -104,8 +100,6 @@ def test_wrong_kernels_fail_their_trials(
 @pytest.mark.gpu
 @pytest.mark.parametrize("trial", [WINDOWS[0], LOSS[0]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_our_kernels_pass_their_trials_on_a_gpu(
-    trial: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_kernels_pass_their_trials_on_a_gpu(trial, dtype, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert fault_after_a_start(trial, torch.device("cuda"), dtype) == ""

@@ -6,7 +6,6 @@ import json
 import shlex
 from importlib import metadata
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -29,9 +28,7 @@ from unicl_fast.system.installation import install_command
     ],
     ids=["editable", "folder", "git", "wheel", "index", "not installed"],
 )  # fmt: skip
-def test_an_extra_comes_from_where_the_package_came_from(
-    monkeypatch: pytest.MonkeyPatch, records: list[dict[str, Any] | None], command: str
-) -> None:
+def test_an_extra_comes_from_where_the_package_came_from(monkeypatch, records, command):
     texts = [record and json.dumps(record) for record in records]
     found = [SimpleNamespace(read_text={"direct_url.json": text}.__getitem__) for text in texts]
     monkeypatch.setattr(metadata, "distributions", lambda name: found)

@@ -133,9 +133,7 @@ def run(package: Path, program: str, *words: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_change_in_what_a_kernel_is_made_of_compiles_anew_and_nothing_else_does(
-    package: Path,
-) -> None:
+def test_a_change_in_what_a_kernel_is_made_of_compiles_anew_and_nothing_else_does(package):
     """Prints the results of both kernels of `upper`; then cache hits: ours, Numba's, C's."""
     (package / "other.py").write_text("RATE = 1")
     assert run(package, PROGRAM) == "157 157\n0 0 0\n"
@@ -148,7 +146,7 @@ def test_a_change_in_what_a_kernel_is_made_of_compiles_anew_and_nothing_else_doe
     assert run(package, PROGRAM) == "383 383\n1 1 1\n"
 
 
-def test_a_file_s_key_follows_what_it_imports_directly_or_not(package: Path) -> None:
+def test_a_file_s_key_follows_what_it_imports_directly_or_not(package):
     program = """
 import sys
 from importlib.util import resolve_name
@@ -183,7 +181,7 @@ def modules_named_in(file: Path, package: str) -> set[str]:
     return found
 
 
-def test_no_import_of_a_file_is_missed() -> None:
+def test_no_import_of_a_file_is_missed():
     """In no file, since any of them may come to hold a constant of a kernel."""
     library, pipelines = (
         Path(str(one.__file__)).parent for one in (unicl_fast, unicl_fast_pipelines)
@@ -200,14 +198,14 @@ def test_no_import_of_a_file_is_missed() -> None:
 
 
 @pytest.mark.slow
-def test_closures_kept_by_different_processes_are_told_apart(package: Path) -> None:
+def test_closures_kept_by_different_processes_are_told_apart(package):
     assert run(package, ADD, "1") == "1 0\n"
     assert run(package, ADD, "2") == "2 0\n"
     assert run(package, ADD, "1", "2") == "1 1\n2 1\n"
     assert run(package, ADD, "2", "1") == "2 1\n1 1\n"
 
 
-def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
+def test_the_folder_belongs_to_this_user_alone(package):
     run(package, ADD, "1")
     folder = package.parents[1] / "cache" / "unicl_fast" / "numba"
     assert folder.stat().st_mode & 0o077 == 0
@@ -221,8 +219,8 @@ def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("taken_by", ["a link", "a folder that others can write"])
 def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
-    package: Path, tmp_path: Path, taken_by: str
-) -> None:
+    package, tmp_path, taken_by
+):
     (tmp_path / "file").touch()
     private = tmp_path / "tmp" / f"unicl_fast-{os.getuid()}"
     private.parent.mkdir()
@@ -238,7 +236,7 @@ def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
         assert said.count("set NUMBA_CACHE_DIR") == 1
 
 
-def test_only_the_last_used_versions_of_a_file_stay(package: Path, tmp_path: Path) -> None:
+def test_only_the_last_used_versions_of_a_file_stay(package, tmp_path):
     above = tmp_path / "cache" / "unicl_fast" / "numba"
     above.mkdir(mode=0o700, parents=True)
     for number in range(12):
@@ -251,9 +249,7 @@ def test_only_the_last_used_versions_of_a_file_stay(package: Path, tmp_path: Pat
     assert len(list(above.glob("unicl_fast.upper-*"))) == 12
 
 
-def test_where_numba_is_told_to_look_elsewhere_nothing_is_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_numba_is_told_to_look_elsewhere_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(
         kernels, "_config", mock.Mock(CACHE_LOCATOR_CLASSES="InTreeCacheLocator", CACHE_DIR="")
     )

@@ -19,7 +19,7 @@ KEY = np.uint64(fold_key(3, 1))
 COUNTERS = np.arange(20_000)
 
 
-def test_units_are_uniform_and_equal_the_tensor_twin() -> None:
+def test_units_are_uniform_and_equal_the_tensor_twin():
     units = random_units(KEY, COUNTERS)
     assert stats.kstest(units, "uniform").pvalue > 1e-3
     twin = uniform_tensor(int(KEY), torch.from_numpy(COUNTERS))
@@ -28,14 +28,14 @@ def test_units_are_uniform_and_equal_the_tensor_twin() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 3.0])
-def test_betas_follow_their_distribution(alpha: float) -> None:
+def test_betas_follow_their_distribution(alpha):
     alphas = np.full(len(COUNTERS), alpha)
     drawn = random_betas(KEY, COUNTERS, alphas)
     assert stats.kstest(drawn, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
     assert (random_betas(KEY, COUNTERS[100:], alphas[100:]) == drawn[100:]).all()
 
 
-def test_a_tiny_alpha_gives_no_nan() -> None:
+def test_a_tiny_alpha_gives_no_nan():
     drawn = random_betas(KEY, COUNTERS, np.full(len(COUNTERS), 1e-3))
     assert ((drawn >= 0) & (drawn <= 1)).all()
     assert 0.45 < (drawn > 0.5).mean() < 0.55

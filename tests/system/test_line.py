@@ -87,7 +87,7 @@ with line.line(describe_phase):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_terminal_shows_what_takes_long_and_keeps_what_was_printed(unbuffered: str) -> None:
+def test_a_terminal_shows_what_takes_long_and_keeps_what_was_printed(unbuffered):
     seen = seen_on_a_terminal(_QUIET, PYTHONUNBUFFERED=unbuffered)
     assert re.match(r"(\r\[starting, \d s\]\x1b\[K)+\r\x1b\[Kready\r\n", seen)
     phase = r"\[drawing the curves, 7 steps done, \d s\]"
@@ -97,7 +97,7 @@ def test_a_terminal_shows_what_takes_long_and_keeps_what_was_printed(unbuffered:
 
 
 @pytest.mark.parametrize(("shown", "rank"), [("False", "0"), ("True", "1")])
-def test_quiet_programs_and_other_ranks_show_no_line(shown: str, rank: str) -> None:
+def test_quiet_programs_and_other_ranks_show_no_line(shown, rank):
     code = f"""
 with line.line("reading weights", shown={shown}):
     assert line.on_terminal is None
@@ -106,9 +106,7 @@ with line.line("reading weights", shown={shown}):
     assert seen_on_a_terminal(code, RANK=rank) == "done\r\n"
 
 
-def test_a_log_gets_a_line_once_if_the_work_takes_long(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_gets_a_line_once_if_the_work_takes_long(monkeypatch, capsys):
     timers: list[threading.Timer] = []
 
     class Timer(threading.Timer):

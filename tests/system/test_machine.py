@@ -61,16 +61,12 @@ _NODE_0, _NODE_1 = range(56), range(56, 112)
         ([range(2)] * 5, 2, [1] * 5),  # never none
     ],
 )
-def test_a_core_is_shared_by_the_ranks_that_may_run_on_it(
-    masks: list[range], quota: float, expected: list[int]
-) -> None:
+def test_a_core_is_shared_by_the_ranks_that_may_run_on_it(masks, quota, expected):
     cores = [("kernel", "host", mask) for mask in masks]
     assert [cores_of_rank(rank, cores, quota=quota) for rank in range(len(masks))] == expected
 
 
-def test_ranks_of_other_machines_and_containers_are_told_apart(
-    monkeypatch: Patch, tmp_path: Path
-) -> None:
+def test_ranks_of_other_machines_and_containers_are_told_apart(monkeypatch, tmp_path):
     machines = [(kernel, kernel, range(56)) for kernel in "abab"]
     assert cores_of_rank(1, machines, quota=inf) == 28
     # two containers on one machine share its cores, and have a quota each
@@ -87,9 +83,7 @@ def test_ranks_of_other_machines_and_containers_are_told_apart(
 @pytest.mark.parametrize(
     ("quota", "expected"), [("150000", 2), ("-1", 12), ("900000", 9), ("9000000", 12)]
 )
-def test_a_quota_of_the_first_control_groups_counts(
-    tmp_path: Path, quota: str, expected: int
-) -> None:
+def test_a_quota_of_the_first_control_groups_counts(tmp_path, quota, expected):
     """A container sees its own group at the place of the host's root."""
     (tmp_path / "mine").write_text("4:memory:/m\n3:cpu,cpuacct:/docker/abc\n0::/\n")
     group = tmp_path / "cpu,cpuacct"
@@ -99,7 +93,7 @@ def test_a_quota_of_the_first_control_groups_counts(
     assert usable_cores() == expected
 
 
-def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: Patch) -> None:
+def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch):
     assert quota_of_cores() == inf
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -123,8 +117,8 @@ def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: Patch) -> None:
     ],
 )
 def test_a_gpu_decodes_images_only_if_it_is_asked_to(
-    monkeypatch: Patch, requested: str, device: str, threads: int, expected: str, reason: str
-) -> None:
+    monkeypatch, requested, device, threads, expected, reason
+):
     monkeypatch.setattr(machine, "usable_cores", lambda: 6)
     chosen, why = choose_decode_device(requested, device=torch.device(device), threads=threads)
     assert chosen == torch.device(expected)
@@ -132,7 +126,7 @@ def test_a_gpu_decodes_images_only_if_it_is_asked_to(
     assert threads == 1 or "may need" not in why
 
 
-def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
+def test_a_quota_of_any_group_around_counts(tmp_path):
     (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
     assert usable_cores() == 12
     (tmp_path / "job" / "cpu.max").write_text("250000 100000\n")
@@ -155,8 +149,8 @@ def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
     ],
 )
 def test_threads_sleep_on_a_cpu_and_the_memory_of_a_gpu_grows(
-    monkeypatch: Patch, tmp_path: Path, device: str, gpus: list[str], chosen: dict, expected: dict
-) -> None:
+    monkeypatch, tmp_path, device, gpus, chosen, expected
+):
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)
     for name in gpus:
         (tmp_path / name).touch()
@@ -172,9 +166,7 @@ def test_threads_sleep_on_a_cpu_and_the_memory_of_a_gpu_grows(
         ("evaluate.__main__", ["knn", "--checkpoint", "x", "--train", "y", "--data", "z"]),
     ],
 )
-def test_programs_choose_their_environment_before_torch_is_imported(
-    program: str, arguments: list[str]
-) -> None:
+def test_programs_choose_their_environment_before_torch_is_imported(program, arguments):
     """OpenMP and torch's allocator read their variables once."""
     code = (
         "import sys; from unicl_fast.system import machine\n"
@@ -185,7 +177,7 @@ def test_programs_choose_their_environment_before_torch_is_imported(
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 7
 
 
-def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch: Patch) -> None:
+def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch):
     monkeypatch.undo()  # the real cores
     if not Path("/proc/self/schedstat").exists():
         pytest.skip("this kernel does not tell how long threads wait for a core")
@@ -199,7 +191,7 @@ def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch: Patch) -
     assert after.busy - before.busy >= after.own - before.own - 2 * tick * usable_cores()
 
 
-def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: Patch) -> None:
+def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch):
     ticks = os.sysconf("SC_CLK_TCK")
     per_core = {0: 10, 5: 20, 12: 400}  # the process may run on the first twelve
     lines = [
@@ -217,7 +209,7 @@ def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: Patch) -> No
     assert cpu_times()[1:] == (0, 0)  # a sandbox whose kernel says nothing
 
 
-def test_memory_is_what_lies_in_ram() -> None:
+def test_memory_is_what_lies_in_ram():
     before = resident_bytes()
     # new pages: malloc may give some that lie in RAM already
     with mmap.mmap(-1, 40_000_000) as content:
@@ -225,7 +217,7 @@ def test_memory_is_what_lies_in_ram() -> None:
         assert resident_bytes() - before > 0.9 * len(content)
 
 
-def test_ranks_of_a_machine_share_its_memory(monkeypatch: Patch) -> None:
+def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = machine.free_memory(torch.device("cpu"))
     assert 1e8 < whole < 1e14
@@ -240,8 +232,8 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch: Patch) -> None:
 )
 @pytest.mark.parametrize(("limit", "expected"), [("1000", 670), (str(2**63 - 4096), None)])
 def test_a_control_group_s_limit_counts_and_files_that_were_read_are_no_obstacle(
-    monkeypatch: Patch, tmp_path: Path, controller: str, names: tuple, prefix: str, limit, expected
-) -> None:
+    monkeypatch, tmp_path, controller, names, prefix, limit, expected
+):
     for name, value in zip(names, (limit, "900"), strict=True):
         (tmp_path / f"memory.{name}").write_text(f"{value}\n")
     stat = f"{prefix}inactive_file 500\n{prefix}active_file 70\n"

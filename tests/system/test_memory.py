@@ -7,8 +7,6 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from unicl_fast.system.machine import HostBuffers
 SHAPE = (4, 300, 300)
 
 
-def test_memory_is_used_again_when_the_tensor_is_gone() -> None:
+def test_memory_is_used_again_when_the_tensor_is_gone():
     buffers = HostBuffers()
     first = buffers.empty(SHAPE, torch.float32)
     place = first.data_ptr()
@@ -47,7 +45,7 @@ def _saved_for_backward(tensor: Tensor) -> Tensor:
     ],
     ids=["view", "permuted", "numpy", "storage", "graph"],
 )
-def test_memory_is_kept_while_anything_looks_at_it(look: Callable[[Tensor], Any]) -> None:
+def test_memory_is_kept_while_anything_looks_at_it(look):
     buffers = HostBuffers()
     tensor = buffers.empty(SHAPE, torch.float32)
     place = tensor.data_ptr()
@@ -60,7 +58,7 @@ def test_memory_is_kept_while_anything_looks_at_it(look: Callable[[Tensor], Any]
     assert buffers.empty(SHAPE, torch.float32).data_ptr() == place
 
 
-def test_no_more_is_kept_than_one_spare_and_what_is_held() -> None:
+def test_no_more_is_kept_than_one_spare_and_what_is_held():
     buffers = HostBuffers()
     held = [buffers.empty(SHAPE, torch.float32) for _ in range(5)]
     del held[1:]
@@ -69,7 +67,7 @@ def test_no_more_is_kept_than_one_spare_and_what_is_held() -> None:
     del held, another
 
 
-def test_the_smallest_that_fits_serves_and_too_small_ones_go() -> None:
+def test_the_smallest_that_fits_serves_and_too_small_ones_go():
     buffers = HostBuffers()
     large, small = (buffers.empty((count, *SHAPE), torch.float32) for count in (8, 2))
     places = large.data_ptr(), small.data_ptr()
@@ -80,7 +78,7 @@ def test_the_smallest_that_fits_serves_and_too_small_ones_go() -> None:
     assert buffers.empty((0, 3), torch.float32).shape == (0, 3)
 
 
-def test_threads_never_get_the_same_memory() -> None:
+def test_threads_never_get_the_same_memory():
     buffers = HostBuffers()
     wrong: list[int] = []
 
@@ -98,7 +96,7 @@ def test_threads_never_get_the_same_memory() -> None:
     assert not wrong
 
 
-def test_a_user_that_goes_while_it_is_asked_for_leaves_its_memory_once() -> None:
+def test_a_user_that_goes_while_it_is_asked_for_leaves_its_memory_once():
     """Tensors are dropped by other threads, and by the collector, in the middle of a call."""
     buffers = HostBuffers()
     tensor = buffers.empty(SHAPE, torch.float32)
@@ -133,7 +131,7 @@ print(kept - resident_bytes())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_a_large_block_is_reused_until_what_is_free_is_given_back() -> None:
+def test_a_large_block_is_reused_until_what_is_free_is_given_back():
     found = [
         subprocess.run(
             [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jinja2
 import pytest
 
 from unicl_fast.system.pages import fill_page
 
 
-def test_a_page_escapes_its_values_and_misses_none(tmp_path: Path) -> None:
+def test_a_page_escapes_its_values_and_misses_none(tmp_path):
     template = tmp_path / "page.html"
     template.write_text("{% extends 'page_base.html' %}{% block main %}{{ text }}{% endblock %}")
     text = fill_page(template, text="<b>\x07")

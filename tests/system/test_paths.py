@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.system.paths import nearest_name
 
 
-def test_the_nearest_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_name_is_said(tmp_path, monkeypatch):
     (tmp_path / "packed" / "photos").mkdir(parents=True)
     assert nearest_name(tmp_path / "packed" / "potos") == f"; {tmp_path}/packed/photos is there"
     assert nearest_name(f"{tmp_path}/pakced/photos/") == f"; {tmp_path}/packed is there"
@@ -24,7 +23,7 @@ def test_the_nearest_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("option", ["--data.train", "--data.evaluate"])
-def test_unicl_pretrain_does_not_import_torch_to_refuse_a_path(tmp_path: Path, option: str) -> None:
+def test_unicl_pretrain_does_not_import_torch_to_refuse_a_path(tmp_path, option):
     code = (
         "import sys\n"
         "from unicl_fast.tools.pretrain import main\n"

@@ -31,7 +31,7 @@ def run(code: str, *words: str | bytes, **environment: str) -> subprocess.Comple
     )
 
 
-def test_arguments_and_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+def test_arguments_and_names_are_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "h\u00fchner").touch()
     name = os.fsencode("h\u00fchner") + b"\xff"
     code = "import os; print(ascii([*words, *os.listdir(words[1])]))"
@@ -41,13 +41,13 @@ def test_arguments_and_names_are_utf_8_whatever_the_locale(tmp_path: Path) -> No
     assert found.stdout == run(code, name, str(tmp_path), LC_ALL="C.UTF-8").stdout
 
 
-def test_a_library_call_under_another_locale_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_call_under_another_locale_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     with pytest.raises(ValueError, match="names as ascii .* start Python with PYTHONUTF8=1"):
         program.require_utf8_names()
 
 
-def test_every_program_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_program_knows_its_version(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["unicl-eval", "--version"])
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
@@ -57,7 +57,7 @@ def test_every_program_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> Non
     assert out.getvalue() == f"unicl_fast {unicl_fast.__version__}\n"
 
 
-def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for() -> None:
+def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for():
     warn = "import warnings; warnings.warn('old', FutureWarning); warnings.warn('odd')"
     assert b"odd" in run(warn).stderr
     assert b"old" not in run(warn).stderr
@@ -65,15 +65,14 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
 
 
 @pytest.mark.parametrize("module", sorted(set(SCRIPTS.values())))
-def test_every_program_begins_as_all_do(module: str) -> None:
+def test_every_program_begins_as_all_do(module):
     """So that the tests of one program hold for all."""
     spec = importlib.util.find_spec(module.partition(":")[0])
-    assert spec is not None
     assert "begin_program() if " in Path(str(spec.origin)).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("traceback", ["", "1"])
-def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
+def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback):
     code = "begin_program(); print('ready', flush=True); import time; time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", f"from unicl_fast.system.program import begin_program; {code}"],
@@ -83,7 +82,6 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
         env=os.environ | {"UNICL_TRACEBACK": traceback},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
@@ -94,7 +92,7 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "; sys.stdout.flush()", "; raise SystemExit(3)"])
-def test_a_reader_that_leaves_ends_no_program(tmp_path: Path, ending: str) -> None:
+def test_a_reader_that_leaves_ends_no_program(tmp_path, ending):
     """As in `unicl-pack inspect ... 2>&1 | head -1`, also if only the last flush finds out."""
     done = tmp_path / "done"
     lines = "for n in range(9999): print(n, flush=n % 99 == 98); print(n, file=sys.stderr)"
@@ -116,8 +114,6 @@ pathlib.Path(sys.argv[1]).touch(){ending}
             stderr=subprocess.STDOUT if "flush" in ending else file,
         ) as process,
     ):
-        assert process.stdout is not None
-        assert process.stdin is not None
         process.stdout.close()
         process.stdin.close()
         assert process.wait(timeout=120) == (3 if "3" in ending else 0)
@@ -125,7 +121,7 @@ pathlib.Path(sys.argv[1]).touch(){ending}
     assert not errors.read_bytes()
 
 
-def test_help_breaks_lines_where_the_terminal_ends(tmp_path: Path) -> None:
+def test_help_breaks_lines_where_the_terminal_ends(tmp_path):
     """Not at the line breaks of a docstring."""
     path = tmp_path / "options.py"
     path.write_text(
@@ -143,6 +139,6 @@ def test_help_breaks_lines_where_the_terminal_ends(tmp_path: Path) -> None:
     assert "Of the first line, and of the second." in shown
 
 
-def test_unbuffered_output_is_not_kept_back() -> None:
+def test_unbuffered_output_is_not_kept_back():
     code = "import os\nprint('one', end='')\nos.write(1, b'two')"
     assert run(code, PYTHONUNBUFFERED="1").stdout == b"onetwo"

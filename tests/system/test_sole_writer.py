@@ -27,7 +27,7 @@ with sole_writer(Path(sys.argv[1])):
 
 
 @pytest.mark.timeout(120)
-def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_path: Path) -> None:
+def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_path):
     folder = tmp_path / "run"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, folder],
@@ -35,7 +35,6 @@ def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_pat
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     named = f"{folder} is being written by process {holder.pid} on {socket.gethostname()}, since 20"
     with pytest.raises(ValueError, match=named), sole_writer(folder):
@@ -47,9 +46,7 @@ def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_pat
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_folder_where_nobody_can_write_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_folder_where_nobody_can_write_is_refused(tmp_path, monkeypatch, code):
     refuse = mock.Mock(side_effect=OSError(code, os.strerror(code)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "mkdir", refuse)  # root, as tests can be, can write anywhere
@@ -58,7 +55,7 @@ def test_a_folder_where_nobody_can_write_is_refused(
         pass
 
 
-def test_nothing_is_left_of_it(tmp_path: Path) -> None:
+def test_nothing_is_left_of_it(tmp_path):
     with sole_writer(tmp_path / "empty"):
         assert len(list((tmp_path / "empty").iterdir())) == 1
     assert not (tmp_path / "empty").exists()
@@ -70,9 +67,7 @@ def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["file"]
 
 
-def test_without_locks_the_first_notices_that_a_second_has_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_locks_the_first_notices_that_a_second_has_come(tmp_path, monkeypatch, caplog):
     """As on network drives that are mounted without a lock service."""
     refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
     monkeypatch.setattr(atomic_files.fcntl, "flock", refuse)
@@ -85,7 +80,7 @@ def test_without_locks_the_first_notices_that_a_second_has_come(
                 first()
 
 
-def test_a_folder_that_somebody_removes_is_none_of_its_faults(tmp_path: Path) -> None:
+def test_a_folder_that_somebody_removes_is_none_of_its_faults(tmp_path):
     with sole_writer(tmp_path / "run") as check:
         next((tmp_path / "run").iterdir()).unlink()
         (tmp_path / "run").rmdir()

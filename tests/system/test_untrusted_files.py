@@ -35,9 +35,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("mode", ["rb", "wb", "ab", "r+b"])
-def test_only_regular_files_are_opened_and_links_only_for_reading(
-    tmp_path: Path, mode: str
-) -> None:
+def test_only_regular_files_are_opened_and_links_only_for_reading(tmp_path, mode):
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_bytes(b"precious")
     link.symlink_to(file)
@@ -59,9 +57,7 @@ def test_only_regular_files_are_opened_and_links_only_for_reading(
         assert opened.fileno() > 0
 
 
-def test_a_link_in_a_run_folder_leads_nowhere(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_link_in_a_run_folder_leads_nowhere(tmp_path, caplog):
     """A run folder can come from a stranger; a run must write only inside it."""
     caplog.set_level(logging.INFO)
     precious, run = tmp_path / "precious", tmp_path / "run"
@@ -95,9 +91,7 @@ def test_a_link_in_a_run_folder_leads_nowhere(
         ("parents.csv", read_parents),
     ],
 )
-def test_a_file_larger_than_memory_and_a_pipe_are_refused_by_name(
-    tmp_path: Path, kind: str, name: str, read
-) -> None:
+def test_a_file_larger_than_memory_and_a_pipe_are_refused_by_name(tmp_path, kind, name, read):
     path = tmp_path / name
     if kind == "pipe":
         os.mkfifo(path)
@@ -112,7 +106,7 @@ def test_a_file_larger_than_memory_and_a_pipe_are_refused_by_name(
         assert (found, kind) == (None, "pipe")  # a pipe is no list of checksums
 
 
-def test_settings_may_come_out_of_a_pipe_that_the_user_names(tmp_path: Path) -> None:
+def test_settings_may_come_out_of_a_pipe_that_the_user_names(tmp_path):
     reading, writing = os.pipe()
     os.write(writing, b"run: {}")
     os.close(writing)
@@ -120,7 +114,7 @@ def test_settings_may_come_out_of_a_pipe_that_the_user_names(tmp_path: Path) -> 
     os.close(reading)
 
 
-def test_nesting_has_a_limit_that_all_readers_of_it_can_bear() -> None:
+def test_nesting_has_a_limit_that_all_readers_of_it_can_bear():
     for parse in (parse_json, lambda text, where: parse_yaml(text.encode(), where=where)):
         assert parse("[" * 100 + "]" * 100, where="it")
         for depth in (101, 900, 100_000):
@@ -150,19 +144,19 @@ BOMB = "[&a0 [x,x,x,x,x,x,x,x,x]" + "".join(
     ],
     ids=lambda value: value[:20],
 )
-def test_hostile_yaml_is_refused_at_once(text: str, message: str) -> None:
+def test_hostile_yaml_is_refused_at_once(text, message):
     started = time.process_time()
     with pytest.raises(ValueError, match=f"^it is .*{message}"):
         parse_yaml(text.encode(), where="it")
     assert time.process_time() - started < 5
 
 
-def test_aliases_are_taken() -> None:
+def test_aliases_are_taken():
     found = parse_yaml(b"a: &x [1, 2]\nb: *x\nc: [*x, *x]", where="it")
     assert found == {"a": [1, 2], "b": [1, 2], "c": [[1, 2], [1, 2]]}
 
 
-def test_a_fault_of_a_table_names_its_line(tmp_path: Path) -> None:
+def test_a_fault_of_a_table_names_its_line(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("a,b\n1,2\n" + "x" * 200_000 + ",3\n")
     with (
@@ -229,7 +223,7 @@ def opens_or_parses(node: ast.AST) -> bool:
     return owner in OF_MODULES or (is_method and owner not in NOT_OF_FILES)
 
 
-def test_no_other_file_of_the_product_opens_or_parses_files_by_itself() -> None:
+def test_no_other_file_of_the_product_opens_or_parses_files_by_itself():
     """New ones use `untrusted_files`; benchmarks only read their own files."""
     found = {
         path.relative_to(CHECKOUT).as_posix()

@@ -43,15 +43,15 @@ DATA: dict[str, Any] = {
         ("/folder/a:b@c?d=e", "/folder/a:b@c?d=e"),
     ],
 )  # fmt: skip
-def test_urls_are_shown_without_their_secrets(text: str, shown: str) -> None:
+def test_urls_are_shown_without_their_secrets(text, shown):
     assert without_secrets(text) == shown
 
 
-def test_characters_that_cannot_be_seen_are_escaped() -> None:
+def test_characters_that_cannot_be_seen_are_escaped():
     assert visible_text("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
 
 
-def test_one_thing_is_no_plural() -> None:
+def test_one_thing_is_no_plural():
     assert count_of(1, "image") == "1 image"
     assert count_of(0, "class") == "0 classes"
     assert count_of(2000, "caption") == "2,000 captions"
@@ -61,7 +61,7 @@ def test_one_thing_is_no_plural() -> None:
     assert count_of_kind(2000, ".txt files") == "2,000 .txt files"
 
 
-def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
+def test_values_are_shown_up_to_a_limit_whatever_they_are():
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
@@ -87,9 +87,7 @@ def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
         ({"augmentation": 3}, "augmentation was not there and is now 3"),
     ],
 )  # fmt: skip
-def test_data_that_differ_are_refused_with_the_element_that_does(
-    change: dict[str, Any], difference: str
-) -> None:
+def test_data_that_differ_are_refused_with_the_element_that_does(change, difference):
     with pytest.raises(ValueError) as refused:
         refuse_differences("data", DATA, DATA | change)
     message = str(refused.value)
@@ -97,6 +95,6 @@ def test_data_that_differ_are_refused_with_the_element_that_does(
     assert len(message) < 300
 
 
-def test_what_is_equal_has_no_differences() -> None:
+def test_what_is_equal_has_no_differences():
     assert not list(config_diff({"a": [1, (2.0, None)]}, {"a": (1, [2.0, None])}))
     assert list(config_diff({"a": True}, {"a": 1}))

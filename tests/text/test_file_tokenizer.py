@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_ids_are_those_of_transformers_and_of_open_clip(tmp_path: Path) -> None:
+def test_ids_are_those_of_transformers_and_of_open_clip(tmp_path):
     folder = write_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     expected = theirs(
@@ -38,7 +37,7 @@ def test_ids_are_those_of_transformers_and_of_open_clip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pad", [END, PAD])
-def test_padding_is_part_of_a_row_only_where_it_is_not_0(pad: str, tmp_path: Path) -> None:
+def test_padding_is_part_of_a_row_only_where_it_is_not_0(pad, tmp_path):
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path, pad=pad)), 16)
     lengths = [len(row) for row in tokenizer.encode(TEXTS)]
     assert (set(lengths) == {16}) == (pad == END)
@@ -47,7 +46,7 @@ def test_padding_is_part_of_a_row_only_where_it_is_not_0(pad: str, tmp_path: Pat
     assert tokenizer.decode(tokenizer.encode(["a photo of a dog"])[0]) == "a photo of a dog"
 
 
-def test_ids_beyond_16_bits_are_those_of_transformers(tmp_path: Path) -> None:
+def test_ids_beyond_16_bits_are_those_of_transformers(tmp_path):
     """SigLIP 2 has 256,000 tokens, XLM-R 250,002; ids that a file leaves out count."""
     folder = write_tokenizer(tmp_path, pad=PAD, unused=70_000)
     tokenizer = FileTokenizer(str(folder), 16)
@@ -64,7 +63,7 @@ def test_ids_beyond_16_bits_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unused", [0, 70_000])
-def test_equal_rows_and_prompts_are_found_in_any_vocabulary(unused: int, tmp_path: Path) -> None:
+def test_equal_rows_and_prompts_are_found_in_any_vocabulary(unused, tmp_path):
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path, pad=PAD, unused=unused)), 16)
     prompts = ClassPrompts([(["dog", "cat"], ["a photo of a {}"])], tokenizer)
     texts = ["a photo of a cat", "two people", "a photo of a dog", "two people"]
@@ -80,7 +79,7 @@ def test_equal_rows_and_prompts_are_found_in_any_vocabulary(unused: int, tmp_pat
     assert texts_of_batch.tokens.tolist() == rows[:3].tolist()
 
 
-def test_tokens_that_differ_in_their_upper_bits_only_are_others() -> None:
+def test_tokens_that_differ_in_their_upper_bits_only_are_others():
     """Their lower 16 bits, by which rows would be cut to uint16, are equal."""
     rows = np.array([[5, 6, 2], [5 + (1 << 16), 6, 2], [5, 6 + (1 << 16), 2]], np.uint32)
     found = map_targets(rows, np.full(3, -1))
@@ -98,7 +97,7 @@ def test_tokens_that_differ_in_their_upper_bits_only_are_others() -> None:
     assert batch.texts.tokens.tolist() == rows.tolist()
 
 
-def test_the_hash_tells_all_that_decides_ids(tmp_path: Path) -> None:
+def test_the_hash_tells_all_that_decides_ids(tmp_path):
     one = write_tokenizer(tmp_path / "one")
     places = [str(one), f"{one}{CANONICAL}", str(write_tokenizer(tmp_path / "two", pad=PAD)),
               str(write_tokenizer(tmp_path / "three", size=100))]  # fmt: skip
@@ -109,7 +108,7 @@ def test_the_hash_tells_all_that_decides_ids(tmp_path: Path) -> None:
     assert isinstance(make_tokenizer("", 30), Tokenizer)
 
 
-def test_equal_prompts_of_another_tokenizer_are_one_class(tmp_path: Path) -> None:
+def test_equal_prompts_of_another_tokenizer_are_one_class(tmp_path):
     """As for ours: texts that the model cannot tell apart."""
     tokenizer = FileTokenizer(f"{write_tokenizer(tmp_path)}{CANONICAL}", 16)
     names = (["dog", "Dog!", "cat"], ["a photo of a {}"])
@@ -119,9 +118,7 @@ def test_equal_prompts_of_another_tokenizer_are_one_class(tmp_path: Path) -> Non
     assert prompts.lookup(rows).tolist() == [2, -1]
 
 
-def test_padding_is_not_guessed_where_the_hub_cannot_be_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_is_not_guessed_where_the_hub_cannot_be_asked(tmp_path, monkeypatch):
     folder = write_tokenizer(tmp_path / "hub" / "them" / "siglip")
     plain = write_tokenizer(tmp_path / "hub" / "them" / "plain")
     (plain / "tokenizer_config.json").unlink()
@@ -141,7 +138,7 @@ def test_padding_is_not_guessed_where_the_hub_cannot_be_asked(
         FileTokenizer("hf-hub:them/siglip", 16)
 
 
-def test_what_is_no_tokenizer_of_token_rows_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_tokenizer_of_token_rows_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="the tokenizer of this model is needed for its t"):
         FileTokenizer(str(tmp_path), 16)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -54,7 +54,7 @@ def pad(rows: list[np.ndarray], length: int = 77) -> np.ndarray:
     return padded
 
 
-def test_the_built_in_lists_are_those_of_open_clip_and_timm() -> None:
+def test_the_built_in_lists_are_those_of_open_clip_and_timm():
     import open_clip
 
     assert imagenet_class_names() == tuple(open_clip.IMAGENET_CLASSNAMES)
@@ -78,13 +78,11 @@ def test_the_built_in_lists_are_those_of_open_clip_and_timm() -> None:
         (("Golden Delicious", "Bravo Orange Juice"), 1),
     ],
 )
-def test_templates_of_imagenet_are_for_its_classes(names: tuple[str, ...], count: int) -> None:
+def test_templates_of_imagenet_are_for_its_classes(names, count):
     assert len(templates_for(names)) == count
 
 
-def test_every_imagenet_prompt_has_its_row_and_its_class(
-    imagenet: ClassPrompts, tokenizer: Tokenizer
-) -> None:
+def test_every_imagenet_prompt_has_its_row_and_its_class(imagenet, tokenizer):
     names, templates = imagenet_class_names(), imagenet_templates()
     assert imagenet.tokens.shape[0] == 80_000
     assert imagenet.tokens[:, -1].any(), "the table must be no wider than the longest prompt"
@@ -97,14 +95,14 @@ def test_every_imagenet_prompt_has_its_row_and_its_class(
     assert (imagenet.lookup(imagenet.tokens) == imagenet.class_ids).all()
 
 
-def test_imagenet_classes_of_equal_name_are_one_class(imagenet: ClassPrompts) -> None:
+def test_imagenet_classes_of_equal_name_are_one_class(imagenet):
     assert imagenet.merged_classes == (((0, 657), (0, 744)), ((0, 836), (0, 837)))
     assert imagenet_class_names()[744] == imagenet_class_names()[657] == "missile"
     assert imagenet.classes_of(0, 744) == imagenet.classes_of(0, 657) == 657
     assert len(np.unique(imagenet.classes_of(0, np.arange(1000)))) == 998
 
 
-def test_rows_are_numbered_by_source_label_and_template(tokenizer: Tokenizer) -> None:
+def test_rows_are_numbered_by_source_label_and_template(tokenizer):
     prompts = ClassPrompts(
         [(("cat", "dog"), TEMPLATES), NO_NAMES, (("car",), SIMPLE_TEMPLATES)], tokenizer
     )
@@ -125,7 +123,7 @@ def test_rows_are_numbered_by_source_label_and_template(tokenizer: Tokenizer) ->
     assert prompts.rows_of(1, [], []).tolist() == []
 
 
-def test_labels_or_templates_that_a_source_lacks_are_refused(tokenizer: Tokenizer) -> None:
+def test_labels_or_templates_that_a_source_lacks_are_refused(tokenizer):
     prompts = ClassPrompts([(("cat", "dog"), TEMPLATES), NO_NAMES], tokenizer)
     with pytest.raises(ValueError, match=r"labels of source 0 must lie in 0 to 1 .* not 0 to 2"):
         prompts.rows_of(0, [0, 2], 0)
@@ -139,9 +137,7 @@ def test_labels_or_templates_that_a_source_lacks_are_refused(tokenizer: Tokenize
         prompts.classes_of(0, [2**31])
 
 
-def test_separate_labels_are_different_classes_and_meet_in_equal_names(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_separate_labels_are_different_classes_and_meet_in_equal_names(tokenizer, caplog):
     sources = [(("cat", "dog"), TEMPLATES), (("car", "Cat"), SIMPLE_TEMPLATES)]
     with caplog.at_level(logging.INFO, logger="unicl_fast.text.prompts"):
         prompts = ClassPrompts(sources, tokenizer)
@@ -155,9 +151,7 @@ def test_separate_labels_are_different_classes_and_meet_in_equal_names(
     assert prompts.lookup(art_of_cat).tolist() == [0]
 
 
-def test_many_classes_that_meet_are_one_line_of_the_log(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_many_classes_that_meet_are_one_line_of_the_log(tokenizer, caplog):
     """Two data sets of one label space have all their classes in common."""
     names = tuple(f"thing {number}" for number in range(155))
     with caplog.at_level(logging.INFO, logger="unicl_fast.text.prompts"):
@@ -171,14 +165,14 @@ def test_many_classes_that_meet_are_one_line_of_the_log(
     assert message.endswith("; and 152 more, all of which are in ClassPrompts.merged_classes")
 
 
-def test_classes_are_merged_along_chains_of_common_prompts(tokenizer: Tokenizer) -> None:
+def test_classes_are_merged_along_chains_of_common_prompts(tokenizer):
     sources = [(("a b", "b", "c"), ("{}", "a {}")), (("a a b", "a c"), ("{}",))]
     prompts = ClassPrompts(sources, tokenizer)
     # "a b" is a name and a prompt of "b"; "a a b" a prompt of "a b"; "a c" one of "c".
     assert prompts.merged_classes == (((0, 0), (0, 1), (1, 0)), ((0, 2), (1, 1)))
 
 
-def test_a_source_without_names_can_have_labels(tokenizer: Tokenizer) -> None:
+def test_a_source_without_names_can_have_labels(tokenizer):
     prompts = ClassPrompts([(("cat",), TEMPLATES), NO_NAMES, NO_NAMES], tokenizer)
     labels = [0, 1, 2**31 - 1]
     classes = np.concatenate([prompts.classes_of(source, labels) for source in (0, 1, 2)]).tolist()
@@ -186,7 +180,7 @@ def test_a_source_without_names_can_have_labels(tokenizer: Tokenizer) -> None:
     assert 0 <= min(classes) <= max(classes) < 2**62
 
 
-def test_captions_only_have_an_empty_table(tokenizer: Tokenizer) -> None:
+def test_captions_only_have_an_empty_table(tokenizer):
     prompts = ClassPrompts([NO_NAMES], tokenizer)
     assert prompts.tokens.shape == (0, 0)
     assert prompts.lookup(pad(tokenizer.encode(["a cat", ""]))).tolist() == [-1, -1]
@@ -194,7 +188,7 @@ def test_captions_only_have_an_empty_table(tokenizer: Tokenizer) -> None:
     assert ClassPrompts([], tokenizer).class_ids.tolist() == []
 
 
-def test_names_without_a_usable_template_are_refused(tokenizer: Tokenizer) -> None:
+def test_names_without_a_usable_template_are_refused(tokenizer):
     with pytest.raises(ValueError, match="source 0: class names need at least one template"):
         ClassPrompts([(("cat",), ())], tokenizer)
     for template in ("a photo", "{} and {}"):
@@ -202,9 +196,7 @@ def test_names_without_a_usable_template_are_refused(tokenizer: Tokenizer) -> No
             ClassPrompts([(("cat",), (template,))], tokenizer)
 
 
-def test_lookup_finds_prompts_of_any_padding_and_nothing_else(
-    imagenet: ClassPrompts, tokenizer: Tokenizer
-) -> None:
+def test_lookup_finds_prompts_of_any_padding_and_nothing_else(imagenet, tokenizer):
     encoded = tokenizer.encode(
         [
             "A photo of the goldfish .",
@@ -227,7 +219,7 @@ def test_lookup_finds_prompts_of_any_padding_and_nothing_else(
         imagenet.lookup(rows.astype(np.int64))
 
 
-def test_captions_and_labels_meet_through_the_target_map(tokenizer: Tokenizer) -> None:
+def test_captions_and_labels_meet_through_the_target_map(tokenizer):
     prompts = ClassPrompts([(("cat", "dog"), TEMPLATES), NO_NAMES], tokenizer)
     captions = pad(tokenizer.encode(["Art of the dog.", "a dog on a sofa"]))
     drawn = pad(list(prompts.tokens[prompts.rows_of(0, [1, 0], [0, 0])]))
@@ -243,7 +235,7 @@ template_lists = st.lists(st.sampled_from(["{}", "a {}", "{} a", "b {}"]), min_s
 
 @examples(100)
 @given(st.lists(st.tuples(names_lists, template_lists), max_size=3))
-def test_equal_rows_always_have_equal_classes(tokenizer: Tokenizer, sources: Sources) -> None:
+def test_equal_rows_always_have_equal_classes(tokenizer, sources):
     prompts = ClassPrompts(sources, tokenizer)
     claimed: dict[bytes, int] = {}
     row = 0
@@ -271,7 +263,7 @@ def _share_a_prompt(prompts: ClassPrompts, first: tuple[int, int], second: tuple
     return bool(texts[0] & texts[1])
 
 
-def test_lists_are_read_from_files(tmp_path: Path) -> None:
+def test_lists_are_read_from_files(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfcat\r\n fire truck \r\nse\xc3\xb1or\r\n\r\n")
     assert read_class_names(path) == ("cat", "fire truck", "se\u00f1or")
@@ -293,16 +285,14 @@ def test_lists_are_read_from_files(tmp_path: Path) -> None:
         (b"\xff\xfe{}", "UTF-8"),
     ],
 )
-def test_a_wrong_list_is_refused_in_a_sentence(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_a_wrong_list_is_refused_in_a_sentence(tmp_path, content, message):
     path = tmp_path / "templates.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_templates(path)
 
 
-def test_a_missing_list_is_refused_with_the_names_of_the_built_in_ones(tmp_path: Path) -> None:
+def test_a_missing_list_is_refused_with_the_names_of_the_built_in_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file of class names at .*imagenet"):
         read_class_names(tmp_path / "none.txt")
     with pytest.raises(FileNotFoundError, match="imagenet, simple"):
@@ -322,9 +312,7 @@ class CountingTokenizer(Tokenizer):
         return super().encode(texts)
 
 
-def test_token_rows_of_many_prompts_are_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_rows_of_many_prompts_are_kept(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("unicl_fast.text.prompts._FEWEST_CACHED", 200)
     tokenizer = CountingTokenizer()
 
@@ -355,9 +343,7 @@ def test_token_rows_of_many_prompts_are_kept(
     assert len(list((tmp_path / "prompts").glob("prompts-*"))) == 2
 
 
-def test_a_process_killed_while_it_writes_token_rows_leaves_nothing_for_long(
-    tmp_path: Path,
-) -> None:
+def test_a_process_killed_while_it_writes_token_rows_leaves_nothing_for_long(tmp_path):
     rows = np.ones((3, 4), dtype=np.uint16)
     child = os.fork()
     if not child:
@@ -373,12 +359,7 @@ def test_a_process_killed_while_it_writes_token_rows_leaves_nothing_for_long(
     assert sorted(os.listdir(tmp_path)) == ["prompts-2", "prompts.lock"]
 
 
-def test_prompts_are_made_where_none_can_be_kept(
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_prompts_are_made_where_none_can_be_kept(tokenizer, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("unicl_fast.text.prompts._FEWEST_CACHED", 200)
     (tmp_path / "file").touch()
     sources = [(MANY_NAMES, TEMPLATES)]
@@ -388,7 +369,7 @@ def test_prompts_are_made_where_none_can_be_kept(
 
 
 @pytest.mark.slow
-def test_one_process_makes_the_rows_and_the_others_wait(tmp_path: Path) -> None:
+def test_one_process_makes_the_rows_and_the_others_wait(tmp_path):
     code = f"""
 import sys
 from pathlib import Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +37,7 @@ def assert_same_ids(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("context_length", [2, 16, 77])
-def test_real_captions_get_the_ids_of_open_clip(shared_data: Path, context_length: int) -> None:
+def test_real_captions_get_the_ids_of_open_clip(shared_data, context_length):
     texts = [
         caption
         for path in sorted(shared_data.glob("captions/*/captions.jsonl"))
@@ -49,9 +48,7 @@ def test_real_captions_get_the_ids_of_open_clip(shared_data: Path, context_lengt
     assert_same_ids(Tokenizer(context_length), texts)
 
 
-def test_pieces_of_a_long_list_are_put_together(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_of_a_long_list_are_put_together(tokenizer, monkeypatch):
     texts = [f"{'very ' * i}long" for i in range(7)]
     whole = [row.tolist() for row in tokenizer.encode(texts)]
     monkeypatch.setattr("unicl_fast.text.tokenizer._ENCODED_AT_ONCE", 3)
@@ -61,7 +58,7 @@ def test_pieces_of_a_long_list_are_put_together(
     assert tokenizer.encode([]) == []
 
 
-def test_memory_is_that_of_few_texts_also_where_many_are_long() -> None:
+def test_memory_is_that_of_few_texts_also_where_many_are_long():
     """A result takes 140 bytes a character; 4,096 of the longest captions would take 57 GB."""
     texts = ["a " * 50_000] * 45 + [""] * 5000
     groups = list(_groups(texts))
@@ -91,32 +88,30 @@ def test_memory_is_that_of_few_texts_also_where_many_are_long() -> None:
         "x" * 5000,
     ],
 )
-def test_difficult_texts_get_the_ids_of_open_clip(tokenizer: Tokenizer, text: str) -> None:
+def test_difficult_texts_get_the_ids_of_open_clip(tokenizer, text):
     assert_same_ids(tokenizer, [text])
 
 
 @examples(300)
 @given(st.lists(st.text(), min_size=1, max_size=5))
-def test_any_text_gets_the_ids_of_open_clip(tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_any_text_gets_the_ids_of_open_clip(tokenizer, texts):
     assert_same_ids(tokenizer, texts)
 
 
 @examples(300)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
-def test_joined_fragments_get_the_ids_of_open_clip(tokenizer: Tokenizer, text: str) -> None:
+def test_joined_fragments_get_the_ids_of_open_clip(tokenizer, text):
     assert_same_ids(tokenizer, [text])
 
 
-def test_every_character_falls_into_the_word_that_open_clip_puts_it_in(
-    tokenizer: Tokenizer,
-) -> None:
+def test_every_character_falls_into_the_word_that_open_clip_puts_it_in(tokenizer):
     everything = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000)))).lower()
     expected = open_clip_tokenizer._tokenizer.pat.findall(everything)
     spans = [span for _, span in tokenizer._bpe.pre_tokenizer.pre_tokenize_str(everything)]
     assert [everything[start:stop] for start, stop in spans] == expected
 
 
-def test_the_vocabulary_is_open_clips(tokenizer: Tokenizer) -> None:
+def test_the_vocabulary_is_open_clips(tokenizer):
     assert tokenizer._bpe.get_vocab() == open_clip_tokenizer._tokenizer.encoder
     assert (tokenizer.vocab_size, tokenizer.start_id, tokenizer.end_id) == (49408, 49406, 49407)
     # Stored in packed data sets: if this changes, they cannot be used any more.
@@ -125,7 +120,7 @@ def test_the_vocabulary_is_open_clips(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_encode_gives_rows_without_padding_and_keeps_the_end_token(tokenizer: Tokenizer) -> None:
+def test_encode_gives_rows_without_padding_and_keeps_the_end_token(tokenizer):
     empty, short, long = tokenizer.encode(["", "a dog", "dog " * 200])
     assert empty.tolist() == [49406, 49407]
     assert short.tolist() == [49406, 320, 1929, 49407]
@@ -135,13 +130,13 @@ def test_encode_gives_rows_without_padding_and_keeps_the_end_token(tokenizer: To
     assert tokenizer.encode([]) == []
 
 
-def test_one_text_and_a_list_of_one_are_the_same(tokenizer: Tokenizer) -> None:
+def test_one_text_and_a_list_of_one_are_the_same(tokenizer):
     assert tokenizer("a dog").equal(tokenizer(["a dog"]))
     with pytest.raises(TypeError, match="list of texts"):
         tokenizer.encode("a dog")
 
 
-def test_decode_gives_readable_text_and_ignores_padding(tokenizer: Tokenizer) -> None:
+def test_decode_gives_readable_text_and_ignores_padding(tokenizer):
     text = "two dogs play ! \u00e9t\u00e9 \u6587\u5b57 \U0001f600"
     assert tokenizer.decode(tokenizer(text)[0].tolist()) == text
     assert tokenizer.decode(tokenizer.encode([""])[0]) == ""
@@ -149,11 +144,11 @@ def test_decode_gives_readable_text_and_ignores_padding(tokenizer: Tokenizer) ->
         tokenizer.decode([49408])
 
 
-def test_a_context_without_room_for_both_markers_is_refused() -> None:
+def test_a_context_without_room_for_both_markers_is_refused():
     with pytest.raises(ValueError, match="not 1"):
         Tokenizer(context_length=1)
 
 
-def test_a_pickled_tokenizer_works(tokenizer: Tokenizer) -> None:
+def test_a_pickled_tokenizer_works(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(["it's"])[0].tolist() == tokenizer.encode(["it's"])[0].tolist()

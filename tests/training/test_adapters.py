@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from compared_runs import assert_equal, last_of, losses_of
+from compared_runs import assert_equal, copy_of, last_of, losses_of, moved
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
-from small_runs import StepLoader, objective_config, real_images, tiny_config
+from small_runs import StepLoader, objective_config, tiny_config
 from torch import nn
 
 from unicl_fast.checkpoints import load
@@ -71,18 +71,13 @@ def features(model: UniCL) -> list[torch.Tensor]:
 def base(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step, to start from."""
     folder = tmp_path_factory.mktemp("base")
-    make_trainer(tiny_config(steps=1), StepLoader(images), run_folder=folder, progress=False).fit()
+    trainer_of(images, tiny_config(steps=1), folder).fit()
     return folder
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_images(shared_data, 12)
 
 
 @pytest.mark.parametrize("variant", ["", ",dora", ",rslora"])
 @pytest.mark.parametrize("encoder", ["test_vit", "unicl_convnet7_small"])
-def test_merged_features_are_those_of_the_adapters(encoder: str, variant: str) -> None:
+def test_merged_features_are_those_of_the_adapters(encoder, variant):
     config = config_of(f"{BOTH}{variant}", image_encoder=encoder)
     plain = build_model(config).double().eval()
     model = adapted(config)
@@ -99,9 +94,7 @@ SETTINGS = [{}, {"micro_batch_size": 5}, ALL_AT_ONCE, {"shard": "full"}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_gradients_are_the_chain_rule_of_a_step_that_trains_all(
-    images: torch.Tensor, settings: dict
-) -> None:
+def test_gradients_are_the_chain_rule_of_a_step_that_trains_all(images, settings):
     """Of W + 4 B A with B = 0 the gradient of B is 4 times W's times A transposed."""
     _, plain = first_gradients(images, Ranks(), config_of(""))
     _, gradients = first_gradients(images, Ranks(), config_of(BOTH, **settings))
@@ -123,15 +116,9 @@ def test_gradients_are_the_chain_rule_of_a_step_that_trains_all(
     assert checked == 6 * 4 + 2 * 4
 
 
-def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
-
-
-def test_only_adapters_of_the_last_blocks_and_what_is_no_encoder_are_trained(
-    images: torch.Tensor,
-) -> None:
+def test_only_adapters_of_the_last_blocks_and_what_is_no_encoder_are_trained(images):
     trainer = trainer_of(images, config_of("image:4@last2,text:2"))
-    before = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    before = copy_of(trainer.model)
     batches = trainer.loader.batches(0)
     for _ in range(2):
         trainer.train_step(next(batches))
@@ -143,10 +130,10 @@ def test_only_adapters_of_the_last_blocks_and_what_is_no_encoder_are_trained(
     assert blocks == {"4", "5"}
 
 
-def test_batchnorm_below_adapters_keeps_its_averages(images: torch.Tensor) -> None:
+def test_batchnorm_below_adapters_keeps_its_averages(images):
     settings = {"image_encoder": "unicl_convnet7_small", "precision": "fp32"}
     trainer = trainer_of(images, config_of(BOTH, micro_batch_size=5, **settings))
-    before = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    before = copy_of(trainer.model)
     trainer.train_step(next(trainer.loader.batches(0)))
     assert not [name for name in moved(trainer.model, before) if "running" in name]
 
@@ -162,12 +149,11 @@ def test_batchnorm_below_adapters_keeps_its_averages(images: torch.Tensor) -> No
     ],
 )  # fmt: skip
 def test_a_run_resumes_bit_for_bit_from_checkpoints_without_its_base(
-    images: torch.Tensor, base: Path, tmp_path: Path, lora: str, settings: dict
-) -> None:
+    images, base, tmp_path, lora, settings
+):
     if "image_encoder" in settings:
         base = tmp_path / "base"
-        plain = tiny_config(steps=1, **settings)
-        make_trainer(plain, StepLoader(images), run_folder=base, progress=False).fit()
+        trainer_of(images, tiny_config(steps=1, **settings), base).fit()
     config = config_of(lora, init=base, **settings)
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
     unbroken.fit()
@@ -186,9 +172,7 @@ def test_a_run_resumes_bit_for_bit_from_checkpoints_without_its_base(
     assert_equal(loaded.state_dict(), unbroken.model.state_dict())
 
 
-def test_a_changed_base_is_refused_by_its_checksum(
-    images: torch.Tensor, base: Path, tmp_path: Path
-) -> None:
+def test_a_changed_base_is_refused_by_its_checksum(images, base, tmp_path):
     run, moving = tmp_path / "run", tmp_path / "base"
     shutil.copytree(base, moving)
     config = config_of("image:2", init=moving)
@@ -200,7 +184,7 @@ def test_a_changed_base_is_refused_by_its_checksum(
     with pytest.raises(ValueError, match="expected a run folder"):
         load_encoders(run)
     other = tiny_config(steps=1).changed(run={"seed": 1})
-    make_trainer(other, StepLoader(images), run_folder=moving, progress=False).fit()
+    trainer_of(images, other, moving).fit()
     other_base = "holds adapters on weights of xxh3"
     with pytest.raises(ValueError, match=f"{other_base} .*model.init=.*: give the"):
         load_encoders(run)
@@ -209,8 +193,8 @@ def test_a_changed_base_is_refused_by_its_checksum(
 
 
 def test_a_checkpoint_that_describes_a_model_larger_than_memory_is_refused(
-    images: torch.Tensor, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    images, base, tmp_path, monkeypatch
+):
     """Its own file has none of the tensors by which others are compared."""
     trainer_of(images, config_of(BOTH, init=base), tmp_path).fit()
     monkeypatch.setattr(load, "free_memory", lambda device: 1_000_000)
@@ -218,9 +202,7 @@ def test_a_checkpoint_that_describes_a_model_larger_than_memory_is_refused(
         load_encoders(tmp_path)
 
 
-def test_fresh_weights_below_adapters_are_in_the_checkpoint(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_fresh_weights_below_adapters_are_in_the_checkpoint(images, tmp_path):
     """No source would give them again."""
     trainer = trainer_of(images, config_of(BOTH), tmp_path)
     trainer.fit()
@@ -229,8 +211,7 @@ def test_fresh_weights_below_adapters_are_in_the_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_train_adapters_as_one_process_does(images: torch.Tensor, tmp_path: Path) -> None:
+def test_ranks_train_adapters_as_one_process_does(images, tmp_path):
     runs = {shard: (config_of(BOTH, shard=shard, steps=2), None) for shard in ("off", "full")}
     run_on_ranks(train_each, 2, images, tmp_path, runs)
     trainer_of(images, runs["off"][0], tmp_path / "one").fit()
@@ -240,9 +221,7 @@ def test_ranks_train_adapters_as_one_process_does(images: torch.Tensor, tmp_path
             torch.testing.assert_close(tensor, one[name], rtol=1e-7, atol=1e-10, msg=name)
 
 
-def test_the_summary_and_the_plan_count_what_is_trained(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_the_summary_and_the_plan_count_what_is_trained(images, tmp_path):
     config = config_of(BOTH)
     trainer = trainer_of(images, config)
     trained = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
@@ -265,16 +244,14 @@ class ReadsPast(nn.Module):
         return self.proj(nn.functional.linear(x, self.qkv.weight))
 
 
-def test_an_encoder_that_reads_weights_past_their_layers_is_refused() -> None:
+def test_an_encoder_that_reads_weights_past_their_layers_is_refused():
     encoder = ReadsPast()
     add_adapters(encoder, [encoder], Adapters.parse("image:2"), rank=2)
     with pytest.raises(ValueError, match="reads the weights of 1 layers past .* such as qkv"):
         check_adapters(encoder, "it", torch.zeros(1, 4))
 
 
-def test_what_cannot_be_adapted_is_refused_in_one_sentence(
-    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_adapted_is_refused_in_one_sentence(images, monkeypatch):
     with pytest.raises(ValueError, match="image:2@last7 names 7 blocks, .*VisionTransformer has 6"):
         trainer_of(images, config_of("image:2@last7"))
     with pytest.raises(ValueError, match="optim.lora: text:2: with objective.name=supcon"):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
-import torch
 from rank_workers import disagree, run_on_ranks, train_with_a_parted_weight
 from small_runs import tiny_config
 
@@ -17,8 +15,7 @@ from unicl_fast.training.agreement import describe_rank, source_files
 DATA = {"sources": [{"num_samples": 12, "shards": ["abc"]}], "shares": None}
 
 
-@pytest.mark.dist
-def test_what_differs_is_named_with_its_rank(tmp_path: Path) -> None:
+def test_what_differs_is_named_with_its_rank(tmp_path):
     same = describe_rank(config_to_dict(tiny_config()), DATA)
     changes = {
         "run.seed is 0 on rank 0 and 7 on rank 1": ("run", "seed", 7),
@@ -47,25 +44,24 @@ def test_what_differs_is_named_with_its_rank(tmp_path: Path) -> None:
             assert "start all ranks with the same arguments" in text
 
 
-def test_the_code_that_is_compared_is_all_that_trains() -> None:
+def test_the_code_that_is_compared_is_all_that_trains():
     """Wherever pipelines/ lies: in a checkout it is beside the library."""
     found = {(path.parent.name, path.name) for path in source_files()}
     assert {("plan", "order.py"), ("training", "trainer.py"), ("objectives", "loss.py")} <= found
 
 
-def test_where_data_lie_may_differ_from_node_to_node() -> None:
+def test_where_data_lie_may_differ_from_node_to_node():
     described = describe_rank(config_to_dict(tiny_config()), DATA)
     assert "train" not in described["data"]
     assert "flip_probability" in described["data"]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("every_steps", "found_after"), [(2, 4), pytest.param(1000, 6, marks=pytest.mark.slow)]
 )
 def test_a_weight_that_parts_from_the_other_rank_s_ends_the_run(
-    images: torch.Tensor, tmp_path: Path, every_steps: int, found_after: int
-) -> None:
+    images, tmp_path, every_steps, found_after
+):
     """At the next comparison; the last step has one in any case."""
     run_on_ranks(train_with_a_parted_weight, 2, images, str(tmp_path), every_steps)
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]

@@ -7,15 +7,13 @@ import logging
 from typing import Any
 
 import pytest
-import torch
-from small_runs import StepLoader, tiny_config
+from small_runs import tiny_config, trainer_of
 
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import CpuTimes
 from unicl_fast.training import bottleneck
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.bottleneck import BottleneckWatch, Usage, find_bottleneck
 
 SOUND = Usage(seconds=40, data_wait_seconds=1, cores=2, cpu_seconds=70, cpu_wait_seconds=30)
@@ -31,12 +29,12 @@ def find(usage: Usage, **settings: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_run_that_does_not_wait_hears_nothing(on_gpu: bool) -> None:
+def test_a_run_that_does_not_wait_hears_nothing(on_gpu):
     assert find(SOUND, on_gpu=on_gpu, is_remote=True) == NOTHING
     assert find(SOUND, reading_blocked=0.9, on_gpu=on_gpu) == NOTHING  # decoding hides it
 
 
-def test_other_processes_are_named_though_data_is_there() -> None:
+def test_other_processes_are_named_though_data_is_there():
     found = find(CROWDED, on_gpu=False)
     assert found[0] == "other processes"
     assert "this one got 1.0 of 2 cores in the last 40 s, others 0.9" in found[1]
@@ -48,7 +46,7 @@ def test_other_processes_are_named_though_data_is_there() -> None:
     assert find(CROWDED, on_gpu=True) == NOTHING
 
 
-def test_other_processes_explain_waiting_for_data_before_anything_else() -> None:
+def test_other_processes_explain_waiting_for_data_before_anything_else():
     for on_gpu in (False, True):
         found = find(CROWDED, data_wait_seconds=20, reading_blocked=0.9, on_gpu=on_gpu)
         assert found[0] == "other processes"
@@ -64,11 +62,11 @@ def test_other_processes_explain_waiting_for_data_before_anything_else() -> None
     ],
     ids=str,
 )
-def test_others_are_blamed_only_if_they_took_what_was_wanted(changes: dict[str, float]) -> None:
+def test_others_are_blamed_only_if_they_took_what_was_wanted(changes):
     assert find(CROWDED, **changes, on_gpu=False) == NOTHING
 
 
-def test_storage_is_named_with_its_rate_and_the_options_of_a_url() -> None:
+def test_storage_is_named_with_its_rate_and_the_options_of_a_url():
     blocked = {"reading_blocked": 0.8, "read_bytes": 480_000_000, "on_gpu": True}
     remote = find(WAITING, **blocked, is_remote=True)
     assert remote[0] == "storage"
@@ -82,7 +80,7 @@ def test_storage_is_named_with_its_rate_and_the_options_of_a_url() -> None:
     assert "data." not in local[1]
 
 
-def test_decoding_is_named_with_what_can_be_changed() -> None:
+def test_decoding_is_named_with_what_can_be_changed():
     found = find(WAITING, on_gpu=False)
     assert found[0] == "decoding"
     assert "the process uses 1.8 of 2 cores" in found[1]
@@ -93,7 +91,7 @@ def test_decoding_is_named_with_what_can_be_changed() -> None:
     assert "data." not in raw[1]
 
 
-def test_too_few_threads_are_named_where_cores_are_idle() -> None:
+def test_too_few_threads_are_named_where_cores_are_idle():
     idle = {"cores": 8, "threads": 2, "on_gpu": True}
     found = find(WAITING, **idle, cpu_seconds=100)
     assert found[0] == "decoding threads"
@@ -138,7 +136,7 @@ def look(watch: BottleneckWatch, machine: Machine, waits: float, **cores: float)
     return watch.look({"seconds/data_wait": waits, "storage_bytes_read": 0}, num_steps=10)
 
 
-def test_a_start_is_left_alone_and_a_cause_is_said_once(machine: Machine) -> None:
+def test_a_start_is_left_alone_and_a_cause_is_said_once(machine):
     reading = ReadingTime()
     watching = watch(reading)
     waiting = [look(watching, machine, 0.5, own=1.9, others=0.0) for _ in range(6)]
@@ -158,23 +156,23 @@ def test_a_start_is_left_alone_and_a_cause_is_said_once(machine: Machine) -> Non
     assert decoding == [None] * 10  # said before the others were
 
 
-def test_short_windows_say_nothing(machine: Machine) -> None:
+def test_short_windows_say_nothing(machine):
     watching = watch()
     for _ in range(40):
         machine.pass_by(0.5, own=1.0, others=1.0)
         assert watching.look({"seconds/data_wait": 0.03}, num_steps=10) is None
 
 
-def test_other_ranks_on_the_same_cores_are_not_others(machine: Machine) -> None:
+def test_other_ranks_on_the_same_cores_are_not_others(machine):
     watching = watch(ranks=Ranks(world_size=2, cores=1))
     for _ in range(20):  # each rank has half a core, and waits
         assert look(watching, machine, 0.01, own=0.5, others=0.5) is None
 
 
 def test_a_run_logs_the_sentence(
-    images: torch.Tensor, machine: Machine, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    images, machine, monkeypatch,
+    caplog,
+):  # fmt: skip
     monkeypatch.setattr(bottleneck, "_START_STEPS", 1)
 
     def crowded(batch: object) -> object:
@@ -182,7 +180,6 @@ def test_a_run_logs_the_sentence(
         return batch
 
     with caplog.at_level(logging.WARNING):
-        loader = StepLoader(images, change=crowded)
-        make_trainer(tiny_config(steps=12), loader, progress=False).fit()
+        trainer_of(images, tiny_config(steps=12), change=crowded).fit()
     (warning,) = [one for one in caplog.messages if "other processes hold the cores" in one]
     assert "got 1.0 of 2 cores" in warning

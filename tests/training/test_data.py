@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +35,7 @@ from unicl_fast.training.settle import settle_decoding, settle_objective
 
 
 @pytest.mark.parametrize("token", [49_405, 49_408])
-def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) -> None:
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, token):
     tokenizer = Tokenizer()
     tokens = [np.array([49_406, token, 49_407], np.uint16)]
     facts = {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}
@@ -52,8 +51,8 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
 
 @pytest.mark.parametrize("context_length", [2, 16, 77])
 def test_longer_captions_are_cut_as_the_tokenizer_cuts_them_and_counted(
-    tmp_path: Path, context_length: int, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, context_length, caplog
+):
     """That a data set was packed for 77 tokens says nothing about its texts."""
     texts = ["a dog", "word " * 14, "word " * 20, "word " * 200]  # 4, 16, 22 and 77 tokens
     samples = [Sample(jpeg(number), captions=[text]) for number, text in enumerate(texts)]
@@ -88,9 +87,9 @@ A_DOG = {"captions": ["a dog"], "labels": [0]}
     ],
 )
 def test_all_labels_of_an_image_count_where_one_text_does_not_have_them(
-    sample: dict[str, Any], settings: dict[str, str], options: dict[str, Any], positives: str,
-    tmp_path: Path, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    sample, settings, options, positives,
+    tmp_path, caplog,
+):  # fmt: skip
     """Otherwise the prompt of its label is wrong for an image that is shown with its title."""
     config = TrainConfig(data=DataConfig(**settings), objective=make_objective(**options))
     samples = [Sample(jpeg(0), **sample), Sample(jpeg(1), labels=[1])]
@@ -106,8 +105,8 @@ def test_all_labels_of_an_image_count_where_one_text_does_not_have_them(
 
 @pytest.mark.parametrize(("context_length", "are_one"), [(77, False), (6, True)])
 def test_classes_that_a_short_context_cannot_tell_apart_are_joined_before_training(
-    context_length: int, are_one: bool
-) -> None:
+    context_length, are_one
+):
     """Otherwise a rank would join them where both are in its local batch, and another would not."""
     config = build_preset("digits-small")
     model = dataclasses.replace(config.model, context_length=context_length)
@@ -131,9 +130,9 @@ def test_classes_that_a_short_context_cannot_tell_apart_are_joined_before_traini
     ],
 )
 def test_an_order_that_reads_a_url_too_often_is_warned_of(
-    machines: int, settings: dict[str, int], expected: list[str],
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    machines, settings, expected,
+    monkeypatch, caplog,
+):  # fmt: skip
     """Ten million samples of 30 kB, and a cache of 20 GB."""
 
     class Large:
@@ -153,7 +152,7 @@ def test_an_order_that_reads_a_url_too_often_is_warned_of(
         assert part in caplog.text
 
 
-def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
+def test_each_data_set_is_used_as_far_as_the_config_says(data):
     folders = (str(data / "labels"), str(data / "captions"))
     whole, _ = open_datasets(DataConfig(train=folders))
     halves, shares = open_datasets(DataConfig(train=folders, fraction=(0.5,)))
@@ -178,13 +177,11 @@ def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
         (["https://u:pw@a/test", "https://u:pw@b:80/test"], ["a-test", "b:80-test"]),
     ],
 )
-def test_data_sets_of_one_name_are_told_apart_by_the_folders_above(
-    locations: list[str], names: list[str]
-) -> None:
+def test_data_sets_of_one_name_are_told_apart_by_the_folders_above(locations, names):
     assert distinct_names(locations) == names
 
 
-def test_one_data_set_twice_is_refused_or_numbered(tmp_path: Path) -> None:
+def test_one_data_set_twice_is_refused_or_numbered(tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "labels")
     twice = [str(tmp_path / "labels"), str(tmp_path / "link")]
@@ -199,7 +196,7 @@ def test_one_data_set_twice_is_refused_or_numbered(tmp_path: Path) -> None:
         distinct_names(["https://u:pw@a-b/c", "https://u:pw@a/b-c", "s3://x/c", "s3://x/b-c"])
 
 
-def test_other_pixels_or_class_names_are_other_data(tmp_path: Path) -> None:
+def test_other_pixels_or_class_names_are_other_data(tmp_path):
     """A run does not resume with them, though descriptions and shards are the same."""
     described = []
     size = {"extension": "raw", "height": 2, "width": 2, "xxh3": 0}
@@ -213,9 +210,7 @@ def test_other_pixels_or_class_names_are_other_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("weights", "warned"), [((0.25, 0.75), False), ((1, 3), True)])
-def test_weights_that_do_not_sum_to_1_are_warned_of(
-    data: Path, caplog: pytest.LogCaptureFixture, weights: tuple[float, float], warned: bool
-) -> None:
+def test_weights_that_do_not_sum_to_1_are_warned_of(data, caplog, weights, warned):
     names = ("labels", "captions")
     train = tuple(f"{data / name}={weight}" for name, weight in zip(names, weights, strict=True))
     open_datasets(DataConfig(train=train))
@@ -223,9 +218,7 @@ def test_weights_that_do_not_sum_to_1_are_warned_of(
     assert ("labels 25.0%" in caplog.text) == warned
 
 
-def test_images_that_are_trained_on_and_evaluated_are_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_that_are_trained_on_and_evaluated_are_warned_of(tmp_path, caplog):
     for name, numbers in {"train": range(9), "held-out": range(7, 12)}.items():
         write_set(tmp_path / name, [sample_of(b"image %d" % number, 0) for number in numbers])
     train, held_out = (PackedDataset(tmp_path / name) for name in ("train", "held-out"))
@@ -234,20 +227,18 @@ def test_images_that_are_trained_on_and_evaluated_are_warned_of(
     assert "unicl-pack build SOURCE... --split 0.9" in caplog.text
 
 
-def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
+def test_a_rank_decodes_on_its_own_cores_unless_told_how_many():
     for given, expected in ((0, 14), (3, 3)):
         config = TrainConfig(data=DataConfig(threads=given))
         settled = settle_decoding(config, torch.device("cpu"), Ranks(cores=14))
         assert settled.data.threads == expected
 
 
-@pytest.mark.dist
-def test_data_may_lie_elsewhere_on_another_node(images: torch.Tensor) -> None:
+def test_data_may_lie_elsewhere_on_another_node(images):
     run_on_ranks(name_data_by_rank, 2, images)
 
 
-@pytest.mark.dist
-def test_evaluations_are_named_by_rank_0(tmp_path: Path) -> None:
+def test_evaluations_are_named_by_rank_0(tmp_path):
     links = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from compared_runs import assert_equal, last_of
@@ -25,9 +23,7 @@ def assert_equal_weights(one: UniCL, other: UniCL) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 5])
-def test_it_is_the_moving_average_of_the_weights_after_each_step(
-    images: torch.Tensor, micro_batch_size: int
-) -> None:
+def test_it_is_the_moving_average_of_the_weights_after_each_step(images, micro_batch_size):
     trainer = trainer_of(images, averaging_config(micro_batch_size=micro_batch_size))
     batches = trainer.loader.batches(0)
     expected: dict[str, torch.Tensor] = {}
@@ -45,7 +41,7 @@ def test_it_is_the_moving_average_of_the_weights_after_each_step(
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}])
-def test_training_is_not_changed_by_it(images: torch.Tensor, settings: dict) -> None:
+def test_training_is_not_changed_by_it(images, settings):
     plain = trainer_of(images, tiny_config(steps=3, **settings))
     averaged = trainer_of(images, averaging_config(steps=3, **settings))
     plain.fit()
@@ -62,8 +58,8 @@ def test_training_is_not_changed_by_it(images: torch.Tensor, settings: dict) -> 
     ],
 )
 def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
-    images: torch.Tensor, tmp_path: Path, image_encoder: str, precision: str
-) -> None:
+    images, tmp_path, image_encoder, precision
+):
     config = averaging_config(image_encoder=image_encoder, precision=precision)
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
     unbroken.fit()
@@ -77,9 +73,7 @@ def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
     assert stored["image_projection"].dtype == weight_type
 
 
-def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
-    images: torch.Tensor,
-) -> None:
+def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(images):
     trainer = trainer_of(images, averaging_config())
     batches = trainer.loader.batches(0)
     for _ in range(2):
@@ -103,9 +97,7 @@ def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
     ],
     ids=["plain", "recomputed activations", "bf16"],
 )
-def test_it_is_what_is_evaluated_and_what_load_model_takes(
-    images: torch.Tensor, tmp_path: Path, settings: dict
-) -> None:
+def test_it_is_what_is_evaluated_and_what_load_model_takes(images, tmp_path, settings):
     pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     seen = []
 
@@ -129,9 +121,7 @@ def test_it_is_what_is_evaluated_and_what_load_model_takes(
     assert (seen[0] - encoded(last)).abs().max() > 1e-4
 
 
-def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_it_gives_the_weights_or_says_so(images, tmp_path):
     trainer = trainer_of(images, tiny_config(steps=2), tmp_path)
     trainer.fit()
     assert_equal_weights(trainer.model, load_encoders(tmp_path))
@@ -140,9 +130,7 @@ def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
 
 
 @pytest.mark.slow
-def test_a_run_without_it_can_resume_with_it_and_back(
-    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_without_it_can_resume_with_it_and_back(images, tmp_path, caplog):
     trainer_of(images, tiny_config(steps=4), tmp_path).fit()
     averaged = trainer_of(images, averaging_config(steps=4), tmp_path)
     averaged.resume(tmp_path / "checkpoints" / "step-00000002")
@@ -155,10 +143,7 @@ def test_a_run_without_it_can_resume_with_it_and_back(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_it_is_equal_on_all_ranks_and_that_of_one_process(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_it_is_equal_on_all_ranks_and_that_of_one_process(images, tmp_path):
     config = averaging_config(steps=3)
     run_on_ranks(write_averages, 2, images, tmp_path, config)
     alone = trainer_of(images, config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,9 +41,7 @@ def hostile_batch(images: torch.Tensor) -> Batch:
     return collate(images, Tokenizer()(captions), torch.full((12,), -1))
 
 
-def test_a_contact_sheet_shows_any_text(
-    images: torch.Tensor, tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_contact_sheet_shows_any_text(images, tmp_path, drawn, caplog):
     path = tmp_path / "sheet.png"
     with drawing(path):
         draw_contact_sheet(hostile_batch(images), path)
@@ -55,9 +52,7 @@ def test_a_contact_sheet_shows_any_text(
     assert any("frames of one colour have one class" in text for text in drawn)
 
 
-def test_classes_have_their_names_or_data_set_and_label(
-    images: torch.Tensor, tmp_path: Path, drawn: list[str]
-) -> None:
+def test_classes_have_their_names_or_data_set_and_label(images, tmp_path, drawn):
     labels = torch.tensor([0, 1, (1 << 32) + 7] * 4)
     texts = ["a dog", "a cat", "a horse"] * 4
     names = [("dog", "cat, with a name that is longer than the width of an image")]
@@ -68,9 +63,7 @@ def test_classes_have_their_names_or_data_set_and_label(
     assert any(text.startswith("cat, with") and len(text) <= 28 for text in drawn)
 
 
-def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(tmp_path, monkeypatch):
     with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         metrics.write({"step": 1, "samples_seen": 8, "loss": 1.0, "lr": 0.1})
         metrics.write({"step": 1, "zero_shot/x/top1": 0.042, "zero_shot/x/chance": 0.005})
@@ -83,9 +76,7 @@ def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [0.5]
 
 
-def test_curves_and_metrics_take_any_name_of_a_data_set(
-    tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_curves_and_metrics_take_any_name_of_a_data_set(tmp_path, drawn, caplog):
     keys = [f"zero_shot/{name}/top1" for name in (*HOSTILE, "line\nbreak", "\udcff")]
     with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         for step in (1, 2):
@@ -99,9 +90,7 @@ def test_curves_and_metrics_take_any_name_of_a_data_set(
     assert (tmp_path / "curves.png").is_file()
 
 
-def test_a_confusion_matrix_shows_any_class_name(
-    tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_confusion_matrix_shows_any_class_name(tmp_path, drawn, caplog):
     counts = ClassificationCounts(HOSTILE)
     rankings = [[(number + 1) % len(HOSTILE)] for number in range(len(HOSTILE))]
     counts.add(rankings, [[number] for number in range(len(HOSTILE))])
@@ -113,9 +102,7 @@ def test_a_confusion_matrix_shows_any_class_name(
 
 
 @pytest.mark.parametrize("error", [ValueError("no such glyph"), OSError(28, "full"), MemoryError()])
-def test_what_goes_wrong_in_a_figure_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
-) -> None:
+def test_what_goes_wrong_in_a_figure_is_logged(tmp_path, caplog, error):
     with drawing(tmp_path / "x.png"):
         raise error
     (record,) = caplog.records

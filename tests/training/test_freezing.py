@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
+from compared_runs import (
+    IN_FP64,
+    assert_close_states,
+    assert_equal,
+    copy_of,
+    last_of,
+    losses_of,
+    moved,
+    state_of,
+)
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import objective_config, tiny_config, trainer_of
@@ -17,7 +24,6 @@ from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import find_blocks
 from unicl_fast.models.freezing import freeze
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -45,20 +51,8 @@ def train(trainer: Trainer, *, steps: int) -> None:
         trainer.train_step(next(batches))
 
 
-def copy_of(model: UniCL) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the parameters whose bits have changed."""
-    parameters = model.named_parameters()
-    return {name for name, one in parameters if not torch.equal(one, before[name])}
-
-
 @pytest.mark.parametrize("micro_batch_size", [0, 4])
-def test_a_projection_is_frozen_or_trained_with_its_bias(
-    images: torch.Tensor, micro_batch_size: int
-) -> None:
+def test_a_projection_is_frozen_or_trained_with_its_bias(images, micro_batch_size):
     for entries, frozen in ((TOWER, True), (("image",), False)):
         config = config_of(*entries, micro_batch_size=micro_batch_size)
         trainer = trainer_of(images, config.changed(model={"image_projection": "biased"}))
@@ -85,9 +79,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(
-    images: torch.Tensor, name: str
-) -> None:
+def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(images, name):
     entries, prefixes = ENTRIES[name]
     trainer = trainer_of(images, config_of(*entries, ema_decay=0.9))
     before = copy_of(trainer.model)
@@ -102,7 +94,7 @@ def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(
 
 
 @pytest.mark.parametrize(("entry", "last"), [("image", 3), ("image:2", 2)])
-def test_frozen_batchnorm_keeps_its_averages(images: torch.Tensor, entry: str, last: int) -> None:
+def test_frozen_batchnorm_keeps_its_averages(images, entry, last):
     config = config_of(entry, image_encoder="unicl_convnet7_small", precision="fp32")
     trainer = trainer_of(images, config)
     before = copy_of(trainer.model)
@@ -116,7 +108,7 @@ def test_frozen_batchnorm_keeps_its_averages(images: torch.Tensor, entry: str, l
         assert all(module.training != is_frozen for module in block.modules())
 
 
-def test_there_is_no_graph_before_the_first_trained_layer(images: torch.Tensor) -> None:
+def test_there_is_no_graph_before_the_first_trained_layer(images):
     trainer = trainer_of(images, config_of("image:2", "text"))
     model, keeps_graph = trainer.model, []
     for module in (*find_blocks(model.image_encoder)[1:3], model.text_encoder):
@@ -125,7 +117,7 @@ def test_there_is_no_graph_before_the_first_trained_layer(images: torch.Tensor) 
     assert keeps_graph == [False, False, True]  # texts come first
 
 
-def test_a_frozen_encoder_drops_no_branches(images: torch.Tensor) -> None:
+def test_a_frozen_encoder_drops_no_branches(images):
     model = trainer_of(images, config_of("image")).model
     pixels = torch.randn(12, 3, 32, 32, dtype=torch.float64)
     model.set_drop_path_key(step=0, global_index=torch.arange(12))
@@ -147,9 +139,7 @@ def test_a_frozen_encoder_drops_no_branches(images: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "entries", [TOWER, ("image",), ("text", "text_projection"), ("image:3", "text:1")]
 )
-def test_gradients_are_those_of_a_step_that_trains_all(
-    images: torch.Tensor, entries: tuple[str, ...], settings: dict
-) -> None:
+def test_gradients_are_those_of_a_step_that_trains_all(images, entries, settings):
     """Of what is trained; drop path is off."""
     plain_loss, plain = first_gradients(images, Ranks(), config_of(drop_path=0.0))
     config = config_of(*entries, drop_path=0.0, **settings)
@@ -164,9 +154,7 @@ def test_gradients_are_those_of_a_step_that_trains_all(
 
 
 @pytest.mark.parametrize("entries", [TOWER, ("image",)], ids=["whole", "under a projection"])
-def test_a_frozen_image_encoder_is_run_once_in_micro_batches(
-    images: torch.Tensor, entries: tuple[str, ...]
-) -> None:
+def test_a_frozen_image_encoder_is_run_once_in_micro_batches(images, entries):
     trainer = trainer_of(images, config_of(*entries, micro_batch_size=5))
     sizes = []
     trainer.model.image_encoder.register_forward_hook(
@@ -176,7 +164,7 @@ def test_a_frozen_image_encoder_is_run_once_in_micro_batches(
     assert sizes == [5, 5, 2]
 
 
-def test_batchnorm_that_is_frozen_may_see_micro_batches(images: torch.Tensor) -> None:
+def test_batchnorm_that_is_frozen_may_see_micro_batches(images):
     settings = {"image_encoder": "unicl_convnet7_small", "micro_batch_size": 5}
     loss, _ = first_gradients(images, Ranks(), config_of("image", **settings))
     whole, _ = first_gradients(images, Ranks(), config_of("image", **settings, **{"loss": "dense"}))
@@ -198,8 +186,8 @@ def test_batchnorm_that_is_frozen_may_see_micro_batches(images: torch.Tensor) ->
     ],
 )
 def test_a_run_with_frozen_parts_resumes_bit_for_bit(
-    images: torch.Tensor, tmp_path: Path, optimizer: str, precision: str, settings: dict
-) -> None:
+    images, tmp_path, optimizer, precision, settings
+):
     config = config_of(
         *("image:2", "text"), steps=3, optimizer=optimizer, precision=precision, **settings
     )
@@ -217,9 +205,7 @@ def test_a_run_with_frozen_parts_resumes_bit_for_bit(
     assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[1:]
 
 
-def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(images, tmp_path):
     """And the average, which is not the weights, moves towards them and is not taken for them."""
     trainer_of(images, config_of(ema_decay=0.9, steps=3), tmp_path / "all").fit()
     trainer = trainer_of(images, config_of("image", ema_decay=0.9, steps=5), tmp_path / "some")
@@ -233,9 +219,7 @@ def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(
     assert 0 < (average - weight).abs().max() < apart
 
 
-def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(images, tmp_path):
     locked = trainer_of(images, config_of("image", ema_decay=0.9, steps=2), tmp_path / "locked")
     first = copy_of(locked.model)
     locked.fit()
@@ -254,7 +238,7 @@ def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(
     assert_equal(state_of(last_of(tmp_path / "resumed")), state_of(last))
 
 
-def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Path) -> None:
+def test_frozen_weights_are_their_own_average(images, tmp_path):
     config = config_of("image", ema_decay=0.9, steps=3)
     trainer = trainer_of(images, config, tmp_path)
     places = []
@@ -274,9 +258,7 @@ def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Pa
     assert_equal(plain.ema.module.state_dict(), trainer.ema.module.state_dict())
 
 
-def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(images, tmp_path):
     trainer_of(images, config_of(steps=2), tmp_path / "plain").fit()
     config = config_of(*("image_projection", "text_projection"), steps=2)
     trainer_of(images, config.changed(optim={"layer_decay": 0.5}), tmp_path / "scaled").fit()
@@ -296,8 +278,8 @@ def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
     ],
 )
 def test_missing_parts_and_a_run_with_nothing_to_train_are_refused(
-    images: torch.Tensor, objective: str, entries: tuple[str, ...], message: str
-) -> None:
+    images, objective, entries, message
+):
     config = objective_config(objective)
     with pytest.raises(ValueError, match=message):
         trainer_of(images, config.changed(optim={"freeze": entries}))
@@ -316,16 +298,13 @@ def test_missing_parts_and_a_run_with_nothing_to_train_are_refused(
         ({"lora": "image:2", "freeze": ("image:1",)}, "optim.freeze names it too"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
+def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**settings)
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_three_ranks_with_frozen_parts_resume_bit_for_bit_and_equal_one(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_three_ranks_with_frozen_parts_resume_bit_for_bit_and_equal_one(images, tmp_path):
     """The order in which DDP's buckets are summed shows from three ranks on."""
     shards = ("off", "optimizer", "full")
     frozen = {"ema_decay": 0.9, "steps": 3}

@@ -22,12 +22,11 @@ from rank_workers import (
 )
 from small_runs import StepLoader, global_batch, poison_step, tiny_config, trainer_of
 
-from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -49,8 +48,7 @@ def trained(
     change: Callable[[Trainer], None],
     run_folder: Path | None = None,
 ) -> Trainer:
-    loader = StepLoader(images, change=recorded)
-    trainer = make_trainer(config, loader, run_folder=run_folder, progress=False)
+    trainer = trainer_of(images, config, run_folder, change=recorded)
     change(trainer)
     trainer.fit()
     return trainer
@@ -83,9 +81,7 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
 @pytest.mark.parametrize("log_every_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_nonfinite_step_is_left_out_and_nothing_else(
-    images: torch.Tensor, settings: dict, log_every_steps: int
-) -> None:
+def test_a_nonfinite_step_is_left_out_and_nothing_else(images, settings, log_every_steps):
     config = config_of(max_bad_steps=1, log_every_steps=log_every_steps, steps=7, **settings)
     poisoned = trained(images, config, lambda trainer: poison_step(trainer, step=3))
     without = trained(images, config, lambda trainer: leave_out(trainer, step=3))
@@ -98,7 +94,7 @@ def test_a_nonfinite_step_is_left_out_and_nothing_else(
     assert without.optimizer.param_groups[0]["lr"] == poisoned.optimizer.param_groups[0]["lr"]
 
 
-def test_the_scaler_of_fp16_leaves_a_nonfinite_step_out(images: torch.Tensor) -> None:
+def test_the_scaler_of_fp16_leaves_a_nonfinite_step_out(images):
     trainer = trainer_of(images, tiny_config(precision="fp16"))
     poison_step(trainer, step=2)
     states = []
@@ -110,9 +106,7 @@ def test_the_scaler_of_fp16_leaves_a_nonfinite_step_out(images: torch.Tensor) ->
 
 
 @pytest.mark.slow
-def test_a_nonfinite_step_is_logged_counted_and_written_down(
-    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_nonfinite_step_is_logged_counted_and_written_down(images, tmp_path, caplog):
     config = config_of(max_bad_steps=1, log_every_steps=2, steps=6)
     with caplog.at_level(logging.ERROR):
         trained(images, config, lambda trainer: poison_step(trainer, step=3), tmp_path)
@@ -141,7 +135,7 @@ def expected_samples(step: int, global_index: range) -> dict[str, list[int]]:
     }
 
 
-def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Path) -> None:
+def test_one_more_than_allowed_stops_the_run(images, tmp_path):
     def poison_two(trainer: Trainer) -> None:
         poison_step(trainer, step=2)
         poison_step(trainer, step=4)
@@ -156,9 +150,7 @@ def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Pat
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 
-def test_a_gradient_norm_that_is_not_finite_counts_too(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_gradient_norm_that_is_not_finite_counts_too(images, tmp_path):
     def poison_gradient(trainer: Trainer) -> None:
         back_propagate = trainer.back_propagate
 
@@ -180,11 +172,8 @@ def test_a_gradient_norm_that_is_not_finite_counts_too(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("shard", ["off", "optimizer", "full"])
-def test_the_samples_of_all_ranks_are_written_down(
-    images: torch.Tensor, tmp_path: Path, shard: str
-) -> None:
+def test_the_samples_of_all_ranks_are_written_down(images, tmp_path, shard):
     """Rank 1 alone sees the poison; both leave the step out, and stay alike."""
     run_on_ranks(train_with_a_poisoned_rank, 2, images, tmp_path, shard)
     values = json.loads((tmp_path / "run" / "non-finite-step-00000002.json").read_text())
@@ -197,7 +186,7 @@ def test_the_samples_of_all_ranks_are_written_down(
     assert all(value.isfinite().all() for value in weights[0].values())
 
 
-def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
+def test_what_is_remembered_is_bounded(images):
     scaler, one = torch.amp.GradScaler("cpu", enabled=False), torch.tensor(1.0)
     steps = NonfiniteSteps(tiny_config().run, sources=(), ranks=Ranks(), run_folder=None)
     batch = next(StepLoader(images, change=recorded).batches(0))
@@ -208,9 +197,7 @@ def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
     assert not steps._remembered
 
 
-def test_a_record_that_cannot_be_written_does_not_hide_the_fault(
-    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_record_that_cannot_be_written_does_not_hide_the_fault(images, tmp_path, caplog):
     (tmp_path / "non-finite-step-00000001.json").mkdir()
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
         trained(images, config_of(), lambda trainer: poison_step(trainer, step=1), tmp_path)
@@ -224,30 +211,25 @@ def with_replaced(batch: Batch, count: int) -> Batch:
     return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
 
 
-def test_metrics_hold_the_count_since_the_start_of_this_process(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
-    batches = [with_replaced(global_batch(images, step=step), count=step % 3) for step in range(6)]
-    config = tiny_config()
-    make_trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False).fit()
+def test_metrics_hold_the_count_since_the_start_of_this_process(images, tmp_path):
+    options = {"change": lambda batch: with_replaced(batch, count=batch.step % 3)}
+    trainer_of(images, folder=tmp_path, **options).fit()
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 4, 6]
-    resumed = make_trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False)
+    resumed = trainer_of(images, folder=tmp_path, **options)
     resumed.resume(tmp_path / "checkpoints" / "step-00000004")
     resumed.fit()
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 1, 3]
 
 
 @pytest.mark.slow
-def test_a_run_with_too_many_stops_and_says_where_to_look(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_too_many_stops_and_says_where_to_look(images, tmp_path, monkeypatch):
     monkeypatch.setattr("unicl_fast.training.limits.LEAST_DRAWS", 30)
     # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
     config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
 
     def fit(name: str, count: int) -> None:
-        loader = StepLoader(images, change=functools.partial(with_replaced, count=count))
-        make_trainer(config, loader, run_folder=tmp_path / name, progress=False).fit()
+        change = functools.partial(with_replaced, count=count)
+        trainer_of(images, config, tmp_path / name, change=change).fit()
 
     fit("good", 2)
     said = rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/bad/quarantine.csv"
@@ -257,7 +239,7 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
     assert len(list_checkpoints(tmp_path / "bad" / "checkpoints")) == 1
 
 
-def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -> None:
+def test_the_first_ten_thousand_draws_have_one_allowance(images):
     config = tiny_config()
     assert (config.run.global_batch_size, config.data.max_bad_fraction) == (12, 0.01)
     draws = ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=None)
@@ -275,8 +257,7 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None:
+def test_ranks_add_up_their_counts(images, tmp_path):
     run_on_ranks(train_with_replaced_samples, 2, images, str(tmp_path))
     # rank r replaces r + 1 samples a step
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [3, 6, 9]
@@ -286,9 +267,7 @@ def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 5])
-def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(
-    images: torch.Tensor, tmp_path: Path, stop_at: int
-) -> None:
+def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(images, tmp_path, stop_at):
     config = config_of(steps=9).changed(
         run={"patience": 2, "evaluate_every_steps": 1}, checkpoint={"every_steps": 1}
     )
@@ -298,10 +277,8 @@ def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(
         def evaluation(model: object) -> dict[str, float]:
             return {"top1": values[made.step], "extra": 1.0}
 
-        made = make_trainer(
-            config, StepLoader(images, change=recorded), run_folder=tmp_path, progress=False,
-            evaluations={"some": evaluation},
-        )  # fmt: skip
+        evaluations = {"some": evaluation}
+        made = trainer_of(images, config, tmp_path, change=recorded, evaluations=evaluations)
         made.total_steps = steps
         return made
 
@@ -321,9 +298,7 @@ def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(
     assert again.step == 6
 
 
-def test_a_run_from_a_whole_model_is_measured_first_and_its_best_is_not_worse(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_run_from_a_whole_model_is_measured_first_and_its_best_is_not_worse(images, tmp_path):
     config = config_of(steps=2).changed(model={"init": "elsewhere"})
     seen: list[float] = []
 
@@ -332,11 +307,7 @@ def test_a_run_from_a_whole_model_is_measured_first_and_its_best_is_not_worse(
         return {"top1": seen[-1]}
 
     evaluations = {"some": evaluation, "other": lambda model: {"top1": 0.5}}
-    trainer = make_trainer(
-        config, StepLoader(images, change=recorded), run_folder=tmp_path, progress=False,
-        evaluations=evaluations,
-    )  # fmt: skip
-    trainer.fit()
+    trainer_of(images, config, tmp_path, change=recorded, evaluations=evaluations).fit()
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {
         "step": 0, "metric": "evaluated/mean", "value": pytest.approx(0.7)
     }  # fmt: skip

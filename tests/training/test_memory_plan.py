@@ -65,13 +65,13 @@ SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in PRESETS if one != "
 
 
 @pytest.mark.parametrize("preset", ["cifar10-small", *SLOW])
-def test_a_preset_has_the_committed_plan(preset: str) -> None:
+def test_a_preset_has_the_committed_plan(preset):
     compare("memory_plan.json", preset, plans_of(preset))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_run_takes_what_was_planned(recomputes: bool) -> None:
+def test_a_run_takes_what_was_planned(recomputes):
     """By the peak memory of a process that trains, to 15 %; recomputing, to 30 %."""
     settings = json.dumps({"activation_checkpointing": recomputes})
     command = [sys.executable, str(TESTS / "helpers" / "memory_run.py"), settings]
@@ -83,7 +83,7 @@ def test_a_run_takes_what_was_planned(recomputes: bool) -> None:
     assert found["risen"] < 1.1 * planned
 
 
-def test_what_is_kept_for_backward_grows_as_foretold() -> None:
+def test_what_is_kept_for_backward_grows_as_foretold():
     """Against what the allocator really holds while the graph is alive."""
     config = tiny_config(precision="fp32")
     model = build_model(config).eval()
@@ -97,7 +97,7 @@ def test_what_is_kept_for_backward_grows_as_foretold() -> None:
     assert 64 * foretold == pytest.approx(held, rel=0.15)
 
 
-def test_parts_follow_the_settings() -> None:
+def test_parts_follow_the_settings():
     config = tiny_config(precision="fp32")
     plain = plan_on_cpu(config)
     assert plan_on_cpu(config, activation_checkpointing=True).image_bytes < plain.image_bytes
@@ -117,7 +117,7 @@ def test_parts_follow_the_settings() -> None:
 
 
 @pytest.mark.slow
-def test_frozen_parts_take_their_weights_and_no_more() -> None:
+def test_frozen_parts_take_their_weights_and_no_more():
     config = tiny_config(precision="fp32").changed(optim={"ema_decay": 0.9})
 
     def freezing(*entries: str) -> TrainConfig:
@@ -144,7 +144,7 @@ def test_frozen_parts_take_their_weights_and_no_more() -> None:
     assert divided["gradients"] == pytest.approx(whole["gradients"] - frozen / 2, rel=0.01)
 
 
-def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch):
     pytest.importorskip("triton")
     config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32")
     timms, ours = (plan_on_cpu(config, window_attention=way) for way in ("timm", "triton"))
@@ -161,9 +161,7 @@ def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_window_attention_that_cannot_work_is_refused_before_it_is_built(
-    monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
+def test_window_attention_that_cannot_work_is_refused_before_it_is_built(monkeypatch, device):
     """Without the package triton; `auto` of the precision is that of the device planned for."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "unicl_fast.models.window_attention", raising=False)
@@ -185,7 +183,7 @@ def with_many_parameters(**efficiency: object) -> TrainConfig:
     return config.changed(model={"vocab_size": 2**23})
 
 
-def test_ranks_may_divide_the_state() -> None:
+def test_ranks_may_divide_the_state():
     """A table that one rank updates whole is no less for `optimizer`, and a quarter for `full`."""
     plans = {
         shard: plan(with_many_parameters(shard=shard), world_size=4, device_bytes=0).parts
@@ -204,7 +202,7 @@ def test_ranks_may_divide_the_state() -> None:
     assert sum(alone[name] for name in state) == pytest.approx(4 * weights, rel=0.01)
 
 
-def test_dividing_the_state_is_offered_where_it_fits() -> None:
+def test_dividing_the_state_is_offered_where_it_fits():
     free = plan(with_many_parameters(shard="full"), world_size=4, device_bytes=0).total
     arguments = {"device": torch.device("cuda"), "free_bytes": free}
     with pytest.raises(ValueError, match=r"efficiency\.shard=full: 4\.\d GB") as refused:
@@ -217,16 +215,14 @@ def test_dividing_the_state_is_offered_where_it_fits() -> None:
 
 
 @pytest.mark.parametrize("objective", ["supcon", "ce"])
-def test_objectives_without_texts_are_planned_too(objective: str) -> None:
+def test_objectives_without_texts_are_planned_too(objective):
     found = plan_on_cpu(objective_config(objective))
     assert found.parts["texts: activations"] == 0
     assert found.images_at_once == (24 if objective == "supcon" else 12)
 
 
 @pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_convnet7_small"])
-def test_what_cannot_fit_is_refused_with_what_would(
-    monkeypatch: pytest.MonkeyPatch, image_encoder: str
-) -> None:
+def test_what_cannot_fit_is_refused_with_what_would(monkeypatch, image_encoder):
     """BatchNorm sees the local batch, so micro-batches are not offered."""
     config = with_large_batch(image_encoder)
     needed = plan_on_cpu(config)
@@ -242,9 +238,7 @@ def test_what_cannot_fit_is_refused_with_what_would(
         assert plan_on_cpu(config, **{name: 2 * size}).total > int(needed.certain * 0.6)
 
 
-def test_what_may_fit_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_may_fit_is_warned_of(monkeypatch, caplog):
     config = with_large_batch("test_vit")
     needed = plan_on_cpu(config)
     assert needed.certain < needed.total
@@ -255,9 +249,7 @@ def test_what_may_fit_is_warned_of(
         assert ("What fits: " in caplog.text) == warns
 
 
-def test_micro_batches_are_not_advised_where_images_are_mixed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_micro_batches_are_not_advised_where_images_are_mixed(monkeypatch, caplog):
     config = with_large_batch("test_vit").changed(objective={"mixup": 0.8})
     monkeypatch.setattr(memory_plan, "free_memory", lambda _: plan_on_cpu(config).total - 1)
     check_memory(config, ranks=Ranks(), device=CPU)

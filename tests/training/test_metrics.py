@@ -11,10 +11,9 @@ import pytest
 import torch
 from damage import limited_files
 from rank_workers import describe_sources_of_slices, described, named, run_on_ranks
-from small_runs import StepLoader, global_batch, labelled_batch, poison_step, tiny_config
+from small_runs import global_batch, labelled_batch, poison_step, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
 from unicl_fast.training.observers import DatasetNumbers
 from unicl_fast.training.trackers import TrackedRun, Trackers
@@ -22,9 +21,7 @@ from unicl_fast.training.trainer import Trainer
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(tmp_path, caplog):
     trackers = Trackers(["tensorboard"], TrackedRun(tmp_path, "a", {}, 0))
     with contextlib.closing(MetricsWriter(tmp_path, trackers=trackers)) as metrics:
         metrics.write({"step": 1, "loss": 4.0})
@@ -44,9 +41,7 @@ def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced"])
-def test_lines_continue_in_another_file_when_theirs_is_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
-) -> None:
+def test_lines_continue_in_another_file_when_theirs_is_gone(tmp_path, caplog, what):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         metrics.write({"step": 1})
@@ -64,9 +59,7 @@ def test_lines_continue_in_another_file_when_theirs_is_gone(
     [b'{"step": 2, "lo\xff": 1}', b'{"step": 2, "loss": "low"}', b'{"step": "2"}', b"[2]", b"{}",
      b'{"step": 2, "loss": ' + b"9" * 400 + b"}", b"[" * 100_000, b"", b"\0" * 20],
 )  # fmt: skip
-def test_a_damaged_line_is_named_and_left_out_when_a_run_resumes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
-) -> None:
+def test_a_damaged_line_is_named_and_left_out_when_a_run_resumes(tmp_path, caplog, damaged):
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 1, "loss": 0.1}', damaged, b'{"step": 3}', b'{"step": 4}', b'{"step']
     path.write_bytes(b"\n".join(lines))
@@ -83,7 +76,7 @@ def with_targets(batch: Batch, **targets: torch.Tensor) -> Batch:
     return dataclasses.replace(batch, targets=dataclasses.replace(batch.targets, **targets))
 
 
-def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
+def test_epochs_and_positives_of_each_source(images):
     batch = with_targets(
         global_batch(images),
         class_ids=torch.tensor([5, 5, 5, 9] + [2**61 + i for i in range(6)] + [9, 5]),
@@ -98,7 +91,7 @@ def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
     )
 
 
-def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
+def test_positives_of_images_of_several_labels(images):
     """Texts of classes 1, 1, 2 and captions; the first image has both classes, the last 2 and 3."""
     captions = [2**62 + i for i in range(9)]
     several = [[1, 2], [1], [2], *[[one] for one in captions]]
@@ -115,11 +108,8 @@ def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
     assert [found[f"positives_per_row/{name}"] for name in "abcd"] == [3, 2, 1, 2]
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("objective", ["unicl", "unicl, labels"])
-def test_positives_are_counted_over_ranks(
-    images: torch.Tensor, tmp_path: Path, objective: str
-) -> None:
+def test_positives_are_counted_over_ranks(images, tmp_path, objective):
     run_on_ranks(describe_sources_of_slices, 2, images, str(tmp_path), objective)
     batch = labelled_batch(images, objective=objective)
     batch = dataclasses.replace(batch, source_ids=torch.arange(12) % 2)
@@ -128,21 +118,17 @@ def test_positives_are_counted_over_ranks(
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == [repr(expected)] * 2
 
 
-def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> None:
+def test_each_logging_step_has_them(images, tmp_path):
     batch = dataclasses.replace(global_batch(images), source_ids=torch.arange(12) % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [step, 2 * step])
-    make_trainer(
-        tiny_config(steps=2), ListLoader([batch]), run_folder=tmp_path,
-        observers=[DatasetNumbers(meter)], progress=False,
-    ).fit()  # fmt: skip
+    options = {"loader": ListLoader([batch]), "observers": [DatasetNumbers(meter)]}
+    trainer_of(images, tiny_config(steps=2), tmp_path, **options).fit()
     lines = read_metrics(tmp_path)
     assert [(line["epochs/a"], line["epochs/b"]) for line in lines] == [(1, 2), (2, 4)]
     assert all(line["positives_per_row/a"] >= 1 for line in lines)
 
 
-def test_lines_that_are_written_a_step_later_are_the_same(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_that_are_written_a_step_later_are_the_same(images, tmp_path, monkeypatch):
     """As on a GPU; a save, an evaluation and the end of a run have all lines written before."""
     config = tiny_config(steps=8).changed(
         run={"max_bad_steps": 1, "evaluate_every_steps": 3}, checkpoint={"every_steps": 4}
@@ -150,14 +136,10 @@ def test_lines_that_are_written_a_step_later_are_the_same(
     written_at: list[int] = []
 
     def lines_of(run_folder: Path) -> list[dict[str, float]]:
-        trainer = make_trainer(
-            config,
-            StepLoader(images, change=named),
-            run_folder=run_folder,
-            evaluations={"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}},
-            observers=[DatasetNumbers(DatasetMeter(["a"], epochs=lambda step: [step / 2]))],
-            progress=False,
-        )
+        evaluations = {"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}}
+        numbers = DatasetNumbers(DatasetMeter(["a"], epochs=lambda step: [step / 2]))
+        options = {"change": named, "evaluations": evaluations, "observers": [numbers]}
+        trainer = trainer_of(images, config, run_folder, **options)
         poison_step(trainer, step=4)
         trainer.fit()
         timed = ("seconds", "images_per", "data_wait", "step_sec", "eta", "host_memory", "mfu")

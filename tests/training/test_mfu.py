@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -41,9 +39,7 @@ def check_flops(config: TrainConfig, batch: Batch) -> None:
     ],
     ids=str,
 )
-def test_the_products_are_those_of_a_real_step(
-    images: torch.Tensor, objective: str, settings: dict
-) -> None:
+def test_the_products_are_those_of_a_real_step(images, objective, settings):
     config = objective_config(objective, **settings)
     check_flops(config, labelled_batch(images, objective=objective))
 
@@ -59,7 +55,7 @@ def test_the_products_are_those_of_a_real_step(
     ],
     ids=str,
 )
-def test_what_is_frozen_has_no_backward_pass(images: torch.Tensor, optim: dict[str, Any]) -> None:
+def test_what_is_frozen_has_no_backward_pass(images, optim):
     batch = labelled_batch(images, objective="unicl")
     config = tiny_config().changed(model={"text_width": 128})
     frozen = config.changed(optim=optim)
@@ -67,7 +63,7 @@ def test_what_is_frozen_has_no_backward_pass(images: torch.Tensor, optim: dict[s
     assert flops_of_step(frozen, batch) < 0.95 * flops_of_step(config, batch)
 
 
-def test_what_is_computed_once_more_does_not_count(images: torch.Tensor) -> None:
+def test_what_is_computed_once_more_does_not_count(images):
     plain, batch = tiny_config(), labelled_batch(images, objective="unicl")
     again = tiny_config(activation_checkpointing=True, micro_batch_size=5)
     assert flops_of_step(again, batch) == flops_of_step(plain, batch)
@@ -99,9 +95,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> to
     ],
 )
 def test_a_gpu_is_known_by_its_whole_name_and_has_a_peak_for_each_type(
-    name: str, narrow: float | None, tf32: float | None, wide: float | None, gpu: torch.device,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    name, narrow, tf32, wide, gpu,
+    monkeypatch, caplog,
+):  # fmt: skip
     assert peak_of_gpu(name, torch.bfloat16) == peak_of_gpu(name, torch.float16) == narrow
     assert peak_of_gpu(name, torch.float32) == wide
     assert peak_of_gpu(name, torch.float64) is None
@@ -117,9 +113,7 @@ def test_a_gpu_is_known_by_its_whole_name_and_has_a_peak_for_each_type(
     assert peak_of_gpu(name, torch.bfloat16, tf32=True) == peak_of_gpu(name, torch.bfloat16)
 
 
-def test_a_run_on_a_gpu_counts_once_and_is_not_disturbed(
-    images: torch.Tensor, gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_gpu_counts_once_and_is_not_disturbed(images, gpu, tmp_path, monkeypatch):
     counted = []
 
     def count(config: TrainConfig, batch: Batch, device: torch.device) -> float | None:
@@ -147,9 +141,7 @@ def test_a_run_on_a_gpu_counts_once_and_is_not_disturbed(
     assert lines[-1]["mfu"] == pytest.approx(counted[0] / lines[-1]["step_seconds"])
 
 
-def test_an_encoder_that_cannot_be_counted_costs_the_number_alone(
-    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_encoder_that_cannot_be_counted_costs_the_number_alone(gpu, monkeypatch, caplog):
     fail = Mock(side_effect=NotImplementedError("no fake tensors"))
     monkeypatch.setattr(mfu, "flops_of_step", fail)
     assert seconds_at_peak(tiny_config(precision="fp32"), Mock(), gpu) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +36,7 @@ def assert_equal_gradients(found: dict, expected: dict) -> None:
     ],
     ids=str,
 )
-def test_micro_batches_give_the_gradients_of_the_batch(
-    images: torch.Tensor, plain: tuple[float, dict], micro_batch_size: int, others: dict
-) -> None:
+def test_micro_batches_give_the_gradients_of_the_batch(images, plain, micro_batch_size, others):
     config = tiny_config(micro_batch_size=micro_batch_size, **others)
     loss, gradients = first_gradients(images, Ranks(), config)
     assert loss == pytest.approx(plain[0], rel=1e-13)
@@ -47,12 +44,11 @@ def test_micro_batches_give_the_gradients_of_the_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
 def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
-    images: torch.Tensor, plain: tuple[float, dict], tmp_path: Path, world_size: int,
-    micro_batch_size: int,
-) -> None:  # fmt: skip
+    images, plain, tmp_path, world_size,
+    micro_batch_size,
+):  # fmt: skip
     efficiency = {"micro_batch_size": micro_batch_size}
     run_on_ranks(write_gradients, world_size, images, str(tmp_path), efficiency)
     for written in [f"{form}{r}.pt" for form in ("dense", "tiled") for r in range(world_size)]:
@@ -61,11 +57,8 @@ def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
         assert_equal_gradients(gradients, plain[1])
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_micro_batches_of_the_sigmoid_form(
-    images: torch.Tensor, tmp_path: Path, world_size: int
-) -> None:
+def test_micro_batches_of_the_sigmoid_form(images, tmp_path, world_size):
     """Its bias has a gradient too, which every rank adds to once."""
     loader = labelled_loader(images, "sigmoid")
     plain = first_gradients(images, Ranks(), objective_config("sigmoid"), loader)
@@ -83,9 +76,7 @@ def test_micro_batches_of_the_sigmoid_form(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 3e-3)])
-def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
-    images: torch.Tensor, precision: str, tolerance: float
-) -> None:
+def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(images, precision, tolerance):
     """Against the plain step of the same precision: only the order of summation differs."""
     loss, gradients = first_gradients(images, Ranks(), tiny_config(precision=precision))
     config = tiny_config(precision=precision, micro_batch_size=5)
@@ -97,7 +88,7 @@ def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
     assert torch.linalg.vector_norm(flat_micro - flat) < tolerance * torch.linalg.vector_norm(flat)
 
 
-def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) -> None:
+def test_one_micro_batch_at_a_time_is_kept_for_backward(images):
     trainer = trainer_of(images, tiny_config(micro_batch_size=5))
     without_graph, with_graph = [], []
     alive = 0
@@ -120,7 +111,7 @@ def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) ->
     assert alive == 0
 
 
-def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
+def test_a_batch_that_fits_is_encoded_once(images):
     trainer = trainer_of(images, tiny_config(micro_batch_size=12))
     sizes = []
     trainer.model.image_encoder.register_forward_hook(
@@ -131,7 +122,7 @@ def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("image_encoder", ["unicl_convnet7_small", "test_resnet"])
-def test_batchnorm_is_refused(images: torch.Tensor, image_encoder: str) -> None:
+def test_batchnorm_is_refused(images, image_encoder):
     config = tiny_config(image_encoder=image_encoder, micro_batch_size=4)
     with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
         trainer_of(images, config)

@@ -16,7 +16,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 36), (36, 4), (1, 7)])
-def test_a_matrix_becomes_what_timm_makes_of_it(shape: tuple[int, int]) -> None:
+def test_a_matrix_becomes_what_timm_makes_of_it(shape):
     from timm.optim.muon import _COEFFICIENTS, zeropower_via_newtonschulz
 
     matrix = drawn(*shape)
@@ -28,7 +28,7 @@ def test_a_matrix_becomes_what_timm_makes_of_it(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(rounded.double(), theirs, rtol=0, atol=1e-3)
 
 
-def test_a_matrix_of_few_directions_gets_no_others_by_rounding() -> None:
+def test_a_matrix_of_few_directions_gets_no_others_by_rounding():
     """In bf16 noise takes the place of the directions that a gradient lacks."""
     left, right = drawn(64, 2), drawn(2, 200, seed=1)
     exact = orthogonalize(left @ right)
@@ -39,7 +39,7 @@ def test_a_matrix_of_few_directions_gets_no_others_by_rounding() -> None:
     assert not orthogonalize(torch.zeros(3, 5)).any()
 
 
-def test_steps_are_those_of_timm_and_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_of_timm_and_of_adamw(monkeypatch):
     import timm.optim
     import timm.optim.muon
 
@@ -72,7 +72,7 @@ def test_steps_are_those_of_timm_and_of_adamw(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-def test_a_parameter_without_a_gradient_stays() -> None:
+def test_a_parameter_without_a_gradient_stays():
     one = torch.nn.Parameter(drawn(3, 3))
     before = one.detach().clone()
     Muon([{"params": [one], "use_muon": True}], lr=1.0).step()

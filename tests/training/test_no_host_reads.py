@@ -67,18 +67,18 @@ def reads_of_a_step(trainer: Trainer) -> list[str]:
     ],
     ids=lambda efficiency: ",".join(f"{k}={v}" for k, v in efficiency.items()) or "default",
 )
-def test_a_training_step_reads_nothing(images: torch.Tensor, efficiency: dict) -> None:
+def test_a_training_step_reads_nothing(images, efficiency):
     assert reads_of_a_step(trainer_of(images, **efficiency)) == []
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "mixed" not in name])
-def test_a_step_of_an_objective_reads_nothing(images: torch.Tensor, objective: str) -> None:
+def test_a_step_of_an_objective_reads_nothing(images, objective):
     loader = ListLoader([labelled_batch(images, objective=objective)])
     trainer = make_trainer(objective_config(objective), loader, progress=False)
     assert reads_of_a_step(trainer) == []
 
 
-def test_the_recorder_sees_reads() -> None:
+def test_the_recorder_sees_reads():
     ones = torch.ones(3)
     with WaitingOperators() as operators:
         float(ones.sum())
@@ -88,7 +88,7 @@ def test_the_recorder_sees_reads() -> None:
     assert operators.found == ["_local_scalar_dense", "index", "_unique2", "lift_fresh"]
 
 
-def test_a_run_reads_when_it_logs_and_at_no_other_step(images: torch.Tensor) -> None:
+def test_a_run_reads_when_it_logs_and_at_no_other_step(images):
     # one checkpoint at the end, since its numbers are looked over before writing
     rarely = {"run": {"log_every_steps": 3}, "checkpoint": {"every_steps": 0}}
     config = tiny_config(steps=6).changed(**rarely)
@@ -111,7 +111,7 @@ def test_a_run_reads_when_it_logs_and_at_no_other_step(images: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("pool", ["bert:mean", "roberta:pooler", "distilbert:cls", "mpnet:mean"])
-def test_text_encoders_of_transformers_read_nothing(pool: str) -> None:
+def test_text_encoders_of_transformers_read_nothing(pool):
     """By themselves they look whether a mask of padding has any."""
     sizes = {"text_width": 32, "text_layers": 1, "text_heads": 4, "vocab_size": 100}
     encoder = build_text_encoder(ModelConfig(**sizes, text_activation="gelu", text_pool=pool))

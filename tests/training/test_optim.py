@@ -50,9 +50,7 @@ def install_nvidia_apex(monkeypatch: pytest.MonkeyPatch, *, compiled: bool = Tru
     return optimizers
 
 
-def test_nvidias_apex_is_known_by_its_contents_and_needs_its_extensions(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nvidias_apex_is_known_by_its_contents_and_needs_its_extensions(monkeypatch):
     optimizers = install_nvidia_apex(monkeypatch)
     assert load_apex_optimizers() is optimizers
     install_nvidia_apex(monkeypatch, compiled=False)
@@ -70,7 +68,7 @@ NO_APEX: dict[str, tuple[dict[str, ModuleType], str]] = {
 
 
 @pytest.mark.parametrize("kind", NO_APEX)
-def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_another_project_of_that_name_is_not_it(monkeypatch, kind):
     modules, message = NO_APEX[kind]
     install(monkeypatch, **modules)
     with pytest.raises(ValueError, match=message) as caught:
@@ -79,7 +77,7 @@ def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("name", ["fusedadamw", "fusedlamb"])
-def test_apex_is_refused_in_fp64_and_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_is_refused_in_fp64_and_on_the_cpu(name, monkeypatch):
     optim.check_optimizer(name, device=CUDA, precision="bf16")
     with pytest.raises(ValueError, match="with efficiency.precision=fp64"):
         optim.check_optimizer(name, device=CUDA, precision="fp64")
@@ -96,9 +94,7 @@ def test_apex_is_refused_in_fp64_and_on_the_cpu(name: str, monkeypatch: pytest.M
         ("fusedlamb", "FusedLAMB", {"max_grad_norm": math.inf}),
     ],
 )
-def test_apex_gets_the_settings(
-    name: str, kind: str, extra: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_apex_gets_the_settings(name, kind, extra, monkeypatch):
     install_nvidia_apex(monkeypatch)
     monkeypatch.setattr(optim, "check_optimizer", Mock())  # as if on CUDA
     config = tiny_config(optimizer=name)
@@ -108,7 +104,7 @@ def test_apex_gets_the_settings(
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("lamb", Lamb)])
-def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -> None:
+def test_every_parameter_is_in_one_of_the_papers_groups(name, kind):
     config = tiny_config(optimizer=name)
     model = build_model(config)
     optimizer = optim.build_optimizer(model, config)
@@ -121,7 +117,7 @@ def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_rates_fall_with_depth() -> None:
+def test_rates_fall_with_depth():
     config = tiny_config().changed(optim={"layer_decay": 0.5})
     model = build_model(config)
     optimizer = optim.build_optimizer(model, config)
@@ -153,7 +149,7 @@ def test_rates_fall_with_depth() -> None:
         assert weight_decay == (0.0 if parameter in spared else 0.1)
 
 
-def test_lamb_leaves_clipping_to_the_config() -> None:
+def test_lamb_leaves_clipping_to_the_config():
     """The first LAMB step of an undecayed parameter has Adam's size: the gradient's does not."""
     config = tiny_config(optimizer="lamb")
     model = build_model(config)
@@ -168,7 +164,7 @@ def test_lamb_leaves_clipping_to_the_config() -> None:
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clipping_is_torchs_own(dtype: torch.dtype, fused: bool, clip_norm: float) -> None:
+def test_clipping_is_torchs_own(dtype, fused, clip_norm):
     def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).to(dtype)
@@ -188,7 +184,7 @@ def test_clipping_is_torchs_own(dtype: torch.dtype, fused: bool, clip_norm: floa
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
-def test_the_norm_of_a_large_gradient_is_exact_to_fp32() -> None:
+def test_the_norm_of_a_large_gradient_is_exact_to_fp32():
     """A plain fp32 sum over 25 million squares is off by 5e-4."""
     layer = torch.nn.Embedding(49408, 512)
     layer.weight.grad = torch.randn(49408, 512, generator=torch.Generator().manual_seed(1))
@@ -196,7 +192,7 @@ def test_the_norm_of_a_large_gradient_is_exact_to_fp32() -> None:
     torch.testing.assert_close(optim.gradient_norm(layer).double(), exact, rtol=1e-6, atol=0)
 
 
-def test_muon_takes_matrices_alone() -> None:
+def test_muon_takes_matrices_alone():
     """The token table, tables of positions, scale and bias are AdamW's."""
     config = tiny_config(optimizer="muon")
     config = dataclasses.replace(config, objective=make_objective(name="sigmoid"))

@@ -16,7 +16,6 @@ import termios
 import threading
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,9 +90,7 @@ def terminal_on_stderr(monkeypatch: pytest.MonkeyPatch, *, columns: int) -> Iter
     os.close(ours)
 
 
-def test_a_run_in_a_terminal_shows_whole_lines(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_in_a_terminal_shows_whole_lines(images, tmp_path, monkeypatch):
     config = tiny_config(steps=6).changed(run={"evaluate_every_steps": 2})
 
     def with_a_line(batch: Batch) -> Batch:
@@ -129,9 +126,7 @@ def test_a_run_in_a_terminal_shows_whole_lines(
     assert re.fullmatch(r"train 100%\|\S+\| 6/6, loss \d\.\d{3}" + more, bar)
 
 
-def test_stderr_on_a_full_disk_ends_no_run(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stderr_on_a_full_disk_ends_no_run(images, tmp_path, monkeypatch):
     def with_a_line(batch: Batch) -> Batch:
         logging.getLogger("loader").warning("reads step %d", batch.step)
         return batch

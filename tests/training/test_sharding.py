@@ -64,10 +64,7 @@ def sizes_of(run: Path) -> list[list[int]]:
     return [torch.load(run / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
 
 
-@pytest.mark.dist
-def test_two_ranks_that_divide_the_state_train_as_before(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_two_ranks_that_divide_the_state_train_as_before(images, tmp_path):
     """And hold half of it each; `optimizer` divides no parameter, and one is 0.8 of this model."""
     runs = {shard: (quick_config(shard), None) for shard in ("off", "optimizer", "full")}
     run_on_ranks(train_each, 2, images, tmp_path, runs)
@@ -101,14 +98,11 @@ SETTINGS: dict[str, dict] = {
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "name", ["clipped", *(pytest.param(one, marks=pytest.mark.long) for one in [*SETTINGS][1:])]
 )
-def test_divided_runs_are_the_plain_run(
-    images: torch.Tensor, tmp_path: Path, world_size: int, name: str
-) -> None:
+def test_divided_runs_are_the_plain_run(images, tmp_path, world_size, name):
     """Ranks have other numbers of micro-batches of texts, and of passes in an evaluation."""
     runs = {
         run: (config_of(run.removesuffix(", again"), **SETTINGS[name]), None)
@@ -125,13 +119,12 @@ def test_divided_runs_are_the_plain_run(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("optimizer", "precision"), [("lamb", "fp64"), ("lamb", "fp16"), ("adamw", "fp16")]
 )
 def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
-    images: torch.Tensor, tmp_path: Path, optimizer: str, precision: str
-) -> None:
+    images, tmp_path, optimizer, precision
+):
     settings = {"optimizer": optimizer, "precision": precision}
     runs = {shard: (config_of(shard, **settings), None) for shard in ("off", "optimizer")}
     run_on_ranks(train_each, 4, images, tmp_path, runs)
@@ -139,21 +132,16 @@ def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precision: str) -> None:
+def test_full_differs_by_rounding(images, tmp_path, precision):
     """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
     runs = {shard: (config_of(shard, precision=precision), None) for shard in ("off", "full")}
     run_on_ranks(train_each, 4, images, tmp_path, runs)
     assert_close_runs(tmp_path / "full", tmp_path / "off", rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
-def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(images, tmp_path):
     """From four ranks to two and to one, and back; on as many ranks bit for bit."""
     configs = {shard: config_of(shard, ema_decay=0.9) for shard in ("off", "optimizer", "full")}
     run_on_ranks(train_each, 4, images, tmp_path, {"full": (configs["full"], None)})
@@ -176,11 +164,9 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     assert len(losses_of(tmp_path / first)) == STEPS
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.dist
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
-def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> None:
+def test_compiled_blocks_are_divided(images, tmp_path):
     plain = {"off": (config_of(), None)}
     compiled = {
         "full": (config_of("full", compile="blocks"), None),
@@ -192,7 +178,7 @@ def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> No
         assert_close_runs(tmp_path / run, tmp_path / "off", **IN_FP64)
 
 
-def test_owners_have_nearly_as_much_each() -> None:
+def test_owners_have_nearly_as_much_each():
     sizes = [7, 1, 1, 30, 5, 5, 4, 9, 2, 20]
     owners = choose_owners(sizes, 3)
     loads = [
@@ -204,7 +190,7 @@ def test_owners_have_nearly_as_much_each() -> None:
     assert choose_owners([3, 2], 4) == [0, 1]  # two ranks have none
 
 
-def test_no_more_ranks_own_parameters_than_leave_the_fullest_no_fuller() -> None:
+def test_no_more_ranks_own_parameters_than_leave_the_fullest_no_fuller():
     with torch.device("meta"):
         model = build_model(build_preset("swin-tiny"))
     sizes = [one.numel() for one in model.parameters()]
@@ -226,9 +212,7 @@ def test_no_more_ranks_own_parameters_than_leave_the_fullest_no_fuller() -> None
         ({"compile": "encoders"}, "efficiency.compile=encoders.*take efficiency.compile=blocks"),
     ],
 )
-def test_what_full_cannot_divide_is_refused(
-    images: torch.Tensor, tmp_path: Path, settings: dict, message: str
-) -> None:
+def test_what_full_cannot_divide_is_refused(images, tmp_path, settings, message):
     """By the trainer, and before the data is opened."""
     config = tiny_config(shard="full", **settings)
     with pytest.raises(ValueError, match=f"{message}, or efficiency.shard=optimizer"):
@@ -238,16 +222,14 @@ def test_what_full_cannot_divide_is_refused(
         check_request(config, run_folder=tmp_path, nproc=2, resume="never")
 
 
-def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
-    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(images, monkeypatch):
     monkeypatch.setattr("unicl_fast.models.precision.fast_precision", lambda device: "fp16")
     config = tiny_config(shard="full", precision="auto")
     with pytest.raises(ValueError, match="efficiency.precision=fp16.*take efficiency.precision="):
         trainer_of(images, config)
 
 
-def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch):
     """The other encoder is not divided then either: the model is left as it was."""
     monkeypatch.setattr("unicl_fast.models.sharding.init_device_mesh", lambda *_: None)
     monkeypatch.setattr("unicl_fast.models.sharding.fully_shard", divide := Mock())
@@ -262,7 +244,7 @@ def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("shard", "keeps"), [("off", True), ("optimizer", True), ("full", False)])
-def test_weights_of_divided_blocks_are_not_kept_in_16_bits(shard: str, keeps: bool) -> None:
+def test_weights_of_divided_blocks_are_not_kept_in_16_bits(shard, keeps):
     config = tiny_config(shard=shard, precision="bf16")
     with encoder_autocast(config.efficiency, Ranks(world_size=2), "cpu"):
         assert torch.is_autocast_cache_enabled() == keeps

@@ -41,7 +41,6 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("train", "settings"),
     [
@@ -59,8 +58,8 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
     ids=["ViT", "Swin", "compiled ViT"],
 )
 def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
-    images: torch.Tensor, tmp_path: Path, train: Any, settings: dict[str, Any]
-) -> None:
+    images, tmp_path, train, settings
+):
     """The order in which DDP's buckets are added up shows from three ranks on."""
     stages = ("12:image_size=16,global_batch_size=6,context_length=6", "12:crop_scale=0.5..1")
     if "vit" in settings["image_encoder"]:
@@ -94,8 +93,8 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
     [("test_vit", 0.0), pytest.param("unicl_swin6_small", 0.9, marks=pytest.mark.slow)],
 )
 def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
-    images: torch.Tensor, tmp_path: Path, image_encoder: str, ema_decay: float
-) -> None:
+    images, tmp_path, image_encoder, ema_decay
+):
     stages = STAGES
     if image_encoder == "unicl_swin6_small":  # BatchNorm takes no micro-batches, Swin drops none
         stages = ("0.4:image_size=16,global_batch_size=8", "0.4:image_size=24,context_length=7")
@@ -119,7 +118,7 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
         assert_equal(resumed.model.state_dict(), unbroken.model.state_dict())
 
 
-def test_every_stage_trains_and_shows_what_it_says(images: torch.Tensor, tmp_path: Path) -> None:
+def test_every_stage_trains_and_shows_what_it_says(images, tmp_path):
     config = config_of(*STAGES)
     trainer = trainer_in(tmp_path, config, images)
     tokens: list[int] = []
@@ -133,7 +132,7 @@ def test_every_stage_trains_and_shows_what_it_says(images: torch.Tensor, tmp_pat
     assert trainer.model.image_encoder.pos_embed.shape[1] == 4 + prefix
 
 
-def test_the_model_is_evaluated_at_the_runs_own_sizes(images: torch.Tensor) -> None:
+def test_the_model_is_evaluated_at_the_runs_own_sizes(images):
     config = config_of("0.5:image_size=16,context_length=6", image_encoder="unicl_swin6_small")
     evaluated: list[tuple[int, int]] = []
 
@@ -151,7 +150,7 @@ def test_the_model_is_evaluated_at_the_runs_own_sizes(images: torch.Tensor) -> N
     assert sizes(trainer.model) == (16, 6)
 
 
-def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
+def test_rates_follow_samples_and_the_batch_of_the_stage():
     config = config_of("600:global_batch_size=3", samples=1200)
     config = config.changed(optim={"lr_batch_size": 12, "warmup_fraction": 0.0})
     optimizer = build_optimizer(build_model(config), config)
@@ -174,9 +173,7 @@ def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
     assert rate_at(249) == pytest.approx(least)
 
 
-def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(images, tmp_path):
     trainer_in(tmp_path, config_of(*STAGES), images).fit()
     after_4 = tmp_path / "checkpoints" / "step-00000004"
     said = r"run\.stages shows 48 samples before step 4, .* after 36"
@@ -186,7 +183,7 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
     trainer_in(None, longer, images).resume(after_4)
 
 
-def test_work_of_a_stage_is_its_own(images: torch.Tensor) -> None:
+def test_work_of_a_stage_is_its_own(images):
     config = config_of(*STAGES, image_encoder="test_vit")
     work = []
     for stage, size in zip(config.stages, (8, 12, 12), strict=True):

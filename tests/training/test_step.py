@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,13 +28,10 @@ from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.encoding import after_three_quarters
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     "world_size", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
 )
-def test_ranks_give_the_loss_and_gradients_of_one_process(
-    images: torch.Tensor, tmp_path: Path, world_size: int
-) -> None:
+def test_ranks_give_the_loss_and_gradients_of_one_process(images, tmp_path, world_size):
     """Classes and numbers of distinct texts differ by rank; the last rank may have no label."""
     shares = [global_batch(images, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(share.texts.tokens) for share in shares}) > 1
@@ -53,9 +49,7 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 5])
-def test_distinct_texts_without_padding_equal_every_text_with_it(
-    images: torch.Tensor, micro_batch_size: int
-) -> None:
+def test_distinct_texts_without_padding_equal_every_text_with_it(images, micro_batch_size):
     """Loss and gradients of a step."""
     config = tiny_config(micro_batch_size=micro_batch_size)
     loss, gradients = first_gradients(images, Ranks(), config)
@@ -66,11 +60,8 @@ def test_distinct_texts_without_padding_equal_every_text_with_it(
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
-    tmp_path: Path, world_size: int
-) -> None:
+def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(tmp_path, world_size):
     """Features instead of a model: one rank with a single text, one with distinct captions only."""
     if world_size == 1:
         write_feature_gradients(Ranks(), str(tmp_path))
@@ -103,11 +94,8 @@ def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_resumed_ranks_equal_unbroken_ones(
-    images: torch.Tensor, tmp_path: Path, world_size: int
-) -> None:
+def test_resumed_ranks_equal_unbroken_ones(images, tmp_path, world_size):
     """From three on, the order of a sum over ranks depends on a weight's place in DDP's buckets."""
     run_on_ranks(train, world_size, images, str(tmp_path / "unbroken"), 6)
     middle = tmp_path / "unbroken" / "checkpoints" / "step-00000004"
@@ -118,10 +106,7 @@ def test_resumed_ranks_equal_unbroken_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(images, tmp_path):
     run_on_ranks(write_evaluated_buffers, 2, images, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert any("running_mean" in name for name in one)
@@ -129,9 +114,7 @@ def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
 
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_a_training_step_is_the_public_function_on_its_features(
-    images: torch.Tensor, form: str
-) -> None:
+def test_a_training_step_is_the_public_function_on_its_features(images, form):
     """Loss and all gradients; texts are encoded at full length, one for each sample."""
     config = tiny_config(loss=form)
     loss, gradients = first_gradients(images, Ranks(), config)
@@ -183,9 +166,7 @@ def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple
     [{"activation_checkpointing": True}, {"loss": "tiled"}],
     ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
 )
-def test_efficiency_changes_nothing(
-    images: torch.Tensor, switch: dict[str, object], plain: tuple[str, tuple]
-) -> None:
+def test_efficiency_changes_nothing(images, switch, plain):
     """Loss and gradients of a step; weights and BatchNorm's running averages after three."""
     image_encoder, (plain_gradients, plain_losses, plain_weights) = plain
     gradients, losses, weights = trained(images, image_encoder, **switch)
@@ -197,9 +178,7 @@ def test_efficiency_changes_nothing(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])
-def test_narrow_arithmetic_is_off_by_its_rounding_alone(
-    images: torch.Tensor, precision: str, tolerance: float
-) -> None:
+def test_narrow_arithmetic_is_off_by_its_rounding_alone(images, precision, tolerance):
     """Loss to the type's resolution; gradients point the same way."""
     loss, gradients = first_gradients(images, Ranks(), tiny_config(precision="fp32"))
     narrow_loss, narrow = first_gradients(images, Ranks(), tiny_config(precision=precision))
@@ -209,13 +188,13 @@ def test_narrow_arithmetic_is_off_by_its_rounding_alone(
     assert torch.nn.functional.cosine_similarity(flat, flat_narrow, dim=0) > 1 - 5 * tolerance
 
 
-def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:
+def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do():
     with pytest.raises(ValueError, match="set run.global_batch_size to 8 or 12"):
         Ranks(rank=0, world_size=4).local_batch_size(10)
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_texts_come_after_three_quarters_the_images_or_after_them(is_frozen: bool) -> None:
+def test_texts_come_after_three_quarters_the_images_or_after_them(is_frozen):
     encoder = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(8)))
     encoder.requires_grad_(not is_frozen)
     x, order = torch.ones(1, 2, requires_grad=True), []

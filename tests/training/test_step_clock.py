@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from fake_gpu import FakeEvent
-from small_runs import StepLoader, global_batch, tiny_config, trainer_of
+from small_runs import global_batch, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch
 from unicl_fast.system.phases import WaitingForRanks
 from unicl_fast.training import step_clock
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import StepMeter, read_metrics
 from unicl_fast.training.step_clock import NO_TRAINING, PARTS, StepClock
 
@@ -47,7 +45,7 @@ def nonzero(seconds: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_parts_are_summed_over_steps(hours: Hours, device: torch.device) -> None:
+def test_parts_are_summed_over_steps(hours, device):
     clock = StepClock(device)
     hours.pass_by(0.5)
     for part, seconds in {"data_wait": 1, "forward": 2, "backward": 4, "optimizer": 8}.items():
@@ -66,9 +64,7 @@ def test_parts_are_summed_over_steps(hours: Hours, device: torch.device) -> None
     assert nonzero(clock.cut()()) == {"other": 3}  # without a gap
 
 
-def test_only_reading_waits_for_the_device_and_events_are_used_again(
-    hours: Hours, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_reading_waits_for_the_device_and_events_are_used_again(hours, monkeypatch):
     events: list[FakeEvent] = []
 
     def make(**options: bool) -> FakeEvent:
@@ -88,7 +84,7 @@ def test_only_reading_waits_for_the_device_and_events_are_used_again(
     assert len(events) == 1 + len(PARTS) + 2
 
 
-def test_waiting_for_other_ranks_is_communication(hours: Hours) -> None:
+def test_waiting_for_other_ranks_is_communication(hours):
     clock = StepClock(CPU)
     with clock.watching():
         for part in ("forward", "checkpoint"):
@@ -103,7 +99,7 @@ def test_waiting_for_other_ranks_is_communication(hours: Hours) -> None:
     assert nonzero(clock.cut()()) == expected
 
 
-def test_rates_and_the_time_that_is_left(hours: Hours) -> None:
+def test_rates_and_the_time_that_is_left(hours):
     meter = StepMeter(CPU)
     found = []
     for pace in (50, 2, 4):  # a start is slower
@@ -129,7 +125,7 @@ def test_rates_and_the_time_that_is_left(hours: Hours) -> None:
     assert {f"seconds/{part}" for part in PARTS} <= found[0].keys()
 
 
-def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path) -> None:
+def test_the_parts_of_a_run_sum_to_its_time(images, tmp_path):
     config = tiny_config(steps=4)
     config = config.changed(
         run={"log_every_steps": 3, "evaluate_every_steps": 2}, checkpoint={"every_steps": 1}
@@ -143,10 +139,8 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
         time.sleep(0.06)
         return {"top1": 0.5}
 
-    trainer = make_trainer(
-        config, StepLoader(images, change=late), run_folder=tmp_path,
-        evaluations={"slow": slow_evaluation}, progress=False,
-    )  # fmt: skip
+    evaluations = {"slow": slow_evaluation}
+    trainer = trainer_of(images, config, tmp_path, change=late, evaluations=evaluations)
     begun = time.perf_counter()
     trainer.fit()
     elapsed = time.perf_counter() - begun
@@ -164,9 +158,7 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}], ids=str)
-def test_each_way_to_back_propagate_has_the_parts_in_order(
-    images: torch.Tensor, settings: dict[str, int]
-) -> None:
+def test_each_way_to_back_propagate_has_the_parts_in_order(images, settings):
     trainer = trainer_of(images, tiny_config(**settings))
     begun: list[str] = []
 

@@ -78,8 +78,8 @@ def trained(config: TrainConfig, folder: Path) -> tuple[list[torch.Tensor], Trai
     "precision", ["fp32", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16", "fp64"))]
 )
 def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
+    data, tmp_path, monkeypatch, precision
+):
     sources = data / "labels", data / "captions"
     encoding = config_of(*sources, features=None, precision=precision)
     stored = config_of(*sources, features=tmp_path / "features", precision=precision)
@@ -100,9 +100,7 @@ def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_features_are_stored_and_fed_in_micro_batches_and_once_for_equal_images(
-    data: Path, tmp_path: Path
-) -> None:
+def test_features_are_stored_and_fed_in_micro_batches_and_once_for_equal_images(data, tmp_path):
     """The same images packed twice have one file of features."""
     sources = [data / "labels", Path(shutil.copytree(data / "labels", tmp_path / "again"))]
 
@@ -116,7 +114,7 @@ def test_features_are_stored_and_fed_in_micro_batches_and_once_for_equal_images(
     assert len(list((tmp_path / "features").glob("*.npy"))) == 1
 
 
-def test_a_sample_without_an_image_is_replaced_as_in_every_run(data: Path, tmp_path: Path) -> None:
+def test_a_sample_without_an_image_is_replaced_as_in_every_run(data, tmp_path):
     packed = tmp_path / "labels"
     shutil.copytree(data / "labels", packed)
     with PackedDataset(packed) as dataset:
@@ -138,9 +136,7 @@ def test_a_sample_without_an_image_is_replaced_as_in_every_run(data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_other_weights_images_or_preprocessing_have_features_of_their_own(
-    data: Path, tmp_path: Path
-) -> None:
+def test_other_weights_images_or_preprocessing_have_features_of_their_own(data, tmp_path):
     folder = tmp_path / "features"
     config = config_of(data / "labels", features=folder)
     others = (
@@ -156,7 +152,7 @@ def test_other_weights_images_or_preprocessing_have_features_of_their_own(
     assert len(list(folder.iterdir())) == 2 * 4
 
 
-def test_stored_features_that_are_damaged_are_refused(data: Path, tmp_path: Path) -> None:
+def test_stored_features_that_are_damaged_are_refused(data, tmp_path):
     config = config_of(data / "labels", features=tmp_path / "features")
     trainer_of(config, tmp_path / "run").loader.close()
     (path,) = (tmp_path / "features").glob("*.npy")
@@ -181,7 +177,7 @@ def test_stored_features_that_are_damaged_are_refused(data: Path, tmp_path: Path
         ({"efficiency": {"shard": "full"}}, "take off or optimizer"),
     ],
 )
-def test_features_that_would_differ_between_epochs_are_refused(changes: dict, message: str) -> None:
+def test_features_that_would_differ_between_epochs_are_refused(changes, message):
     config = config_of(Path("data"), features=Path("features"))
     with pytest.raises(ValueError, match=message):
         config.changed(**changes)
@@ -194,7 +190,7 @@ def both_frozen(*datasets: Path, features: Path | None, **settings: object) -> T
     return config.changed(optim={"freeze": ("image", "text")}, model=model)
 
 
-def test_a_run_of_two_stored_towers_is_the_run_that_encodes(data: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_stored_towers_is_the_run_that_encodes(data, tmp_path):
     """Texts are encoded beside others, so their features differ by rounding."""
     sources = data / "labels", data / "captions"
     config = both_frozen(*sources, features=tmp_path / "features", precision="fp64")
@@ -219,9 +215,7 @@ def test_a_run_of_two_stored_towers_is_the_run_that_encodes(data: Path, tmp_path
     assert all(map(torch.equal, again, found))  # what was stored is never encoded anew
 
 
-def test_heads_standardise_by_the_training_data_and_keep_the_statistics(
-    data: Path, tmp_path: Path
-) -> None:
+def test_heads_standardise_by_the_training_data_and_keep_the_statistics(data, tmp_path):
     config = both_frozen(data / "captions", features=tmp_path / "features", precision="fp32")
     config = config.changed(model={"standardise": True}, optim={"ema_decay": 0.5})
     config = config.changed(run={"steps": 5})  # three epochs
@@ -249,7 +243,7 @@ def test_heads_standardise_by_the_training_data_and_keep_the_statistics(
 
 
 @pytest.mark.parametrize("kind", ["linear", "biased"])
-def test_a_projection_of_one_layer_gets_the_bias_that_folding_needs(kind: str) -> None:
+def test_a_projection_of_one_layer_gets_the_bias_that_folding_needs(kind):
     config = tiny_config(precision="fp32").changed(
         model={"standardise": True, "image_projection": kind}
     )
@@ -266,16 +260,14 @@ def test_a_projection_of_one_layer_gets_the_bias_that_folding_needs(kind: str) -
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
-def test_standardising_needs_features_or_a_model_that_has_statistics() -> None:
+def test_standardising_needs_features_or_a_model_that_has_statistics():
     config = tiny_config(precision="fp32").changed(model={"standardise": True})
     with pytest.raises(ValueError, match=r"by efficiency\.stored_features, or a model"):
         check_settings(config, Ranks())
     check_settings(config.changed(model={"init": "runs/heads"}), Ranks())
 
 
-def test_a_killed_store_is_continued_and_gives_the_same_features(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_store_is_continued_and_gives_the_same_features(data, tmp_path, monkeypatch):
     config = both_frozen(data / "labels", features=tmp_path / "whole", precision="fp32")
     trainer_of(config, tmp_path / "run").loader.close()
     broken = config.changed(efficiency={"stored_features": str(tmp_path / "killed")})
@@ -302,8 +294,7 @@ def test_a_killed_store_is_continued_and_gives_the_same_features(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_two_ranks_store_and_feed_both_towers_as_one_does(data: Path, tmp_path: Path) -> None:
+def test_two_ranks_store_and_feed_both_towers_as_one_does(data, tmp_path):
     frozen = [*LOCKED, "--optim.freeze", "image", "text", "--model.drop-path", "0"]
     frozen += ["--model.standardise", "--model.image-projection", "mlp"]
     frozen += ["--data.train", data / "labels", data / "captions"]
@@ -324,10 +315,7 @@ def test_two_ranks_store_and_feed_both_towers_as_one_does(data: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_a_run_from_stored_features_resumes_on_other_ranks_with_its_ledger(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_run_from_stored_features_resumes_on_other_ranks_with_its_ledger(data, tmp_path):
     sources = ["--data.train", data / "labels", data / "captions"]
     features = ["--efficiency.stored-features", tmp_path / "features"]
     run("pretrain", *LOCKED, *sources, "--out", tmp_path / "encoding")

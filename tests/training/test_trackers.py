@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 from damage import HOSTILE
 from small_runs import tiny_config, trainer_of
 
@@ -57,9 +56,7 @@ def begin(folder: Path, name: Any, start_step: int = 0) -> MetricsWriter:
 # Faults.
 
 
-def test_a_tracker_that_fails_in_any_way_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tracker_that_fails_in_any_way_ends_nothing(tmp_path, monkeypatch, caplog):
     """As a protobuf of another version does when TensorBoard is imported or writes."""
     fail = Mock(side_effect=TypeError("Descriptors cannot be created directly"))
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", fail)
@@ -69,9 +66,7 @@ def test_a_tracker_that_fails_in_any_way_ends_nothing(
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_a_tracker_that_hangs_keeps_no_step_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tracker_that_hangs_keeps_no_step_waiting(tmp_path, monkeypatch, caplog):
     end = threading.Event()
     hanging = Tracker(log=lambda values, step: end.wait(), close=lambda: None)
     monkeypatch.setitem(OPENERS, "wandb", lambda run: hanging)
@@ -86,7 +81,7 @@ def test_a_tracker_that_hangs_keeps_no_step_waiting(
     assert len(read_metrics(tmp_path)) == 19
 
 
-def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(trackers_module, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install wandb, or pip install .*\[trackers\]"):
         require_trackers(["wandb"])
@@ -188,9 +183,7 @@ trackers = pytest.mark.parametrize(
 
 
 @trackers
-def test_a_resumed_run_continues_the_run_of_its_tracker(
-    tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_resumed_run_continues_the_run_of_its_tracker(tmp_path, name, mlflow_database, caplog):
     """Killed after step 6, and resumed from step 4."""
     shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     pytest.importorskip(name)
@@ -214,9 +207,7 @@ def test_a_resumed_run_continues_the_run_of_its_tracker(
 
 
 @pytest.mark.slow
-def test_wandb_gets_no_secret_of_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_no_secret_of_the_command_line(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     url = "s3://user:password-of-mine@host/data"
     monkeypatch.setattr("sys.argv", ["unicl-pretrain", "--data.train", url])
@@ -228,9 +219,7 @@ def test_wandb_gets_no_secret_of_the_command_line(
 
 
 @trackers
-def test_any_name_of_a_data_set_is_taken(
-    tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_any_name_of_a_data_set_is_taken(tmp_path, name, mlflow_database, caplog):
     pytest.importorskip(name)
     shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     keys = [f"zero_shot/{one}/top1" for one in (*HOSTILE, "line\nbreak", "\udcff")]
@@ -243,9 +232,7 @@ def test_any_name_of_a_data_set_is_taken(
         assert curves["loss"] == [(2, 0.5)]
 
 
-def test_a_trainer_sends_its_lines(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trainer_sends_its_lines(images, tmp_path, monkeypatch):
     config = tiny_config(steps=2).changed(run={"trackers": ("wandb",)})
     log, close = Mock(), Mock()
     monkeypatch.setitem(OPENERS, "wandb", opened := Mock(return_value=Tracker(log, close)))

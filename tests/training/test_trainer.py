@@ -42,7 +42,7 @@ from unicl_fast.training.run import pretrain
 from unicl_fast.training.trainer import Observer
 
 
-def test_a_batch_is_let_go_before_the_next_one_is_requested(images: torch.Tensor) -> None:
+def test_a_batch_is_let_go_before_the_next_one_is_requested(images):
     held: list[weakref.ref[torch.Tensor]] = []
 
     class Watching(StepLoader):
@@ -79,8 +79,8 @@ FORMATS += [("fp16", "lamb"), ("fp32", "muon")]
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    images: torch.Tensor, tmp_path: Path, precision: str, optimizer: str, image_encoder: str
-) -> None:
+    images, tmp_path, precision, optimizer, image_encoder
+):
     config = tiny_config(image_encoder=image_encoder, precision=precision, optimizer=optimizer)
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
     unbroken.fit()
@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[4:]
 
 
-def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_run_folder_holds_what_was_promised(images, tmp_path):
     trainer = trainer_of(images, folder=tmp_path)
     trainer.data = {"train": ["images"]}
     trainer.fit()
@@ -109,9 +109,7 @@ def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Pa
     assert_equal(trainer.model.state_dict(), load_encoders(tmp_path).state_dict())
 
 
-def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(images, tmp_path):
     trainer_of(images, folder=tmp_path).fit()
     again = trainer_of(images, folder=tmp_path)
     again.resume(tmp_path / "checkpoints" / "step-00000002")
@@ -126,7 +124,7 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == found[:1]
 
 
-def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
+def test_another_model_or_other_data_is_refused(images, tmp_path):
     trainer_of(images, folder=tmp_path).fit()
     checkpoint = tmp_path / "checkpoints" / "step-00000006"
     plain = tiny_config()
@@ -147,9 +145,7 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
         other.resume(checkpoint)
 
 
-def test_the_first_scale_of_a_resumed_run_does_not_count(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_the_first_scale_of_a_resumed_run_does_not_count(images, tmp_path):
     small = dataclasses.replace(tiny_config(), objective=make_objective(logit_scale_init=1.0))
     trainer_of(images, small, tmp_path).fit()
     resumed = trainer_of(images, folder=tmp_path / "b")
@@ -158,7 +154,7 @@ def test_the_first_scale_of_a_resumed_run_does_not_count(
     assert resumed.model.logit_scale.item() == pytest.approx(1, abs=0.01)
 
 
-def test_a_run_of_muon_resumes_with_more_frozen(images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_run_of_muon_resumes_with_more_frozen(images, tmp_path):
     config = tiny_config(optimizer="muon", precision="fp32")
     trainer_of(images, config, tmp_path).fit()
     resumed = trainer_of(images, config.changed(optim={"freeze": ("text",)}), tmp_path / "b")
@@ -166,7 +162,7 @@ def test_a_run_of_muon_resumes_with_more_frozen(images: torch.Tensor, tmp_path: 
     assert resumed.step == 6
 
 
-def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> None:
+def test_a_list_of_batches_trains_and_the_loss_falls(images):
     config = dataclasses.replace(
         tiny_config(image_encoder="unicl_convnet7_small", steps=40),
         efficiency=EfficiencyConfig(precision="fp32"),
@@ -178,9 +174,7 @@ def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> No
     assert last < first - 0.5
 
 
-def test_a_run_without_a_length_or_with_views_that_nothing_uses_is_refused(
-    images: torch.Tensor,
-) -> None:
+def test_a_run_without_a_length_or_with_views_that_nothing_uses_is_refused(images):
     with pytest.raises(ValueError, match=r"set run.samples or run.steps"):
         trainer_of(images, tiny_config(steps=0))
     with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
@@ -188,13 +182,7 @@ def test_a_run_without_a_length_or_with_views_that_nothing_uses_is_refused(
 
 
 @pytest.mark.parametrize("level", ["WARNING", "INFO"])
-def test_evaluations_run_at_their_steps_and_are_written(
-    images: torch.Tensor,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-    level: str,
-) -> None:
+def test_evaluations_run_at_their_steps_and_are_written(images, tmp_path, caplog, capsys, level):
     """A program has them in its log, and so in its log file; a notebook without a log sees them."""
     caplog.set_level(level)
     config = tiny_config().changed(run={"log_every_steps": 6, "evaluate_every_steps": 4})
@@ -214,14 +202,14 @@ def test_evaluations_run_at_their_steps_and_are_written(
     assert [name for name in shown if "step 4: digits/top1 0.5" in shown[name]] == [level]
 
 
-def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor) -> None:
+def test_classes_are_refused_where_a_text_is_its_own_class(images):
     clip = objective_config("clip", steps=1)
     with pytest.raises(ValueError, match="objective.name=clip: .* labels of -1"):
         trainer_of(images, clip).fit()
     make_trainer(clip, labelled_loader(images, "clip"), progress=False).fit()
 
 
-def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path: Path) -> None:
+def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path):
     config = TrainConfig(data=DataConfig(decode_device="gpu"), run=RunConfig(device="cpu"))
     too_late = Mock(side_effect=AssertionError("it comes too late"))
     with pytest.raises(ValueError, match=r"run is on the CPU: set data\.decode_device=auto"):
@@ -252,9 +240,7 @@ def pretrain_on_twelve_images(
     )
 
 
-def test_a_run_keeps_what_was_given_and_which_decoder_auto_took(
-    tmp_path: Path, data: Path, start: Callable[..., None]
-) -> None:
+def test_a_run_keeps_what_was_given_and_which_decoder_auto_took(tmp_path, data, start):
     """So a run that resumes with another one says so."""
     config = config_of_labels(data)
     assert config.data.decode_device == "auto"
@@ -266,9 +252,7 @@ def test_a_run_keeps_what_was_given_and_which_decoder_auto_took(
     assert config_from_dict(stored["config"]) == config
 
 
-def test_a_run_reads_initial_weights_at_its_first_start_alone(
-    tmp_path: Path, data: Path, start: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_reads_initial_weights_at_its_first_start_alone(tmp_path, data, start, caplog):
     config = config_of_labels(data).changed(model={"init": "somewhere"})
     started: list[torch.Tensor] = []
 
@@ -293,9 +277,7 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     assert read_state(last_of(tmp_path)).config.model.init == "somewhere"
 
 
-def test_a_run_tells_its_trainer_how_long_the_loader_waits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
-) -> None:
+def test_a_run_tells_its_trainer_how_long_the_loader_waits(monkeypatch, tmp_path, data):
     config = dataclasses.replace(tiny_config(), data=DataConfig(train=(str(data / "labels"),)))
     loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
@@ -308,7 +290,7 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
         assert log._watch._reading is loader.reading
 
 
-def test_a_loader_that_ends_before_the_run_is_refused(images: torch.Tensor) -> None:
+def test_a_loader_that_ends_before_the_run_is_refused(images):
     loader = StepLoader(images)
     three = itertools.islice(loader.batches(0), 3)
     loader.batches = lambda start_step: three
