@@ -62,7 +62,7 @@ def write_encoder(folder: Path, kind: str) -> Path:
         *(("棚", 10), ("デスクライト", 11), ("ﾃﾞｽｸ", 11), ("桌", 12), ("책", 13)),
     ],
 )
-def test_a_word_or_a_part_of_one_finds_its_title(query: str, found: int) -> None:
+def test_a_word_or_a_part_of_one_finds_its_title(query, found):
     scores = Words(TITLES).scores(query)
     assert int(scores.argmax()) == found
     assert scores[found] > 0
@@ -72,9 +72,7 @@ def test_a_word_or_a_part_of_one_finds_its_title(query: str, found: int) -> None
 
 @pytest.mark.dali
 @pytest.mark.parametrize("kind", ["xlm-roberta", pytest.param("bert", marks=pytest.mark.slow)])
-def test_titles_are_packed_trained_on_by_heads_and_searched(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_titles_are_packed_trained_on_by_heads_and_searched(kind, tmp_path, monkeypatch):
     check_inline(monkeypatch)
     forms = ("NFC", "NFD", "NFKC")
     with (tmp_path / "list.csv").open("w", newline="", encoding="utf-8") as file:

@@ -562,7 +562,7 @@ def test_a_stage_does_not_begin_before_the_records_of_the_last_one_are_down(tmp_
         record_stages(tmp_path, 0, 4)
 
 
-def test_the_proof_of_a_ledger_counts_draws_by_weight() -> None:
+def test_the_proof_of_a_ledger_counts_draws_by_weight():
     draws = WeightedDraws(np.resize(np.array([1, 0.5, 300], np.float32), 40), seed=0, source=0)
     sound = np.concatenate([draws.samples_of(np.random.permutation(40), e) for e in range(3)])
     wrong = sound.copy()

@@ -93,7 +93,7 @@ def test_distinct_texts_with_counts_equal_all_texts(form, texts, text_classes):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_average_the_losses_of_rows_and_columns(form: str) -> None:
+def test_weights_average_the_losses_of_rows_and_columns(form):
     """As the definition says, with distinct texts; their scale does not matter."""
     index, classes = torch.tensor([0, 1, 1, 2, 0, 3]), torch.tensor([0, 1, 1, 2])
     images, features = rows(6, seed=1), rows(4, seed=2)

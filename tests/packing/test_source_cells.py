@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from foreign_sources import outcomes, read_source, texts, write_tar
-from pack_runs import Pack, build_set, jpeg, samples_of
+from pack_runs import build_set, jpeg, samples_of
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.packing.label_space import name_paths
@@ -61,9 +61,7 @@ def labels(*paths: str) -> list[str]:
     return [path.replace("/", PATH) for path in paths]
 
 
-def test_an_export_is_packed_as_it_is(
-    export: Path, tmp_path: Path, pack: Pack, checked: list[str]
-) -> None:
+def test_an_export_is_packed_as_it_is(export, tmp_path, pack, checked):
     code, text = pack("build", export, "--out", tmp_path / "none")
     assert code == 2
     assert f"not one of 7 images is there, such as '/1.jpg' in {tmp_path}. It is in" in text
@@ -101,7 +99,7 @@ def test_an_export_is_packed_as_it_is(
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_an_option_says_otherwise(export: Path, tmp_path: Path, kind: str) -> None:
+def test_an_option_says_otherwise(export, tmp_path, kind):
     if kind == "parquet":
         columns = zip(*ROWS, strict=True)
         pq.write_table(pa.table(dict(zip(HEADER, map(list, columns), strict=True))),
@@ -153,14 +151,12 @@ def test_an_option_says_otherwise(export: Path, tmp_path: Path, kind: str) -> No
         ({"cells": "some"}, "--cells is one of all, first, plain, not 'some'"),
     ],
 )
-def test_options_that_cannot_work_are_refused(
-    export: Path, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_options_that_cannot_work_are_refused(export, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         build_set([export], tmp_path / "out", image_root=str(tmp_path / "media"), **options)
 
 
-def test_a_split_keeps_a_product_on_one_side(tmp_path: Path, checked: list[str]) -> None:
+def test_a_split_keeps_a_product_on_one_side(tmp_path, checked):
     rows = []
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
@@ -188,9 +184,7 @@ def test_a_split_keeps_a_product_on_one_side(tmp_path: Path, checked: list[str])
         ("id,parent,image,caption", "7,70,1.jpg,x", []),
     ],
 )
-def test_parents_are_found_by_the_columns_of_other_shops(
-    tmp_path: Path, header: str, row: str, group: list[str]
-) -> None:
+def test_parents_are_found_by_the_columns_of_other_shops(tmp_path, header, row, group):
     for number in (1, 2):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
     (tmp_path / "list.csv").write_text(f"{header}\n{row}\n")
@@ -198,7 +192,7 @@ def test_parents_are_found_by_the_columns_of_other_shops(
     assert (item.name, item.captions, sorted(item.groups)) == ("1.jpg", ["x"], sorted(group))
 
 
-def test_paths_of_labels_are_told_from_names(tmp_path: Path) -> None:
+def test_paths_of_labels_are_told_from_names(tmp_path):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
 
     def read(*cells: str) -> set[str | int]:
@@ -215,7 +209,7 @@ def test_paths_of_labels_are_told_from_names(tmp_path: Path) -> None:
     assert read("R/a/x;R/b", "R/a/y|R/a", "R") == set(labels("a/x", "b", "a/y"))
 
 
-def test_names_of_paths_are_those_at_the_end_where_they_differ() -> None:
+def test_names_of_paths_are_those_at_the_end_where_they_differ():
     paths = labels("Men/Tops/Tees", "Women/Tops/Tees", "Women/Bras", "X/a_b")
     assert {
         path.replace(PATH, "/"): name for path, name in name_paths([*paths, 3, "x"]).items()
@@ -226,7 +220,7 @@ def test_names_of_paths_are_those_at_the_end_where_they_differ() -> None:
     }
 
 
-def test_cells_are_read_as_shops_write_them() -> None:
+def test_cells_are_read_as_shops_write_them():
     assert images_in("a.jpg, b.PNG|c.webp;d.jpeg\ne.gif") == [
         *("a.jpg", "b.PNG", "c.webp", "d.jpeg", "e.gif")
     ]
@@ -243,7 +237,7 @@ def test_cells_are_read_as_shops_write_them() -> None:
 
 
 @pytest.mark.parametrize("piece", ["<a", "<!--", "<b ", "&", "</p", "&#1", "<p>", "a/", ",a=", " "])
-def test_hostile_cells_cost_linear_time(tmp_path: Path, piece: str) -> None:
+def test_hostile_cells_cost_linear_time(tmp_path, piece):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     cell = piece * (90_000 // len(piece)) + "!"
     row = {"image": "1.jpg", "name": cell, "categories": cell, "attributes": cell}
@@ -255,7 +249,7 @@ def test_hostile_cells_cost_linear_time(tmp_path: Path, piece: str) -> None:
     assert time.process_time() - start < 5  # seconds; a quadratic way needs more than ten
 
 
-def test_fields_of_tars_make_captions_and_groups(tmp_path: Path) -> None:
+def test_fields_of_tars_make_captions_and_groups(tmp_path):
     fields = json.dumps({"name": "Tee", "color": "red", "sku": "T1-S"}).encode()
     path = write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.json": fields})
     options = ListOptions(

@@ -14,7 +14,7 @@ import pytest
 from damage import mend_checksums
 from foreign_sources import write_tar
 from object_stores import upload
-from pack_runs import Pack, build_set, contents, faults_of, jpeg, left_out, write_photos
+from pack_runs import build_set, contents, faults_of, jpeg, left_out, write_photos
 
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.reader import PackedDataset
@@ -55,7 +55,7 @@ def weights_of(out: Path) -> list[tuple[float, str]]:
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "tar"])
 @pytest.mark.usefixtures("checked")
-def test_a_column_of_weights_is_stored_and_bad_ones_are_named(kind: str, tmp_path: Path) -> None:
+def test_a_column_of_weights_is_stored_and_bad_ones_are_named(kind, tmp_path):
     out = tmp_path / "out"
     options = {"caption_column": "title", "weight_column": "clicks"}
     summary = build_set([write(kind, tmp_path)], out, **options)
@@ -66,7 +66,7 @@ def test_a_column_of_weights_is_stored_and_bad_ones_are_named(kind: str, tmp_pat
 
 
 @pytest.mark.usefixtures("checked")
-def test_rows_of_an_image_have_their_mean_and_other_sources_one(tmp_path: Path, pack: Pack) -> None:
+def test_rows_of_an_image_have_their_mean_and_other_sources_one(tmp_path, pack):
     photos = write_photos(tmp_path / "photos", [1, 2])
     (tmp_path / "3.jpg").write_bytes(jpeg(3))
     table = tmp_path / "list.csv"
@@ -98,7 +98,7 @@ def test_rows_of_an_image_have_their_mean_and_other_sources_one(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("checked")
-def test_changed_weights_are_found(tmp_path: Path) -> None:
+def test_changed_weights_are_found(tmp_path):
     out = tmp_path / "out"
     build_set([write("csv", tmp_path)], out, caption_column="title", weight_column="clicks")
     path = out / "weights.npy"

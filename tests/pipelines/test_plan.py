@@ -542,9 +542,7 @@ def test_texts_of_a_batch_are_prompts_of_one_level_which_changes_from_step_to_st
     seed=st.integers(0, 2**40),
     first=st.integers(0, 10**6),
 )
-def test_each_epoch_draws_a_sample_as_often_as_its_share_rounded(
-    weights: list[float], seed: int, first: int
-) -> None:
+def test_each_epoch_draws_a_sample_as_often_as_its_share_rounded(weights, seed, first):
     values = np.array(weights, np.float32)
     share = values.astype(float) * len(values) / values.sum(dtype=float)
     draws = WeightedDraws(values, seed=seed, source=1)
@@ -559,7 +557,7 @@ def test_each_epoch_draws_a_sample_as_often_as_its_share_rounded(
 
 
 @pytest.mark.parametrize("window", [0, 16])
-def test_samples_are_drawn_by_weight(window: int) -> None:
+def test_samples_are_drawn_by_weight(window):
     def schedule(*weights: float) -> tuple[np.ndarray, np.ndarray, TrainPlan]:
         one, other = make_source(40, captions=1), make_source(25, captions=1)
         one = dataclasses.replace(one, weights=np.resize(np.array(weights, np.float32), 40))

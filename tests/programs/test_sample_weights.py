@@ -47,9 +47,7 @@ def train(out: Path, *data: Path, use: str, more: tuple[str | Path, ...] = ()) -
     return losses(out)
 
 
-def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(
-    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(packed, tmp_path, capsys):
     plain = train(tmp_path / "plain", packed / "none", use="none")
     for use in ("loss", "draws"):
         assert train(tmp_path / f"equal-{use}", packed / "three", use=use) == plain
@@ -79,7 +77,7 @@ def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(
     assert len(set(map(tuple, found.values()))) == 3
 
 
-def test_what_cannot_be_weighted_is_refused_before_training(packed: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_weighted_is_refused_before_training(packed, tmp_path):
     for data, more, message in (
         ("none", (), "data.sample_weights=loss: data.train has no weights"),
         ("uneven", ("--objective.mixup", "0.5"), "the loss of mixed images takes no weights"),
