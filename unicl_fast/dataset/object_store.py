@@ -287,9 +287,13 @@ class ObjectStore:
         from fsspec.asyn import sync
 
         limit = seconds or ANSWER_SECONDS
-        return sync(
-            system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **keywords
-        )
+        function = getattr(system, f"_{method}")
+        try:
+            return sync(system.loop, function, *arguments, timeout=limit, **keywords)
+        except Exception as error:
+            if self._protocol not in _LISTS_NOTHING:
+                raise
+            raise _meaning_of(error) from error
 
     def _system(self) -> Any:
         """This process's connection, since none may be used after a fork."""
@@ -339,6 +343,16 @@ def _connect(protocol: str, url: str) -> Any:
     if hasattr(system, "retries"):
         system.retries = 1
     return system
+
+
+def _meaning_of(error: Exception) -> Exception:
+    """An HTTP error by its status: fsspec calls a server that is down a file that is missing."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = getattr(error, "status", 0)
+    if status in (404, 410):
+        return FileNotFoundError(_describe(error))
+    return PermissionError(_describe(error)) if status in (401, 403) else error
 
 
 def _describe(error: BaseException) -> str:
