@@ -10,7 +10,7 @@ import tyro
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
-from unicl_fast.system.program import begin_program
+from unicl_fast.system.program import begin_program, plain_numbers
 
 from .command import Command, RankedCommand
 from .registry import command_classes
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command: Command = tyro.extras.subcommand_cli_from_dict(
         command_classes(),
         args=argv,
+        registry=plain_numbers(),
         prog="unicl-eval",
         description="Evaluates or uses a trained model. unicl-eval COMMAND --help explains each; "
         "docs/evaluation.md has the protocols.",

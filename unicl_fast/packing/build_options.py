@@ -160,7 +160,11 @@ class BuildOptions(ListOptions):
         if not self.resize:
             return 0, 0
         kind, _, number = self.resize.partition(":")
-        if kind not in ("short", "square") or not number.isdecimal() or not int(number) >= 1:
+        if (
+            kind not in ("short", "square")
+            or not (number.isascii() and number.isdecimal())
+            or not int(number) >= 1
+        ):
             raise ValueError(
                 "--resize takes short:PIXELS, such as short:256, or square:PIXELS, such as "
                 f"square:32, not {self.resize!r}"

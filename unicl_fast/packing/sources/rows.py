@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
+from unicl_fast.system.checked_fields import plain_number
 from unicl_fast.system.wording import shorten
 
 MAX_CAPTION_BYTES = 100_000
@@ -139,7 +140,7 @@ class ListOptions:
         for condition in self.min_score:
             column, _, value = condition.rpartition("=")
             try:
-                found.append((column, float(value)))
+                found.append((column, plain_number(value, float)))
             except ValueError:
                 column = ""
             if not column or math.isnan(found[-1][1]):
@@ -228,7 +229,8 @@ def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem
     for column, lowest in scores:
         value = row.get(column)
         try:
-            is_enough = float(value) >= lowest  # type: ignore[arg-type]  # or it is no number
+            number = plain_number(value, float) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+            is_enough = number >= lowest
         except (TypeError, ValueError, OverflowError):
             is_enough = False
         if not is_enough:
