@@ -19,9 +19,11 @@ from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader, read_weighted
 from unicl_fast.ledger.proof import LedgerProof, Run, prove
 from unicl_fast.system.checksums import parse_checksummed_json
-from unicl_fast.system.program import begin_program, plain_numbers
+from unicl_fast.system.program import begin_program
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of, print_text
+
+from .numbers import plain_numbers
 
 _MOST_LINES = 10
 

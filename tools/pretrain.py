@@ -36,7 +36,7 @@ from unicl_fast.system.checked_fields import plain_number, require, with_values
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.phases import describe_phase
-from unicl_fast.system.program import EXIT_ABORTED, begin_program, plain_numbers
+from unicl_fast.system.program import EXIT_ABORTED, begin_program
 
 from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets, with_size
 
@@ -299,6 +299,8 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         print(_short_help(PretrainArguments(**groups, out=Path("DIR")), origin))
         sys.exit()
     import tyro
+
+    from .numbers import plain_numbers
 
     arguments = tyro.cli(
         PretrainArguments,

@@ -11,8 +11,9 @@ import tyro
 
 from unicl_fast.distributed.launch import stop
 from unicl_fast.system.machine import check_current_folder
-from unicl_fast.system.program import begin_program, plain_numbers
+from unicl_fast.system.program import begin_program
 
+from ..numbers import plain_numbers
 from .commands import COMMANDS, Conversion
 
 

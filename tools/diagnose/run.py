@@ -21,9 +21,9 @@ from unicl_fast.distributed.launch import start_ranks
 from unicl_fast.system.atomic_files import make_folder, write_text_atomically
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import choose_environment
-from unicl_fast.system.program import plain_numbers
 from unicl_fast.system.wording import without_secrets
 
+from ..numbers import plain_numbers
 from ..pretrain import parse_arguments, split_config
 from .deadline import Deadline
 from .measuring import result_text

@@ -24,7 +24,7 @@ from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
-from unicl_fast.system.program import begin_program, plain_numbers
+from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import (
     count_of,
     count_of_kind,
@@ -34,6 +34,7 @@ from unicl_fast.system.wording import (
 )
 from unicl_fast.text.class_lists import fill_template
 
+from ..numbers import plain_numbers
 from .inspect import Inspect, contents_of
 from .verify import Verify
 

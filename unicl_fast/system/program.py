@@ -51,29 +51,6 @@ def _parse_without_indents(obj: Any, *, parse: Any = docstring_parser.parse_from
     return found
 
 
-def plain_numbers() -> Any:
-    """The registry of tyro in which numbers are read by `plain_number`."""
-    import tyro  # slow, and not needed by --version and the short help
-
-    from unicl_fast.system.checked_fields import plain_number
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        if info.type not in (int, float):
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=info.type.__name__.upper(),
-            instance_from_str=lambda words: plain_number(words[0], info.type),
-            is_instance=lambda value: type(value) in {int, info.type},
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    return registry
-
-
 @contextlib.contextmanager
 def logging_at(name: str, level: int) -> Iterator[None]:
     """Drops a logger's messages below a level within this context."""
