@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from unicl_fast.packing import build as build_module
+from unicl_fast.packing import near_duplicates
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
 from unicl_fast.text.tokenizer import Tokenizer
@@ -32,5 +33,6 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield checker.check(task.entry, task.captions, task.size)
 
     tokenizer = _tokenizer()
-    monkeypatch.setattr(build_module, "check_in_order", check)
+    for module in (build_module, near_duplicates):
+        monkeypatch.setattr(module, "check_in_order", check)
     return names
