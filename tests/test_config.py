@@ -104,6 +104,7 @@ def test_settings_of_another_type_are_refused_by_name(group, name, value):
             "efficiency.activation_checkpointing must be true or false, not 1",
         ),
         (lambda: RunConfig(device="tpu"), "run.device must be one of auto, cpu, cuda, not 'tpu'"),
+        (lambda: DataConfig(augment=("x" * 10_001,)), "has a text of 10,001 characters, and at"),
         (lambda: RunConfig(seed=0.5), "run.seed must be a whole number, not 0.5"),
     ],
 )

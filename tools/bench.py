@@ -16,6 +16,7 @@ from typing import Any
 import unicl_fast
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.system.program import EXIT_ABORTED, begin_program
+from unicl_fast.system.wording import print_text, shorten_message
 
 PROGRAMS = {
     "run": "what limits your run, what to change, and how long it takes",
@@ -50,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         load_program(name).parse(options, prog=f"unicl-bench {name}").run()
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"unicl-bench: {error}", file=sys.stderr)
+        print_text(shorten_message(f"unicl-bench: {error}"), sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, Interrupted):
+    except Interrupted:
         sys.exit(EXIT_ABORTED)
 
 

@@ -8,6 +8,7 @@ learns from both kinds together; then prompts alone classify the held-out digits
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unicl_fast.system.checked_fields import plain_number
 from unicl_fast.system.program import begin_program
 
 from . import pretrain
@@ -45,7 +47,8 @@ CAPTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
-    parser.add_argument("--samples", type=int, default=25_600, help="samples seen: 200 steps")
+    number = functools.partial(plain_number, kind=int)
+    parser.add_argument("--samples", type=number, default=25_600, help="samples seen: 200 steps")
     arguments = parser.parse_args(begin_program())
     out: Path = arguments.out
     started = time.perf_counter()

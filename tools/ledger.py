@@ -23,6 +23,8 @@ from unicl_fast.system.program import begin_program
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of, print_text
 
+from .numbers import plain_numbers
+
 _MOST_LINES = 10
 
 
@@ -53,7 +55,7 @@ class LedgerArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 if nothing is proven, 2 on wrong input."""
     argv = begin_program() if argv is None else list(argv)
-    arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
+    arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger", registry=plain_numbers())
     try:
         steps_done, run = newest_checkpoint(arguments.run)
         folder = arguments.run / LEDGER_FOLDER

@@ -32,7 +32,7 @@ from unicl_fast.distributed.signals import (
 )
 from unicl_fast.objectives.registry import list_objectives
 from unicl_fast.presets import AUTO, PRESETS
-from unicl_fast.system.checked_fields import require, with_values
+from unicl_fast.system.checked_fields import plain_number, require, with_values
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.phases import describe_phase
@@ -300,11 +300,14 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         sys.exit()
     import tyro
 
+    from .numbers import plain_numbers
+
     arguments = tyro.cli(
         PretrainArguments,
         default=PretrainArguments(**groups, out=Path() if found.print_config else tyro.MISSING),
         args=["--help"] if found.help_all else argv,
         prog=_PROGRAM,
+        registry=plain_numbers(),
         description=f"{PretrainArguments.__doc__} The defaults below come from {origin}; "
         f"presets are {', '.join([*PRESETS, AUTO])}.",
     )
@@ -327,7 +330,7 @@ def _refuse_options_of_others(argv: Sequence[str], config: TrainConfig) -> None:
 def _number_or_text(word: str) -> float | str:
     """Returns a word as a number if possible; others are refused later."""
     try:
-        return float(word)
+        return plain_number(word, float)
     except ValueError:
         return word
 

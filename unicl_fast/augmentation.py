@@ -20,6 +20,7 @@ from unicl_fast.system.checked_fields import (
     NonNegative,
     PositiveFraction,
     check_fields,
+    plain_number,
     require,
 )
 
@@ -169,8 +170,8 @@ def _parse_value(field: str, text: str, *, kind: Any) -> Any:
         if tuple[float, float] in (kind, *typing.get_args(kind)):  # or that or None
             expected = "a range LOW..HIGH"
             low, high = text.split("..")
-            return float(low), float(high)
-        return int(text) if kind is int else float(text)
+            return plain_number(low, float), plain_number(high, float)
+        return plain_number(text, int if kind is int else float)
     except ValueError as error:
         raise ValueError(f"{field} must be {expected}, not {text!r}") from error
 

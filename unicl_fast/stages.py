@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unicl_fast.system.checked_fields import require
+from unicl_fast.system.checked_fields import plain_number, require
 
 STAGE_SETTINGS = {
     "image_size": "data",
@@ -55,7 +55,7 @@ def parse_stage(text: str) -> StageEntry:
     """Reads LENGTH:NAME=VALUE,NAME=VALUE; ValueError for another form. The config checks ranges."""
     length_text, _, settings_text = text.partition(":")
     try:
-        length = float(length_text)
+        length = plain_number(length_text, float)
         require(length > 0 and (length < 1 or length.is_integer()), "")
     except (ValueError, OverflowError):
         raise ValueError(
@@ -81,11 +81,11 @@ def _parse_value(name: str, value: str, *, where: str) -> Any:
         if name == "crop_scale":
             expected = "a range LOW..HIGH"
             low, high = value.split("..")
-            return float(low), float(high)
+            return plain_number(low, float), plain_number(high, float)
         if name == "token_drop":
             expected = "a number"
-            return float(value)
-        number = int(value)
+            return plain_number(value, float)
+        number = plain_number(value, int)
         require(number >= least, "")
         return number
     except ValueError:

@@ -32,7 +32,7 @@ from unicl_fast import UniCL, build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config_json import config_to_dict
-from unicl_fast.conversion.adapter_folders import write_adapter
+from unicl_fast.conversion.adapter_folders import with_adapters, write_adapter
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_adapted, load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
@@ -704,6 +704,45 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path):
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_encoders(folder)
+
+
+@pytest.mark.parametrize(
+    ("b", "a", "magnitude", "change", "message"),
+    [
+        # 640 kB that asked for 25.6 GB; the others were broadcast, or scaled by another rank
+        ((80_000, 1), (1, 80_000), (64,), {}, r"A, B .* shapes \[\[1, 80000\], \[80000, 1\]"),
+        ((1, 1), (1, 64), (64,), {}, r"a layer of \[64, 64\] needs \[\[1, 64\], \[64, 1\]"),
+        ((64, 2), (1, 64), (64,), {}, "the adapter of fc has A, B"),
+        ((64, 2), (2, 64), (64,), {}, r"has rank \[1\]"),
+        ((64, 1), (1, 64), (1,), {}, r"\[1\]\]; a layer"),
+        ((64, 1), (1, 64), (64,), {"lora_alpha": "8"}, "must have positive numbers in .*'8'"),
+        ((64, 1), (1, 64), (64,), {"r": 0}, "must have positive numbers"),
+        ((64, 1), (1, 64), (64,), {"rank_pattern": ["x"]}, "must have positive numbers"),
+        ((64, 1), (1, 64), (64,), {}, ""),
+        ((64, 2), (2, 64), (64,), {"rank_pattern": {"fc": 2}}, ""),
+    ],
+)
+def test_an_adapter_of_other_shapes_than_its_layer_is_refused_before_any_product(
+    b: tuple[int, ...],
+    a: tuple[int, ...],
+    magnitude: tuple[int, ...],
+    change: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    values = {"peft_type": "LORA", "r": 1, "lora_alpha": 8, "use_dora": True} | change
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    names = "lora_B.weight", "lora_A.weight", "lora_magnitude_vector"
+    adapters = {
+        f"base_model.model.fc.{name}": torch.ones(shape)
+        for name, shape in zip(names, (b, a, magnitude), strict=True)
+    }
+    weights = {"fc.weight": torch.eye(64)}
+    if message:
+        with pytest.raises(ValueError, match=message):
+            with_adapters(weights, adapters, tmp_path)
+    else:
+        assert with_adapters(weights, adapters, tmp_path)["fc.weight"].shape == (64, 64)
 
 
 @pytest.mark.slow

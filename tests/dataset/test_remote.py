@@ -11,14 +11,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from file_tokenizers import PAD, write_tokenizer
-from object_stores import FaultyStore, empty, put, upload
+from object_stores import FaultyServer, FaultyStore, empty, put, upload
 from packed_sets import Sample, pack, saved
 from PIL import Image
 from waiting import wait_until
@@ -86,7 +86,34 @@ def test_a_store_without_its_package_names_what_to_install(monkeypatch):
         ObjectStore("nonsense://bucket/x").read("a", 0, 1)
 
 
-def test_where_folders_must_exist_they_are_made(tmp_path):
+@pytest.mark.parametrize("ask", ["find", "find_all", "read_whole", "read"])
+@pytest.mark.parametrize("answers", [(503, 429, 200), ("reset", 200), (410,), (404,), (403,)])
+def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(
+    ask: str, answers: tuple[int | str, ...]
+) -> None:
+    server = FaultyServer(*answers)
+    store = ObjectStore(server.url)
+    requests: dict[str, Callable[[], Any]] = {
+        "find": lambda: store.find("a") and 5,
+        "find_all": lambda: store.find_all(["a"])["a"] and 5,
+        "read_whole": lambda: len(store.read_whole("a") or b"") or None,
+        "read": lambda: len(store.read("a", 0, 5)),
+    }
+    if answers == (403,):
+        with pytest.raises(StorageError, match="may not be"):
+            requests[ask]()
+    elif answers[-1] != 200 and ask == "read":
+        with pytest.raises(FileNotFoundError):
+            requests[ask]()
+    else:
+        assert requests[ask]() == (5 if answers[-1] == 200 else None)
+    server.close()
+    if answers == (503, 429, 200):
+        with pytest.raises(StorageError, match=r"\(3 tries\)"):  # nobody is there
+            requests[ask]()
+
+
+def test_where_folders_must_exist_they_are_made(tmp_path: Path) -> None:
     store = ObjectStore(f"file://{tmp_path}/new/deeper")
     (tmp_path / "large").write_bytes(b"345")
     store.write_file(tmp_path / "large", "large")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from unicl_fast.packing import build as build_module
+from unicl_fast.packing import near_duplicates
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
 from unicl_fast.text.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(task.name)
             yield checker.check(task.entry, task.captions, task.size)
 
-    tokenizer = Tokenizer()
-    monkeypatch.setattr(build_module, "check_in_order", check)
+    tokenizer = _tokenizer()
+    for module in (build_module, near_duplicates):
+        monkeypatch.setattr(module, "check_in_order", check)
     return names

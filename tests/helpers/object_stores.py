@@ -107,6 +107,28 @@ class FaultyLine:
         self._server.server_close()
 
 
+class FaultyServer:
+    """An HTTP server of one object, "12345" under any name, with the given answers in turn."""
+
+    def __init__(self, *answers: int | str) -> None:
+        """Statuses, or "reset"; the last one repeats."""
+        self.answers = list(answers)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Silent)
+        self.url = f"http://127.0.0.1:{self._server.port}/folder"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer == "reset":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            answer = 200
+        return Response(b"12345" if answer == 200 else b"", int(answer))(environ, start_response)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 class _Silent(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 

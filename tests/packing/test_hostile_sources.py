@@ -180,7 +180,30 @@ def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path, monkeypa
         build_set([file], tmp_path / "no")
 
 
-def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_half_characters_and_no_numbers_cost_their_row_and_not_the_list(
+    kind: str, tmp_path: Path
+) -> None:
+    rows = [
+        '{"image": "0.jpg", "caption": "fine", "area": NaN}',
+        r'{"image": "1.jpg", "caption": "half \ud800 of one"}',
+        '{"image": "2.jpg", "caption": NaN}',
+        r'{"image": "3.jpg", "caption": "fine", "label": "\udc00"}',
+        r'{"image": "4.jpg", "caption": "whole \ud83d\ude00"}',
+    ]
+    for number in range(len(rows)):
+        (tmp_path / f"{number}.jpg").write_bytes(IMAGE)
+    text = f"[{', '.join(rows)}]" if kind == "json" else "\n".join(rows)
+    (tmp_path / f"list.{kind}").write_text(text)
+    source = read_source(tmp_path / f"list.{kind}")
+    assert outcomes(source) == {
+        "0.jpg": "read", "1.jpg": "bad row", "2.jpg": "bad row", "3.jpg": "bad row", "4.jpg": "read"
+    }  # fmt: skip
+
+
+def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cat = tmp_path / "cat"
     cat.mkdir()
     (cat / "1.jpg").write_bytes(IMAGE)

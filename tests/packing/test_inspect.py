@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import importlib.util
 import io
 import json
 import sys
@@ -16,15 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import look_at
-from pack_runs import build_set
+from inline_checks import check_inline
+from pack_runs import Pack, build_set
 from PIL import Image
 
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing import inspect as inspect_module
-from unicl_fast.packing import near_duplicates
 from unicl_fast.packing import page as inspect_page
 from unicl_fast.packing.inspect import Inspection, count_concepts, inspect_dataset
-from unicl_fast.system.installation import install_command
 from unicl_fast.tools.pack.__main__ import main
 
 HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
@@ -216,35 +213,13 @@ def test_the_program_prints_table_1(packed, pack):
     assert "left out when packed: 1 damaged" in text
 
 
-def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for(
-    packed, tmp_path, monkeypatch, pack
-):
-    """`pip install unicl_fast` does not bring it, and is all that the first steps ask for."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "imagehash" else real(name)
-    )
-    code, text = pack("inspect", packed, "--concepts", "words", "--html", tmp_path / "a.html")
-    assert code == 0, text
-    assert "exact copies: 3 in 3 groups" in text
-    assert (
-        "Nobody looked for them (--no-near, or no ImageHash)." in (tmp_path / "a.html").read_text()
-    )
-    assert "near copies: not looked for, which needs the package ImageHash: pip install" in text
-    for asking in (("--near-distance", 8), ("--duplicates-list", tmp_path / "list.csv")):
-        code, text = pack("inspect", packed, *asking)
-        assert code == 2
-        assert f"{install_command('inspect')}, or leave them out by --no-near" in text
-        code, text = pack("inspect", packed, *asking, "--no-near")
-        assert code == 0, text
-        assert "not looked for" not in text
-
-
-def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(packed, monkeypatch):
+def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    monkeypatch.setattr(near_duplicates, "_dataset", PackedDataset(packed))
-    with pytest.raises(ValueError, match=r"sample 0+ .*more pixels than .*--no-near"):
-        near_duplicates._hash(0, 1)
+    check_inline(monkeypatch)
+    with pytest.raises(ValueError, match=r"sample 0+ .*cannot be read .*Bomb.*--no-near"):
+        inspect_dataset(packed, near=True)
 
 
 def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):

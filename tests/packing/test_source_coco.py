@@ -131,10 +131,10 @@ def test_entries_that_lie_are_named(coco):
         ('{"annotations": [{"image_id": 1, "caption": "x"}]}', "it has: annotations"),
         (json.dumps(CAPTIONS)[:-40], "cannot be read as JSON"),
         ('{"images": [' + "[" * 100_000, "nested too deeply|cannot be read"),
-        ("\ufeff", "cannot be read as JSON: Input data was truncated"),
-        ('{"images": [{"id": 1 "file_name"', "expected ',' or '}' .byte 21"),
-        ('{"images": []} x', "trailing characters .byte 16"),
-        ('{"images": [1}', "expected ',' or ']'"),
+        ("\ufeff", "cannot be read as JSON: expected an array or an object: line 1 column 2"),
+        ('{"images": [{"id": 1 "file_name"', "Expecting ',' delimiter: line 1 column 22"),
+        ('{"images": []} x', "extra data: line 1 column 16"),
+        ('{"images": [1}', "expected a comma or ]: line 1 column 14"),
     ],
 )
 def test_what_is_no_coco_file_is_refused_in_a_sentence(coco, text, message):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import build_set, contents, jpeg, samples_of
+from pack_runs import Pack, build_set, contents, jpeg, samples_of
+from packed_sets import saved
+from PIL import Image
 from property_tests import examples
 
-from unicl_fast.packing.split import _choose, _Groups
+from unicl_fast.packing.split import _choose, _Groups, plain_key
 
 pytestmark = pytest.mark.usefixtures("checked")
 
@@ -127,6 +131,102 @@ def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
     assert (summary.num_quarantined, summary.held_out.num_quarantined) == (1, 0)
     assert summary.num_shared == 0
     assert summary.num_copies + summary.held_out.num_copies == 20
+
+
+@pytest.mark.parametrize(
+    ("key", "plain"),
+    [
+        ("A-1", "A-1"),
+        (" A-1\u00a0", "A-1"),
+        ("\ufeffA-\u200b1", "A-1"),
+        ("\uff21-\uff11", "A-1"),
+        ("a-1", "a-1"),  # another product's, perhaps
+        ("cafe\u0301", "caf\u00e9"),
+        ("red\t shirt", "red shirt"),
+        ("7.0", "7"),
+        ("7.50", "7.50"),
+        ("007", "007"),
+        ("\u200b ", ""),
+    ],
+)
+def test_keys_are_equal_if_a_person_sees_no_difference(key: str, plain: str) -> None:
+    assert plain_key(key) == plain
+
+
+def test_one_key_in_several_spellings_is_on_one_side(tmp_path: Path) -> None:
+    spellings = ["{}", "{} ", "\ufeff{}", "{}\u200b", "{}.0", 0]
+    rows = []
+    for number in range(120):
+        product, spelling = number // 6, spellings[number % 6]
+        key = spelling.format(product) if isinstance(spelling, str) else product
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+        rows.append({"image": f"{number}.jpg", "label": "x", "product": key})
+    rows[0]["product"] = math.nan  # none, as pandas writes it
+    (tmp_path / "shop.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"group_column": "product", "split": 0.7}
+    summary = build_set([tmp_path / "shop.jsonl"], tmp_path / "set", **options)
+    sides = [
+        {
+            int(Path(one.name).stem) // 6
+            for one in samples_of(tmp_path / "set" / side)
+            if one.name != "0.jpg"
+        }
+        for side in ("train", "held-out")
+    ]
+    assert not sides[0] & sides[1]
+    assert sides[1]
+    (note,) = [kind for kind in summary.notes if kind.startswith("spellings")]
+    assert summary.notes[note] == 20 * 4  # a number and its text are spelled alike
+
+
+def photograph(number: int) -> Image.Image:
+    """Blobs, every number its own: 100 x 80 pixels."""
+    values = np.random.default_rng(number).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((100, 80), Image.Resampling.BICUBIC)
+
+
+def copies_of(number: int) -> dict[str, bytes]:
+    image = photograph(number)
+    original = saved(image, format="JPEG", quality=95)
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    segment = exif.tobytes()
+    length = (len(segment) + 2).to_bytes(2, "big")
+    exact = Image.open(io.BytesIO(original)).convert("RGB")
+    return {
+        "0.jpg": original,
+        "bytes.jpg": original,
+        "comment.jpg": original[:2] + b"\xff\xfe\0\7hello" + original[2:],
+        "exif.jpg": original[:2] + b"\xff\xe1" + length + segment + original[2:],
+        "newline.jpg": original + b"\n",
+        "fast.png": saved(exact, format="PNG", compress_level=1),
+        "best.png": saved(exact, format="PNG", compress_level=9),
+        "bitmap.bmp": saved(exact, format="BMP"),
+        "again.jpg": saved(image, format="JPEG", quality=30),
+        "half.jpg": saved(image.resize((50, 40)), format="JPEG", quality=80),
+        "mirrored.jpg": saved(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), format="JPEG"),
+    }  # fmt: skip
+
+
+def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path: Path) -> None:
+    for number in range(60):
+        for name, data in copies_of(number).items():
+            path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}-{name}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    summary = build_set([tmp_path / "photos"], tmp_path / "set", split=0.8)
+    sides = [
+        {int(Path(one.name).name.partition("-")[0]) for one in samples_of(tmp_path / "set" / side)}
+        for side in ("train", "held-out")
+    ]
+    assert sides[0].isdisjoint(sides[1])
+    assert 9 <= len(sides[1]) <= 15
+    found = {kind.partition(",")[0]: count for kind, count in summary.notes.items()}
+    assert found["images with the bytes of an earlier one"] >= 60
+    assert found["images with the pixels of an earlier one"] >= 60 * 4
+    assert found["images that are near copies of an earlier one (saved again"] >= 60 * 2
+    assert 60 <= found["images that are near copies of an earlier one"] <= 66  # mirrored
+    assert found["images kept on one side with others"] == 60 * 11
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.util
 import io
 import os
@@ -9,12 +11,17 @@ import signal
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
+import tyro
 
 import unicl_fast
 from unicl_fast.system import program
+from unicl_fast.system.checked_fields import plain_number
+from unicl_fast.tools import start
+from unicl_fast.tools.numbers import plain_numbers
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPTS = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
@@ -64,10 +71,20 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
     assert b"old" in run(warn, PYTHONWARNINGS="default").stderr
 
 
-@pytest.mark.parametrize("module", sorted(set(SCRIPTS.values())))
-def test_every_program_begins_as_all_do(module):
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS.values())))
+def test_every_program_begins_as_all_do(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tests of one program hold for all."""
-    spec = importlib.util.find_spec(module.partition(":")[0])
+    module, _, name = script.partition(":")
+    assert module == start.__name__
+    begun: list[str] = []
+    monkeypatch.setattr(
+        importlib,
+        "import_module",
+        lambda name: begun.append(name) or types.SimpleNamespace(main=int),
+    )
+    getattr(start, name)()
+    spec = importlib.util.find_spec(begun[0])
+    assert spec is not None
     assert "begin_program() if " in Path(str(spec.origin)).read_text(encoding="utf-8")
 
 
@@ -89,6 +106,52 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback):
         assert "KeyboardInterrupt" in said
     else:
         assert (process.returncode, said) == (130, "\nunicl_fast: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ctrl_c_while_a_program_is_imported_is_no_traceback(wrapped: bool, tmp_path: Path) -> None:
+    """Also if a library makes another error of it, as some do that try to import an extension."""
+    ask = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    if wrapped:
+        ask = f"try:\n {ask}\nexcept BaseException:\n raise ImportError('broken install')"
+    (tmp_path / "tyro.py").write_text(f"{ask}\nimport time; time.sleep(60)")
+    code = "import sys; sys.argv[0] = '/bin/unicl-pack'; from unicl_fast.tools.start import pack"
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}; pack()"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (found.returncode, found.stderr) == (130, "\nunicl-pack: stopped by Ctrl-C\n")
+
+
+@dataclasses.dataclass
+class Options:
+    steps: int = 1
+    rate: float = 1
+    sizes: tuple[int, ...] = ()
+    perhaps: float | None = None
+
+
+@pytest.mark.parametrize("text", ["\u0663", "1_0", "\uff11", "\u00bd", ""])
+def test_options_are_numbers_of_ascii_digits(text: str) -> None:
+    """`int` and `float` also read other scripts' digits, and underlines between them."""
+    registry = plain_numbers()
+    for options in (
+        ["--steps", text],
+        ["--rate", text],
+        ["--sizes", "1", text],
+        ["--perhaps", text],
+    ):
+        with pytest.raises(SystemExit):
+            tyro.cli(Options, args=options, registry=registry)
+    options = ["--steps", "-12", "--rate", "1e-3", "--sizes", "1", "2", "--perhaps", "None"]
+    assert tyro.cli(Options, args=options, registry=registry) == Options(-12, 0.001, (1, 2), None)
+    for kind in (int, float):
+        with pytest.raises(ValueError, match="no number|invalid literal|could not convert"):
+            plain_number(text, kind)
 
 
 @pytest.mark.parametrize("ending", ["", "; sys.stdout.flush()", "; raise SystemExit(3)"])

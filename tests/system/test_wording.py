@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from unicl_fast.system.wording import (
     count_of_kind,
     refuse_differences,
     shorten,
+    shorten_message,
     visible_text,
     without_secrets,
 )
@@ -47,7 +49,19 @@ def test_urls_are_shown_without_their_secrets(text, shown):
     assert without_secrets(text) == shown
 
 
-def test_characters_that_cannot_be_seen_are_escaped():
+def test_a_message_that_quotes_something_long_is_cut_in_its_middle_and_shown_at_once() -> None:
+    long = "data.train: " + "x" * 3_000_000 + " is no folder"
+    shown = shorten_message(long)
+    assert len(shown) < 4_100
+    assert shown.startswith("data.train: xx")
+    assert shown.endswith("xx is no folder")
+    assert shorten_message("short") == "short"
+    begun = time.process_time()
+    assert without_secrets(long) == long  # which took time quadratic in a word's length
+    assert time.process_time() - begun < 5
+
+
+def test_characters_that_cannot_be_seen_are_escaped() -> None:
     assert visible_text("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from open_clip import tokenizer as open_clip_tokenizer
 from property_tests import examples
 
-from unicl_fast.text.tokenizer import Tokenizer, _groups
+from unicl_fast.text.tokenizer import Tokenizer, text_groups
 
 FRAGMENTS = [
     "'s", "'S", "'LL", "'re", "'\u017f", "<start_of_text>", "<END_OF_TEXT>", "<\u017ftart_of_text>",
@@ -61,7 +61,7 @@ def test_pieces_of_a_long_list_are_put_together(tokenizer, monkeypatch):
 def test_memory_is_that_of_few_texts_also_where_many_are_long():
     """A result takes 140 bytes a character; 4,096 of the longest captions would take 57 GB."""
     texts = ["a " * 50_000] * 45 + [""] * 5000
-    groups = list(_groups(texts))
+    groups = list(text_groups(texts))
     assert [text for group in groups for text in group] == texts
     assert [len(group) for group in groups] == [10, 10, 10, 10, 4096, 909]
     assert max(sum(map(len, group)) for group in groups) == 1_000_000

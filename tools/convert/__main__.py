@@ -13,6 +13,7 @@ from unicl_fast.distributed.launch import stop
 from unicl_fast.system.machine import check_current_folder
 from unicl_fast.system.program import begin_program
 
+from ..numbers import plain_numbers
 from .commands import COMMANDS, Conversion
 
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command: Conversion = tyro.extras.subcommand_cli_from_dict(
         dict(COMMANDS),
         args=argv,
+        registry=plain_numbers(),
         prog="unicl-convert",
         description=(
             "Converts trained models to other libraries' formats, and microsoft/UniCL's "

@@ -23,6 +23,7 @@ from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import choose_environment
 from unicl_fast.system.wording import without_secrets
 
+from ..numbers import plain_numbers
 from ..pretrain import parse_arguments, split_config
 from .deadline import Deadline
 from .measuring import result_text
@@ -66,7 +67,9 @@ class Run:
     @classmethod
     def parse(cls, options: Sequence[str], *, prog: str) -> Run:
         """Parses its own options, and leaves the others to unicl-pretrain."""
-        chosen, rest = tyro.cli(cls, args=list(options), prog=prog, return_unknown_args=True)
+        chosen, rest = tyro.cli(
+            cls, args=list(options), prog=prog, return_unknown_args=True, registry=plain_numbers()
+        )
         return dataclasses.replace(chosen, options=tuple(rest), given=tuple(options))
 
     def run(self) -> None:

@@ -12,6 +12,7 @@ from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
+from ..numbers import plain_numbers
 from .command import Command, RankedCommand
 from .registry import command_classes
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command: Command = tyro.extras.subcommand_cli_from_dict(
         command_classes(),
         args=argv,
+        registry=plain_numbers(),
         prog="unicl-eval",
         description="Evaluates or uses a trained model. unicl-eval COMMAND --help explains each; "
         "docs/evaluation.md has the protocols.",

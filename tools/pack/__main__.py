@@ -25,9 +25,16 @@ from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.wording import count_of, count_of_kind, print_text, shorten
+from unicl_fast.system.wording import (
+    count_of,
+    count_of_kind,
+    print_text,
+    shorten,
+    shorten_message,
+)
 from unicl_fast.text.class_lists import fill_template
 
+from ..numbers import plain_numbers
 from .inspect import Inspect, contents_of
 from .verify import Verify
 
@@ -154,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; 0 when done, 1 for faults found or a full disk, 2 for wrong input."""
     arguments = begin_program() if arguments is None else arguments
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clean up
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, args=arguments, prog="unicl-pack", registry=plain_numbers()
+    )
     try:
         report, code = command.run()
     except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, SIGTERM
@@ -257,7 +266,7 @@ def _words(place: str) -> list[str]:
 
 
 def _fail(*messages: str, code: int, between: str = "\n") -> NoReturn:
-    print_text(f"unicl-pack: {between.join(messages)}", sys.stderr)
+    print_text(shorten_message(f"unicl-pack: {between.join(messages)}"), sys.stderr)
     raise SystemExit(code)
 
 

@@ -24,11 +24,10 @@ from unicl_fast.packing.inspect import (
     Spread,
     inspect_dataset,
 )
-from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
+from unicl_fast.packing.near_duplicates import MAX_DISTANCE
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.installation import install_command
 from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 
 _GROUPS_SHOWN = 12
@@ -63,8 +62,7 @@ class Inspect:
     """Write all but the first image of each group of copies into this CSV file, for build's
     --leave-out. Check it first: images that look alike need not be copies."""
     near: bool = True
-    """Look for images that look alike: decodes all, with the package ImageHash. Without it
-    --duplicates-list and --near-distance need --no-near."""
+    """Look for images that look alike, which decodes all."""
     near_distance: int = DEFAULT_DISTANCE
     """How many of 64 bits of a perceptual hash can differ: 4 finds copies in another size, quality,
     aspect or in grey, 8 also copies cut by a twentieth; beyond 10 unrelated photographs match."""
@@ -87,11 +85,9 @@ class Inspect:
 
     def _inspect(self, folder: Path) -> str:
         """Writes the requested files; returns the report."""
-        asks_for_near = self.duplicates_list is not None or self.near_distance != DEFAULT_DISTANCE
-        near = self.near and (asks_for_near or has_imagehash())
         inspection = inspect_dataset(
             folder,
-            near=near,
+            near=self.near,
             near_distance=self.near_distance,
             concepts=self.concepts,
             workers=self.workers,
@@ -104,11 +100,6 @@ class Inspect:
         if self.html is not None:
             write_text_atomically(self.html, _page(inspection, folder, num_sheet=self.sheet))
         lines = [_in_words(inspection)]
-        if self.near and not near:
-            lines.append(
-                "near copies: not looked for, which needs the package ImageHash: "
-                f"{install_command('inspect')}"
-            )
         if self.duplicates_list is not None and (
             num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
         ):

@@ -39,7 +39,7 @@ from unicl_fast.system.checked_fields import NonNegative, convert, from_json_val
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.paths import nearest_name
-from unicl_fast.system.untrusted_files import read_file
+from unicl_fast.system.untrusted_files import open_file, read_file
 from unicl_fast.system.wording import shorten
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ Weights = Literal["auto", "ema", "model"]
 
 _ALONE = Ranks()
 
+_MOST_HEADER_BYTES = 8 << 20  # 80,000 tensors; safetensors reads 100 MB, for half a minute
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -333,6 +334,13 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _refusing_other_files(path: Path) -> Iterator[None]:
+    with open_file(path) as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if _MOST_HEADER_BYTES < header_bytes < path.stat().st_size:
+        raise DamagedCheckpointError(
+            f"{path} lists its tensors in {header_bytes:,} bytes, and at most "
+            f"{_MOST_HEADER_BYTES:,} are read; use another checkpoint"
+        )
     try:
         yield
     except (OSError, DamagedCheckpointError):

@@ -32,6 +32,7 @@ from unicl_fast.models.freezing import encoder_is_frozen, merge
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.program import logging_at
 from unicl_fast.system.untrusted_files import read_json
+from unicl_fast.system.wording import shorten
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -175,6 +176,23 @@ def base_of(folder: Path) -> str:
     return f"{_HUB}{place}" + (f"@{values['revision']}" if values.get("revision") else "")
 
 
+def _require_fitting(
+    layer: str, weight: Tensor, a: Tensor, b: Tensor, length: Tensor | None, *, ranks: set[int]
+) -> None:
+    """Raises ValueError unless an adapter's shapes are those of its layer and of a rank."""
+    rank = a.shape[0] if a.ndim else 0
+    expected = [[rank, *weight.shape[1:]], [weight.shape[0], rank, *[1] * (weight.ndim - 2)]]
+    found = [list(a.shape), list(b.shape)]
+    if length is not None:  # peft's of convolutions has more axes
+        expected, found = [*expected, [weight.shape[0]]], [*found, [length.numel()]]
+    if weight.ndim < 2 or found != expected or rank not in ranks:
+        raise ValueError(
+            f"the adapter of {layer} has A, B and perhaps magnitudes of shapes {shorten(found)}; a "
+            f"layer of {list(weight.shape)} needs {shorten(expected)}, and the configuration has "
+            f"rank {shorten(sorted(ranks))}: copy the adapter again, or name its own base"
+        )
+
+
 def with_adapters(
     weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
@@ -192,6 +210,12 @@ def with_adapters(
             f"adapters with {' '.join(['peft_type', str(values['peft_type']), *others])} are not "
             "read: merge them by peft's merge_and_unload"
         )
+    r, alpha, patterns = (values.get(name) for name in ("r", "lora_alpha", "rank_pattern"))
+    patterns = {} if patterns is None else patterns
+    numbers = [r, alpha, *patterns.values()] if isinstance(patterns, dict) else [None]
+    if not all(isinstance(one, int | float) and 0 < one < 1 << 20 for one in numbers):
+        text = shorten({"r": r, "lora_alpha": alpha, "rank_pattern": patterns})
+        raise ValueError(f"{folder / CONFIG_FILE} must have positive numbers in {text}")
     given = {of_version_5(name.removeprefix(_ROOT)): one for name, one in adapters.items()}
     weights = {of_version_5(name): tensor for name, tensor in weights.items()}
     merged = dict(weights)
@@ -199,11 +223,13 @@ def with_adapters(
         layer = name.removesuffix(".lora_A.weight")
         a, b = given.pop(name), given.pop(f"{layer}.lora_B.weight")
         weight = weights[f"{layer}.weight"]
-        scale = values["lora_alpha"] / len(a) ** (0.5 if values.get("use_rslora") else 1.0)
+        length = given.pop(f"{layer}.lora_magnitude_vector") if values.get("use_dora") else None
+        # before any product: B of a few rows would be broadcast, of very many not fit in memory
+        _require_fitting(layer, weight, a, b, length, ranks={r, *patterns.values()})
+        scale = alpha / len(a) ** (0.5 if values.get("use_rslora") else 1.0)
         rows = weight.float().flatten(1) + scale * b.float().flatten(1) @ a.float().flatten(1)
-        if values.get("use_dora"):
-            length = given.pop(f"{layer}.lora_magnitude_vector").float().reshape(-1, 1)
-            rows *= length / rows.norm(dim=1, keepdim=True)
+        if length is not None:
+            rows *= length.float().reshape(-1, 1) / rows.norm(dim=1, keepdim=True)
         merged[f"{layer}.weight"] = rows.reshape(weight.shape)
     if unknown := [name for name in given if ".lora_" in name or name not in weights]:
         raise UnknownArchitectureError(f"adapters with {', '.join(unknown[:4])} are not read")

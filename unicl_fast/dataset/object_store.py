@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -287,9 +288,13 @@ class ObjectStore:
         from fsspec.asyn import sync
 
         limit = seconds or ANSWER_SECONDS
-        return sync(
-            system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **keywords
-        )
+        function = getattr(system, f"_{method}")
+        try:
+            return sync(system.loop, function, *arguments, timeout=limit, **keywords)
+        except Exception as error:
+            if self._protocol not in _LISTS_NOTHING:
+                raise
+            raise _meaning_of(error) from error
 
     def _system(self) -> Any:
         """This process's connection, since none may be used after a fork."""
@@ -336,9 +341,36 @@ def _connect(protocol: str, url: str) -> Any:
             f"{url}: {error}; known are s3, gs, http, https, and what fsspec lists by "
             "fsspec.available_protocols()"
         ) from error
+    if protocol in _LISTS_NOTHING:
+        system._cat_file = functools.partial(_read_http, system)
     if hasattr(system, "retries"):
         system.retries = 1
     return system
+
+
+async def _read_http(system: Any, url: str, *, start: int, end: int) -> bytes:
+    """As fsspec's, but reads no more than asked for and a block: a server can send anything."""
+    session = await system.set_session()
+    headers = {**system.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    options = {**system.kwargs, "headers": headers}
+    data = bytearray()
+    async with session.get(system.encode_url(url), **options) as answer:
+        answer.raise_for_status()
+        async for block in answer.content.iter_chunked(1 << 20):
+            data += block
+            if len(data) > end - start:
+                break
+    return bytes(data)
+
+
+def _meaning_of(error: Exception) -> Exception:
+    """An HTTP error by its status: fsspec calls a server that is down a file that is missing."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = getattr(error, "status", 0)
+    if status in (404, 410):
+        return FileNotFoundError(_describe(error))
+    return PermissionError(_describe(error)) if status in (401, 403) else error
 
 
 def _describe(error: BaseException) -> str:

@@ -35,7 +35,7 @@ from unicl_fast.distributed.signals import (
 from unicl_fast.system.machine import LAUNCHED_BY_US, STORE_SOCKET, usable_cores
 from unicl_fast.system.phases import mark
 from unicl_fast.system.untrusted_files import open_file
-from unicl_fast.system.wording import print_text, without_secrets
+from unicl_fast.system.wording import print_text, shorten_message, without_secrets
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.distributed.ranks import Ranks
@@ -239,7 +239,7 @@ def stop(program: str, error: Exception, *, code: int) -> NoReturn:
     if isinstance(error, SharedRefusal) and os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # torchrun ends all ranks after the first: rank 0 must report before that
     else:
-        print_text(f"{program}: {error}", sys.stderr)
+        print_text(shorten_message(f"{program}: {error}"), sys.stderr)
     sys.exit(code)
 
 

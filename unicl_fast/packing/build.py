@@ -54,7 +54,7 @@ from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import require_there
 from unicl_fast.packing.sources.urls import require_lasting
-from unicl_fast.packing.split import KEPT_TOGETHER, SIDES, split_samples
+from unicl_fast.packing.split import SIDES, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, work_folder
@@ -406,9 +406,16 @@ def _read(
         samples = wanted
     sides: Sequence[Samples] = [samples]
     if options.split is not None:
-        *sides, notes[KEPT_TOGETHER] = split_samples(
-            samples, numbers, train_fraction=options.split, seed=options.seed, progress=progress
+        *sides, counts = split_samples(
+            samples,
+            numbers,
+            train_fraction=options.split,
+            seed=options.seed,
+            images=options.check(),
+            workers=options.workers,
+            progress=progress,
         )
+        notes += counts
     return _Contents(
         sides=sides,
         space=space,

@@ -33,7 +33,8 @@ class BuildOptions(ListOptions):
     """Decides the order of the samples, shuffled over all sources, and what --split holds out."""
     split: float | None = None
     """Make two data sets: OUT/train with this fraction of each class, such as 0.9, and OUT/held-out
-    with the rest. Equal images, and images with the same --group-column, stay together."""
+    with the rest. Copies of an image, also saved again or mirrored, and images with the same
+    --group-column stay together; how many is said. It reads and decodes all images once more."""
     class_names: str = ""
     """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
     (KEY is a folder name, say), or the built-in imagenet (keys are WordNet ids such as n01440764).
@@ -160,7 +161,11 @@ class BuildOptions(ListOptions):
         if not self.resize:
             return 0, 0
         kind, _, number = self.resize.partition(":")
-        if kind not in ("short", "square") or not number.isdecimal() or not int(number) >= 1:
+        if (
+            kind not in ("short", "square")
+            or not (number.isascii() and number.isdecimal())
+            or not int(number) >= 1
+        ):
             raise ValueError(
                 "--resize takes short:PIXELS, such as short:256, or square:PIXELS, such as "
                 f"square:32, not {self.resize!r}"

@@ -28,12 +28,10 @@ from unicl_fast.packing.near_duplicates import (
     Indices,
     count_bits,
     find_leaders,
-    has_imagehash,
     hash_images,
 )
 from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar
-from unicl_fast.system.installation import install_command
 from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_DISTANCE = 4
@@ -195,14 +193,9 @@ def inspect_dataset(
 
     Raises:
         FileNotFoundError: not a data set.
-        ValueError: it is damaged, or a requested package, ImageHash or spaCy, is not installed.
+        ValueError: it is damaged, or spaCy is requested and not installed.
     """
     started = time.perf_counter()
-    if near and not has_imagehash():
-        raise ValueError(
-            "near duplicates are found with the package ImageHash: "
-            f"{install_command('inspect')}, or leave them out by --no-near"
-        )
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
         # a bad list is refused now, before all images are read
@@ -224,7 +217,7 @@ def inspect_dataset(
             exact[group] = group[0]
         near_copies = None
         if near:
-            hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
+            hashes = hash_images(dataset, workers=workers, progress=progress)
             near_copies = _near_copies(dataset, hashes, exact, near_distance)
         return Inspection(
             folder=dataset.folder,

@@ -1,30 +1,35 @@
 """`--split`: divides samples into those for training and those held out.
 
-Equal images and samples with one value of `--group-column` stay on one side: otherwise an
-evaluation would reward memory. The same fraction of each class is held out.
+Samples of one value of `--group-column`, equal images and near copies stay on one side: otherwise
+an evaluation would reward memory. The same fraction of each class is held out.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from unicl_fast.packing.in_order import in_order
+from unicl_fast.packing.near_duplicates import find_copies, look_at_images
 from unicl_fast.packing.samples import Samples, shuffled_order
-from unicl_fast.packing.sources.entries import Entry, EntryError, PackedFile, PackedPixels
 from unicl_fast.packing.sources.items import Label
-from unicl_fast.system.bar import Bar
+from unicl_fast.packing.workers import ImageOptions, Task
 
 SIDES = ("train", "held-out")
 """The folders in OUT."""
-KEPT_TOGETHER = "images kept on one side with others, which are equal or of one key"
-_READERS = 4
-_READ_TOGETHER = 64
+KEPT_TOGETHER = "images kept on one side with others, which are copies or of one key"
+_SAME_BYTES = "images with the bytes of an earlier one"
+_SAME_PIXELS = "images with the pixels of an earlier one, in other bytes"
+_NEAR = "images that are near copies of an earlier one (saved again, or in another size)"
+_MIRRORED = "images that are near copies of an earlier one, mirrored"
+_NOT_COMPARED = "images not compared with each other, because too many look alike"
+_SPELLINGS = "spellings of values of --group-column that mean an earlier one"
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0*")
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -36,28 +41,32 @@ def split_samples(
     *,
     train_fraction: float,
     seed: int,
+    images: ImageOptions,
+    workers: int,
     progress: bool,
-) -> tuple[Samples, Samples, int]:
-    """Divides samples; `numbers` are the classes of their labels.
+) -> tuple[Samples, Samples, Counter[str]]:
+    """Divides samples; `numbers` are the classes of their labels. Images are checked for it.
 
     A sample's class is its first label's; samples without labels form one more class. A class with
     a single group is for training, and so are samples that cannot be packed.
 
-    Returns samples for training, samples held out, and how many samples share a group; raises
-    ValueError if nothing would be held out.
+    Returns samples for training, samples held out, and counts of what is kept on one side, by kind;
+    raises ValueError if nothing would be held out.
     """
     strata = np.full(len(samples), -1)
-    sizes = np.zeros(len(samples), np.int64)
-    groups, of_key = _Groups(len(samples)), dict[str, int]()
+    groups, of_key, spellings = _Groups(len(samples)), dict[str, int](), set[str]()
+    notes = Counter[str]()
     for number, (_, item) in enumerate(samples):
         if item.problem is None and item.entry is not None:
             strata[number] = numbers[item.labels[0]] if item.labels else len(numbers)
-            sizes[number] = item.entry.num_bytes
-            for key in item.groups:
-                groups.join(number, of_key.setdefault(key, number))
-    is_sound = strata >= 0
-    for number, first in _equal_images(samples, sizes, is_sound, progress=progress):
-        groups.join(number, first)
+    for number, first, kind in _copies(samples, strata >= 0, images, workers, notes, progress):
+        notes[kind] += groups.join(number, first)
+    for number, (_, item) in enumerate(samples):
+        for key in item.groups if strata[number] >= 0 else ():
+            if plain := plain_key(key):
+                groups.join(number, of_key.setdefault(plain, number))
+                spellings.add(key)
+    notes[_SPELLINGS] = len(spellings) - len(of_key)
     leaders = groups.leaders()
     held_out = _choose(strata, leaders, fraction=1 - train_fraction, seed=seed)
     if not held_out.any():
@@ -65,9 +74,17 @@ def split_samples(
             f"--split {train_fraction:g} holds none of {len(samples):,} images out: give a smaller "
             "number, or make two builds that select rows by --where"
         )
-    num_together = int((np.bincount(leaders)[leaders] > 1).sum())
+    notes[KEPT_TOGETHER] = int((np.bincount(leaders)[leaders] > 1).sum())
     train = samples.at(np.flatnonzero(~held_out))
-    return train, samples.at(np.flatnonzero(held_out)), num_together
+    return train, samples.at(np.flatnonzero(held_out)), notes
+
+
+def plain_key(key: str) -> str:
+    """A key without what a person does not see: NFKC, no format characters, blanks, or `.0`."""
+    key = unicodedata.normalize("NFKC", key)
+    visible = "".join(one for one in key if unicodedata.category(one) != "Cf")
+    key = " ".join(visible.split())
+    return found[1] if (found := _WHOLE.fullmatch(key)) else key
 
 
 class _Groups:
@@ -76,9 +93,11 @@ class _Groups:
     def __init__(self, count: int) -> None:
         self._parents = array("q", range(count))
 
-    def join(self, one: int, other: int) -> None:
+    def join(self, one: int, other: int) -> bool:
+        """Joins two numbers' groups; returns whether they were two."""
         one, other = sorted((self._leader(one), self._leader(other)))
         self._parents[other] = one
+        return one != other
 
     def _leader(self, number: int) -> int:
         parents = self._parents
@@ -116,43 +135,33 @@ def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) ->
     return chosen[leaders]
 
 
-def _equal_images(
-    samples: Samples, sizes: Indices, is_sound: Mask, *, progress: bool
-) -> Iterator[tuple[int, int]]:
-    """Yields each sample that repeats an earlier image, and the earlier one; compares bytes."""
-    _, which, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    asked = np.flatnonzero((counts[which.reshape(-1)] > 1) & is_sound)
-
-    def chunks() -> Iterator[tuple[list[int], list[Entry | None]]]:
-        for first in range(0, len(asked), _READ_TOGETHER):
-            numbers = asked[first : first + _READ_TOGETHER]
-            yield numbers.tolist(), [item.entry for _, item in samples.at(numbers)]
-
-    def read(chunk: tuple[list[int], list[Entry | None]]) -> list[tuple[int, int | None]]:
-        return list(zip(chunk[0], map(_digest, chunk[1]), strict=True))
-
-    bar = Bar(total=len(asked), desc="comparing", unit=" images", shown=progress)
-    numbers, digests = array("q"), array("Q")
-    with bar, ThreadPoolExecutor(_READERS, thread_name_prefix="unicl-split") as threads:
-        for found in in_order(
-            lambda chunk: threads.submit(read, chunk), chunks(), ahead=2 * _READERS
-        ):
-            bar.update(len(found))
-            for number, digest in found:
-                if digest is not None:
-                    numbers.append(number)
-                    digests.append(digest)
-    _, firsts, which = np.unique(np.array(digests), return_index=True, return_inverse=True)
-    first = firsts[which.reshape(-1)]
-    for place in np.flatnonzero(first != np.arange(len(first))).tolist():
-        yield numbers[place], numbers[first[place]]
-
-
-def _digest(entry: Entry | None) -> int | None:
-    """XXH3-64 of an image's file or of a packed image; None if it cannot be read."""
-    if isinstance(entry, (PackedFile, PackedPixels)):
-        return entry.xxh3
+def _copies(
+    samples: Samples,
+    is_sound: Mask,
+    images: ImageOptions,
+    workers: int,
+    notes: Counter[str],
+    progress: bool,
+) -> Iterator[tuple[int, int, str]]:
+    """Yields each copy, what it is a copy of, and its kind; equal ones first."""
+    asked = np.flatnonzero(is_sound)
+    looks, problems = look_at_images(
+        (Task(item.name, item.entry) for _, item in samples.at(asked) if item.entry is not None),
+        len(asked),
+        images=images,
+        workers=workers,
+        doing="comparing",
+        progress=progress,
+    )
+    sound = np.delete(np.arange(len(asked)), list(problems))  # the others will be left out
+    asked, looks = asked[sound], looks[sound]
+    for field, kind in (("file", _SAME_BYTES), ("pixels", _SAME_PIXELS)):
+        _, firsts, which = np.unique(looks[field], return_index=True, return_inverse=True)
+        first = firsts[which.reshape(-1)]
+        for place in np.flatnonzero(first != np.arange(len(first))).tolist():
+            yield int(asked[place]), int(asked[first[place]]), kind
     try:
-        return None if entry is None else xxhash.xxh3_64_intdigest(entry.read())
-    except EntryError:
-        return None
+        for later, earlier, is_mirrored in find_copies(looks):
+            yield int(asked[later]), int(asked[earlier]), _MIRRORED if is_mirrored else _NEAR
+    except ValueError:  # such as digits, of which millions of pairs have near hashes
+        notes[_NOT_COMPARED] = len(asked)

@@ -40,6 +40,7 @@ from unicl_fast.images.check import (
     check_image,
 )
 from unicl_fast.packing.in_order import in_order
+from unicl_fast.packing.looks import look_at
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
@@ -111,6 +112,9 @@ class ImageOptions:
     """Sound images stay in their files: results contain only converted ones."""
     return_images: bool = True
     """Whether results contain the images' bytes; a verification needs only their properties."""
+
+    look: bool = False
+    """Results contain a `looks.LOOK` instead of the image."""
 
     @property
     def max_file_bytes(self) -> int:
@@ -401,6 +405,8 @@ class ImageChecker:
             xxh3 = xxhash.xxh3_64_intdigest(data)
         if not options.return_images or (options.in_place and not image.reencoded):
             data = b""
+        if options.look:
+            data = look_at(data)
         return Checked(data, image.extension, height, width, image.reencoded, xxh3, tokens)
 
     def _check_image(self, entry: Entry) -> CheckedImage:

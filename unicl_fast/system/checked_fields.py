@@ -18,7 +18,9 @@ from msgspec import Meta
 from unicl_fast.system.wording import shorten
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
+_MOST_CHARACTERS = 10_000
 LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT = sys.float_info.max  # msgspec has no infinite bounds; NaN is outside of any
 
@@ -33,6 +35,12 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError unless a condition between fields holds."""
     if not condition:
         raise ValueError(message)
+
+
+def plain_number(text: str, kind: type[N]) -> N:
+    """Reads a number of ASCII characters without "_"; ValueError for any other text."""
+    require(text.isascii() and "_" not in text, f"no number: {shorten(text)}")
+    return kind(text)
 
 
 def check_fields(instance: object, *, name: str = "") -> None:
@@ -99,6 +107,12 @@ def convert(value: Any, kind: Any, *, name: str) -> Any:
     if origin is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
         numbered = enumerate(value)
         return tuple(convert(entry, inner[0], name=f"{name}[{n}]") for n, entry in numbered)
+    for text in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(text, str) and len(text) > _MOST_CHARACTERS:  # messages quote texts
+            raise ValueError(
+                f"{name} has a text of {len(text):,} characters, and at most {_MOST_CHARACTERS:,} "
+                f"are read: {shorten(text)}"
+            )
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError):

@@ -10,8 +10,10 @@ from typing import Any, TextIO
 
 _ABSENT = object()
 _MOST_LEVELS = 100
+_MOST_MESSAGE = 4000
 _PLURAL = re.compile(r"\b(file|image|row|download)s\b")
-_SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*://"
+# each word is tried from its start only, or a text of 300 kB without blanks would take minutes
+_SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z0-9+.\-]+://"
 # user:password, and with http a token alone; abfs://container@account names no user
 _USER = re.compile(rf"({_SCHEME})[^/\s?#@:]*:[^/\s?#]*@|(https?://)[^/\s?#]*@")
 _MARKUP = re.compile(r"[\\|<&$*`\[]")
@@ -81,6 +83,15 @@ def visible_text(text: str) -> str:
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def shorten_message(text: str) -> str:
+    """Cuts the middle out of a message that quotes something long: a text, a list, a file."""
+    left_out = len(text) - _MOST_MESSAGE
+    if left_out <= 0:
+        return text
+    half = _MOST_MESSAGE // 2
+    return f"{text[:half]} ... ({left_out:,} characters) ... {text[-half:]}"
 
 
 def print_text(text: str, file: TextIO) -> None:

@@ -1,15 +1,18 @@
 """Tokenizers of other models, from their published tokenizer.json.
 
-Hugging Face `tokenizers` runs the file, which holds data and no code. Rows are padded with 0, as
-ours are, unless the model pads with another token, which it then reads.
+Hugging Face `tokenizers` runs the file, which holds data and no code, but can ask for any amount of
+work: growth is bounded by its rules, all else by encoding a text in a limited child (0.2 CPU s).
+Rows are padded with 0, as ours are, unless the model pads with another token, which it then reads.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import html
 import json
+import math
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from unicl_fast.system.child import Death, run_limited
 from unicl_fast.system.untrusted_files import read_file, read_json
-from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, pad_rows, token_type
+from unicl_fast.system.wording import shorten
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, pad_rows, text_groups, token_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +34,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CANONICAL = "#canonicalize"
 """Suffix of a place: texts first lose punctuation and capitals, as in big_vision."""
 _TO_SPACE = str.maketrans({"_": " ", **dict.fromkeys(string.punctuation.replace("_", ""), "")})
+_MOST_GROWTH = 100
+"""Most characters that normalizing makes of one: SentencePiece's NFKC needs 18, and each regular
+expression that inserts a space doubles the bound."""
+_MOST_IDS = 1 << 24
+_PROBE_BYTES, _PROBE_SECONDS = 1 << 30, 60.0
+_PROBE = f"a photo of two {string.printable * 10} {'a' * 1000} {'x' * 1000}! \u0e01\ufdfa\u4e2d"
 
 
 class FileTokenizer:
@@ -63,10 +74,26 @@ class FileTokenizer:
             raise ValueError(f"{file} is no tokenizer: {error}; copy it again") from error
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(ids, default=0)  # vocabularies can have gaps
+        self._growth = _growth_of(self._tokenizer.normalizer)
+        if problem := self._find_problem():
+            raise ValueError(f"{file} is not used: {problem}; take the one of its model")
         self.token_type = token_type(self.vocab_size)
         self._pad_id = self._find_pad_id(settings) if pads and settings is not None else 0
         decided_by = f"{self._is_canonical} {self._pad_id} ".encode() + content
         self.vocabulary_hash = hashlib.sha256(decided_by).hexdigest()
+
+    def _find_problem(self) -> str:
+        """Why the file would need too much memory or time; "" if it would not."""
+        own = self._tokenizer
+        growth = max(self._growth, _growth_of(own.decoder))
+        if growth > _MOST_GROWTH:
+            return f"its rules can make {growth:,} characters of one, and {_MOST_GROWTH} are usual"
+        if self.vocab_size > _MOST_IDS:
+            return f"its ids go up to {self.vocab_size - 1:,}"
+        # without the vocabulary, which needs no probe and takes seconds to send
+        task = (own.normalizer, own.pre_tokenizer, own.post_processor, self.context_length)
+        (found,) = run_limited(_probe, [task], memory_bytes=_PROBE_BYTES, seconds=_PROBE_SECONDS)
+        return f"encoding an ordinary text {found.how}" if isinstance(found, Death) else found
 
     def _find_pad_id(self, file: Path) -> int:
         values = read_json(file)
@@ -92,11 +119,16 @@ class FileTokenizer:
             raise TypeError("encode needs a list of texts; wrap a single text in a list")
         cleaned = [_canonical(text) for text in texts] if self._is_canonical else list(texts)
         rows = []
-        for encoding in self._tokenizer.encode_batch_fast(cleaned):
-            ids = encoding.ids
-            if self._pad_id:
-                ids = ids + [self._pad_id] * (self.context_length - len(ids))
-            rows.append(np.array(ids or [0], dtype=self.token_type))
+        for group in text_groups(cleaned, growth=self._growth):
+            try:
+                encodings = self._tokenizer.encode_batch_fast(group)
+            except BaseException as error:  # a panic of the library is no Exception
+                raise ValueError(f"{self.name}: {_panic_in(error)} on a text") from error
+            for encoding in encodings:
+                ids = encoding.ids
+                if self._pad_id:
+                    ids = ids + [self._pad_id] * (self.context_length - len(ids))
+                rows.append(np.array(ids or [0], dtype=self.token_type))
         return rows
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
@@ -109,6 +141,43 @@ class FileTokenizer:
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The readable text of ids, without special tokens."""
         return str(self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))
+
+
+def _panic_in(error: BaseException) -> str:
+    """Describes a panic of the library; raises any other error."""
+    if type(error).__name__ != "PanicException":
+        raise error
+    return f"the tokenizer failed ({shorten(str(error), limit=200)})"
+
+
+def _growth_of(part: Any) -> int:
+    """The most characters that a normalizer or decoder makes of one; Unicode's forms count as 1."""
+
+    def growth(rule: dict[str, Any]) -> int:
+        if inside := rule.get("normalizers") or rule.get("decoders"):
+            return math.prod(map(growth, inside))
+        if charsmap := rule.get("precompiled_charsmap"):  # a trie, whose size stands first
+            data = base64.b64decode(charsmap)
+            texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+            return max(1, *(len(text.decode(errors="replace")) for text in texts))
+        new = len(rule.get("content") or "") if rule["type"] == "Replace" else 0
+        old = len(rule["pattern"].get("String", "")) if new else 0
+        # a regular expression, or an empty text, also matches between two characters
+        return max(1, math.ceil(new / old) if old else 1 + new + len(rule.get("prepend", "")))
+
+    return 1 if part is None else growth(json.loads(part.__getstate__()))
+
+
+def _probe(task: tuple[Any, Any, Any, int]) -> str:
+    """Encodes a text by all of a tokenizer but its vocabulary; returns a problem, or ""."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor, length = task
+    tokenizer.enable_truncation(length)
+    try:
+        size = len(tokenizer.encode_batch_fast([_PROBE])[0])
+    except BaseException as error:
+        return f"{_panic_in(error)} on an ordinary text"
+    return f"a row has {size:,} tokens, and the context {length}" if size > length else ""
 
 
 def _find(place: str) -> tuple[Path, Path | None]:

@@ -75,7 +75,7 @@ class Tokenizer:
             raise TypeError("encode needs a list of texts; wrap a single text in a list")
         room = self.context_length - 2
         rows = []
-        for group in _groups(texts):
+        for group in text_groups(texts):
             cleaned = [_clean(text) for text in group]
             encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)
             for text, encoding in zip(cleaned, encodings, strict=True):
@@ -134,15 +134,15 @@ def pad_rows(rows: Sequence[npt.NDArray[Any]], length: int, dtype: npt.DTypeLike
     return padded
 
 
-def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Groups texts for one call each, in order."""
+def text_groups(texts: Sequence[str], *, growth: int = 1) -> Iterator[list[str]]:
+    """Groups texts for one call each, in order; normalizing makes them `growth` times as long."""
     group: list[str] = []
     num_characters = 0
     for text in texts:
-        num_characters += len(text)
+        num_characters += len(text) * growth
         if group and (len(group) == _ENCODED_AT_ONCE or num_characters > _CHARACTERS_AT_ONCE):
             yield group
-            group, num_characters = [], len(text)
+            group, num_characters = [], len(text) * growth
         group.append(text)
     if group:
         yield group

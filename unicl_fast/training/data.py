@@ -19,6 +19,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import shared_images
+from unicl_fast.system.checked_fields import plain_number
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.file_tokenizer import FileTokenizer, make_tokenizer
@@ -83,7 +84,7 @@ def folder_and_weight(spec: str) -> tuple[str, float | None]:
     """Splits DIR=WEIGHT; the folder's own name can contain a =."""
     folder, equals, weight = spec.rpartition("=")
     try:
-        return (folder, float(weight)) if equals else (spec, None)
+        return (folder, plain_number(weight, float)) if equals else (spec, None)
     except ValueError:
         return spec, None
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from unicl_fast.system.untrusted_files import open_file
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = "\ufeff"
 _HEAD = 1 << 16
-_Elements = list[msgspec.Raw]
+_CLOSED_BY = {"[": "]", "{": "}"}
+_BLANK = re.compile(r"[ \t\n\r]*")
+_decode = json.JSONDecoder().raw_decode
 
 
 def object_head(path: Path) -> str:
@@ -29,22 +30,50 @@ def object_head(path: Path) -> str:
 def iter_elements(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields the elements of an array as ("", element), the fields of an object as (name, value).
 
-    A field whose value is an array yields (name, element) for each element. The file is mapped, not
-    read into memory. Raises ValueError if it is not JSON, or is cut short.
+    A field whose value is an array yields (name, element) for each element. Only the text and one
+    element are in memory. By json, whose NaN and lone surrogates are for the row's reader to
+    refuse. Raises ValueError if it is not JSON, or is cut short.
     """
     try:
-        with open_file(path) as file:  # the mapping lives as long as something refers to it
-            text = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if bytes(text[:3]) == _BYTE_ORDER_MARK:
-            text = text[3:]
-        top = msgspec.json.decode(text, type=dict[str, msgspec.Raw] | _Elements)
-        for name, value in top.items() if isinstance(top, dict) else [("", top)]:
-            elements = value if isinstance(value, list) else [value]
-            if isinstance(value, msgspec.Raw) and bytes(memoryview(value)[:1]) == b"[":
-                elements = msgspec.json.decode(value, type=_Elements)
-            for element in elements:  # by json, which reads integers of any length
-                yield name, json.loads(bytes(element))
+        with open_file(path) as file:
+            text = str(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), "utf-8")
+        at = _skip(text, len(_BYTE_ORDER_MARK) if text.startswith(_BYTE_ORDER_MARK) else 0)
+        if text[at : at + 1] not in _CLOSED_BY:
+            raise json.JSONDecodeError("expected an array or an object", text, at)
+        end = yield from _inside(text, at, "")
+        if end < len(text):
+            raise json.JSONDecodeError("extra data", text, end)
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
     except ValueError as error:  # also an empty file, which cannot be mapped
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _inside(text: str, at: int, name: str) -> Generator[tuple[str, Any], None, int]:
+    """Yields what is inside the array or object that opens at `at`; returns where it has ended."""
+    close = _CLOSED_BY[text[at]]
+    at = _skip(text, at + 1)
+    while text[at : at + 1] != close:
+        if close == "}":
+            name, at = _decode(text, at)
+            at = _skip(text, at)
+            if text[at : at + 1] != ":" or not isinstance(name, str):
+                raise json.JSONDecodeError("expected a name and a colon", text, at)
+            at = _skip(text, at + 1)
+        if close == "}" and text[at : at + 1] == "[":
+            at = yield from _inside(text, at, name)
+        else:
+            value, at = _decode(text, at)
+            yield name, value
+            at = _skip(text, at)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != close:
+            raise json.JSONDecodeError(f"expected a comma or {close}", text, at)
+    return _skip(text, at + 1)
+
+
+def _skip(text: str, at: int) -> int:
+    """The position of the next character that is not blank."""
+    found = _BLANK.match(text, at)
+    return found.end() if found is not None else at

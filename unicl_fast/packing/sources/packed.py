@@ -43,6 +43,20 @@ class PackedSource(Source):
     manifest: Manifest
 
 
+def image_entry(dataset: PackedDataset, index: int) -> Entry:
+    """The entry of a sample's image."""
+    row = dataset.samples[index]
+    holder = dataset.shard_of(index)
+    path = holder if is_url(holder) else os.path.join(dataset.folder, holder)
+    offset, xxh3 = dataset.offset_of(index), int(row["xxh3"])
+    height, width = int(row["height"]), int(row["width"])
+    if dataset.image_shape is not None:
+        return PackedPixels(path, offset, height, width, xxh3)
+    place = dataset.source_place(index)
+    size = int(row["size"]) if place is None else place.size
+    return PackedFile(path, offset, size, height, width, xxh3)
+
+
 def _is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed data set, or the remains of one."""
     names = (MANIFEST_NAME, CHECKSUMS_NAME)
@@ -110,7 +124,7 @@ class _Samples:
             fault = self._fault_of(index, text, own)
             yield Item(
                 name=text.name,
-                entry=self._image(index),
+                entry=image_entry(self._dataset, index),
                 captions=list(text.captions),
                 labels=[self._labels[label] for label in text.labels] if not fault else [],
                 problem=Problem("damaged", fault) if fault else None,
@@ -124,18 +138,6 @@ class _Samples:
             return self._reader.read_description(index)
         except DamagedSampleError as error:
             return str(error)
-
-    def _image(self, index: int) -> Entry:
-        dataset, row = self._dataset, self._dataset.samples[index]
-        holder = dataset.shard_of(index)
-        path = holder if is_url(holder) else os.path.join(dataset.folder, holder)
-        offset, xxh3 = dataset.offset_of(index), int(row["xxh3"])
-        height, width = int(row["height"]), int(row["width"])
-        if dataset.image_shape is not None:
-            return PackedPixels(path, offset, height, width, xxh3)
-        place = dataset.source_place(index)
-        size = int(row["size"]) if place is None else place.size
-        return PackedFile(path, offset, size, height, width, xxh3)
 
     def _fault_of(
         self, index: int, text: Description, tokens: Sequence[npt.NDArray[np.uint16]] | None

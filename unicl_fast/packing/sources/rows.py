@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
+from unicl_fast.system.checked_fields import plain_number
 from unicl_fast.system.wording import shorten
 
 MAX_CAPTION_BYTES = 100_000
@@ -78,6 +79,7 @@ class ListOptions:
     size=XS,color=Black."""
     group_column: str = ""
     """Column with a key, such as a product's number: --split keeps images with one key together.
+    Invisible characters, full width and blanks do not matter; 7, "7" and 7.0 are one key.
     'sku=^[^-]+' takes the part that a regular expression finds: WS12 of WS12-XS-Orange. By default
     variants in a shop's export stay with their parent."""
     weight_column: str = ""
@@ -139,7 +141,7 @@ class ListOptions:
         for condition in self.min_score:
             column, _, value = condition.rpartition("=")
             try:
-                found.append((column, float(value)))
+                found.append((column, plain_number(value, float)))
             except ValueError:
                 column = ""
             if not column or math.isnan(found[-1][1]):
@@ -228,7 +230,8 @@ def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem
     for column, lowest in scores:
         value = row.get(column)
         try:
-            is_enough = float(value) >= lowest  # type: ignore[arg-type]  # or it is no number
+            number = plain_number(value, float) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+            is_enough = number >= lowest
         except (TypeError, ValueError, OverflowError):
             is_enough = False
         if not is_enough:
@@ -247,23 +250,25 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
     labels: list[Label] = []
     for column in columns.captions:
         for caption in _values(row.get(column)):
-            if not isinstance(caption, str):
+            if not isinstance(caption, str) or _has_half_characters(caption):
                 item.problem = _bad_value(where, column, caption)
-            elif (size := len(caption.encode(errors="surrogatepass"))) > MAX_CAPTION_BYTES:
+            elif (size := len(caption.encode())) > MAX_CAPTION_BYTES:
                 message = f"{size:,} bytes; captions of at most {MAX_CAPTION_BYTES:,} are read"
                 item.problem = Problem("too long", f"{where}: {column} holds {message}")
             else:
                 captions.append(caption)
     for column in columns.labels:
         for label in _values(row.get(column)):
-            if not isinstance(label, (str, int)) or isinstance(label, bool):
+            is_label = isinstance(label, (str, int)) and not isinstance(label, bool)
+            if not is_label or _has_half_characters(str(label)):
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none
                 labels.append(label)
     if columns.weight:
         _add_weight(item, row.get(columns.weight), f"{where}: the weight in {columns.weight}")
     keys = flat(row.get(GROUP))
-    join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
+    has_key = (key for key in keys if key not in (None, "") and key == key)  # NaN means none
+    join_rows(item, captions, labels, list(map(str, has_key)))
 
 
 def _add_weight(item: Item, value: Any, what: str) -> None:
@@ -285,6 +290,15 @@ def _values(value: Any) -> list[Any]:
     return [
         one for one in values if one is not None and not (isinstance(one, str) and not one.strip())
     ]
+
+
+def _has_half_characters(text: str) -> bool:
+    """Whether a text has a lone surrogate, which JSON can spell and no encoding can store."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _bad_value(where: str, column: str, value: Any) -> Problem:

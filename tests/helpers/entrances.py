@@ -1,0 +1,301 @@
+"""Files, texts and answers from others that ask for more than a machine has, and what reads them.
+
+Each function makes one in an empty folder and reads it; a child runs it under limits.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MB = 1 << 20
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+# Tokenizers
+
+
+def read_tokenizer(folder: Path, **changes: Any) -> None:
+    from file_tokenizers import write_tokenizer
+
+    from unicl_fast.text.file_tokenizer import FileTokenizer
+
+    write_tokenizer(folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    write_json(folder / "tokenizer.json", values | changes)
+    FileTokenizer(str(folder), 16).encode(["a banana " * 1000] * 64)
+
+
+def replace(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def growing_replaces(folder: Path) -> None:
+    rules = [replace("a" * 100, String="a")] * 5
+    read_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": rules})
+
+
+def growing_expressions(folder: Path) -> None:
+    rules = [replace("xx", Regex="(?=.)")] * 20
+    read_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": rules})
+
+
+def growing_map(folder: Path) -> None:
+    charsmap = struct.pack("<I", 8) + bytes(8) + b"x" * MB + b"\0"
+    rule = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+    read_tokenizer(folder, normalizer=rule)
+
+
+def growing_decoder(folder: Path) -> None:
+    read_tokenizer(folder, decoder=replace("a" * 1000, String="a"))
+
+
+def backtracking_split(folder: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated"}
+    read_tokenizer(folder, pre_tokenizer=split | {"invert": False})
+
+
+def long_template(folder: Path) -> None:
+    special = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+    parts: list[Any] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    parts += [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 200_000
+    template = {"type": "TemplateProcessing", "single": parts, "pair": parts[:1]}
+    read_tokenizer(folder, post_processor=template | {"special_tokens": {"</s>": special}})
+
+
+def doubling_templates(folder: Path) -> None:
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 1}}
+    template = {"type": "TemplateProcessing", "single": [text] * 4, "pair": [text, other]}
+    rules = [template | {"special_tokens": {}}] * 20
+    read_tokenizer(folder, post_processor={"type": "Sequence", "processors": rules})
+
+
+def large_id(folder: Path) -> None:
+    read_tokenizer(folder, model={"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "a"})
+
+
+# Weights, adapters and settings
+
+
+def wide_adapter(folder: Path) -> None:
+    import torch
+
+    from unicl_fast.conversion.adapter_folders import with_adapters
+
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 1, "lora_alpha": 1})
+    adapters = {
+        "fc.lora_B.weight": torch.ones(80_000, 1),
+        "fc.lora_A.weight": torch.ones(1, 80_000),
+    }
+    with_adapters({"fc.weight": torch.ones(64, 64)}, adapters, folder)
+
+
+def long_safetensors_header(folder: Path) -> None:
+    from unicl_fast.checkpoints.load import read_shapes
+
+    entry = '"%08d":{"dtype":"F32","shape":[],"data_offsets":[%d,%d]}'
+    header = ",".join(entry % (n, 4 * n, 4 * n + 4) for n in range(1_300_000))
+    data = f"{{{header}}}".encode()
+    (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(5_200_000))
+    del header, data, entry
+    read_shapes(folder / "a.safetensors")
+
+
+def lying_safetensors_header(folder: Path) -> None:
+    from unicl_fast.checkpoints.load import read_stored
+
+    shape = {"w": {"dtype": "F32", "shape": [1 << 30, 1 << 30], "data_offsets": [0, 4]}}
+    data = json.dumps(shape).encode()
+    (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(4))
+    read_stored(folder / "a.safetensors")
+
+
+def load_encoders_of(folder: Path, values: dict[str, Any]) -> None:
+    from unicl_fast.conversion.initial import load_encoders
+
+    write_json(folder / "config.json", values)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    load_encoders(folder)
+
+
+def wide_model(folder: Path) -> None:
+    tower = {"hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 1000}
+    values = {"model_type": "clip", "projection_dim": 512}
+    load_encoders_of(folder, values | {"text_config": tower, "vision_config": tower})
+
+
+def long_model_type(folder: Path) -> None:
+    load_encoders_of(folder, {"model_type": "x" * 30 * MB})
+
+
+def run_config(folder: Path, text: str) -> None:
+    from unicl_fast.config_json import load_config
+
+    (folder / "config.json").write_text(text)
+    load_config(folder / "config.json")
+
+
+def long_setting(folder: Path) -> None:
+    run_config(folder, json.dumps({"data": {"augment": ["x" * 30 * MB]}}))
+
+
+def deep_setting(folder: Path) -> None:
+    run_config(folder, '{"data":' * 5_000_000 + "1" + "}" * 5_000_000)
+
+
+def large_config(folder: Path) -> None:
+    run_config(folder, "[" + "0," * 40 * MB + "0]")
+
+
+# Sources of packing
+
+
+def pack(place: Path, **options: Any) -> None:
+    from foreign_sources import read_source
+    from pack_runs import jpeg
+
+    from unicl_fast.packing.sources.rows import ListOptions
+
+    (place.parent / "a.jpg").write_bytes(jpeg(1))
+    problems = [item.problem for item in read_source(place, ListOptions(**options)).items]
+    if any(problems):
+        raise ValueError("; ".join(one.message[:200] for one in problems if one is not None))
+
+
+def tar_of_long_headers(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for number in range(100):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.pax_headers["comment"] = "x" * 2 * MB
+            archive.addfile(member)
+    pack(folder / "a.tar")
+
+
+def zip_bomb(folder: Path) -> None:
+    with (
+        zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("cat/metadata.jsonl", "w", force_zip64=True) as file,
+    ):
+        for _ in range(1200):
+            file.write(bytes(MB))
+    pack(folder / "a.zip")
+
+
+def deep_list(folder: Path) -> None:
+    (folder / "a.json").write_text('[{"image": ' + "[" * 20 * MB)
+    pack(folder / "a.json")
+
+
+def long_caption(folder: Path) -> None:
+    write_json(folder / "a.json", [{"image": "a.jpg", "caption": "x" * 60 * MB}])
+    pack(folder / "a.json")
+
+
+def long_field(folder: Path) -> None:
+    (folder / "a.csv").write_text("image,caption\na.jpg," + "x" * 60 * MB)
+    pack(folder / "a.csv")
+
+
+# Servers and questions
+
+
+def ask_server(read: Callable[[Any], Any], *, headers: dict[str, str], body_mb: int) -> None:
+    from unicl_fast.dataset import object_store
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            for _ in range(body_mb if self.command == "GET" else 0):
+                self.wfile.write(bytes(MB))
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None: ...
+
+        def handle(self) -> None:
+            try:
+                super().handle()
+            except OSError:  # the client has had enough
+                self.close_connection = True
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    object_store.TRIES, object_store.FIRST_PAUSE_SECONDS = 2, 0.0
+    read(object_store.ObjectStore(f"http://127.0.0.1:{server.server_port}/folder"))
+
+
+def endless_object(folder: Path) -> None:
+    ask_server(lambda store: store.read("a", 0, 100), headers={}, body_mb=3000)
+
+
+def endless_small_object(folder: Path) -> None:
+    ask_server(lambda store: store.read_whole("manifest.json"), headers={}, body_mb=3000)
+
+
+def long_headers(folder: Path) -> None:
+    headers = {"ETag": "x" * 20 * MB, "Content-Length": str(10**15)}
+    ask_server(lambda store: store.find("a"), headers=headers, body_mb=0)
+
+
+def long_question(folder: Path) -> None:
+    import msgspec
+
+    from unicl_fast.evaluation.serving import SearchQuestion
+
+    msgspec.json.decode(json.dumps({"text": "x" * 80 * MB}), type=SearchQuestion)
+
+
+ENTRANCES: dict[Callable[[Path], None], str] = {
+    growing_replaces: "can make 10,000,000,000 characters of one",
+    growing_expressions: "characters of one",
+    growing_map: "characters of one|no tokenizer",
+    growing_decoder: "can make 1,000 characters of one",
+    backtracking_split: "the tokenizer failed .*retry-limit.* on an ordinary text",
+    long_template: "a row has 200,0.. tokens, and the context 16",
+    doubling_templates: "the tokenizer failed",
+    large_id: "its ids go up to 4,294,967,295",
+    wide_adapter: "the adapter of fc has A, B",
+    long_safetensors_header: "lists its tensors in",
+    lying_safetensors_header: "is no safetensors file",
+    wide_model: "",
+    long_model_type: "",
+    long_setting: "has a text of 31,457,280 characters",
+    deep_setting: "is not JSON|too large",
+    large_config: "too large",
+    tar_of_long_headers: "a header of 2,097",
+    zip_bomb: "",
+    deep_list: "nested too deeply|cannot be read as JSON",
+    long_caption: "captions of at most 100,000 are read",
+    long_field: "captions of at most 100,000 are read",
+    endless_object: "were requested",
+    endless_small_object: "is too large",
+    long_headers: "could not be asked for its size",
+    long_question: "Expected `str` of length <= 100000",
+}
+"""What reads each, and the refusal."""
+
+
+def enter(task: tuple[str, str]) -> str:
+    """In the child: the refusal, "" for none."""
+    name, folder = task
+    try:
+        globals()[name](Path(folder))
+    except (ValueError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
