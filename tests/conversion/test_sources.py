@@ -723,13 +723,13 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path):
     ],
 )
 def test_an_adapter_of_other_shapes_than_its_layer_is_refused_before_any_product(
-    b: tuple[int, ...],
-    a: tuple[int, ...],
-    magnitude: tuple[int, ...],
-    change: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-) -> None:
+    b,
+    a,
+    magnitude,
+    change,
+    message,
+    tmp_path,
+):
     values = {"peft_type": "LORA", "r": 1, "lora_alpha": 8, "use_dora": True} | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     names = "lora_B.weight", "lora_A.weight", "lora_magnitude_vector"

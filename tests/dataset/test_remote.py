@@ -88,9 +88,7 @@ def test_a_store_without_its_package_names_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("ask", ["find", "find_all", "read_whole", "read"])
 @pytest.mark.parametrize("answers", [(503, 429, 200), ("reset", 200), (410,), (404,), (403,)])
-def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(
-    ask: str, answers: tuple[int | str, ...]
-) -> None:
+def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(ask, answers):
     server = FaultyServer(*answers)
     store = ObjectStore(server.url)
     requests: dict[str, Callable[[], Any]] = {
@@ -113,7 +111,7 @@ def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(
             requests[ask]()
 
 
-def test_where_folders_must_exist_they_are_made(tmp_path: Path) -> None:
+def test_where_folders_must_exist_they_are_made(tmp_path):
     store = ObjectStore(f"file://{tmp_path}/new/deeper")
     (tmp_path / "large").write_bytes(b"345")
     store.write_file(tmp_path / "large", "large")

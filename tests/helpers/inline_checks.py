@@ -26,7 +26,7 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(task.name)
             yield checker.check(task.entry, task.captions, task.size)
 
-    tokenizer = _tokenizer()
+    tokenizer = Tokenizer()
     for module in (build_module, near_duplicates):
         monkeypatch.setattr(module, "check_in_order", check)
     return names

@@ -181,9 +181,7 @@ def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_half_characters_and_no_numbers_cost_their_row_and_not_the_list(
-    kind: str, tmp_path: Path
-) -> None:
+def test_half_characters_and_no_numbers_cost_their_row_and_not_the_list(kind, tmp_path):
     rows = [
         '{"image": "0.jpg", "caption": "fine", "area": NaN}',
         r'{"image": "1.jpg", "caption": "half \ud800 of one"}',
@@ -201,9 +199,7 @@ def test_half_characters_and_no_numbers_cost_their_row_and_not_the_list(
     }  # fmt: skip
 
 
-def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(tmp_path, monkeypatch):
     cat = tmp_path / "cat"
     cat.mkdir()
     (cat / "1.jpg").write_bytes(IMAGE)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from browser import look_at
 from inline_checks import check_inline
-from pack_runs import Pack, build_set
+from pack_runs import build_set
 from PIL import Image
 
 from unicl_fast.packing import inspect as inspect_module
@@ -213,9 +213,7 @@ def test_the_program_prints_table_1(packed, pack):
     assert "left out when packed: 1 damaged" in text
 
 
-def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(packed, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     check_inline(monkeypatch)
     with pytest.raises(ValueError, match=r"sample 0+ .*cannot be read .*Bomb.*--no-near"):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
@@ -101,13 +100,14 @@ def distances_of_copies(path: Path) -> tuple[int, dict[str, int]]:
     width, height = image.size
     x, y = width // 40, height // 40
     copies = {
-        "half the size": image.resize((width // 2, height // 2)),
-        "twice the size": image.resize((width * 2, height * 2)),
-        "grey": image.convert("L"),
-        "a tenth higher": image.resize((width, int(height * 1.1))),
-        "a fifth brighter": image.point(lambda level: min(255, int(level * 1.2))),
-        "a fortieth cut from each side": image.crop((x, y, width - x, height - y)),
-        "mirrored": image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "JPEG at quality 20": encoded(image, quality=20),
+        "half the size": encoded(image.resize((width // 2, height // 2))),
+        "twice the size": encoded(image.resize((width * 2, height * 2))),
+        "grey": encoded(image.convert("L")),
+        "a tenth higher": encoded(image.resize((width, int(height * 1.1)))),
+        "a fifth brighter": encoded(image.point(lambda level: min(255, int(level * 1.2)))),
+        "a fortieth cut from each side": encoded(image.crop((x, y, width - x, height - y))),
+        "mirrored": encoded(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
     }
     value = hash_of(path.read_bytes())
     with Image.open(path) as drafted:

@@ -144,7 +144,7 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_header_of_2_mb_costs_its_file_and_no_other(kind: int, tmp_path: Path) -> None:
+def test_a_header_of_2_mb_costs_its_file_and_no_other(kind, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
         for number in range(3):
             for suffix, data in (("jpg", jpeg(number)), ("txt", b"text")):
@@ -161,7 +161,7 @@ def test_a_header_of_2_mb_costs_its_file_and_no_other(kind: int, tmp_path: Path)
     assert "a header of 2,000," in problem.message
 
 
-def test_odd_samples_are_refused_by_name(tmp_path: Path) -> None:
+def test_odd_samples_are_refused_by_name(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",
         [

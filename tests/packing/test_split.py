@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import Pack, build_set, contents, jpeg, samples_of
+from pack_runs import build_set, contents, jpeg, samples_of
 from packed_sets import saved
 from PIL import Image
 from property_tests import examples
@@ -149,11 +149,11 @@ def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
         ("\u200b ", ""),
     ],
 )
-def test_keys_are_equal_if_a_person_sees_no_difference(key: str, plain: str) -> None:
+def test_keys_are_equal_if_a_person_sees_no_difference(key, plain):
     assert plain_key(key) == plain
 
 
-def test_one_key_in_several_spellings_is_on_one_side(tmp_path: Path) -> None:
+def test_one_key_in_several_spellings_is_on_one_side(tmp_path):
     spellings = ["{}", "{} ", "\ufeff{}", "{}\u200b", "{}.0", 0]
     rows = []
     for number in range(120):
@@ -208,7 +208,7 @@ def copies_of(number: int) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path: Path) -> None:
+def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path):
     for number in range(60):
         for name, data in copies_of(number).items():
             path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}-{name}"

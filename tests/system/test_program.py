@@ -72,7 +72,7 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS.values())))
-def test_every_program_begins_as_all_do(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_program_begins_as_all_do(script, monkeypatch):
     """So that the tests of one program hold for all."""
     module, _, name = script.partition(":")
     assert module == start.__name__
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_ctrl_c_while_a_program_is_imported_is_no_traceback(wrapped: bool, tmp_path: Path) -> None:
+def test_ctrl_c_while_a_program_is_imported_is_no_traceback(wrapped, tmp_path):
     """Also if a library makes another error of it, as some do that try to import an extension."""
     ask = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     if wrapped:
@@ -136,7 +136,7 @@ class Options:
 
 
 @pytest.mark.parametrize("text", ["\u0663", "1_0", "\uff11", "\u00bd", ""])
-def test_options_are_numbers_of_ascii_digits(text: str) -> None:
+def test_options_are_numbers_of_ascii_digits(text):
     """`int` and `float` also read other scripts' digits, and underlines between them."""
     registry = plain_numbers()
     for options in (

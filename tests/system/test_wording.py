@@ -49,7 +49,7 @@ def test_urls_are_shown_without_their_secrets(text, shown):
     assert without_secrets(text) == shown
 
 
-def test_a_message_that_quotes_something_long_is_cut_in_its_middle_and_shown_at_once() -> None:
+def test_a_message_that_quotes_something_long_is_cut_in_its_middle_and_shown_at_once():
     long = "data.train: " + "x" * 3_000_000 + " is no folder"
     shown = shorten_message(long)
     assert len(shown) < 4_100
@@ -61,7 +61,7 @@ def test_a_message_that_quotes_something_long_is_cut_in_its_middle_and_shown_at_
     assert time.process_time() - begun < 5
 
 
-def test_characters_that_cannot_be_seen_are_escaped() -> None:
+def test_characters_that_cannot_be_seen_are_escaped():
     assert visible_text("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
 
 
