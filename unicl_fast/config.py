@@ -111,9 +111,10 @@ class DataConfig:
     """Augmentation: none, clip, unicl or supcon, and changes. For example unicl,blur=0.5; NAME:SPEC
     is for the data set in a folder called NAME. See docs/augmentation.md."""
     evaluation_resize: Pixels | Literal["longest", "squash"] = 256
-    """Pixels of the shorter side before evaluation crops image_size in the centre; or longest or
-    squash, open_clip's, which show the whole image. longest scales the longer side to image_size
-    and fills the rest with grey, the mean; squash distorts."""
+    """Pixels of the shorter side before evaluation crops image_size in the centre, as does training
+    without drawn crops (crop_scale 1 1, crop_ratio 1 1); or longest or squash, open_clip's, which
+    show the whole image. longest scales the longer side to image_size and fills the rest with grey,
+    the mean; squash distorts."""
     interpolation: Interpolation = "bilinear"
     """Filter for resizing; both are antialiased."""
     resample: Resample = "fused"
@@ -171,6 +172,12 @@ class DataConfig:
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
         )
+
+    @property
+    def part_shown(self) -> float:
+        """The part of the shorter side that evaluations show."""
+        resize = self.evaluation_resize
+        return self.image_size / resize if isinstance(resize, int) else 1.0
 
     @property
     def drawn(self) -> tuple[str, ...]:

@@ -126,10 +126,10 @@ _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
         "standardise": True,
         "feature_noise": 1.0,
     },
-    objective={"logit_scale_init": math.log(5)},
+    objective={"logit_scale_init": math.log(10)},
     optim={
         "name": "adamw",
-        "lr": 2e-3,
+        "lr": 1e-3,
         "betas": (0.9, 0.98),
         "freeze": ("image", "text"),
     },

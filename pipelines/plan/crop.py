@@ -26,13 +26,15 @@ def random_windows(
     key: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    part_shown: float = 1.0,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Draws crop windows as torchvision's RandomResizedCrop does.
 
     Up to ten tries draw an area (uniform part of the image's) and an aspect ratio (uniform in
     its logarithm) and use the first window that fits; otherwise the largest central window of a
     permitted ratio is used. If the whole area is requested in one ratio, that window is used at
-    once: rounding would let windows of nearly square images fit, and move by a pixel.
+    once: rounding would let windows of nearly square images fit, and move by a pixel. Of its sides
+    the middle `part_shown` is taken then, as evaluations do.
 
     Images' `heights` and `widths` are [b], and `counters` the number of each image's window in the
     stream of `key`. `scale` has the smallest and largest part of the area, `ratio` of width/height.
@@ -45,13 +47,14 @@ def random_windows(
         np.uint64(key),
         np.array(scale, dtype=np.float64),
         np.array(ratio, dtype=np.float64),
+        part_shown,
     )
     return starts, shapes
 
 
 @kernel
 def _random_windows(
-    heights: Any, widths: Any, counters: Any, key: Any, scale: Any, ratio: Any
+    heights: Any, widths: Any, counters: Any, key: Any, scale: Any, ratio: Any, part_shown: float
 ) -> Any:
     starts = np.empty((heights.size, 2), np.int32)
     shapes = np.empty((heights.size, 2), np.int32)
@@ -78,6 +81,9 @@ def _random_windows(
                 h = np.int64(np.rint(width / ratio[0]))
             elif width > height * ratio[1]:
                 w = np.int64(np.rint(height * ratio[1]))
+            if tries == 0:
+                w = max(1, np.int64(np.rint(w * part_shown)))
+                h = max(1, np.int64(np.rint(h * part_shown)))
             top = (height - h) // 2
             left = (width - w) // 2
         starts[i, 0], starts[i, 1] = top, left

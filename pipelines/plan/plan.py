@@ -415,6 +415,7 @@ class TrainPlan:
                     key=key_of(_Purpose.CROP),
                     scale=augmentation.crop_scale or data.crop_scale,
                     ratio=data.crop_ratio,
+                    part_shown=data.part_shown,
                 )
                 flip = augmentation.flip
                 flip = data.flip_probability if flip is None else flip

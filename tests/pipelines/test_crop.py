@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from unicl_fast.pipelines.plan.crop import random_windows
+from unicl_fast.config import DataConfig
+from unicl_fast.pipelines.plan.crop import evaluation_regions, random_windows
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -41,6 +42,22 @@ def largest_gap(one: np.ndarray, other: np.ndarray) -> float:
     both = np.unique(np.concatenate([one, other]))
     below = [np.searchsorted(np.sort(x), both, side="right") / len(x) for x in (one, other)]
     return float(np.abs(below[0] - below[1]).max())
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (640, 480), (300, 300), (5, 7)])
+@pytest.mark.parametrize("resize", [224, 256, "squash"])
+def test_without_drawn_crops_training_shows_what_evaluations_show(height, width, resize):
+    data = DataConfig(image_size=224, evaluation_resize=resize)
+    sides = np.full(1, height), np.full(1, width)
+    (start,), (shape,) = random_windows(
+        *sides, np.arange(1), key=3, scale=(1, 1), ratio=(1, 1), part_shown=data.part_shown
+    )
+    (first,), (end,) = evaluation_regions(*sides, data)
+    if resize == "squash":  # training does not distort
+        assert shape.tolist() == [min(height, width)] * 2
+    else:
+        rounding = 1 + min(height, width) / resize  # of the window, and of torchvision's image
+        assert np.abs(np.concatenate([start - first, start + shape - end])).max() < rounding
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (64, 300), (700, 60), (5, 7)])

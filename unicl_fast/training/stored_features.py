@@ -150,9 +150,10 @@ def _stored(folder: Path, key: str, size: int) -> tuple[NDArray[np.bool_], froze
 
 def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
     config, data = model.config, model.config.data
+    view = data.crop_ratio[0] if data.part_shown == 1 else [data.crop_ratio[0], data.part_shown]
     return feature_key(
         data, dataset, encoder=config.model.image_encoder, precision=config.efficiency.precision,
-        weights=weights, device_type=device.type, view=data.crop_ratio[0], version=_VERSION,
+        weights=weights, device_type=device.type, view=view, version=_VERSION,
         max_pixels=data.max_pixels,
     )  # fmt: skip
 
