@@ -82,8 +82,8 @@ def _random_windows(
             elif width > height * ratio[1]:
                 w = np.int64(np.rint(height * ratio[1]))
             if tries == 0:
-                w = max(1, np.int64(np.rint(w * part_shown)))
-                h = max(1, np.int64(np.rint(h * part_shown)))
+                w = np.int64(max(1.0, np.rint(w * part_shown)))
+                h = np.int64(max(1.0, np.rint(h * part_shown)))
             top = (height - h) // 2
             left = (width - w) // 2
         starts[i, 0], starts[i, 1] = top, left
