@@ -126,7 +126,7 @@ _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
         "standardise": True,
         "feature_noise": 1.0,
     },
-    objective={"logit_scale_init": math.log(10)},
+    objective={"logit_scale_init": math.log(7)},
     optim={
         "name": "adamw",
         "lr": 1e-3,
