@@ -213,7 +213,7 @@ def schedule_draws(
     *,
     sizes: Sequence[int],
     weights: tuple[int, ...],
-    weighted: Mapping[int, WeightedDraws | None],
+    weighted: Mapping[int, WeightedDraws],
     **order: int,
 ) -> tuple[NDArray[np.int32], Int64Array]:
     """Source and sample of each draw of a run; `order` is passed to `samples_of_draws`."""
@@ -273,13 +273,12 @@ class TrainPlan:
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views
         self.seed = seed
-        self.weighted = [
-            None
-            if one.weights is None or are_equal([one.weights])
-            else WeightedDraws(one.weights, seed=seed, source=number)
+        self.weighted = {
+            number: WeightedDraws(one.weights, seed=seed, source=number)
             for number, one in enumerate(sources)
-        ]
-        """How each source is drawn by weight; None if its samples come once an epoch."""
+            if one.weights is not None and not are_equal([one.weights])
+        }
+        """The sources that are drawn by weight; samples of the others come once an epoch."""
         self.shuffle_window = data.shuffle_window
         self.shuffle_groups = data.shuffle_groups
         whole = Span(number=0, first_step=0, end_step=0, first_draw=0,
@@ -357,7 +356,7 @@ class TrainPlan:
             self._draws_before(step) + global_index, sizes=self.sizes, seed=self.seed,
             weights=self.weights, global_batch_size=self.global_batch_size,
             shuffle_window=self.shuffle_window, shuffle_groups=self.shuffle_groups,
-            weighted=dict(enumerate(self.weighted)),
+            weighted=self.weighted,
         )  # fmt: skip
 
     def _fill_in(

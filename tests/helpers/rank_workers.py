@@ -541,7 +541,7 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
         dataset.cache, dataset.fetched_bytes = mock.Mock(), 9
     data = mock.Mock(config=TrainConfig(), datasets=[dataset], description={})
     with mock.patch.object(build, "Ledger") as ledger:
-        build._build_ledger(Path(), data, mock.Mock(weighted=()), ranks)
+        build._build_ledger(Path(), data, mock.Mock(weighted={}), ranks)
     assert [source.name for source in ledger.call_args.kwargs["sources"]] == ["here"]
     meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
     found = described(meter, global_batch(images), ranks, num_steps=1)

@@ -315,13 +315,13 @@ def test_a_loader_that_sleeps_does_not_hold_up_the_end(
 
 def test_stored_features_are_advised_and_a_run_that_stores_them_is_timed_by_its_encoding():
     found = diagnosis(measured(), num_images=60_000)
-    told = {
+    reports = {
         stored: "\n".join(report_lines(dataclasses.replace(found, stored=stored)))
         for stored in ("", "could", "does")
     }
-    assert "encoded once they need 0:01:00 instead of 0:16:40" in told["could"]
-    assert "stored-features" not in told[""]
-    assert "then 0:01:00 to encode 60,000 images once" in told["does"]
+    assert "encoded once they need 0:01:00 instead of 0:16:40" in reports["could"]
+    assert "stored-features" not in reports[""]
+    assert "then 0:01:00 to encode 60,000 images once" in reports["does"]
     rare = dataclasses.replace(found, num_images=10**6, stored="could")
     assert "stored-features" not in "\n".join(report_lines(rare)), "a run of a single epoch"
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +56,20 @@ class Ledger:
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
         spans: Sequence[Span] = (),
-        weights: Sequence[Weights | None] = (),
+        weights: Mapping[int, Weights] = {},
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet; see `SegmentHeader`. All ranks and starts of a run share `folder`.
 
-        `weights` are those of each source if it is drawn by weight, which the proof needs.
+        `weights` are those of the sources that are drawn by weight, which the proof needs.
         """
         self.folder = folder
-        digests = ["" if one is None else xxhash.xxh3_64_hexdigest(one.data) for one in weights]
-        self._weights = dict(zip(digests, weights, strict=True))
-        pairs = zip(sources, digests or [""] * len(sources), strict=True)
-        sources = [dataclasses.replace(one, weights=digest) for one, digest in pairs]
+        digests = {number: xxhash.xxh3_64_hexdigest(one.data) for number, one in weights.items()}
+        self._weights = {digests[number]: one for number, one in weights.items()}
+        sources = [
+            dataclasses.replace(one, weights=digests.get(number, ""))
+            for number, one in enumerate(sources)
+        ]
         self._ranks = ranks or Ranks()
         self._header = SegmentHeader(
             segment=0,
@@ -95,7 +97,7 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         for digest, weights in self._weights.items() if self._ranks.is_main else ():
             path = weights_path(self.folder, digest)
-            if weights is not None and not path.exists():
+            if not path.exists():
                 with replacing(path) as aside:
                     header = npy_header(WEIGHT_DTYPE, weights.shape)
                     aside.write_bytes(header + weights.tobytes())

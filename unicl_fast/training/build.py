@@ -179,7 +179,7 @@ def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks
         global_batch_size=plan.global_batch_size, spans=data.config.run.spans, seed=plan.seed,
         shares=plan.weights, shuffle_window=plan.shuffle_window,
         shuffle_groups=plan.shuffle_groups, ranks=ranks,
-        weights=[None if one is None else one.weights for one in plan.weighted],
+        weights={number: one.weights for number, one in plan.weighted.items()},
     )  # fmt: skip
 
 
