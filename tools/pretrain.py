@@ -235,7 +235,9 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
             key: Figure.of(round(last[f"{name}/{keys[key]}"] * one.num_tried), one.num_tried)
             for key, one in methods[0].figures.items()
         }
-        found.append(f"{name}:\n{beside_table(Measured('this run', ours), methods)}")
+        freeze = trainer.config.optim.freeze
+        table = beside_table(Measured("this run", ours), methods, freeze=freeze)
+        found.append(f"{name}:\n{table}")
     for dataset in datasets:
         dataset.close()
     return found

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from unicl_fast.evaluation.baselines import Figures, Kind
     from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.inference import Model
+    from unicl_fast.evaluation.retrieval import RetrievalFeatures
     from unicl_fast.models.unicl import UniCL
 
 # The type of an option holds its range, as in the config.
@@ -201,7 +202,13 @@ class BesideBaselines(Evaluation):
     none computes none."""
 
     def beside(
-        self, model: UniCL, data: str, *, ours: Figures, kind: Kind
+        self,
+        model: UniCL,
+        data: str,
+        *,
+        ours: Figures,
+        kind: Kind,
+        features: RetrievalFeatures | None = None,
     ) -> tuple[dict[str, Any], str]:
         """Values for the JSON and a text: the baselines, or why there are none. On rank 0 alone."""
         from unicl_fast.distributed.ranks import Ranks
@@ -212,10 +219,11 @@ class BesideBaselines(Evaluation):
             return {}, ""
         folder = self.features_folder("auto")
         with open_data(data, ranks=Ranks(), takes_loose=kind == "captions") as opened:
-            found = of_run(model, opened.dataset, kind=kind, folder=folder)
+            found = of_run(model, opened.dataset, kind=kind, folder=folder, ours=features)
         if isinstance(found, str):
             return {"baselines": found}, f"no baselines: {found}"
-        text = beside_table(Measured("this model", ours), found)
+        freeze = model.config.optim.freeze
+        text = beside_table(Measured("this model", ours), found, freeze=freeze)
         figures = {one.name: dataclasses.asdict(one)["figures"] for one in found}
         return {"baselines": figures}, text
 

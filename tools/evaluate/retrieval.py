@@ -46,7 +46,10 @@ class Retrieval(BesideBaselines):
             print(table := result.to_table())
             if self.figures is not None:
                 draw_found(found, data.dataset, self.figures)
-        values, text = self.beside(on_ranks.model, self.data, ours=recalls(result), kind="captions")
+        ours = recalls(result.text_to_image)
+        values, text = self.beside(
+            on_ranks.model, self.data, ours=ours, kind="captions", features=found
+        )
         if text:
             print(f"\n{text}")
         described = {"data": self.data, "name": data.name}

@@ -1,9 +1,8 @@
 """Baselines that need minutes to write: what frozen image features give without a contrastive run.
 
-For labels the nearest training image, and logistic regression; for captions ridge regression from
-image features to tf-idf, so that a text finds the images whose predicted words are most similar. A
-trained model should beat all of them. `bases` compares encoders by them, and `of_run` computes them
-for the model of a run.
+For labels the nearest training image, and logistic regression; for captions ridge regression to
+tf-idf. A trained model should beat all of them. `bases` compares encoders by them, and `of_run`
+computes them for the model of a run.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.object_store import is_url
@@ -29,6 +29,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import all_descriptions, all_labels
 from unicl_fast.evaluation.features import ModelOnRanks
 from unicl_fast.evaluation.labelled import LabelledFeatures, kept_features, with_labels
+from unicl_fast.evaluation.predicted import PredictedWords, standardised
 from unicl_fast.evaluation.probes import linear_probe, nearest_neighbours, require_scikit_learn
 from unicl_fast.evaluation.report import (
     ClassificationResult,
@@ -36,20 +37,26 @@ from unicl_fast.evaluation.report import (
     percent,
     wilson_interval,
 )
-from unicl_fast.evaluation.retrieval import RetrievalResult, rank_captions
+from unicl_fast.evaluation.retrieval import (
+    Recall,
+    RetrievalFeatures,
+    RetrievalResult,
+    rank_captions,
+    rank_images,
+)
+from unicl_fast.evaluation.signals import Scores, fuse, standardise
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of, markdown_table
 from unicl_fast.training.data import folder_and_weight, open_datasets
 from unicl_fast.training.stored_features import find_stored
 
 Kind = Literal["labels", "captions"]
+TOGETHER = "both together, as in unicl-eval search"
 MOST_IMAGES = 20_000
 """Images encoded for the baselines of a run: two cores need two to fifteen minutes."""
-_MOST_STORED = 100_000  # training images, whose features need 1 GB in fp64
+MOST_STORED = 100_000  # training images, whose features need 1 GB in fp64
 _MOST_FITTED = 2e9  # images x width x classes of a logistic regression: about a minute of fits
 _C_GRID = (1e-3, 1e-2, 0.1, 1.0)  # for standardised features
-_MOST_WORDS = 20_000
-_PENALTY = 5.0  # of ridge regression, as a multiple of the width of standardised features
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +103,8 @@ def top_1(result: ClassificationResult) -> Figures:
     return {"top-1": Figure.of(result.num_correct, result.num_samples)}
 
 
-def recalls(result: RetrievalResult) -> Figures:
-    return {f"R@{one.k}": Figure.of(one.num_found, one.num_queries) for one in result.text_to_image}
+def recalls(of_texts: Iterable[Recall]) -> Figures:
+    return {f"R@{one.k}": Figure.of(one.num_found, one.num_queries) for one in of_texts}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,16 +175,6 @@ def encoder_features(
     return rows
 
 
-def standardised(
-    train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"]
-) -> list[Float[np.ndarray, "k d"]]:
-    """Features with the mean and deviation of `train` taken out, in fp32."""
-    mean, deviation = (f(train, axis=0, dtype=np.float64) for f in (np.mean, np.std))
-    # a dimension that hardly varies in training must not blow up a test image
-    scale = np.maximum(deviation, 1e-3 * deviation.max() or 1.0)
-    return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]
-
-
 def _nearest(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
     return top_1(nearest_neighbours(train, test, ks=(1,))[1])
 
@@ -191,27 +188,35 @@ def _regression(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
 
 
 def _ridge(train: Part, test: Part) -> Figures:
-    """Regresses standardised features into tf-idf; a text finds the images nearest by cosine.
-
-    All samples have captions. Raises ValueError for captions without words.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(max_features=_MOST_WORDS)
-    words = vectorizer.fit_transform(" ".join(own) for own in train.captions)
-    x, y = (one.astype(np.float64) for one in standardised(train.features, test.features))
-    gram = x.T @ x + _PENALTY * x.shape[1] * np.eye(x.shape[1])
-    # solved here, since scikit-learn's Ridge would store the words of all images densely; x has
-    # zero mean, so the intercept, the last row, is the mean
-    mean = np.asarray(words.mean(axis=0))  # a matrix
-    weights = np.vstack([np.linalg.solve(gram, (words.T @ x).T), mean])
-    y = np.column_stack([y, np.ones(len(y))])
-    norms = np.sqrt(((y @ (weights @ weights.T)) * y).sum(axis=1, keepdims=True))
-    return recalls(test.ranked(y / norms, vectorizer.transform(test.texts) @ weights.T))
+    """A text finds the images of the most similar predicted words; all samples have captions."""
+    words = PredictedWords(train.features, train.captions)
+    found = test.ranked(words.of_images(test.features), words.of_texts(test.texts))
+    return recalls(found.text_to_image)
 
 
-def baselines(train: Part, test: Part, *, class_names: Sequence[str]) -> list[Measured]:
-    """The baselines that both parts have labels or captions for.
+def _together(train: Part, test: Part, ours: RetrievalFeatures) -> Figures:
+    """As a search ranks by images and predicted words, of equal weights."""
+    words = PredictedWords(train.features, train.captions)
+    images, texts = words.of_images(test.features), words.of_texts(test.texts)
+    our_images, our_texts = (one.cpu().numpy() for one in (ours.image_features, ours.text_features))
+
+    def scores_of(rows: slice) -> Tensor:
+        products: Scores = {
+            "images": our_texts[rows] @ our_images.T, "predicted": texts[rows] @ images.T
+        }  # fmt: skip
+        return torch.from_numpy(fuse(standardise(products), dict.fromkeys(products, 1.0)))
+
+    return recalls(rank_images(scores_of, ours.image_of_text.cpu(), ours.text_ids.cpu()))
+
+
+def baselines(
+    train: Part,
+    test: Part,
+    *,
+    class_names: Sequence[str],
+    ours: RetrievalFeatures | None = None,
+) -> list[Measured]:
+    """The baselines that both parts have labels or captions for; `TOGETHER` is with `ours`.
 
     Raises as `linear_probe`. Logistic regression is left out if it would take minutes.
     """
@@ -228,8 +233,10 @@ def baselines(train: Part, test: Part, *, class_names: Sequence[str]) -> list[Me
             if num_classes > 1 and pair[0].features.size * num_classes < _MOST_FITTED:
                 found.append(Measured.timed("logistic regression", partial(_regression, *pair)))
         if any(train.captions) and any(test.captions):
-            ridge = partial(_ridge, train.captioned(), test.captioned())
-            found.append(Measured.timed("ridge to tf-idf", ridge))
+            captioned = train.captioned(), test.captioned()
+            found.append(Measured.timed("ridge to tf-idf", partial(_ridge, *captioned)))
+            if ours is not None:
+                found.append(Measured.timed(TOGETHER, partial(_together, *captioned, ours)))
     return found
 
 
@@ -240,6 +247,7 @@ def of_run(
     kind: Kind,
     folder: Path | None,
     encodes: bool = True,
+    ours: RetrievalFeatures | None = None,
 ) -> list[Measured] | str:
     """The baselines on the features of a run's image encoder, or a phrase why there are none.
 
@@ -251,57 +259,75 @@ def of_run(
         kind: which baselines.
         folder: keeps features, as in `labelled_features`.
         encodes: encodes training images whose features are not stored, up to `MOST_IMAGES`.
+        ours: what the model gave for the captions; `TOGETHER` is then measured, too.
     """
     names = held_out.manifest.class_names
+    on_ranks = ModelOnRanks(model, progress=sys.stderr.isatty())
+    encode = partial(encoder_features, on_ranks, folder=folder)
     try:
         require_scikit_learn()  # before images are encoded
-        parts = _parts_of_run(model, held_out, kind=kind, folder=folder, encodes=encodes)
-        train, test = (one.only(kind) for one in parts)
-        return baselines(train, test, class_names=names) or f"no {kind} are in both parts"
+        train = training_part(
+            model, names if kind == "labels" else (),
+            encode=encode if encodes else None, num_others=len(held_out),
+        )  # fmt: skip
+        test = part_of(held_out, encode(held_out), names)
+        parts = (one.only(kind) for one in (train, test))
+        found = baselines(*parts, class_names=names, ours=ours)
+        return found or f"no {kind} are in both parts"
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return str(error).strip().split("\n")[0]
 
 
-def _parts_of_run(
-    model: UniCL, held_out: PackedDataset, *, kind: Kind, folder: Path | None, encodes: bool
-) -> tuple[Part, Part]:
-    """The training and the held-out part; an error says why there are no features."""
-    data, names = model.config.data, held_out.manifest.class_names
+def training_part(
+    model: UniCL,
+    class_names: Sequence[str] = (),
+    *,
+    encode: Callable[[PackedDataset], Float[np.ndarray, "n d"]] | None = None,
+    num_others: int = 0,
+) -> Part:
+    """The training images of a run, with stored features, or those that `encode` returns.
+
+    `num_others` images are encoded beside them. Labels number `class_names`. ValueError and OSError
+    say why there are no features.
+    """
+    data = model.config.data
     for place, _ in map(folder_and_weight, data.train):
         if is_url(place) or not (Path(place) / MANIFEST_NAME).is_file():
             raise FileNotFoundError(f"the training data {place} are not on this machine")
     with contextlib.ExitStack() as stack:
         datasets = [stack.enter_context(one) for one in open_datasets(data, verify=False)[0]]
         known = {name for one in datasets for name in one.manifest.class_names}
-        if kind == "labels" and (unknown := [name for name in names if name not in known]):
+        if unknown := [name for name in class_names if name not in known]:
             raise ValueError(f"the training data lack the class {unknown[0]!r}")
-        if (total := sum(map(len, datasets))) > _MOST_STORED:
-            raise ValueError(f"{count_of(total, 'training image')} are over {_MOST_STORED:,}")
+        if (total := sum(map(len, datasets))) > MOST_STORED:
+            raise ValueError(f"{count_of(total, 'training image')} are over {MOST_STORED:,}")
         stored = [find_stored(model, one) for one in datasets]
         missing = [one for one, rows in zip(datasets, stored, strict=True) if rows is None]
-        if missing and not encodes:
+        if missing and encode is None:
             raise ValueError(f"the features of {missing[0].location} are not stored")
-        if (total := sum(map(len, (*missing, held_out)))) > MOST_IMAGES:
+        if (total := sum(map(len, missing)) + num_others) > MOST_IMAGES:
             raise ValueError(f"{count_of(total, 'image')} would be encoded, over {MOST_IMAGES:,}")
-        on_ranks = ModelOnRanks(model, progress=sys.stderr.isatty())
-        encode = partial(encoder_features, on_ranks, folder=folder)
-        train = [
-            part_of(one, encode(one) if rows is None else rows, names)
-            for one, rows in zip(datasets, stored, strict=True)
-        ]
-        test = part_of(held_out, encode(held_out), names)
-    features = np.concatenate([one.features for one in train])
+        parts = []
+        for one, rows in zip(datasets, stored, strict=True):
+            if rows is None:
+                assert encode is not None
+                rows = encode(one)
+            parts.append(part_of(one, rows, class_names))
+    features = np.concatenate([one.features for one in parts])
     joined = Part(
         features=features,
-        labels=[own for one in train for own in one.labels],
-        captions=[own for one in train for own in one.captions],
+        labels=[own for one in parts for own in one.labels],
+        captions=[own for one in parts for own in one.captions],
     )
     has_row = np.isfinite(features).all(axis=1)
-    return joined.take(np.flatnonzero(has_row).tolist()), test
+    return joined.take(np.flatnonzero(has_row).tolist())
 
 
-def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
-    """A table of a model's figures and the baselines, and a sentence for baselines that win."""
+def beside_table(ours: Measured, found: Sequence[Measured], *, freeze: Sequence[str] = ()) -> str:
+    """A table of a model's figures and the baselines, and a sentence for baselines that win.
+
+    `freeze` is the run's `optim.freeze`.
+    """
     table = markdown_table(
         ["on the same image features", *(f"{name}, %" for name in ours.figures), "CPU s"],
         [[one.name, *one.cells(ours.figures)] for one in (ours, *found)],
@@ -309,7 +335,7 @@ def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
     ahead, by_chance = list[str](), True
     for one in found:
         higher = list[str]()
-        for name, own in ours.figures.items():
+        for name, own in ours.figures.items() if one.name != TOGETHER else ():
             if (figure := one.figures.get(name)) is not None and figure.rate > own.rate:
                 higher.append(f"{name} {percent(figure.rate)} against {percent(own.rate)} %")
                 by_chance = by_chance and figure.rate <= own.interval_95[1]
@@ -317,8 +343,10 @@ def beside_table(ours: Measured, found: Sequence[Measured]) -> str:
     if not ahead:
         return table
     maybe = ", which may be chance" * by_chance
+    heads = "train heads on two frozen encoders (--preset photos-heads), for longer"
+    if {"image", "text"} <= set(freeze):
+        heads = "unicl-eval search ranks by both; train for longer"
     return (
         f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}{maybe}: "
-        "train heads on two frozen encoders (--preset photos-heads), for longer, or choose other "
-        "encoders by unicl-eval bases"
+        f"{heads}, or choose other encoders by unicl-eval bases"
     )

@@ -36,7 +36,6 @@ from unicl_fast.evaluation.baselines import (
     encoder_features,
     part_of,
     recalls,
-    standardised,
     top_1,
 )
 from unicl_fast.evaluation.features import (
@@ -46,6 +45,7 @@ from unicl_fast.evaluation.features import (
     require_text_encoder,
 )
 from unicl_fast.evaluation.inference import load_model
+from unicl_fast.evaluation.predicted import standardised
 from unicl_fast.evaluation.probes import require_scikit_learn
 from unicl_fast.evaluation.zero_shot import classify
 from unicl_fast.models.unicl import UniCL
@@ -316,5 +316,5 @@ class _Task:
         if any(self.test.captions):
             shown = dataclasses.replace(self.test, features=images.numpy()).captioned()
             texts = embed(self.texts.features(shown.texts)).numpy()
-            figures |= recalls(shown.ranked(shown.features, texts))
+            figures |= recalls(shown.ranked(shown.features, texts).text_to_image)
         return figures

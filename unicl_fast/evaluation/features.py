@@ -36,7 +36,7 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
-from unicl_fast.evaluation.stored import stored_rows
+from unicl_fast.evaluation.stored import ROWS_AT_ONCE, stored_rows
 from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.bar import Bar
@@ -50,7 +50,6 @@ from unicl_fast.training.settle import settle, settle_decoding
 from unicl_fast.training.stored_features import stored_text_features
 
 _ALONE = Ranks()
-_PROJECTED_AT_ONCE = 4096  # stored features, 20 MB of 1,280 numbers
 _G = TypeVar("_G")
 _T = TypeVar("_T")
 
@@ -108,13 +107,16 @@ class ModelOnRanks:
         _, rows = stored_rows(self, dataset, self.folder, layer="encoder")
         if not self.ranks.is_main:
             return None
-        parts = (
-            torch.from_numpy(np.array(rows[start : start + _PROJECTED_AT_ONCE]))
-            for start in range(0, len(rows), _PROJECTED_AT_ONCE)
-        )
         if layer == "encoder":
-            return torch.cat(list(parts))
-        return torch.cat([encode_images(self.model, part).cpu() for part in parts])
+            return torch.from_numpy(np.array(rows))
+        return torch.cat([
+            self.projected(rows[start : start + ROWS_AT_ONCE])
+            for start in range(0, len(rows), ROWS_AT_ONCE)
+        ])  # fmt: skip
+
+    def projected(self, rows: Float[np.ndarray, "k w"]) -> Float[Tensor, "k d"]:
+        """Encoder features mapped into the common space, on the host."""
+        return encode_images(self.model, torch.from_numpy(np.array(rows))).cpu()
 
     def encode(
         self, loader: EvaluationLoader, *, num_samples: int, layer: Layer = "projection"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,20 +114,33 @@ def rank_captions(
     require_finite(image_features, text_features)
     if text_ids is None:
         text_ids = torch.arange(m, device=image_of_text.device)
-    to_text, to_image = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    to_text = Counter[tuple[int, int]]()
     for start in range(0, n, _CHUNK):
         images = torch.arange(start, min(start + _CHUNK, n), device=image_of_text.device)
         scores = image_features[start : start + _CHUNK] @ text_features.T
         to_text.update(_ranks(scores, own_texts(images, image_of_text, text_ids)))
-    for start in range(0, m, _CHUNK):
-        asked = text_ids[start : start + _CHUNK]
-        scores = text_features[start : start + _CHUNK] @ image_features.T
-        to_image.update(_ranks(scores, own_images(asked, image_of_text, text_ids, num_images=n)))
+    to_image = rank_images(
+        lambda rows: text_features[rows] @ image_features.T, image_of_text, text_ids
+    )
     return RetrievalResult(
         num_images=n, num_captions=m, num_texts=len(text_ids.unique()),
         image_to_text=_recalls(to_text, num_candidates=m),
-        text_to_image=_recalls(to_image, num_candidates=n),
+        text_to_image=to_image,
     )  # fmt: skip
+
+
+def rank_images(
+    scores_of: Callable[[slice], Float[Tensor, "k n"]],
+    image_of_text: Int[Tensor, " m"],
+    text_ids: Int[Tensor, " m"],
+) -> tuple[Recall, ...]:
+    """Ranks all images for each text by `scores_of` some texts; else as `rank_captions`."""
+    num_images, found = int(image_of_text.max()) + 1, Counter[tuple[int, int]]()
+    for start in range(0, len(text_ids), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        own = own_images(text_ids[rows], image_of_text, text_ids, num_images=num_images)
+        found.update(_ranks(scores_of(rows), own))
+    return _recalls(found, num_candidates=num_images)
 
 
 def own_texts(

@@ -4,8 +4,9 @@
     with open_index(model, "packed/shop") as shop:
         shop.by_texts(["red apples"])[0][0].caption
 
-A text is compared with the images, with the titles (captions and class names) by the text encoder,
-and with their words. Images and titles are encoded once, each batch straight into a file.
+A text is compared with the images, with the words that are predicted from them if the run's
+training captions are at hand, with the titles (captions and class names) by the text encoder, and
+with their words. Images and titles are encoded once, each batch straight into a file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.evaluation.baselines import MOST_IMAGES, MOST_STORED, training_part
 from unicl_fast.evaluation.choices import SIGNALS, Signal
 from unicl_fast.evaluation.data import all_descriptions, open_data
 from unicl_fast.evaluation.features import (
@@ -40,6 +42,7 @@ from unicl_fast.evaluation.features import (
 from unicl_fast.evaluation.inference import ImageLike, Model
 from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.evaluation.nearest import Rows, best
+from unicl_fast.evaluation.predicted import PredictedWords
 from unicl_fast.evaluation.signals import Scores, fuse, kept_measure, measure, standardise
 from unicl_fast.evaluation.stored import stored_rows
 from unicl_fast.evaluation.words import Words
@@ -112,14 +115,20 @@ class SearchIndex:
         titles: Titles | None = None,
         title_features: Float[np.ndarray, "t d"] | None = None,
         words: Words | None = None,
+        predicted: tuple[PredictedWords, Float[np.ndarray, "n e"]] | None = None,
     ) -> None:
-        """Features have unit norm and the order of samples and texts, and can be mapped files."""
+        """Features have unit norm and the order of samples and texts, and can be mapped files.
+
+        `predicted` brings its vectors of the images.
+        """
         self.model, self.dataset, self.titles = model, dataset, titles
         self.images = Rows(features)
         self.title_rows = None if title_features is None else Rows(title_features)
+        self.predicted = None if predicted is None else (predicted[0], Rows(predicted[1]))
         self._words = words
         has: dict[Signal, bool] = {
             "images": _encodes_texts(model.encoders),
+            "predicted": predicted is not None,
             "titles": title_features is not None,
             "words": words is not None,
         }
@@ -173,6 +182,9 @@ class SearchIndex:
             queries = self.model.embed_texts(texts, progress=False)
         if "images" in signals:
             found["images"] = self.images.similarities(queries)
+        if "predicted" in signals and self.predicted is not None:
+            model, rows = self.predicted
+            found["predicted"] = rows.similarities(model.of_texts(texts))
         if "titles" in signals and self.titles is not None and self.title_rows is not None:
             of_texts = self.title_rows.similarities(queries)
             for row, _, title in without:
@@ -249,6 +261,7 @@ def open_index(
         if folder is None:
             own = stack.enter_context(temporary_folder("unicl-index-"))
             folder = Path(from_rank_0(str(own), ranks))
+        predicted = _predicted_words(on_ranks, opened.dataset, folder)
         key, rows = stored_rows(on_ranks, opened.dataset, folder, layer="projection")
         titles = _titles_of(opened.dataset)
         title_key, title_rows = "", None
@@ -260,6 +273,7 @@ def open_index(
         index = SearchIndex(
             Model(on_ranks.model), opened.dataset, rows,
             titles=titles, title_features=title_rows, words=words,
+            predicted=predicted,
         )  # fmt: skip
         stack.enter_context(contextlib.closing(index))
         with rank_0_alone(ranks):
@@ -268,10 +282,34 @@ def open_index(
                 index.images.approximate(folder / f"{key}.faiss", queries)
                 if index.title_rows is not None:
                     index.title_rows.approximate(folder / f"{title_key}.faiss", queries)
-                index.weigh(folder / f"{key}.{title_key}.search.json")
-                recalls = [one.recall for one in (index.images, index.title_rows) if one]
+                learnt, every = "", [index.images, index.title_rows]
+                if index.predicted is not None:
+                    learnt, found = index.predicted[0].digest(), index.predicted[1]
+                    found.approximate(folder / f"{key}.{learnt}.faiss", found.rows[:100])
+                    every.append(found)
+                index.weigh(folder / f"{key}.{title_key}.{learnt}.search.json")
+                recalls = [one.recall for one in every if one]
                 index.report = {**index.report, "recall_at_100": min(recalls)}
         yield index
+
+
+def _predicted_words(
+    on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path
+) -> tuple[PredictedWords, NDArray[Any]] | None:
+    """Learns from a run's training captions if their images' features are stored; on rank 0."""
+    ranks, words = on_ranks.ranks, None
+    with rank_0_alone(ranks):
+        if ranks.is_main and len(dataset) <= MOST_STORED:
+            with contextlib.suppress(ValueError, OSError, ModuleNotFoundError):
+                train = training_part(on_ranks.model).captioned()
+                train = train.take(
+                    range(0, len(train.captions), len(train.captions) // MOST_IMAGES + 1)
+                )
+                words = PredictedWords(train.features, train.captions)
+    if not from_rank_0(words is not None, ranks):
+        return None
+    _, rows = stored_rows(on_ranks, dataset, folder, layer="encoder")
+    return None if words is None else (words, words.of_images(rows))
 
 
 def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[str, NDArray[Any]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.batch import EvaluationLoader
-from unicl_fast.dataset.feature_files import feature_key, has_features
+from unicl_fast.dataset.feature_files import feature_key, has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.evaluation.choices import Layer
@@ -28,6 +28,7 @@ from unicl_fast.models.unicl import UniCL, weights_digest
 
 logger = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 4096  # projected at once: 20 MB of 1,280 numbers
 _KEY_VERSION = 1  # version of the pipeline, part of the key
 
 
@@ -44,6 +45,7 @@ class RanksEncoder(Protocol):
     def encoded(
         self, loader: EvaluationLoader, *, num_samples: int, layer: Layer
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def projected(self, rows: NDArray[Any]) -> Tensor: ...
 
 
 def stored_rows(
@@ -71,6 +73,13 @@ def stored_rows(
     is_space = layer == "projection" and model.has_space
 
     def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        encoder = keys_of_features(model, dataset, layer="encoder")[1]
+        if layer == "projection" and has_features(folder, encoder):
+            known = read_features(folder, encoder, num_samples=len(dataset), check=False).rows
+            mine = np.array(new[ranks.rank :: ranks.world_size])
+            for rows_of in np.array_split(mine, len(mine) // ROWS_AT_ONCE + 1):
+                yield rows_of, on_ranks.projected(known[rows_of]).numpy().astype(dtype, copy=False)
+            return
         loader = on_ranks.loader(dataset, new)
         for numbers, features in on_ranks.encoded(loader, num_samples=len(new), layer=layer):
             yield numbers.numpy(), features.numpy().astype(dtype, copy=False)

@@ -1,0 +1,81 @@
+"""Words predicted from images: ridge regression from image features to tf-idf of captions.
+
+A text finds the images whose predicted words are most similar to its own. This is the baseline of
+retrieval, and a signal of search, since it errs elsewhere than a model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+_MOST_WORDS = 20_000
+_PENALTY = 5.0  # as a multiple of the width of standardised features
+
+
+class PredictedWords:
+    """Learnt from images with captions.
+
+    The product of an image's vector and a text's is the cosine of their words.
+    """
+
+    def __init__(
+        self, features: Float[np.ndarray, "n d"], captions: Sequence[Sequence[str]]
+    ) -> None:
+        """Each image has captions. Raises ValueError for captions without words."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self._vectorizer = TfidfVectorizer(max_features=_MOST_WORDS)
+        words = self._vectorizer.fit_transform(map(" ".join, captions))
+        self._train = mean_and_scale(features)
+        x = self._standardised(features)
+        gram = x.T @ x + _PENALTY * x.shape[1] * np.eye(x.shape[1])
+        # solved here, since scikit-learn's Ridge would store the words of all images densely; x has
+        # zero mean, so the intercept, the last row, is the mean
+        mean = np.asarray(words.mean(axis=0))  # a matrix
+        self._weights = np.vstack([np.linalg.solve(gram, (words.T @ x).T), mean])
+
+    def of_images(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n e"]:
+        """Vectors of images, in fp32; e = d + 1."""
+        x = self._standardised(features)
+        x = np.column_stack([x, np.ones(len(x))])
+        norms = np.sqrt(((x @ (self._weights @ self._weights.T)) * x).sum(axis=1, keepdims=True))
+        found: NDArray[Any] = (x / norms).astype(np.float32)
+        return found
+
+    def of_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "m e"]:
+        """Vectors of texts, in fp32; 0 for a text without known words."""
+        found = self._vectorizer.transform(texts) @ self._weights.T
+        return np.asarray(found, np.float32)
+
+    def digest(self) -> str:
+        """A hash of what was learnt, as 16 hex digits."""
+        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self._weights).data)
+
+    def _standardised(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        mean, scale = self._train
+        rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32)
+        return rows.astype(np.float64)
+
+
+def mean_and_scale(
+    train: Float[np.ndarray, "n d"],
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+    """What standardises features: the mean and the deviation of each dimension."""
+    mean = np.asarray(np.mean(train, axis=0, dtype=np.float64))
+    deviation: NDArray[Any] = np.std(train, axis=0, dtype=np.float64)
+    # a dimension that hardly varies in training must not blow up a test image
+    return mean, np.maximum(deviation, 1e-3 * deviation.max() or 1.0)
+
+
+def standardised(
+    train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"]
+) -> list[Float[np.ndarray, "k d"]]:
+    """Features with the mean and deviation of `train` taken out, in fp32."""
+    mean, scale = mean_and_scale(train)
+    return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]
