@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
@@ -13,8 +14,10 @@ from unicl_fast.evaluation.baselines import (
     Part,
     baselines,
     beside_table,
-    standardised,
 )
+from unicl_fast.evaluation.predicted import standardised
+from unicl_fast.evaluation.retrieval import RetrievalFeatures
+from unicl_fast.evaluation.signals import standardise
 
 NAMES = ("apple", "pear", "plum")
 WORDS = ("red", "round", "green", "sweet", "small", "tall")
@@ -71,6 +74,19 @@ def test_captions_are_found_as_by_scikit_learns_ridge():
         assert one.rate * 120 == pytest.approx(found, abs=1.01), name
         assert one.num_tried == 120
     assert ours.figures["R@10"].rate > 0.5
+    unit = [torch.randn(count, 4, generator=torch.manual_seed(0)) for count in (60, 120)]
+    found = RetrievalFeatures(
+        image_features=unit[0], text_features=unit[1], image_of_text=torch.tensor(owners),
+        text_ids=torch.tensor(np.unique(texts, return_inverse=True)[1]), samples=np.arange(60),
+    )  # fmt: skip
+    *_, both = baselines(train.only("captions"), test, class_names=NAMES, ours=found)
+    summed = standardise({"images": (unit[1] @ unit[0].T).numpy(), "predicted": scores})
+    total = summed["images"] + summed["predicted"]
+    hits = [
+        (total[query] >= total[query][np.isin(np.arange(60), owners[texts == text])].max()).sum()
+        for query, text in enumerate(texts)
+    ]
+    assert both.figures["R@1"].rate * 120 == pytest.approx(sum(hit == 1 for hit in hits), abs=2.01)
 
 
 def test_only_what_both_parts_have_is_measured():
@@ -97,5 +113,8 @@ def test_a_sentence_says_which_baselines_win_and_by_how_much():
     assert "BELOW" not in beside_table(ours, [worse])
     table = beside_table(ours, [worse, better])
     assert "BELOW A BASELINE: this model finds less than regression (top-1 61.00 against" in table
+    assert "--preset photos-heads" in table
     assert "unicl-eval bases" in table
+    table = beside_table(ours, [better], freeze=["image", "text"])
+    assert "unicl-eval search ranks by both" in table
     assert "   1.2 |" in table

@@ -5,14 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from program_runs import SMALL, call, evaluated
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
 
+from unicl_fast import load_model
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import baselines
 from unicl_fast.evaluation.features import ModelOnRanks
+from unicl_fast.evaluation.predicted import standardised
 from unicl_fast.evaluation.report import percent
+from unicl_fast.evaluation.search import open_index
 from unicl_fast.tools import pretrain
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -58,6 +64,30 @@ def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder):
     assert captions.startswith("retrieval/captions:\n")
     assert "ridge to tf-idf" in captions
     assert "R@10, %" in captions
+
+
+def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_folder, tmp_path):
+    model = load_model(run_folder)
+    with open_index(model, data / "classes", folder=tmp_path) as index:
+        assert index.signals == ["images", "predicted", "titles", "words"]
+        found = index.scores(["a dog", "nonsenseword"], ["images", "predicted"])
+        dataset = index.dataset
+        encoded = ModelOnRanks.of(model).features(dataset, layer="encoder")
+        train = baselines.training_part(model.encoders).captioned()
+        expected = TfidfVectorizer()
+        words = expected.fit_transform(map(" ".join, train.captions)).toarray()
+        x, y = standardised(train.features, encoded.numpy())
+        predicted = Ridge(alpha=5.0 * x.shape[1]).fit(x, words).predict(y)
+        predicted /= np.linalg.norm(predicted, axis=1)[:, None]
+        scores = expected.transform(["a dog"]).toarray() @ predicted.T
+        np.testing.assert_allclose(found["predicted"][0], scores[0], atol=1e-4)
+        assert not found["predicted"][1].any()
+        # images are encoded once: their features in the common space follow from the encoder's
+        direct = model.embed_texts(["a dog"]) @ ModelOnRanks.of(model).features(dataset).numpy().T
+        np.testing.assert_allclose(found["images"][0], direct[0], atol=1e-5)
+    model.encoders.config = model.encoders.config.changed(efficiency={"stored_features": ""})
+    with open_index(model, data / "captions") as index:
+        assert index.signals == ["images", "titles", "words"]
 
 
 def test_evaluations_have_baselines_beside_them_and_encode_for_them_once(

@@ -197,7 +197,7 @@ class BesideBaselines(Evaluation):
     baselines: Literal["auto", "none"] = "auto"
     """auto also computes trivial baselines on the model's image features, and says if one is
     better: nearest neighbour and logistic regression for labels, ridge regression to tf-idf for
-    captions. It is for runs whose training data are on this machine, of 20,000 images with the
+    captions, and for these both together. It is for runs whose training data are on this machine, of 20,000 images with the
     evaluated ones, which are encoded once and kept in features/ of the run; needs scikit-learn.
     none computes none."""
 

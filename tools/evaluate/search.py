@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Search(Use):
     """Finds the images of a data set that fit texts or resemble example images.
 
-    Texts are compared with images, with titles (captions and class names), and with their words, so
-    that a plural, a part of a word or a typing error finds it, too. What is encoded is kept in a
+    Texts are compared with images, with words predicted from them (by a run whose training captions
+    and features are at hand), with titles (captions and class names), and with their words, so that
+    a plural, a part of a word or a typing error finds it, too. What is encoded is kept in a
     folder. Without --query and --image, texts are read from the terminal or the standard input, one
     a line.
 

@@ -66,7 +66,7 @@ class PredictedWords:
 def mean_and_scale(
     train: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """What standardises features: the mean and the deviation of each dimension."""
+    """The mean and the deviation of each dimension, which standardise features."""
     mean = np.asarray(np.mean(train, axis=0, dtype=np.float64))
     deviation: NDArray[Any] = np.std(train, axis=0, dtype=np.float64)
     # a dimension that hardly varies in training must not blow up a test image
