@@ -199,7 +199,7 @@ def test_evaluations_run_at_their_steps_and_are_written(images, tmp_path, caplog
     lines = [line for line in read_metrics(tmp_path) if "digits/top1" in line]
     assert [line["step"] for line in lines] == [4, 6]
     shown = {"WARNING": capsys.readouterr().err, "INFO": caplog.text}
-    assert [name for name in shown if "step 4: digits/top1 0.5" in shown[name]] == [level]
+    assert [name for name in shown if "step 4, digits: top1 0.5" in shown[name]] == [level]
 
 
 def test_classes_are_refused_where_a_text_is_its_own_class(images):

@@ -130,10 +130,14 @@ class RunLog(Observer):
         if self._metrics is None:
             return
         self._metrics.write({"step": run.step, **values})
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         # a program's log shows and keeps it; without one it is still shown
         say = logger.info if logger.isEnabledFor(logging.INFO) else write_line
-        say(f"step {run.step}: {shown}")
+        by_evaluation: dict[str, list[str]] = {}
+        for key, value in values.items():
+            name, _, figure = key.rpartition("/")
+            by_evaluation.setdefault(name, []).append(f"{figure} {value:.4g}")
+        for name, figures in by_evaluation.items():
+            say(f"step {run.step}, {name}: {', '.join(figures)}")
 
     def results_of(self, step: int) -> Mapping[str, float] | None:
         """The results in the file when it was opened."""
