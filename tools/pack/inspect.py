@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from unicl_fast.dataset.growing_files import create_csv
+from unicl_fast.dataset.manifest import describe_columns
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
@@ -210,6 +211,7 @@ def _in_words(inspection: Inspection) -> str:
 def contents_of(summary: BuildSummary | Inspection, *, num_classes: int) -> str:
     """Counts of images, captions, labels and classes."""
     classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
+    classes += f" ({describe_columns(summary.label_columns)})" if summary.label_columns else ""
     images, captions = count_of(summary.num_samples, "image"), summary.num_captions
     labels = count_of(summary.num_labels, "label")
     return f"{images}, {count_of(captions, 'caption')}, {labels}{classes}"

@@ -94,13 +94,9 @@ class Verify:
                     rows.writerow([fault.file, key, fault.kind, fault.message])
 
             summary = verify_dataset(
-                folder,
-                note=note,
-                decode=self.decode,
-                workers=self.workers,
-                max_pixels=self.max_pixels,
-                image_seconds=self.image_seconds,
-            )
+                folder, note=note, decode=self.decode, workers=self.workers,
+                max_pixels=self.max_pixels, image_seconds=self.image_seconds,
+            )  # fmt: skip
         summary = dataclasses.replace(summary, folder=self.folder)
         if self.json is not None:
             outcome = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,20 @@ class Manifest:
     """The source files; None (and no field in the file) if the data set holds its own images."""
     hierarchy: Hierarchy | None = None
     """The parents of the classes; None (and no field in the file) if unknown."""
+    label_columns: dict[str, tuple[Count, ...]] = dataclasses.field(default_factory=dict)
+    """Numbers of the classes that each label column of the sources had; empty (and no field in the
+    file) unless there are several."""
+
+    @property
+    def columns(self) -> dict[str, tuple[int, ...]]:
+        """The classes among which a prediction is made: of each label column, or all as `""`.
+
+        Classes of no column, beside others, are `(no column)`.
+        """
+        known = set().union(*self.label_columns.values())
+        others = tuple(n for n in range(len(self.class_names)) if n not in known)
+        rest = {"(no column)" if known else "": others} if others else {}
+        return {**self.label_columns, **rest}
 
     @property
     def num_bytes(self) -> int:
@@ -100,7 +115,7 @@ class Manifest:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        for name in ("pixels", "in_place", "hierarchy", "license", "num_weights"):
+        for name in ("pixels", "in_place", "hierarchy", "license", "num_weights", "label_columns"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -134,6 +149,12 @@ class Manifest:
                 f"{where}: the hierarchy is of {hierarchy.num_classes} classes, class_names has "
                 f"{num_classes}"
             )
+        for column, numbers in manifest.label_columns.items():
+            if max(numbers, default=0) >= num_classes:
+                raise ValueError(
+                    f"{where}: label_columns has class {max(numbers)} in {shorten(column)}, "
+                    f"class_names has {num_classes}"
+                )
         return manifest
 
     @classmethod
@@ -143,6 +164,11 @@ class Manifest:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a packed data set: {_why(path.parent)}")
         return cls.from_json(read_file(path), where=str(path))
+
+
+def describe_columns(columns: Mapping[str, Sequence[int]]) -> str:
+    """The label columns and the numbers of their classes, in words."""
+    return ", ".join(f"{column} {len(numbers):,}" for column, numbers in columns.items())
 
 
 def _why(folder: Path) -> str:

@@ -67,7 +67,6 @@ from unicl_fast.system.checksums import (
     parse_checksummed_json,
 )
 from unicl_fast.system.untrusted_files import open_file, read_file
-from unicl_fast.text.hierarchies import Hierarchy
 
 DEFAULT_SHARD_BYTES = 512_000_000
 """A shard is closed before it would grow beyond this: large enough for sequential reads, small
@@ -271,24 +270,11 @@ class DatasetWriter:
         self._quarantine.write_row([source, name, kind, message])
         self.num_quarantined += 1
 
-    def finish(
-        self,
-        *,
-        tokenizer: str,
-        vocabulary_hash: str,
-        context_length: int,
-        class_names: Sequence[str],
-        templates: Sequence[str],
-        source: Sequence[str],
-        seed: int,
-        tool_version: str,
-        license: str = "",
-        hierarchy: Hierarchy | None = None,
-        made_of: Mapping[str, Any] | None = None,
-    ) -> Manifest:
+    def finish(self, *, made_of: Mapping[str, Any] | None = None, **facts: Any) -> Manifest:
         """Syncs and closes all files, writes the manifest and renames the folder into place.
 
-        `made_of` are JSON values for `read_made_of`.
+        `facts` are the fields of `Manifest` that the writer does not know, `made_of` JSON values
+        for `read_made_of`.
         """
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
@@ -303,6 +289,7 @@ class DatasetWriter:
         for array in self._arrays.values():
             array.finish()
         version = RAW_FORMAT_VERSION if self._is_raw else self._version
+        plain: Any = {k: tuple(one) if isinstance(one, list) else one for k, one in facts.items()}
         manifest = Manifest(
             version=IN_PLACE_FORMAT_VERSION if self._is_in_place else version,
             num_samples=self.num_samples,
@@ -312,18 +299,9 @@ class DatasetWriter:
             num_weights=self.num_samples if self.has_weights else 0,
             num_quarantined=self.num_quarantined,
             shards=tuple(self._shards),
-            tokenizer=tokenizer,
-            vocabulary_hash=vocabulary_hash,
-            context_length=context_length,
-            class_names=tuple(class_names),
-            templates=tuple(templates),
-            source=tuple(source),
-            seed=seed,
-            tool_version=tool_version,
-            license=license,
             pixels=pixels,
             in_place=self._describe_places() if self._is_in_place else None,
-            hierarchy=hierarchy,
+            **plain,
         )
         self._quarantine.finish()
         # lone surrogates stand for bytes of file names; escaped, they are valid JSON

@@ -67,7 +67,10 @@ from unicl_fast.text.class_lists import read_templates, templates_for
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, vocabulary_hash
 
-_OF_MANIFEST = ("num_samples", "num_captions", "num_labels", "num_quarantined", "num_bytes")
+_OF_MANIFEST = (
+    *("num_samples", "num_captions", "num_labels", "num_quarantined", "num_bytes"),
+    *("class_names", "label_columns", "templates", "in_place"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class BuildSummary:
     num_quarantined: int
     """Rows of quarantine.csv, including rows taken over from packed sources."""
     class_names: tuple[str, ...]
+    label_columns: dict[str, tuple[int, ...]]
     templates: tuple[str, ...]
     hierarchy: str
     """How many classes have a place in a hierarchy, in words; empty without one."""
@@ -270,20 +274,14 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
             shown = [reader.read(sample).description.captions[0] for sample in captioned]
     pixels, hierarchy = manifest.pixels, manifest.hierarchy
     return BuildSummary(
-        out=out,
-        **{name: getattr(manifest, name) for name in _OF_MANIFEST},
-        class_names=manifest.class_names,
-        templates=manifest.templates,
+        out=out, **{name: getattr(manifest, name) for name in _OF_MANIFEST},
         hierarchy="" if hierarchy is None else hierarchy.describe(),
-        in_place=manifest.in_place,
         seconds=time.perf_counter() - started,
         quarantined=describe_left_out(out / QUARANTINE_NAME),
         left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
-        num_copies=num_copies,
-        first_caption="".join(shown),
-        image_size=None if pixels is None else (pixels.height, pixels.width),
-        **outcome,
-    )
+        num_copies=num_copies, first_caption="".join(shown),
+        image_size=None if pixels is None else (pixels.height, pixels.width), **outcome,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,12 +290,10 @@ class _Contents:
 
     sides: Sequence[Samples]
     """In the order of the sources."""
-    space: LabelSpace
     numbers: dict[Label, int]
     """The class of each label, as its source spells it."""
-    templates: tuple[str, ...]
-    hierarchy: Hierarchy | None
-    license: str
+    facts: dict[str, Any]
+    """Fields of the manifests."""
     has_weights: bool
     packed: Sequence[PackedSource]
     passed_over: Counter[str]
@@ -336,13 +332,9 @@ def _pack(
         # closed here: an error keeps it, and the exit of the program would meet its closed pipes
         with contextlib.closing(_check(left, images, one_size, options, known)) as checked:
             bar = Bar(
-                checked,
-                total=len(order),
-                initial=num_done,
-                desc="packing",
-                unit=" images",
+                checked, total=len(order), initial=num_done, desc="packing", unit=" images",
                 shown=progress,
-            )
+            )  # fmt: skip
             _write(bar, writer, contents.numbers, one_size, places)
         if writer.num_samples:
             summary = {
@@ -354,13 +346,10 @@ def _pack(
                 tokenizer=Tokenizer.name,
                 vocabulary_hash=vocabulary_hash(),
                 context_length=CONTEXT_LENGTH,
-                class_names=contents.space.names,
-                templates=contents.templates,
-                hierarchy=contents.hierarchy,
                 source=work.record["options"]["sources"],
                 seed=options.seed,
                 tool_version=__version__,
-                license=contents.license,
+                **contents.facts,
                 made_of={**work.record, "summary": summary},
             )
             return summary | {"num_taken_over": num_taken_over}
@@ -397,8 +386,13 @@ def _read(
     elif space.names:
         templates = join_templates(packed) or templates_for(space.names)
     hierarchy = _choose_hierarchy(options, space, packed, numbers)
+    columns = _join_columns(read, space, numbers, are_named=bool(options.label_column))
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     notes = sum((source.notes + source.items.notes() for source in read), count_shared(packed))
+    uses = Counter(itertools.chain(*columns.values()))
+    if shared := [space.names[number] for number, count in uses.items() if count > 1]:
+        what = f"classes of several label columns, counted in each, such as {shared[0]}"
+        notes[what] = len(shared)
     samples = Samples(read)
     if unwanted:
         wanted = samples.choose(lambda sample: not unwanted.take(sample[0], sample[1].name))
@@ -407,27 +401,18 @@ def _read(
     sides: Sequence[Samples] = [samples]
     if options.split is not None:
         *sides, counts = split_samples(
-            samples,
-            numbers,
-            train_fraction=options.split,
-            seed=options.seed,
-            images=options.check(),
-            workers=options.workers,
-            progress=progress,
-        )
+            samples, numbers, train_fraction=options.split, seed=options.seed,
+            images=options.check(), workers=options.workers, progress=progress,
+        )  # fmt: skip
         notes += counts
+    facts = {
+        "class_names": space.names, "label_columns": columns, "hierarchy": hierarchy,
+        "templates": templates, "license": options.license or join_licenses(read),
+    }  # fmt: skip
     return _Contents(
-        sides=sides,
-        space=space,
-        numbers=numbers,
-        templates=templates,
-        hierarchy=hierarchy,
-        license=options.license or join_licenses(read),
-        has_weights=has_weights,
-        packed=packed,
-        passed_over=+passed_over,  # `+` drops the zeros
-        notes=+notes,
-    )
+        sides=sides, numbers=numbers, facts=facts, has_weights=has_weights, packed=packed,
+        passed_over=+passed_over, notes=+notes,  # `+` drops the zeros
+    )  # fmt: skip
 
 
 def _choose_hierarchy(
@@ -445,6 +430,22 @@ def _choose_hierarchy(
     names, parents = name_paths(labels), join_parents(packed)
     parents |= {path: path.rpartition(PATH)[0] for path in names if PATH in path}
     return place_classes(space, parents, names, origin="the sources") if parents else None
+
+
+def _join_columns(
+    read: Sequence[Source], space: LabelSpace, numbers: dict[Label, int], *, are_named: bool
+) -> dict[str, tuple[int, ...]]:
+    """The classes of the label columns that options or packed data sets name, if several."""
+    found: dict[str, set[int]] = {}
+    for source in read:
+        if not (are_named or isinstance(source, PackedSource)):
+            continue  # `label` and `labels` are one column
+        for column, labels in source.columns.items():
+            each = (numbers.get(label, space.find(str(label))) for label in labels)
+            if own := {number for number in each if number is not None}:
+                found.setdefault(column, set()).update(own)
+    several = found if len(found) > 1 else {}
+    return {column: tuple(sorted(own)) for column, own in several.items()}
 
 
 def _number_labels(
@@ -515,7 +516,6 @@ def _write(
     places: Places | None,
 ) -> None:
     """Writes sound samples, and lists the others in quarantine.csv."""
-    num_reencoded: int = writer.notes.get("num_reencoded", 0)
     for source, item, result in checked:
         if isinstance(result, Problem):
             writer.quarantine(source=source, name=item.name, **asdict(result))
@@ -529,20 +529,12 @@ def _write(
         labels = [numbers[label] for label in item.labels]
         writer.add(
             PackedSample(
-                image=result.data,
-                extension=result.extension,
-                height=result.height,
-                width=result.width,
-                xxh3=result.xxh3,
-                captions=item.captions,
-                tokens=result.tokens,
+                image=result.data, extension=result.extension, height=result.height,
+                width=result.width, xxh3=result.xxh3, captions=item.captions, tokens=result.tokens,
                 labels=labels if len(labels) < 2 else list(dict.fromkeys(labels)),
-                source=source,
-                name=item.name,
-                place=place,
+                source=source, name=item.name, place=place,
                 weight=fmean(item.weights or [1.0]) if writer.has_weights else None,
             )
-        )
+        )  # fmt: skip
         if result.reencoded:
-            num_reencoded += 1
-            writer.notes["num_reencoded"] = num_reencoded
+            writer.notes["num_reencoded"] = writer.notes.get("num_reencoded", 0) + 1

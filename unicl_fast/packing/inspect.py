@@ -121,7 +121,7 @@ class ConceptRow:
 
 _OF_MANIFEST = (
     *("num_samples", "num_captions", "num_tokens", "num_labels", "num_bytes", "num_quarantined"),
-    *("source", "seed", "tool_version"),
+    *("source", "seed", "tool_version", "label_columns"),
 )
 
 
@@ -151,6 +151,8 @@ class Inspection:
     num_with_both: int
     class_counts: tuple[tuple[str, int], ...]
     """Name and number of images of each class, in label order."""
+    label_columns: dict[str, tuple[int, ...]]
+    """Numbers of the classes of each label column, if there are several."""
     labels_per_image: dict[int, int]
     """How many images have one label, two, and so on."""
     captions_per_image: Spread | None
@@ -345,14 +347,10 @@ def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
         edges = np.append(edges, high)
     counts, _ = np.histogram(values, edges)
     return Spread(
-        smallest=low,
-        median=float(np.median(values)),
-        mean=float(values.mean()),
-        percentile_95=float(np.percentile(values, 95)),
-        largest=high,
-        edges=tuple(edges.tolist()),
-        counts=tuple(counts.tolist()),
-    )
+        smallest=low, median=float(np.median(values)), mean=float(values.mean()),
+        percentile_95=float(np.percentile(values, 95)), largest=high,
+        edges=tuple(edges.tolist()), counts=tuple(counts.tolist()),
+    )  # fmt: skip
 
 
 def _copies(dataset: PackedDataset, leaders: Indices, hashes: Hashes | None = None) -> Copies:

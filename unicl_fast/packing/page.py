@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from unicl_fast.dataset.manifest import describe_columns
 from unicl_fast.dataset.reader import PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.inspect import Group, Inspection, Spread
@@ -142,6 +143,7 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
         "range": f"{smallest:,} to {count_of(largest, 'image')}"
         if smallest < largest
         else count_of(largest, "image"),
+        "columns": describe_columns(inspection.label_columns),
         "num_empty": len(ordered) - len(present),
         "several": f"{sum(several.values()):,} images have several labels, up to {max(several):,}"
         if several

@@ -93,7 +93,10 @@ def collect_rows(
         left = ", ".join(options.where)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
     items.extend(broken)
-    return Source(name=path.name, items=items, labels_are_names=False, passed_over=passed_over)
+    return Source(
+        name=path.name, items=items, labels_are_names=False, passed_over=passed_over,
+        columns=columns.found,
+    )  # fmt: skip
 
 
 def add_named(

@@ -24,7 +24,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, Packe
 from unicl_fast.dataset.stored_samples import Description, SampleReader, shared_images
 from unicl_fast.packing.quarantine import LeftOut, count_left_out, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels
-from unicl_fast.packing.sources.items import Item, Problem, refused, spell_classes
+from unicl_fast.packing.sources.items import Item, Label, Problem, refused, spell_classes
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -88,13 +88,15 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
         samples = _Samples(dataset, reader)
         for first in range(0, len(dataset), _READ_TOGETHER):
             items.extend(samples.read(range(first, min(first + _READ_TOGETHER, len(dataset)))))
+    spelled = spell_classes(dataset.manifest.class_names)
+    columns: dict[str, dict[Label, None]] = {
+        column: {spelled[number]: None for number in numbers}
+        for column, numbers in dataset.manifest.label_columns.items()
+    }
     return PackedSource(
-        name=path.resolve().name,
-        items=items,
-        labels_are_names=True,
-        folder=path,
-        manifest=dataset.manifest,
-    )
+        name=path.resolve().name, items=items, labels_are_names=True, columns=columns,
+        folder=path, manifest=dataset.manifest,
+    )  # fmt: skip
 
 
 class _Samples:

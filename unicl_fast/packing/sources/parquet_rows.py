@@ -81,6 +81,7 @@ def convert(task: TableTask) -> TableResult:
             images.flush()
             rows.flush()  # so that complete lines survive this process
     result.passed_over, result.notes = dict(writer.passed_over), dict(+cells.notes)
+    result.columns = {column: list(labels) for column, labels in columns.found.items()}
     return result
 
 
@@ -190,13 +191,14 @@ class _RowWriter:
         row, columns = self.cells.texts_of(row, images), self.cells.columns
         labels: list[Any] = []
         for column in columns.labels:
-            names = self.names.get(column, ())
+            names, own = self.names.get(column, ()), columns.found.setdefault(column, {})
             for value in _as_list(row.get(column)):
                 is_number = isinstance(value, int) and not isinstance(value, bool)
                 if names and is_number and not -1 <= value < len(names):
                     message = f"{column} {value}, where there are {len(names)} class names"
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
+                own |= {labels[-1]: None} if is_number or isinstance(value, str) else {}
         captions = [text for column in columns.captions for text in _as_list(row.get(column))]
         found = {"captions": captions, "labels": labels, GROUP: row.get(GROUP)}
         return found | ({"weight": row.get(columns.weight)} if columns.weight else {})

@@ -60,6 +60,8 @@ class Columns:
     weight: str = ""
     guessed: tuple[str, ...] = ()
     """Columns that were chosen by names of shops' exports."""
+    found: dict[str, dict[Label, None]] = field(default_factory=dict)
+    """The labels that each label column had so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,9 @@ class ListOptions:
     fields of KEY.json. '{name}, {color}' is a caption of two columns."""
     label_column: Sequence[str] = ()
     """One or several columns with labels, if not called label or labels; an image has the labels of
-    all. Labels are names, keys, or numbers into --class-names. 'categories=^(Men|Women)/' takes
-    those that a regular expression finds. Any column can also be an attribute in cells like
-    size=XS,color=Black."""
+    all, and evaluations measure each column by itself. Labels are names, keys, or numbers into
+    --class-names. 'categories=^(Men|Women)/' takes those that a regular expression finds. Any
+    column can also be an attribute in cells like size=XS,color=Black."""
     group_column: str = ""
     """Column with a key, such as a product's number: --split keeps images with one key together.
     Invisible characters, full width and blanks do not matter; 7, "7" and 7.0 are one key.
@@ -258,12 +260,14 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
             else:
                 captions.append(caption)
     for column in columns.labels:
+        found = columns.found.setdefault(column, {})
         for label in _values(row.get(column)):
             is_label = isinstance(label, (str, int)) and not isinstance(label, bool)
             if not is_label or _has_half_characters(str(label)):
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none
                 labels.append(label)
+                found[label] = None
     if columns.weight:
         _add_weight(item, row.get(columns.weight), f"{where}: the weight in {columns.weight}")
     keys = flat(row.get(GROUP))
@@ -325,5 +329,7 @@ class TableResult:
     """Whether the file names all labels that are numbers."""
     passed_over: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, list[Label]] = field(default_factory=dict)
+    """The labels of each label column."""
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
     """Rows that cannot be read: the first, the end or -1, and why."""

@@ -355,6 +355,8 @@ class Source:
     """How many files or rows were skipped, by reason."""
     notes: Counter[str] = field(default_factory=Counter)
     """Remarks on rows that were read, with their counts."""
+    columns: dict[str, dict[Label, None]] = field(default_factory=dict)
+    """The labels of each label column; empty if the source has no columns."""
 
 
 def _as_key(name: str) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.packing.sources.entries import Span
-from unicl_fast.packing.sources.items import Item, Problem, problem_of, refused
+from unicl_fast.packing.sources.items import Item, Label, Problem, problem_of, refused
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, TableResult, TableTask, add_texts
@@ -80,6 +80,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
     named = NamedImages(name, open_tree(roots.pop())) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
     passed_over, notes, labels_are_names = Counter[str](), Counter[str](), True
+    columns: dict[str, dict[Label, None]] = {}
     for task, result in _unpack(tasks):
         path = Path(task.path)
         behind = _read_rows(task, named, items)
@@ -88,6 +89,8 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
             continue
         passed_over.update(result.passed_over)
         notes.update(result.notes)
+        for column, labels in result.columns.items():
+            columns.setdefault(column, {}).update(dict.fromkeys(labels))
         labels_are_names &= result.labels_are_names
         for first, end, message in result.damaged:
             rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
@@ -97,9 +100,9 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
     items.extend(broken)
     source = Source(
-        name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
-    )
-    source.notes.update(notes)
+        name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over,
+        notes=notes, columns=columns,
+    )  # fmt: skip
     if named is not None:
         named.finish(source)
     return source

@@ -161,8 +161,9 @@ class SampleMaker:
             problem = self._first_problem
             raise ValueError(f"{name} holds no {wanted}" + (f": {problem}" if problem else ""))
         return Source(
-            name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over
-        )
+            name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over,
+            columns=self._cells.columns.found,
+        )  # fmt: skip
 
     def add_file(
         self, group: Group, extension: str, entry: Entry, read: Callable[[], bytes]
