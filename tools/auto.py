@@ -122,9 +122,11 @@ def _start_from_best(
 
 
 def _score(base: Mapping[str, Any]) -> float:
-    """As a run's best checkpoint is chosen: the mean of top-1 and R@1, of the heads."""
+    """As a run's best checkpoint is chosen: the heads' mean of top-1, of each column, and R@1."""
     figures = base["methods"][-1]["figures"]
-    rates: list[float] = [figures[name]["rate"] for name in ("top-1", "R@1") if name in figures]
+    rates: list[float] = [
+        one["rate"] for name, one in figures.items() if name == "R@1" or name.startswith("top-1")
+    ]
     return sum(rates) / len(rates)
 
 

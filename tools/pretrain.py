@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
@@ -209,9 +210,14 @@ def evaluate_in_run(
     )  # fmt: skip
     if kind == "retrieval":
         return evaluate_captions(on_ranks, dataset)
-    result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
-    chance = 1 / len(dataset.manifest.class_names)
-    return {"top1": result.top1, "top5": result.top5, "chance": chance}
+    found = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
+    columns = dataset.manifest.columns
+    return {
+        "top1": fmean(one.top1 for one in found.values()),
+        "top5": fmean(one.top5 for one in found.values()),
+        "chance": fmean(1 / len(columns[column]) for column in found),
+        **{f"top1/{column}": one.top1 for column, one in found.items() if column},
+    }
 
 
 def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
@@ -230,11 +236,12 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
         if isinstance(methods, str):
             found.append(f"{name}: no baselines: {methods}")
             continue
-        keys = {"top-1": "top1"} | {f"R@{k}": f"text_to_image_recall_at_{k}" for k in (1, 5, 10)}
-        ours = {
-            key: Figure.of(round(last[f"{name}/{keys[key]}"] * one.num_tried), one.num_tried)
-            for key, one in methods[0].figures.items()
-        }
+        words = (("top-1 ", "top1/"), ("top-1", "top1"), ("R@", "text_to_image_recall_at_"))
+        ours = {}
+        for figure, one in methods[0].figures.items():
+            start, key = next(pair for pair in words if figure.startswith(pair[0]))
+            rate = last[f"{name}/{key}{figure.removeprefix(start)}"]
+            ours[figure] = Figure.of(round(rate * one.num_tried), one.num_tried)
         freeze = trainer.config.optim.freeze
         table = beside_table(Measured("this run", ours), methods, freeze=freeze)
         found.append(f"{name}:\n{table}")

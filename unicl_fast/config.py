@@ -439,9 +439,9 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept; 0 keeps all."""
     best: str = ""
     """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1: the largest value.
-    Empty means all that is evaluated: zero_shot/NAME/top1 of data with labels,
-    retrieval/NAME/recall_at_1 of data with captions, and of several the mean, evaluated/mean. none
-    keeps no best checkpoint."""
+    Empty means all that is evaluated: zero_shot/NAME/top1 of data with labels (of several label
+    columns the mean of each, zero_shot/NAME/top1/COLUMN), retrieval/NAME/recall_at_1 of data with
+    captions, and of several the mean, evaluated/mean. none keeps no best checkpoint."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="checkpoint")

@@ -20,6 +20,7 @@ from unicl_fast.evaluation.retrieval import RetrievalFeatures
 from unicl_fast.evaluation.signals import standardise
 
 NAMES = ("apple", "pear", "plum")
+ALL = {"": range(3)}
 WORDS = ("red", "round", "green", "sweet", "small", "tall")
 
 
@@ -40,7 +41,7 @@ def part(n: int, *, seed: int) -> Part:
 
 def test_labels_are_found_by_the_nearest_image_and_by_regression():
     train, test = part(150, seed=0), part(200, seed=1)
-    nearest, regression = baselines(train.only("labels"), test, class_names=NAMES)
+    nearest, regression = baselines(train.only("labels"), test, class_names=NAMES, columns=ALL)
     unit = [one.features / np.linalg.norm(one.features, axis=1)[:, None] for one in (train, test)]
     closest = (unit[1] @ unit[0].T).argmax(axis=1)
     right = sum(train.labels[row] == own for row, own in zip(closest, test.labels, strict=True))
@@ -54,7 +55,7 @@ def test_labels_are_found_by_the_nearest_image_and_by_regression():
 
 def test_captions_are_found_as_by_scikit_learns_ridge():
     train, test = part(150, seed=0), part(60, seed=1)
-    (ours,) = baselines(train.only("captions"), test, class_names=NAMES)
+    (ours,) = baselines(train.only("captions"), test, class_names=NAMES, columns=ALL)
     words = TfidfVectorizer()
     expected = words.fit_transform([" ".join(own) for own in train.captions]).toarray()
     x, y = standardised(train.features, test.features)
@@ -79,7 +80,7 @@ def test_captions_are_found_as_by_scikit_learns_ridge():
         image_features=unit[0], text_features=unit[1], image_of_text=torch.tensor(owners),
         text_ids=torch.tensor(np.unique(texts, return_inverse=True)[1]), samples=np.arange(60),
     )  # fmt: skip
-    *_, both = baselines(train.only("captions"), test, class_names=NAMES, ours=found)
+    *_, both = baselines(train.only("captions"), test, class_names=NAMES, columns=ALL, ours=found)
     summed = standardise({"images": (unit[1] @ unit[0].T).numpy(), "predicted": scores})
     total = summed["images"] + summed["predicted"]
     hits = [
@@ -92,9 +93,10 @@ def test_captions_are_found_as_by_scikit_learns_ridge():
 def test_only_what_both_parts_have_is_measured():
     train, test = part(60, seed=0), part(40, seed=1)
     unlabelled = Part(features=test.features, labels=[[]] * 40, captions=test.captions)
-    assert [one.name for one in baselines(train, unlabelled, class_names=())] == ["ridge to tf-idf"]
+    (ridge,) = baselines(train, unlabelled, class_names=(), columns={})
+    assert ridge.name == "ridge to tf-idf"
     bare = Part(features=test.features, labels=[[]] * 40, captions=[()] * 40)
-    assert baselines(train, bare, class_names=NAMES) == []
+    assert baselines(train, bare, class_names=NAMES, columns=ALL) == []
 
 
 def test_a_dimension_that_never_varies_in_training_does_not_blow_up_a_test_image():

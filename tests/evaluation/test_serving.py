@@ -116,10 +116,12 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    model: Model, index: SearchIndex | None, photo: Path, **options: str
+    model: Model, index: SearchIndex | None, photo: Path, **options: Any
 ) -> Iterator[Running]:
     """Also serves a page that uses the other one as a person does, and a photograph for it."""
-    app = make_app(model, name="runs/<first>", classes=NAMES, index=index, **options)
+    app = make_app(
+        model, name="runs/<first>", index=index, **({"columns": {"": NAMES}} | options)
+    )  # fmt: skip
     for path, content, kind in (
         ("/photo", photo.read_bytes(), "image/jpeg"),
         ("/outer", _USED, "text/html"),
@@ -161,6 +163,20 @@ def post(server: Running, path: str, question: Any, image: bytes | None = None) 
     body = question if isinstance(question, bytes) else json.dumps(question).encode()
     status, content = ask(server, "POST", path, body)
     return status, json.loads(content)
+
+
+def test_an_image_is_named_in_each_label_column(model, photo):
+    columns = {"animal": NAMES[:3], "colour": ("red", "blue")}
+    with running(model, None, photo, columns=columns) as server:
+        assert json.loads(ask(server, "GET", "/model")[1])["classes"] == [*NAMES[:3], "red", "blue"]
+        status, found = post(server, "/classify", {}, photo.read_bytes())
+        assert (status, found["columns"].keys()) == (200, columns.keys())
+        for best, (column, names) in zip(found["classes"], columns.items(), strict=True):
+            (expected,) = model.classify([photo], names)
+            assert dict(found["columns"][column]) == pytest.approx(expected)
+            assert best == found["columns"][column][0]
+        status, found = post(server, "/classify", {"classes": ["a", "b"]}, photo.read_bytes())
+        assert (status, found.keys()) == (200, {"classes"})
 
 
 def test_questions_about_classes_and_images_are_answered(server, model, index, photo):

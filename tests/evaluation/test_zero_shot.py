@@ -26,6 +26,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.hierarchies import Hierarchy
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
+ALL = {"": range(len(NAMES))}
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on a rainy day")
 
 
@@ -70,7 +71,9 @@ def test_counts_are_those_of_a_plain_argmax(model):
     labels[8] = []
     labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
     features = ModelOnRanks(model=model).encode(ImageLoader(images), num_samples=10)
-    result = classify(features, classifier, labels=list(labels.values()), class_names=NAMES)
+    result = classify(
+        features, classifier, labels=list(labels.values()), class_names=NAMES, columns=ALL
+    )[""]
     # of samples 0 to 7 the place of the label is 0 1 2 3 4 5 6 0; 8 has none, 9 is right
     assert (result.num_samples, result.num_correct, result.num_correct_top5) == (9, 3, 7)
     assert result.num_without_label == 1
@@ -81,7 +84,7 @@ def test_counts_are_those_of_a_plain_argmax(model):
     assert values["top1_interval_95"][0] < 3 / 9 < values["top1_interval_95"][1]
     assert "top-1" in result.to_table()
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
-        classify(features, classifier, labels=[[]] * 10, class_names=NAMES)
+        classify(features, classifier, labels=[[]] * 10, class_names=NAMES, columns=ALL)
 
 
 def test_names_in_another_order_than_the_data_s_are_refused(tmp_path):
@@ -122,6 +125,7 @@ def test_levels_are_counted_by_their_own_names_and_by_the_classes_below():
         torch.tensor([[shown.get(name, 0.0) for name in names] for _, shown in images]).double(),
         lambda chosen: one_hot[[names.index(name) for name in chosen]],
         labels=[labels for labels, _ in images],
+        numbers=range(4),
         class_names=names[:4],
         hierarchy=hierarchy,
     )
@@ -135,5 +139,6 @@ def test_levels_are_counted_by_their_own_names_and_by_the_classes_below():
     assert "1.750 for 4 mistakes, 1.167 over all" in result.to_table()
     with pytest.raises(ValueError, match="levels need some"):
         classify_at_levels(
-            one_hot, lambda chosen: one_hot, labels=[[]] * 6, class_names=names, hierarchy=hierarchy
-        )
+            one_hot, lambda chosen: one_hot, labels=[[]] * 6, numbers=range(4), class_names=names,
+            hierarchy=hierarchy,
+        )  # fmt: skip

@@ -601,6 +601,8 @@ def gather_features_of_slices(ranks, path: str) -> None:
     on_ranks = ModelOnRanks(mock.Mock(spec=UniCL), ranks)
     gathered = expected if ranks.is_main else None
     assert on_ranks.on_rank_0(lambda value: value, gathered, ClassificationResult) == expected
+    kind = dict[str, ClassificationResult]
+    assert on_ranks.on_rank_0(lambda value: {"": value}, gathered, kind) == {"": expected}
     with pytest.raises(ValueError, match="no label"):
         on_ranks.on_rank_0(refuse, gathered, ClassificationResult)
     if ranks.is_main:

@@ -338,14 +338,12 @@ class Majority(FrozenFeatures):
     guesses: Number = 1
     '''Labels that are guessed.'''
 
-    def run(self) -> None:
+    def measure(self, sets, *, metric, suffix):
         import numpy as np
 
-        sets, described = self.extract()
-        if sets:
-            best = np.bincount(sets[0].labels).argsort()[::-1][: self.guesses]
-            rate = float(np.isin(sets[1].labels, best).mean())
-            self.write(described | {"rate": rate}, f"{rate:.3f}")
+        best = np.bincount(sets[0].labels).argsort()[::-1][: self.guesses]
+        rate = float(np.isin(sets[1].labels, best).mean())
+        return {"rate": rate}, f"{rate:.3f}"
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Classify(Use):
     templates: str = "simple"
     """Prompt templates: a file with one per line, imagenet, simple, or clip-benchmark:KEY."""
     top: Number = 3
-    """Classes for each image, the most probable first."""
+    """Classes for each image, the most probable first; of several label columns for each."""
     out: Path | None = None
     """File for the answers: .jsonl, with a line per image; by default they are printed."""
 
@@ -39,26 +39,32 @@ class Classify(Use):
         from unicl_fast.system.wording import count_of, print_text
         from unicl_fast.text.class_lists import read_class_names, read_templates
 
-        one_file = len(self.classes) == 1
-        names: Sequence[str] = self.classes or self.own_classes()
-        if one_file:
-            names = read_class_names(self.classes[0])
-        if not names:
+        columns: Mapping[str, Sequence[str]] = {"": self.classes} if self.classes else {}
+        if len(self.classes) == 1:
+            columns = {"": read_class_names(self.classes[0])}
+        if not (columns := columns or self.own_classes()):
             raise ValueError("this model names no classes: give them by --classes")
         templates = read_templates(self.templates)
-        with self.encoded("projection", names=names) as (model, dataset, features):
+        with self.encoded("projection", columns=columns) as (model, dataset, features):
             if features is None:
                 return
-            found = model.rank_classes(features, names, templates=templates, top=self.top)
-            answers = list(zip(all_descriptions(dataset), found, strict=True))
-        if self.out is None:
-            for image, answer in answers:
-                classes = ", ".join(f"{name} {value:.1%}" for name, value in answer.items())
-                print_text(f"{image.name}: {classes}\n", sys.stdout)
-            return
-        lines = (
-            json.dumps({"source": image.source, "name": image.name, "classes": answer}) + "\n"
-            for image, answer in answers
-        )
-        write_text_atomically(self.out, "".join(lines))
-        print(f"{self.out}: {count_of(len(found), 'image')}")
+            found = [
+                model.rank_classes(features, names, templates=templates, top=self.top)
+                for names in columns.values()
+            ]
+            images = all_descriptions(dataset)
+        lines = []
+        for image, *answers in zip(images, *found, strict=True):
+            if self.out is None:
+                texts = (
+                    f"{column} ".lstrip()
+                    + ", ".join(f"{name} {p:.1%}" for name, p in answer.items())
+                    for column, answer in zip(columns, answers, strict=True)
+                )
+                print_text(f"{image.name}: {'; '.join(texts)}", sys.stdout)
+            named = dict(zip(columns, answers, strict=True))
+            classes = {"classes": named[""]} if list(named) == [""] else {"columns": named}
+            lines.append(json.dumps({"source": image.source, "name": image.name} | classes) + "\n")
+        if self.out is not None:
+            write_text_atomically(self.out, "".join(lines))
+            print(f"{self.out}: {count_of(len(lines), 'image')}")

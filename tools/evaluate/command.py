@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from unicl_fast.evaluation.baselines import Figures, Kind
     from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.inference import Model
+    from unicl_fast.evaluation.report import ClassificationResult
     from unicl_fast.evaluation.retrieval import RetrievalFeatures
     from unicl_fast.models.unicl import UniCL
 
@@ -98,17 +99,20 @@ class ModelCommand(Command):
         found = find_own(str(self.checkpoint))
         return dataclasses.replace(self, checkpoint=found or self.checkpoint)
 
-    def own_classes(self) -> tuple[str, ...]:
-        """The class names of the data that a run was trained on; none of any other model."""
+    def own_classes(self) -> dict[str, tuple[str, ...]]:
+        """The class names of a run's training data by label column; none of any other model."""
         from unicl_fast.checkpoints.files import STATE_FILE
         from unicl_fast.checkpoints.load import read_state
         from unicl_fast.conversion.sources import find_own
+        from unicl_fast.evaluation.inference import classes_by_column
 
         found = find_own(str(self.checkpoint))
         if found is None or not (found / STATE_FILE).is_file():
-            return ()
-        of_sets: list[list[str]] = read_state(found).data.get("class_names", [])
-        return tuple(dict.fromkeys(name for names in of_sets for name in names))
+            return {}
+        data = read_state(found).data
+        of_sets: list[list[str]] = data.get("class_names", [])
+        columns = data.get("label_columns") or [{"": range(len(names))} for names in of_sets]
+        return classes_by_column(of_sets, columns)
 
     def features_folder(self, given: str) -> Path | None:
         """The folder that --features means, in the run if there is one; None for none."""
@@ -178,6 +182,13 @@ class Evaluation(Written, RankedCommand):
     """Also draw into this folder: a confusion matrix of each data set; for retrieval, images over
     the captions they find, and captions over the images they find."""
 
+    def draw(self, result: ClassificationResult, name: str, *, title: str) -> None:
+        """Draws a confusion matrix, with --figures."""
+        if self.figures is not None:
+            from .figures import draw_confusion
+
+            draw_confusion(result, self.figures, name.replace("/", "-"), title=title)
+
     def write(self, values: Mapping[str, Any], table: str) -> None:
         """As `Written.write`, with the checksum of the weights in the JSON.
 
@@ -197,9 +208,9 @@ class BesideBaselines(Evaluation):
     baselines: Literal["auto", "none"] = "auto"
     """auto also computes trivial baselines on the model's image features, and says if one is
     better: nearest neighbour and logistic regression for labels, ridge regression to tf-idf for
-    captions, and for these both together. It is for runs whose training data are on this machine, of 20,000 images with the
-    evaluated ones, which are encoded once and kept in features/ of the run; needs scikit-learn.
-    none computes none."""
+    captions, and for these both together. It is for runs whose training data are on this machine,
+    of 20,000 images with the evaluated ones, which are encoded once and kept in features/ of the
+    run; needs scikit-learn. none computes none."""
 
     def beside(
         self,
@@ -241,11 +252,12 @@ class Use(RankedCommand):
 
     @contextlib.contextmanager
     def encoded(
-        self, layer: Layer, *, names: Sequence[str] | None = None
+        self, layer: Layer, *, columns: Mapping[str, Sequence[str]] | None = None
     ) -> Iterator[tuple[Model, PackedDataset, Tensor | None]]:
         """The model, the data set, and on rank 0 the features [n d] of all its images.
 
-        ValueError if the model does not have the layer, or cannot classify by these `names`.
+        ValueError if the model does not have the layer, or cannot classify among the class names of
+        these `columns`.
         """
         from unicl_fast.dataset.reader import QUARANTINE_NAME
         from unicl_fast.evaluation.data import open_data
@@ -255,7 +267,7 @@ class Use(RankedCommand):
 
         with self.model() as on_ranks:
             model = Model(on_ranks.model)
-            if names is not None:
+            for names in (columns or {}).values():
                 model.require_classes(names)  # before images are encoded
             require_layer(model.encoders, layer)
             with open_data(self.data, ranks=on_ranks.ranks, takes_loose=True) as data:
@@ -263,8 +275,8 @@ class Use(RankedCommand):
                 yield model, data.dataset, features
                 refused = data.dataset.manifest.num_quarantined
                 if on_ranks.ranks.is_main and refused:
-                    names = _names_of(data.dataset.folder / QUARANTINE_NAME)
-                    print(f"refused when packing, and left out: {count_of(refused, 'file')}{names}")
+                    files = _names_of(data.dataset.folder / QUARANTINE_NAME)
+                    print(f"refused when packing, and left out: {count_of(refused, 'file')}{files}")
 
 
 def _names_of(quarantine: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from unicl_fast.evaluation.choices import Layer, MetricChoice
 from .command import Evaluation
 
 if TYPE_CHECKING:
+    from unicl_fast.evaluation.choices import Metric
     from unicl_fast.evaluation.labelled import LabelledFeatures
 
 
@@ -38,18 +40,38 @@ class FrozenFeatures(Evaluation):
         super().check()
         require_scikit_learn()
 
-    def extract(self) -> tuple[list[LabelledFeatures], dict[str, Any]]:
-        """Features of the data sets, and the report's first values; both empty beyond rank 0."""
+    @abc.abstractmethod
+    def measure(
+        self, sets: list[LabelledFeatures], *, metric: Metric, suffix: str
+    ) -> tuple[dict[str, Any], str]:
+        """Prints the result on the samples of one label column; on rank 0 alone.
+
+        Returns values for the JSON and a table; `suffix` belongs to names of figures.
+        """
+
+    def run(self) -> None:
         from unicl_fast.evaluation.data import choose_metric
-        from unicl_fast.evaluation.labelled import labelled_features
+        from unicl_fast.evaluation.labelled import by_column, labelled_features
+        from unicl_fast.evaluation.report import json_by_column
 
         folder = self.features_folder(self.features)
         with self.model() as on_ranks:
             sets = labelled_features(on_ranks, *self.data_sets(), layer=self.layer, folder=folder)
-        if not sets:
-            return [], {}
+        if not sets:  # beyond rank 0
+            return
+        metric = choose_metric(self.metric, self.data)
+        if not (columns := by_column(*sets)):
+            raise ValueError(f"{self.train} and {self.data} have labels of no column in common")
+        found, tables = dict[str, dict[str, Any]](), list[str]()
+        for column, parts in columns.items():
+            if column:
+                print(f"\n{column}")
+            suffix = f"-{column}" if column else ""
+            found[column], table = self.measure(parts, metric=metric, suffix=suffix)
+            tables += [*filter(None, [column]), table]
         train, test, *_ = sets
         values = {"train": self.train, "data": self.data, "name": test.name, "layer": self.layer}
         sizes = {"num_train": len(train), "num_test": len(test)}
         sizes |= {"num_features": train.features.shape[1]}
-        return sets, values | sizes | {"metric": choose_metric(self.metric, self.data)}
+        described = values | sizes | {"metric": metric}
+        self.write(described | json_by_column(found), "\n\n".join(tables))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
@@ -11,6 +11,10 @@ from unicl_fast.system.checked_fields import LARGEST_FLOAT
 
 from .command import Number
 from .frozen_features import FrozenFeatures
+
+if TYPE_CHECKING:
+    from unicl_fast.evaluation.choices import Metric
+    from unicl_fast.evaluation.labelled import LabelledFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +31,17 @@ class Knn(FrozenFeatures):
         if not self.k:
             raise ValueError("--k needs at least one number of neighbours")
 
-    def run(self) -> None:
+    def measure(
+        self, sets: list[LabelledFeatures], *, metric: Metric, suffix: str
+    ) -> tuple[dict[str, Any], str]:
         from unicl_fast.evaluation.probes import nearest_neighbours
         from unicl_fast.evaluation.report import classification_table
 
-        from .figures import draw_confusion
-
-        sets, described = self.extract()
-        if not sets:
-            return
-        train, test = sets
-        metric = described["metric"]
-        results = nearest_neighbours(
-            train, test, ks=self.k, temperature=self.temperature, progress=True
-        )
+        results = nearest_neighbours(*sets, ks=self.k, temperature=self.temperature, progress=True)
         rows = [(f"k = {k}", metric, result) for k, result in results.items()]
         print(table := classification_table(rows, mean=False))  # a mean over k would mean nothing
+        best = max(results, key=lambda k: results[k].value(metric))
+        title = f"{sets[1].name}, {best} nearest neighbours"
+        self.draw(results[best], f"knn{suffix}", title=title)
         found = [{"k": k} | result.to_json() for k, result in results.items()]
-        self.write(described | {"temperature": self.temperature, "results": found}, table)
-        if self.figures is not None:
-            best = max(results, key=lambda k: results[k].value(metric))
-            title = f"{test.name}, {best} nearest neighbours"
-            draw_confusion(results[best], self.figures, "knn", title=title)
+        return {"temperature": self.temperature, "results": found}, table

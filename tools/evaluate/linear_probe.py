@@ -13,6 +13,7 @@ from .command import Number
 from .frozen_features import FrozenFeatures
 
 if TYPE_CHECKING:
+    from unicl_fast.evaluation.choices import Metric
     from unicl_fast.evaluation.labelled import LabelledFeatures
 
 
@@ -55,36 +56,25 @@ class LinearProbe(FrozenFeatures):
                 "of them out"
             )
 
-    def run(self) -> None:
+    def measure(
+        self, sets: list[LabelledFeatures], *, metric: Metric, suffix: str
+    ) -> tuple[dict[str, Any], str]:
         from unicl_fast.evaluation.probes import linear_probe
         from unicl_fast.evaluation.report import classification_table
 
-        from .figures import draw_confusion
-
-        sets, described = self.extract()
-        if not sets:
-            return
         train, test, *more = sets
         settings: dict[str, Any] = {"validation": more[0] if more else None, "c": self.c}
-        settings |= {"metric": described["metric"], "seed": self.seed, "progress": True}
+        settings |= {"metric": metric, "seed": self.seed, "progress": True}
         if self.shots:
-            self._run_few_shot(train, test, described, settings)
-            return
+            return self._few_shot(train, test, settings)
         result = linear_probe(train, test, **settings)
         print(result.to_table())
-        table = classification_table([(test.name, result.metric, result.classes)])
-        self.write(described | result.to_json(), table)
-        if self.figures is not None:
-            title = f"{test.name}, linear probe"
-            draw_confusion(result.classes, self.figures, "linear-probe", title=title)
+        self.draw(result.classes, f"linear-probe{suffix}", title=f"{test.name}, linear probe")
+        return result.to_json(), classification_table([(test.name, metric, result.classes)])
 
-    def _run_few_shot(
-        self,
-        train: LabelledFeatures,
-        test: LabelledFeatures,
-        described: dict[str, Any],
-        settings: dict[str, Any],
-    ) -> None:
+    def _few_shot(
+        self, train: LabelledFeatures, test: LabelledFeatures, settings: dict[str, Any]
+    ) -> tuple[dict[str, Any], str]:
         import numpy as np
 
         from unicl_fast.evaluation.probes import few_shot_probes, few_shot_table
@@ -98,5 +88,5 @@ class LinearProbe(FrozenFeatures):
         smallest = int(np.unique(train.labels, return_counts=True)[1].min())
         if smallest < max(self.shots):
             print(f"the smallest class has {smallest} training samples, and all are used")
-        described |= {"num_draws": self.draws, "smallest_class": smallest}
-        self.write(described | {"shots": [one.to_json() for one in found]}, table)
+        values = {"num_draws": self.draws, "smallest_class": smallest}
+        return values | {"shots": [one.to_json() for one in found]}, table

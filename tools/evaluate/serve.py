@@ -57,7 +57,7 @@ class Serve(ModelCommand):
     def run(self) -> None:
         """Serves until Ctrl-C. Raises OSError if the port is in use."""
         from unicl_fast.evaluation.features import ModelOnRanks
-        from unicl_fast.evaluation.inference import load_model
+        from unicl_fast.evaluation.inference import classes_by_column, load_model
         from unicl_fast.evaluation.search import open_index
         from unicl_fast.evaluation.serving import MOST_CLASSES, make_app, make_server
         from unicl_fast.system.line import line
@@ -72,12 +72,17 @@ class Serve(ModelCommand):
                 folder = self.features_folder(self.features)
                 on_ranks = dataclasses.replace(ModelOnRanks.of(model), progress=True)
                 index = stack.enter_context(open_index(on_ranks, self.data, folder=folder))
-            named = self.own_classes() if index is None else index.dataset.manifest.class_names
-            classes = self.classes or tuple(dict.fromkeys(named))[:MOST_CLASSES]
-            classes = classes if len(classes) > 1 else ("cat", "dog", "bird")
-            model.require_classes(classes)
+            columns = self.own_classes()
+            if index is not None:
+                manifest = index.dataset.manifest
+                columns = classes_by_column([manifest.class_names], [manifest.columns])
+            if self.classes or not any(len(names) > 1 for names in columns.values()):
+                columns = {"": self.classes or ("cat", "dog", "bird")}
+            columns = {column: names[:MOST_CLASSES] for column, names in columns.items()}
+            for names in columns.values():
+                model.require_classes(names)
             app = make_app(
-                model, name=str(self.checkpoint), classes=classes, index=index, host=self.host,
+                model, name=str(self.checkpoint), columns=columns, index=index, host=self.host,
                 token=token,
             )  # fmt: skip
             name = f"[{self.host}]" if ":" in self.host else self.host

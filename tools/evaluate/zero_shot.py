@@ -66,8 +66,6 @@ class ZeroShot(BesideBaselines):
         from unicl_fast.evaluation.zero_shot import zero_shot
         from unicl_fast.training.data import distinct_names
 
-        from .figures import draw_confusion
-
         found = []
         names = distinct_names(self.data)
         options = {"class_names": "", "templates": "", "metric": "auto"}
@@ -94,7 +92,8 @@ class ZeroShot(BesideBaselines):
             beside.append(values)
             if text:
                 print(f"\n{one.name}: {text}")
-        table = classification_table([(one.name, one.metric, one.classes) for one in found])
+        rows = [row for one in found for row in one.rows()]
+        table = classification_table(rows)
         each = [
             {"data": data} | one.to_json() | values
             for data, one, values in zip(self.data, found, beside, strict=True)
@@ -103,9 +102,7 @@ class ZeroShot(BesideBaselines):
             self.write(each[0], table)
         else:
             print(f"\n{table}")
-            mean = sum(one.value for one in found) / len(found)
+            mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
             self.write({"mean": mean, "data_sets": each}, table)
-        if self.figures is not None:
-            for one in found:
-                title = f"{one.name}, zero-shot"
-                draw_confusion(one.classes, self.figures, one.name, title=title)
+        for name, _, result in rows:
+            self.draw(result, name.replace(", ", "-"), title=f"{name}, zero-shot")

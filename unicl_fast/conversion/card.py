@@ -20,7 +20,7 @@ from unicl_fast.conversion.hugging_face import Layout
 from unicl_fast.conversion.libraries import module_of_encoder
 from unicl_fast.conversion.output import num_parameters
 from unicl_fast.conversion.sources import find_source, weights_checksum
-from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.manifest import Manifest, describe_columns
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import markdown_text
@@ -131,13 +131,16 @@ def _data_of(state: CheckpointState) -> Iterator[dict[str, Any]]:
     if len(folders) != len(sources):  # somebody's own loader
         return
     names = distinct_names(folders, may_repeat=True)
-    for name, folder, source, weight in zip(names, folders, sources, weights, strict=True):
+    columns = state.data.get("label_columns") or [{}] * len(sources)
+    every = zip(names, folders, sources, weights, columns, strict=True)
+    for name, folder, source, weight, of_classes in every:
         manifest = None if is_url(folder) else _manifest_of(folder, checksums=source["shards"])
         is_whole = manifest is not None and manifest.num_samples == source["num_samples"]
         yield {
             "name": name,
             "num_samples": source["num_samples"],
             "num_classes": source["num_classes"],
+            "label_columns": describe_columns(of_classes),
             "weight": weight,
             "num_captions": manifest.num_captions if manifest and is_whole else None,
             "license": manifest.license if manifest else None,

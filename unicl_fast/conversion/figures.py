@@ -12,7 +12,7 @@ from unicl_fast.system.wording import count_of
 
 _INTERVAL = "_interval_95"
 _COUNTS = ("num_samples", "num_images", "num_test")
-_SHARED = ("name", "metric", "protocol", *_COUNTS)
+_SHARED = ("name", "metric", "protocol", "num_templates", *_COUNTS)
 
 
 def figures_of(
@@ -61,9 +61,11 @@ def _figures_of(values: dict[str, Any], path: Path, checksum: str) -> list[dict[
 def _figures_in(values: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the rates with an interval of a report, and of its parts, which inherit `above`."""
     facts = {**above, **{name: values[name] for name in _SHARED if name in values}}
+    if "column" in values:
+        facts["name"] = f"{facts['name']}, {values['column']}"
     how = f", k = {values['k']}" if "k" in values else ""
-    if "num_templates" in values:
-        how = f", {count_of(values['num_templates'], 'prompt')} a class"
+    if "num_templates" in facts:
+        how = f", {count_of(facts['num_templates'], 'prompt')} a class"
     for key in values:
         metric = key.removesuffix(_INTERVAL)
         if metric == key or facts.get("metric", metric) != metric:
@@ -79,5 +81,6 @@ def _figures_in(values: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator
             "high": high,
             "num_samples": next((facts[name] for name in _COUNTS if name in facts), 0),
         }
-    for part in [*values.get("data_sets", ()), *values.get("results", ())]:
-        yield from _figures_in(part, facts)
+    for key in ("data_sets", "columns", "results"):
+        for part in values.get(key, ()):
+            yield from _figures_in(part, facts)

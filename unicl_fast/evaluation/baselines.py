@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,12 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import all_descriptions, all_labels
 from unicl_fast.evaluation.features import ModelOnRanks
-from unicl_fast.evaluation.labelled import LabelledFeatures, kept_features, with_labels
+from unicl_fast.evaluation.labelled import (
+    LabelledFeatures,
+    by_column,
+    kept_features,
+    with_labels,
+)
 from unicl_fast.evaluation.predicted import PredictedWords, standardised
 from unicl_fast.evaluation.probes import linear_probe, nearest_neighbours, require_scikit_learn
 from unicl_fast.evaluation.report import (
@@ -76,7 +81,8 @@ class Figure:
 
 
 Figures = dict[str, Figure]
-"""By name: top-1, and R@k for texts that find their image among the first k."""
+"""By name: top-1, for several label columns with their names, and R@k for texts that find their
+image among the first k."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,11 @@ class Measured:
         return [*(str(self.figures.get(name, "")) for name in names), seconds]
 
 
-def top_1(result: ClassificationResult) -> Figures:
-    return {"top-1": Figure.of(result.num_correct, result.num_samples)}
+def top_1(results: Mapping[str, ClassificationResult]) -> Figures:
+    return {
+        f"top-1 {column}".rstrip(): Figure.of(one.num_correct, one.num_samples)
+        for column, one in results.items()
+    }
 
 
 def recalls(of_texts: Iterable[Recall]) -> Figures:
@@ -129,8 +138,12 @@ class Part:
             return replace(self, captions=[()] * len(self.captions))
         return replace(self, labels=[()] * len(self.labels))
 
-    def labelled(self, class_names: Sequence[str]) -> LabelledFeatures:
-        return with_labels(self.features, self.labels, name="the data", class_names=class_names)
+    def labelled(
+        self, class_names: Sequence[str], columns: Mapping[str, Sequence[int]]
+    ) -> LabelledFeatures:
+        return with_labels(
+            self.features, self.labels, name="the data", class_names=class_names, columns=columns
+        )
 
     def captioned(self) -> Part:
         """The samples with captions."""
@@ -175,16 +188,27 @@ def encoder_features(
     return rows
 
 
-def _nearest(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
-    return top_1(nearest_neighbours(train, test, ks=(1,))[1])
+def _nearest(train: LabelledFeatures, test: LabelledFeatures) -> ClassificationResult:
+    return nearest_neighbours(train, test, ks=(1,))[1]
 
 
-def _regression(train: LabelledFeatures, test: LabelledFeatures) -> Figures:
+def _regression(train: LabelledFeatures, test: LabelledFeatures) -> ClassificationResult | None:
+    num_classes = len(np.unique(train.labels))
+    if num_classes < 2 or train.features.size * num_classes >= _MOST_FITTED:
+        return None
     rows = standardised(train.features, test.features)
     fitted, tested = (replace(one, features=rows.pop(0)) for one in (train, test))
     with warnings.catch_warnings():  # of a class for every other image, which a small shop has
         warnings.filterwarnings("ignore", "The number of unique classes")
-        return top_1(linear_probe(fitted, tested, c_grid=_C_GRID).classes)
+        return linear_probe(fitted, tested, c_grid=_C_GRID).classes
+
+
+def _each(
+    method: Callable[..., ClassificationResult | None],
+    pairs: Mapping[str, Sequence[LabelledFeatures]],
+) -> Figures:
+    results = {column: method(*pair) for column, pair in pairs.items()}
+    return top_1({column: one for column, one in results.items() if one is not None})
 
 
 def _ridge(train: Part, test: Part) -> Figures:
@@ -214,9 +238,12 @@ def baselines(
     test: Part,
     *,
     class_names: Sequence[str],
+    columns: Mapping[str, Sequence[int]],
     ours: RetrievalFeatures | None = None,
 ) -> list[Measured]:
-    """The baselines that both parts have labels or captions for; `TOGETHER` is with `ours`.
+    """The baselines that both parts have labels, of each label column, or captions for.
+
+    `TOGETHER` is with `ours`.
 
     Raises as `linear_probe`. Logistic regression is left out if it would take minutes.
     """
@@ -227,11 +254,11 @@ def baselines(
     # matrices are small: two threads on busy cores took ten times the CPU time of one
     with threadpool_limits(1, user_api="blas"):
         if any(train.labels) and any(test.labels):
-            pair = train.labelled(class_names), test.labelled(class_names)
-            found.append(Measured.timed("nearest neighbour", partial(_nearest, *pair)))
-            num_classes = len(np.unique(pair[0].labels))
-            if num_classes > 1 and pair[0].features.size * num_classes < _MOST_FITTED:
-                found.append(Measured.timed("logistic regression", partial(_regression, *pair)))
+            pairs = by_column(*(one.labelled(class_names, columns) for one in (train, test)))
+            methods = {"nearest neighbour": _nearest, "logistic regression": _regression}
+            for name, method in methods.items():
+                one = Measured.timed(name, partial(_each, method, pairs))
+                found += [one] * bool(one.figures)
         if any(train.captions) and any(test.captions):
             captioned = train.captioned(), test.captioned()
             found.append(Measured.timed("ridge to tf-idf", partial(_ridge, *captioned)))
@@ -261,7 +288,7 @@ def of_run(
         encodes: encodes training images whose features are not stored, up to `MOST_IMAGES`.
         ours: what the model gave for the captions; `TOGETHER` is then measured, too.
     """
-    names = held_out.manifest.class_names
+    names, columns = held_out.manifest.class_names, held_out.manifest.columns
     on_ranks = ModelOnRanks(model, progress=sys.stderr.isatty())
     encode = partial(encoder_features, on_ranks, folder=folder)
     try:
@@ -272,7 +299,7 @@ def of_run(
         )  # fmt: skip
         test = part_of(held_out, encode(held_out), names)
         parts = (one.only(kind) for one in (train, test))
-        found = baselines(*parts, class_names=names, ours=ours)
+        found = baselines(*parts, class_names=names, columns=columns, ours=ours)
         return found or f"no {kind} are in both parts"
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return str(error).strip().split("\n")[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,7 @@ def compare_bases(
     """
     require_scikit_learn()
     names, templates = held_out.manifest.class_names, held_out.manifest.templates
+    columns = held_out.manifest.columns
     prompts = [fill_template(template, name) for name in names for template in templates]
     images, others = _choose_towers(bases, bases_at_hand() if at_hand else [])
     results: list[BaseResult] = []
@@ -142,7 +143,7 @@ def compare_bases(
         results.append(BaseResult(
             name=name, image=name, num_parameters=_size_of(model.image_encoder),
             width=parts[0].features.shape[1],
-            methods=(encoding, *baselines(*parts, class_names=names)),
+            methods=(encoding, *baselines(*parts, class_names=names, columns=columns)),
         ))  # fmt: skip
         for other in [name] if model.text_encoder is not None else others:
             if other not in encoded:
@@ -151,7 +152,7 @@ def compare_bases(
                 encoded[other] = _Texts.of(reader, texts, folder=folder, progress=progress)
             own = encoded[other]
             shape = len(names), len(templates), own.rows.shape[1]
-            task = _Task(parts[0], parts[1], own, own.features(prompts).view(shape), names)
+            task = _Task(parts[0], parts[1], own, own.features(prompts).view(shape), names, columns)
             methods = [Measured("text features", {}, own.cpu_seconds)]
             if other == name and model.has_space:
                 methods.append(Measured.timed("zero-shot", partial(task.zero_shot, model)))
@@ -242,6 +243,7 @@ class _Task:
     prompts: Float[Tensor, "k t w"]
     """Features of each class's prompts."""
     class_names: Sequence[str]
+    columns: Mapping[str, Sequence[int]]
 
     @torch.no_grad()
     def zero_shot(self, model: UniCL) -> Figures:
@@ -282,7 +284,7 @@ class _Task:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rows of images, features of a text of each, and class ids: equal ones are positives.
 
-        An image with a label and captions shows either half of the time.
+        An image with labels and captions shows either half of the time, and any of its labels.
         """
         labels, captions = self.train.labels, self.train.captions
         usable = [row for row in range(len(labels)) if labels[row] or captions[row]]
@@ -295,9 +297,10 @@ class _Task:
         for rows in order.reshape(-1)[: _STEPS * _BATCH].reshape(_STEPS, _BATCH):
             ids, places = list[int](), list[int]()
             for row in rows.tolist():
-                own = captions[row]
-                if labels[row] and (not own or random.random() < 0.5):
-                    ids.append(labels[row][0])
+                own, classes = captions[row], labels[row]
+                if classes and (not own or random.random() < 0.5):
+                    several = len(classes) > 1
+                    ids.append(classes[int(random.integers(len(classes))) if several else 0])
                     places.append(ids[-1] * num_templates + int(random.integers(num_templates)))
                 else:
                     text = self.texts.number_of[own[int(random.integers(len(own)))]]
@@ -311,8 +314,11 @@ class _Task:
         if self.class_names and any(self.test.labels):
             each = embed(self.prompts.flatten(0, 1)).unflatten(0, self.prompts.shape[:2])
             classes = F.normalize(each.mean(dim=1), dim=-1)
-            labels, names = self.test.labels, self.class_names
-            figures |= top_1(classify(images, classes, labels=labels, class_names=names))
+            found = classify(
+                images, classes, labels=self.test.labels, class_names=self.class_names,
+                columns=self.columns,
+            )  # fmt: skip
+            figures |= top_1(found)
         if any(self.test.captions):
             shown = dataclasses.replace(self.test, features=images.numpy()).captioned()
             texts = embed(self.texts.features(shown.texts)).numpy()

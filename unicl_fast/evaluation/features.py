@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ class ModelOnRanks:
     def on_rank_0(self, judge: Callable[[_G], _T], gathered: _G | None, kind: Any) -> _T:
         """Calls `judge` on rank 0, with `gathered`; all ranks get its result, or raise its error.
 
-        `kind` is the type of the result: a dataclass or a dict.
+        `kind` is the type of the result: a dataclass, or a dict that can hold some.
         """
         result: Any = None
         with refused_together(self.ranks), rank_0_alone(self.ranks):
@@ -158,8 +159,7 @@ class ModelOnRanks:
                 result = judge(gathered)
         if self.ranks.world_size == 1:
             return cast(_T, result)
-        if dataclasses.is_dataclass(result):
-            result = dataclasses.asdict(cast(Any, result))
+        result = json.loads(json.dumps(result, default=dataclasses.asdict))
         return cast(_T, msgspec.convert(from_rank_0(result, self.ranks), kind))
 
 

@@ -11,7 +11,7 @@ them, so neither a packed data set nor DALI is needed.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -195,6 +195,21 @@ class Model:
                 rows.append(encode_images(self.encoders, batch).float().cpu())
                 bar.update(len(batch))
         return torch.cat(rows)
+
+
+def classes_by_column(
+    class_names: Iterable[Sequence[str]], columns: Iterable[Mapping[str, Sequence[int]]]
+) -> dict[str, tuple[str, ...]]:
+    """The class names of data sets by label column, each once; `columns` as in `Manifest.columns`.
+
+    Of several columns one with a single class, where nothing is to be chosen, is left out.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for names, of_set in zip(class_names, columns, strict=True):
+        for column, numbers in of_set.items():
+            found.setdefault(column, {}).update(dict.fromkeys(names[one] for one in numbers))
+    some = {column: names for column, names in found.items() if len(names) > 1}
+    return {column: tuple(names) for column, names in (some or found).items()}
 
 
 def _pixels(image: ImageLike) -> NDArray[np.uint8]:

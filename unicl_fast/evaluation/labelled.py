@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
+from unicl_fast.evaluation.report import labels_by_column
 from unicl_fast.evaluation.stored import stored_rows
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class LabelledFeatures:
     labels: Int[np.ndarray, " n"]
     """The first label of each sample, which it is fitted with."""
     class_names: tuple[str, ...]
+    columns: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    """The classes of each label column, as in `Manifest.columns`."""
     num_without_label: int = 0  # samples without a label, which are left out
 
     def __len__(self) -> int:
@@ -67,8 +70,10 @@ def with_labels(
     *,
     name: str,
     class_names: Sequence[str],
+    columns: Mapping[str, Sequence[int]] | None = None,
+    num_without_label: int = 0,
 ) -> LabelledFeatures:
-    """Keeps the samples that have labels; ValueError if none has one."""
+    """Keeps the samples that have labels, and counts others; ValueError if none has one."""
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
         raise ValueError(f"no sample of {name} has a label")
@@ -78,8 +83,28 @@ def with_labels(
         all_labels=[labels[row] for row in kept],
         labels=np.array([labels[row][0] for row in kept], dtype=np.int64),
         class_names=tuple(class_names),
-        num_without_label=len(labels) - len(kept),
+        columns=columns or {"": range(len(class_names))},
+        num_without_label=num_without_label + len(labels) - len(kept),
     )
+
+
+def by_column(*sets: LabelledFeatures) -> dict[str, list[LabelledFeatures]]:
+    """The samples of each set with a label in a label column of the first, and only these labels.
+
+    Columns that a set has no label of are left out.
+    """
+    labels = [labels_by_column(one.all_labels, sets[0].columns) for one in sets]
+    return {
+        column: [
+            with_labels(
+                one.features, own[column], name=one.name, class_names=one.class_names,
+                columns=one.columns, num_without_label=one.num_without_label,
+            )
+            for one, own in zip(sets, labels, strict=True)
+        ]
+        for column in labels[0]
+        if all(column in own for own in labels)
+    }  # fmt: skip
 
 
 def labelled_features(
@@ -113,8 +138,10 @@ def labelled_features(
             labels = data.labels_among(first)
             rows = kept_features(on_ranks, data.dataset, layer=layer, folder=folder)
             if rows is not None:
-                names = first.class_names
-                found.append(with_labels(rows, labels, name=data.name, class_names=names))
+                names, columns = first.class_names, first.dataset.manifest.columns
+                found.append(
+                    with_labels(rows, labels, name=data.name, class_names=names, columns=columns)
+                )
     return found
 
 

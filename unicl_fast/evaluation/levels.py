@@ -81,10 +81,11 @@ def classify_at_levels(
     classifier_of: Callable[[Sequence[str]], Float[Tensor, "k d"]],
     *,
     labels: Sequence[Sequence[int]],
+    numbers: Sequence[int],
     class_names: Sequence[str],
     hierarchy: Hierarchy,
 ) -> LevelsResult:
-    """Classifies images among the classes of each level, and among the data's own.
+    """Classifies images among the classes of each level, and among the data's own `numbers`.
 
     Any class above a label is right, and the nearest label gives the distance. Images without a
     label are left out; ValueError if none has one.
@@ -92,7 +93,8 @@ def classify_at_levels(
     Args:
         features: of unit norm.
         classifier_of: returns a unit-norm row for each class name.
-        labels: of each image.
+        labels: of each image, all among `numbers`.
+        numbers: the classes of a label column, or all.
         class_names: the data's own classes.
         hierarchy: these and the classes above them.
     """
@@ -102,10 +104,12 @@ def classify_at_levels(
     features, labels = features[torch.tensor(kept)], [labels[row] for row in kept]
     chains = hierarchy.chains()
     names = (*class_names, *hierarchy.names)
-    predicted = _best(features, classifier_of(class_names))
+    best = _best(features, classifier_of([names[number] for number in numbers]))
+    predicted = [numbers[place] for place in best]
+    within = sorted(set().union(*(chains[number] for number in numbers)))
     levels = []
-    for depth in range(max(map(len, chains))):
-        candidates = [number for number, chain in enumerate(chains) if len(chain) == depth + 1]
+    for depth in range(max(len(chains[number]) for number in within)):
+        candidates = [number for number in within if len(chains[number]) == depth + 1]
         right = [
             {chains[label][depth] for label in own if len(chains[label]) > depth} for own in labels
         ]

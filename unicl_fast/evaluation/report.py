@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -211,6 +211,29 @@ class ClassificationCounts:
             num_correct_top5=self._in_five,
             num_without_label=self._without_label,
         )
+
+
+def labels_by_column(
+    labels: Sequence[Sequence[int]], columns: Mapping[str, Sequence[int]]
+) -> dict[str, list[list[int]]]:
+    """The labels of each image in each label column; columns without any label are left out.
+
+    If no image has a label, all columns are returned, and `ClassificationCounts` raises. `columns`
+    are as in `Manifest.columns`.
+    """
+    owns = {column: frozenset(numbers) for column, numbers in columns.items()}
+    found = {
+        column: [[label for label in one if label in own] for one in labels]
+        for column, own in owns.items()
+    }
+    return {column: each for column, each in found.items() if any(each)} or found
+
+
+def json_by_column(values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """A report's values, or for several label columns a list of them."""
+    if list(values) == [""]:
+        return values[""]
+    return {"columns": [{"column": column} | each for column, each in values.items()]}
 
 
 def percent(rate: float) -> str:

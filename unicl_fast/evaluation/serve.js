@@ -87,12 +87,17 @@ at("ask").addEventListener("submit", (event) => {
 
 const name = asking("/classify");
 let image = null;
+let own = ""; // the model's classes, among which it chooses by label column
 function classify() {
   if (!image) return;
   const classes = at("classes").value.split("\n").map((one) => one.trim()).filter(Boolean);
-  name({ classes, template: at("template").value }, image, (answer) => {
+  const question = { template: at("template").value };
+  if (classes.join("\n") !== own) question.classes = classes;
+  name(question, image, (answer) => {
     at("error").textContent = answer.error || "";
-    at("answer").replaceChildren(...(answer.classes || []).map(([text, value]) => {
+    const found = Object.entries(answer.columns || {}).flatMap(([column, best]) =>
+      best.slice(0, 5).map(([text, value]) => [`${column}: ${text}`, value]));
+    at("answer").replaceChildren(...(found[0] ? found : answer.classes || []).map(([text, value]) => {
       const bar = made("div", { className: "bar" });
       bar.style.width = 100 * value + "%";
       const percent = made("span", {}, (100 * value).toFixed(1) + " %");
@@ -119,7 +124,7 @@ fetch("/model", { headers }).then((response) => response.json()).then((model) =>
   if (model.error) return;
   const hasSearch = model.num_images !== null;
   at("model").textContent = model.name;
-  at("classes").value = model.classes.join("\n");
+  at("classes").value = own = model.classes.join("\n");
   at("search").hidden = !hasSearch;
   at("status").textContent = hasSearch ? `${model.num_images.toLocaleString("en")} images` : "";
   if (hasSearch) at("text").focus();

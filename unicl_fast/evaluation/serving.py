@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Annotated, Any
 from urllib.parse import parse_qs
@@ -17,6 +18,7 @@ from urllib.parse import parse_qs
 import anyio
 import msgspec
 import numpy as np
+import torch
 import uvicorn
 from msgspec import Meta
 from numpy.typing import NDArray
@@ -84,28 +86,34 @@ class ClassifyQuestion(msgspec.Struct, forbid_unknown_fields=True):
     template: Annotated[str, Meta(max_length=1000)] = "a photo of a {}."
 
 
-class ClassifyAnswer(msgspec.Struct):
-    """Classes and probabilities, the 20 most probable first."""
+class ClassifyAnswer(msgspec.Struct, omit_defaults=True):
+    """Classes and probabilities, the 20 most probable first.
+
+    Of a model with several label columns its own `columns`, and in `classes` the best of each.
+    """
 
     classes: list[tuple[str, float]]
+    columns: dict[str, list[tuple[str, float]]] = {}
 
 
 def make_app(
     model: Model,
     *,
     name: str,
-    classes: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
     index: SearchIndex | None = None,
     host: str = "127.0.0.1",
     token: str = "",
 ) -> Starlette:
     """The page and the interface for one model, which works for one request at a time.
 
+    `columns` are class names by label column, as `classes_by_column` returns them.
     Only a `host` of this machine is compared with the requests'. With a `token`, each request needs
     it, as `Authorization: Bearer` or `?token=`.
     """
     alone = anyio.CapacityLimiter(1)
     count = None if index is None else len(index)
+    classes = list(dict.fromkeys(itertools.chain(*columns.values())))
     described = {"name": name, "classes": classes, "num_images": count}
     page = resources.files(__package__)
     contents = {
@@ -114,10 +122,16 @@ def make_app(
     }
 
     def classify(asked: ClassifyQuestion) -> ClassifyAnswer:
-        names = classes if asked.classes is None else asked.classes
-        images, templates = [_pixels(asked.image)], [asked.template]
-        (found,) = model.classify(images, names, templates=templates, top=20, progress=False)
-        return ClassifyAnswer(list(found.items()))
+        given = columns if asked.classes is None else {"": asked.classes}
+        rows = model.embed_images([_pixels(asked.image)], progress=False)
+        features, templates = torch.from_numpy(rows), [asked.template]
+        found = {}
+        for column, names in given.items():
+            (best,) = model.rank_classes(features, names, templates=templates, top=20)
+            found[column] = list(best.items())
+        if list(found) == [""]:
+            return ClassifyAnswer(found[""])
+        return ClassifyAnswer([best for best, *_ in found.values()], found)
 
     def search(asked: SearchQuestion) -> SearchAnswer:
         if index is None:

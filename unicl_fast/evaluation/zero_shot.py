@@ -6,7 +6,7 @@ arXiv 2103.00020, section 3.1.4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from unicl_fast.evaluation.report import (
     ClassificationResult,
     PrecisionResult,
     average_precisions,
+    classification_table,
+    json_by_column,
+    labels_by_column,
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of
@@ -79,17 +82,24 @@ def classify(
     *,
     labels: Sequence[Sequence[int]],
     class_names: Sequence[str],
+    columns: Mapping[str, Sequence[int]],
     batch_size: int = 256,
-) -> ClassificationResult:
-    """Predicts the class of the most similar row; ValueError if no image has a label."""
-    counts = ClassificationCounts(class_names)
-    rows = classifier.to(features.dtype).T
-    for start in range(0, len(features), batch_size):
-        images = slice(start, start + batch_size)
-        scores = features[images].to(rows.device) @ rows
-        best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-        counts.add(best.tolist(), labels[images])
-    return counts.result(what="zero-shot")
+) -> dict[str, ClassificationResult]:
+    """Predicts the class of the most similar row, for each label column among its classes.
+
+    `columns` are as in `Manifest.columns`. Raises ValueError if no image has a label.
+    """
+    found = {}
+    for column, own in labels_by_column(labels, columns).items():
+        counts, numbers = ClassificationCounts(class_names), torch.tensor(columns[column])
+        rows = classifier[numbers].to(features.dtype).T
+        for start in range(0, len(features), batch_size):
+            images = slice(start, start + batch_size)
+            scores = features[images].to(rows.device) @ rows
+            best = scores.topk(min(5, scores.shape[1]), dim=1).indices.cpu()
+            counts.add(numbers[best].tolist(), own[images])
+        found[column] = counts.result(what="zero-shot")
+    return found
 
 
 def evaluate_zero_shot(
@@ -97,8 +107,8 @@ def evaluate_zero_shot(
     dataset: PackedDataset,
     *,
     rows_of_classes: NDArray[np.int64] | None = None,
-) -> ClassificationResult:
-    """Accuracy on a packed data set; all ranks call it and get the result.
+) -> dict[str, ClassificationResult]:
+    """Accuracy on a packed data set by label column; all ranks call it and get the results.
 
     For a model trained by cross-entropy, `rows_of_classes` [k] is the model's row of each class.
 
@@ -116,17 +126,19 @@ def evaluate_zero_shot(
             progress=on_ranks.progress, ranks=on_ranks.ranks, folder=on_ranks.text_folder,
         )  # fmt: skip
 
-    def judge(features: Tensor) -> ClassificationResult:
+    def judge(features: Tensor) -> dict[str, ClassificationResult]:
         return classify(
             # a 1 for the bias, which is the last column of the model's rows
             features if rows_of_classes is None else F.pad(features, (0, 1), value=1.0),
             classifier,
             labels=all_labels(dataset),
             class_names=manifest.class_names,
+            columns=manifest.columns,
             batch_size=on_ranks.batch_size,
         )
 
-    return on_ranks.on_rank_0(judge, on_ranks.features(dataset), ClassificationResult)
+    kind = dict[str, ClassificationResult]
+    return on_ranks.on_rank_0(judge, on_ranks.features(dataset), kind)
 
 
 def _require_classes(dataset: PackedDataset) -> None:
@@ -138,29 +150,41 @@ def _require_classes(dataset: PackedDataset) -> None:
 class ZeroShotResult:
     name: str
     metric: Metric  # the metric that is reported first
-    classes: ClassificationResult
+    classes: dict[str, ClassificationResult]
+    """By label column; by the empty name if the data have one."""
     num_templates: int
     num_quarantined: int  # files refused when the data was packed; no other count includes them
-    levels: LevelsResult | None
-    precision: PrecisionResult | None
-
-    @property
-    def value(self) -> float:
-        """The metric, in 0 to 1."""
-        return self.classes.value(self.metric)
+    levels: dict[str, LevelsResult]
+    precision: dict[str, PrecisionResult]
 
     def to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = {"name": self.name, "metric": self.metric}
         values["num_templates"] = self.num_templates
-        values |= self.classes.to_json() | {"num_quarantined": self.num_quarantined}
-        for key, more in (("hierarchy", self.levels), ("average_precision", self.precision)):
-            if more is not None:
-                values[key] = more.to_json()
-        return values
+        more: dict[str, Mapping[str, LevelsResult | PrecisionResult]] = {
+            "hierarchy": self.levels, "average_precision": self.precision
+        }  # fmt: skip
+        values |= json_by_column({
+            column: result.to_json()
+            | {key: each[column].to_json() for key, each in more.items() if column in each}
+            for column, result in self.classes.items()
+        })  # fmt: skip
+        return values | {"num_quarantined": self.num_quarantined}
+
+    def rows(self) -> list[tuple[str, Metric, ClassificationResult]]:
+        """Rows for `classification_table`, one a label column."""
+        return [
+            (f"{self.name}, {column}".removesuffix(", "), self.metric, result)
+            for column, result in self.classes.items()
+        ]
 
     def to_table(self) -> str:
-        parts = [self.classes, self.levels, self.precision]
-        text = "\n\n".join(part.to_table() for part in parts if part is not None)
+        """Several label columns have one line each."""
+        several = list(self.classes) != [""]
+        parts = [classification_table(self.rows()) if several else self.classes[""].to_table()]
+        for column in self.levels | self.precision:
+            more = (self.levels.get(column), self.precision.get(column))
+            parts += [column, *(one.to_table() for one in more if one is not None)]
+        text = "\n\n".join(filter(None, parts))
         if self.num_quarantined:
             refused = count_of(self.num_quarantined, "file")
             text += f"\nrefused when packing, and not counted above: {refused}"
@@ -218,18 +242,22 @@ def zero_shot(
             return rows[[number_of[title] for title in titles]]
 
         def judge(features: Tensor) -> ZeroShotResult:
-            levels = precision = None
-            if tree is not None:
-                levels = classify_at_levels(
-                    features, classifier_of, labels=labels, class_names=names, hierarchy=tree
-                )
-            if average_precision:
-                scores = features @ classifier.to(features).T
-                precision = average_precisions(scores, labels, names)
-            size = on_ranks.batch_size
+            columns, size = dataset.manifest.columns, on_ranks.batch_size
             classes = classify(
-                features, classifier, labels=labels, class_names=names, batch_size=size
-            )
+                features, classifier, labels=labels, class_names=names, columns=columns,
+                batch_size=size,
+            )  # fmt: skip
+            levels, precision = dict[str, LevelsResult](), dict[str, PrecisionResult]()
+            for column, own in labels_by_column(labels, columns).items():
+                # colours beside a hierarchy of products have a single level
+                if tree is not None and max(tree.parents[one] for one in columns[column]) >= 0:
+                    levels[column] = classify_at_levels(
+                        features, classifier_of, labels=own, numbers=columns[column],
+                        class_names=names, hierarchy=tree,
+                    )  # fmt: skip
+                if average_precision:
+                    scores = features @ classifier.to(features).T
+                    precision[column] = average_precisions(scores, own, names)
             return ZeroShotResult(
                 name=opened.name, metric=choose_metric(metric, str(data)), classes=classes,
                 levels=levels, precision=precision, num_templates=len(opened.templates),

@@ -206,8 +206,10 @@ def describe_datasets(
     """
     manifests = [dataset.manifest for dataset in datasets]
     hierarchies = [one.hierarchy and dataclasses.asdict(one.hierarchy) for one in manifests]
-    # left out if there are none, as in checkpoints of versions without hierarchies
+    # left out if there are none, as in checkpoints of versions without them
     optional: dict[str, Any] = {"hierarchies": hierarchies} if any(hierarchies) else {}
+    if any(one.label_columns for one in manifests):
+        optional["label_columns"] = [one.columns for one in manifests]
     return optional | {
         "shares": list(weights) if weights else None,
         "sources": [

@@ -83,7 +83,7 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     for line in lines:
         samples = float(np.interp(line["step"], [0, *steps], [0, *seen]))
         for key, value in line.items():
-            if key.endswith(("/top1", "/recall_at_1")):
+            if key.endswith(("/top1", "/recall_at_1")) or "/top1/" in key:
                 evaluations.setdefault(key, []).append((samples, 100 * value))
             elif key.endswith("/chance"):
                 chances.add(100 * value)

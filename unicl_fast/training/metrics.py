@@ -7,12 +7,14 @@ for the device. A disk that fails costs lines, not the run.
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ from unicl_fast.training.trackers import Trackers
 logger = logging.getLogger(__name__)
 
 MEAN_METRIC = "evaluated/mean"
-"""The mean of the main metrics, if a run has several evaluations."""
+"""The mean of the main metrics, if a run has several evaluations; each label column is one."""
 METRICS_NAME = "metrics.jsonl"
 _MOST_BYTES = 4 << 30  # of a file that is read: some five million lines
 _RECENT_SUMMARIES = 20  # whose steps predict the time of the next ones
@@ -316,6 +318,16 @@ def main_metrics(evaluations: Iterable[str]) -> dict[str, str]:
         name: f"{name}/{'recall_at_1' if name.startswith('retrieval/') else 'top1'}"
         for name in evaluations
     }
+
+
+def mean_of_main(evaluations: Iterable[str], values: Mapping[str, float]) -> dict[str, float]:
+    """`MEAN_METRIC` of several evaluations, if `values` have all of them; else nothing."""
+    keys = main_metrics(evaluations).values()
+    if len(keys) < 2 or not all(key in values for key in keys):
+        return {}
+    columns = ([one for name, one in values.items() if name.startswith(f"{key}/")] for key in keys)
+    each = [own or [values[key]] for key, own in zip(keys, columns, strict=True)]
+    return {MEAN_METRIC: fmean(itertools.chain(*each))}
 
 
 def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:

@@ -36,7 +36,7 @@ from unicl_fast.system.phases import (
     mark,
     stopping_when,
 )
-from unicl_fast.training.metrics import MEAN_METRIC, StepMeter, add_up, main_metrics
+from unicl_fast.training.metrics import MEAN_METRIC, StepMeter, add_up, mean_of_main
 from unicl_fast.training.optim import (
     build_optimizer,
     build_schedule,
@@ -345,13 +345,9 @@ class Trainer:
             name for name in self.evaluations
             if written and not any(key.startswith(f"{name}/") for key in self._written)
         ]  # fmt: skip
-        if written and self._has_mean and MEAN_METRIC not in self._written:
+        if written and len(self.evaluations) > 1 and MEAN_METRIC not in self._written:
             missing = missing or list(self.evaluations)[-1:]  # killed before the mean was written
         return from_rank_0(missing, self.ranks)
-
-    @property
-    def _has_mean(self) -> bool:
-        return len(self.evaluations) > 1
 
     def batches(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         """The batches of the remaining steps."""
@@ -471,9 +467,8 @@ class Trainer:
             self._stop(interruption)
         all_done = len(names) == len(self.evaluations)
         known, self._written = self._written | values, {}
-        main = [known[key] for key in main_metrics(self.evaluations).values() if key in known]
-        if self._has_mean and len(main) == len(self.evaluations):
-            values |= self._announce({MEAN_METRIC: sum(main) / len(main)})
+        if mean := mean_of_main(self.evaluations, known):
+            values |= self._announce(mean)
         for observer in self.observers:
             observer.on_evaluated(self, values, all_done=all_done)
 
