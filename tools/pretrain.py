@@ -198,7 +198,7 @@ def evaluate_in_run(
     kind: str,
     quiet: bool,
 ) -> Mapping[str, float]:
-    from unicl_fast.evaluation.features import ModelOnRanks
+    from unicl_fast.evaluation.features import ModelOnRanks, text_folder_of
     from unicl_fast.evaluation.retrieval import evaluate_captions
     from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
@@ -206,7 +206,7 @@ def evaluate_in_run(
     folder = Path(config.efficiency.stored_features) if config.efficiency.stored_features else None
     on_ranks = ModelOnRanks(
         model=model, ranks=ranks, progress=shown, folder=folder,
-        text_folder=folder if "text" in config.optim.freeze else None,
+        text_folder=text_folder_of(model),
     )  # fmt: skip
     if kind == "retrieval":
         return evaluate_captions(on_ranks, dataset)
@@ -223,6 +223,8 @@ def evaluate_in_run(
 def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
     """A table for each data set that the run has evaluated: its last figures and the baselines."""
     from unicl_fast.evaluation.baselines import Figure, Measured, beside_table, of_run
+    from unicl_fast.evaluation.features import ModelOnRanks, text_folder_of
+    from unicl_fast.evaluation.retrieval import encode_captioned
     from unicl_fast.training.build import named_evaluations, open_evaluated
     from unicl_fast.training.metrics import read_metrics
 
@@ -232,7 +234,13 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
     datasets = open_evaluated(trainer.config)
     for name, dataset in named_evaluations(trainer.config, datasets):
         kind: Kind = "captions" if name.startswith("retrieval/") else "labels"
-        methods = of_run(trainer.model, dataset, kind=kind, folder=folder, encodes=False)
+        encoded = None
+        if kind == "captions" and (texts := text_folder_of(trainer.model)):
+            on_ranks = ModelOnRanks(trainer.model, folder=folder, text_folder=texts)
+            encoded = encode_captioned(on_ranks, dataset)
+        methods = of_run(
+            trainer.model, dataset, kind=kind, folder=folder, encodes=False, ours=encoded
+        )
         if isinstance(methods, str):
             found.append(f"{name}: no baselines: {methods}")
             continue

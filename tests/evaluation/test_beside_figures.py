@@ -85,7 +85,11 @@ def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_fold
         # images are encoded once: their features in the common space follow from the encoder's
         direct = model.embed_texts(["a dog"]) @ ModelOnRanks.of(model).features(dataset).numpy().T
         np.testing.assert_allclose(found["images"][0], direct[0], atol=1e-5)
-    model.encoders.config = model.encoders.config.changed(efficiency={"stored_features": ""})
+    frozen = model.encoders.config.changed(optim={"freeze": ["image", "text"]})
+    model.encoders.config = frozen.changed(efficiency={"stored_features": str(tmp_path)})
+    with open_index(model, data / "captions"):
+        assert list(tmp_path.glob("text-*")), "titles are read from the run's features"
+    model.encoders.config = frozen.changed(efficiency={"stored_features": ""})
     with open_index(model, data / "captions") as index:
         assert index.signals == ["images", "titles", "words"]
 

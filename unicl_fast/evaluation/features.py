@@ -82,7 +82,8 @@ class ModelOnRanks:
             return model
         encoders = model.encoders
         encoders.config = settle_decoding(encoders.config, device_of(encoders), _ALONE)
-        return cls(encoders, progress=sys.stderr.isatty())
+        shown = sys.stderr.isatty()
+        return cls(encoders, progress=shown, text_folder=text_folder_of(encoders))
 
     def loader(
         self, dataset: PackedDataset, samples: Sequence[int] | None = None
@@ -186,7 +187,10 @@ def model_on_ranks(
             model = load_encoders(checkpoint, weights=weights)
         on_device(model, chosen, ranks)
         model.config = settle_decoding(model.config, chosen, ranks)
-        yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=ranks.is_main)
+        yield ModelOnRanks(
+            model, ranks, batch_size=batch_size, progress=ranks.is_main,
+            text_folder=text_folder_of(model),
+        )  # fmt: skip
 
 
 def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniCL:
@@ -196,6 +200,13 @@ def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniC
     set_device_arithmetic(model.config.efficiency, device)
     model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def text_folder_of(model: UniCL) -> Path | None:
+    """The folder in which the model's run keeps features of its frozen text encoder, if any."""
+    folder = model.config.efficiency.stored_features
+    is_there = folder and "text" in model.config.optim.freeze and os.access(folder, os.W_OK)
+    return Path(folder) if is_there else None
 
 
 def device_of(model: UniCL) -> torch.device:

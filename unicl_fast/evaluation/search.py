@@ -327,7 +327,9 @@ def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[s
         for start in range(0, len(mine), _TEXTS_AT_ONCE):
             numbers = mine[start : start + _TEXTS_AT_ONCE]
             tokens = tokenizer.encode([titles.texts[number] for number in numbers])
-            features = encode_token_rows(model, tokens, progress=on_ranks.progress)
+            features = encode_token_rows(
+                model, tokens, progress=on_ranks.progress, folder=on_ranks.text_folder
+            )
             yield np.array(numbers), features.float().cpu().numpy()
 
     key = _hash_of(family, xxhash.xxh3_128_hexdigest(items.tobytes()))
