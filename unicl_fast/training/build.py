@@ -112,7 +112,7 @@ def build_trainer(
     )  # fmt: skip
     with refused_together(ranks):
         loaders = _build_loaders(data, functools.partial(build, weights=data.weights))
-    loader = in_stages(loaders, config)
+    loader = in_stages(loaders, config.run)
     sheet = ContactSheet(
         run_folder / "contact-sheet.png" if ranks.is_main else None,
         class_names=[dataset.manifest.class_names for dataset in datasets],
