@@ -30,7 +30,6 @@ VIT = "test_vit --data.image-size 32 --data.evaluation-resize 32"
 CHANGES: dict[str, str] = {
     "data.fraction": "0.5 0.5",
     "data.evaluate": "LABELS",
-    "data.templates": "per_class",
     "data.image_size": "20",
     "data.crop_scale": "0.2 0.3",
     "data.crop_ratio": "2 2",

@@ -91,9 +91,6 @@ class DataConfig:
     sample_weights: Literal["none", "loss", "draws"] = "none"
     """Use of the samples' weights (unicl-pack build --weight-column): none, loss or draws. loss
     multiplies their parts of the loss, draws how often they come. Without weights all have 1."""
-    templates: Literal["per_sample", "per_class"] = "per_sample"
-    """Draw the prompt template for each sample, as in the paper, or for each class. per_class draws
-    once for each class and batch, so that fewer prompts are encoded."""
     prompts: Literal["labels", "levels"] = "labels"
     """Class whose prompt is the text of a label: labels or levels. labels uses the label itself;
     levels, for all images of a batch, the class at one level of the hierarchy, which differs

@@ -49,7 +49,7 @@ def make_loader(
 ) -> Any:
     data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=max_pixels)
     # a test counts what is made ahead
-    shown = {"prefetch": 2, "templates": "per_class", "augment": ("unicl,views=2",)}
+    shown = {"prefetch": 2, "augment": ("unicl,views=2",)}
     config = TrainConfig(
         data=dataclasses.replace(data, **shown),
         objective=make_objective(positives="labels"),

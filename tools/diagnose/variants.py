@@ -112,13 +112,6 @@ def _of_loader(bench: Bench) -> Iterator[Change]:
 
 
 def _of_batch(bench: Bench) -> Iterator[Change]:
-    prompts, data = bench.parts.prompts, bench.config.data
-    several = int(max(prompts.num_templates, default=1)) > 1
-    if bench.config.objective.name == "unicl" and several and data.templates == "per_sample":
-        yield _switch(
-            "data", "templates", "per_class", "as many prompts to encode as classes",
-            side="both", stage="text encoder", same_results=False,
-        )  # fmt: skip
     if bench.local_batch < _SMALLEST_BATCH:
         factor = max(2, _SMALLEST_BATCH // bench.local_batch)
         yield _switch(
