@@ -93,7 +93,7 @@ READ_ELSEWHERE = {
     *("data.text", "data.max_pixels", "objective.positives", "model.context_length"),
     *("data.train", "data.sample_weights", "data.prompts", "data.evaluation_resize"),
     *("data.resample", "data.threads"),
-    *("data.decode_device", "data.prefetch", "data.shuffle_groups", "data.cache_folder"),
+    *("data.decode_device", "data.shuffle_groups", "data.cache_folder"),
     *("data.cache_bytes", "data.max_bad_fraction", "objective.num_classes"),
     *("model.vocab_size", "model.tokenizer"),
     *("model.init", "model.init_image", "model.init_text", "efficiency.activation_checkpointing"),

@@ -123,10 +123,6 @@ class DataConfig:
     threads: Count = 0
     """Decoding threads of each rank. 0 uses the rank's cores; ranks divide those that they
     share."""
-    prefetch: Count = 0
-    """Batches decoded ahead of the step, in each decoding graph: two graphs on the CPU, one on a
-    GPU. 0 means four small batches (up to 5 MB of images a rank) or two large ones; one batch in
-    one graph if it needs 1 GB before it is resized."""
     decode_device: DecodeDevice = "auto"
     """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu:
     images equal those of a machine without a GPU, bit for bit. gpu is DALI's decoder and resize on

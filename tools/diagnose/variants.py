@@ -102,10 +102,6 @@ def _of_loader(bench: Bench) -> Iterator[Change]:
         )  # fmt: skip
     if data.resample == "dali" and bench.device.type == "cpu":
         yield make("resample", "fused", "our operators", stage="resize and flip")
-    if data.prefetch:
-        yield make("prefetch", 0, "as many batches ahead as fit their size", stage=decode)
-    else:
-        yield make("prefetch", 4, "more batches ahead", stage=decode)
     if bench.device.type == "cuda":
         other = "cpu" if decoder_of(data, bench.device).type == "cuda" else "gpu"
         yield make("decode_device", other, "levels differ a little", stage=decode)
