@@ -43,7 +43,6 @@ CHANGES: dict[str, str] = {
     "objective.logit_scale_init": "1.0",
     "objective.logit_scale_max": "1.0",
     "objective.mixup": "0.8",
-    "objective.cutmix": "1.0",
     "objective.temperature": (
         "0.3 --objective.name supcon --data.augment supcon --data.train LABELS"
     ),
@@ -181,7 +180,7 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("objective", "", make_objective("clip")),
     ("objective", "", make_objective("unicl", positives="labels")),
     ("objective", "", make_objective("unicl", mixup=0.8)),
-    ("objective", "", make_objective("sigmoid", cutmix=1.0)),
+    ("objective", "", make_objective("sigmoid", mixup=1.0)),
     ("objective", "", make_objective("supcon")),
     ("objective", "", make_objective("ce", num_classes=(9,))),
     ("data", "augment", ("supcon",)),

@@ -595,7 +595,7 @@ def _check_stored_features(config: TrainConfig) -> None:
     )
     require(
         not config.objective.mixes,
-        f"{option}, and the objective mixes images: set objective.mixup and objective.cutmix to 0",
+        f"{option}, and the objective mixes images: set objective.mixup to 0",
     )
     require(
         config.efficiency.shard != "full",

@@ -146,7 +146,7 @@ def poison_step(trainer: Trainer, *, step: int) -> None:
         module.register_forward_hook(poison)
 
 
-_MIXED = {"mixup": 0.8, "cutmix": 1.0}
+_MIXED = {"mixup": 0.8}
 _BY_LABELS = {"positives": "labels"}
 _SETTINGS = {
     "unicl": ("unicl", {}),

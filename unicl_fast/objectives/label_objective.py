@@ -31,17 +31,13 @@ class LabelObjective(Objective):
     mixup: NonNegative = 0.0
     """Alpha of mixup between labelled images; 0 disables it. Pairs are mixed with lambda from
     Beta(mixup, mixup)."""
-    cutmix: NonNegative = 0.0
-    """Alpha of CutMix between labelled images; 0 disables it. As mixup, but rectangles are
-    replaced. With both, each pair gets one of the two with equal chance."""
 
     def __post_init__(self) -> None:
         Objective.__post_init__(self)
         require(
             self.positives != "labels" or not self.mixes,
-            "objective.positives=labels cannot be used with objective.mixup or "
-            "objective.cutmix, which mix one label an image: set objective.positives=text, or "
-            "set both to 0",
+            "objective.positives=labels cannot be used with objective.mixup, which mixes one label "
+            "an image: set objective.positives=text, or objective.mixup=0",
         )
 
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Self:
@@ -63,15 +59,14 @@ class LabelObjective(Objective):
 
     @property
     def mixes(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
+        return self.mixup > 0
 
     def check_local_batch(self, batch_size: int) -> None:
         """Refuses an odd number of images on a rank, which would split a pair."""
         require(
             not self.mixes or batch_size % 2 == 0,
-            "objective.mixup and objective.cutmix mix images two by two, and a rank has "
-            f"{batch_size} of them: make run.global_batch_size an even multiple of the number of "
-            "ranks",
+            f"objective.mixup mixes images two by two, and a rank has {batch_size} of them: make "
+            "run.global_batch_size an even multiple of the number of ranks",
         )
 
     def mix(
@@ -82,17 +77,11 @@ class LabelObjective(Objective):
             return images, classes
         import torch
 
-        from unicl_fast.objectives.mixup import draw_pairs, mix
+        from unicl_fast.objectives.mixup import draw_lambdas, mix
 
-        draws = draw_pairs(
-            self.mixup,
-            self.cutmix,
-            seed=seed,
-            step=batch.step,
-            num_pairs=global_batch_size // 2,
-            image_size=images.shape[-1],
-        )
-        images, labels = mix(images, batch, draws)
+        pairs = global_batch_size // 2
+        lambdas = draw_lambdas(self.mixup, seed=seed, step=batch.step, num_pairs=pairs)
+        images, labels = mix(images, batch, lambdas)
         if classes.texts is None:
             return images, classes._replace(images=labels)
         counts = torch.ones_like(batch.targets.class_ids)
