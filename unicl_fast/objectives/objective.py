@@ -41,6 +41,8 @@ class Objective:
     """Features are projected into a common space and have unit norm."""
     needs_labels: ClassVar[bool] = False
     """Every sample needs a label, and captions are not used."""
+    ignores_labels: ClassVar[bool] = False
+    """Each distinct text is a class, whatever the labels and prompts."""
     num_views: ClassVar[int] = 1
     """Views of each image in a batch."""
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "zero_shot"
@@ -100,8 +102,12 @@ class Objective:
         all_labels: Callable[[], ImageLabels],
     ) -> list[HostTargets]:
         """TargetM for consecutive local batches of `size` samples, on the host; see `map_steps`."""
+        import numpy as np
+
         from unicl_fast.objectives.targets import map_steps
 
+        if self.ignores_labels:
+            labels, prompts = np.full_like(labels, -1), None
         labels_of_images = all_labels() if self.takes_all_labels else None
         return map_steps(rows, labels, prompts, size=size, image_labels=labels_of_images)
 
