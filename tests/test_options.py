@@ -42,7 +42,6 @@ CHANGES: dict[str, str] = {
     "objective.name": "clip",
     "objective.logit_scale_init": "1.0",
     "objective.logit_scale_max": "1.0",
-    "objective.mixup": "0.8",
     "objective.temperature": (
         "0.3 --objective.name supcon --data.augment supcon --data.train LABELS"
     ),
@@ -179,8 +178,7 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("model", "image_encoder", "unicl_convnet7_small"),
     ("objective", "", make_objective("clip")),
     ("objective", "", make_objective("unicl", positives="labels")),
-    ("objective", "", make_objective("unicl", mixup=0.8)),
-    ("objective", "", make_objective("sigmoid", mixup=1.0)),
+    ("objective", "", make_objective("sigmoid")),
     ("objective", "", make_objective("supcon")),
     ("objective", "", make_objective("ce", num_classes=(9,))),
     ("data", "augment", ("supcon",)),
@@ -227,9 +225,7 @@ def test_pairs_of_options_train_or_are_refused_by_name(images):
         try:
             config = with_changes(*changes)
             objective = config.objective
-            kind = (
-                ", labels" if objective.takes_all_labels else ", mixed" if objective.mixes else ""
-            )
+            kind = ", labels" if objective.takes_all_labels else ""
             loader = labelled_loader(images, f"{objective.name}{kind}")
             trainer = make_trainer(config, loader, progress=False)
         except ValueError as error:

@@ -542,10 +542,9 @@ class TrainConfig:
             f"{', '.join(objective.forms)}",
         )
         require(
-            not efficiency.micro_batch_size or (objective.uses_texts and not objective.mixes),
-            f"efficiency.micro_batch_size is for images and texts that are not mixed, and {name} "
-            "with these options has others: set it to 0, and efficiency.activation_checkpointing "
-            "if memory is short",
+            not efficiency.micro_batch_size or objective.uses_texts,
+            f"efficiency.micro_batch_size is for images and texts, and {name} has no texts: set it "
+            "to 0, and efficiency.activation_checkpointing if memory is short",
         )
         require(
             not self.model.standardise or objective.has_space,
@@ -592,10 +591,6 @@ def _check_stored_features(config: TrainConfig) -> None:
         f"{option} of images that are the same in every epoch, and this run draws "
         f"{', '.join(drawn)}: add --data.crop-scale 1 1 --data.crop-ratio 1 1 "
         "--data.flip-probability 0 --data.augment none",
-    )
-    require(
-        not config.objective.mixes,
-        f"{option}, and the objective mixes images: set objective.mixup to 0",
     )
     require(
         config.efficiency.shard != "full",
