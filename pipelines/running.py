@@ -58,13 +58,11 @@ def choose_pace(
 
     Decoders hold all windows of a batch, `window_bytes` each on average.
     """
-    ahead = data.prefetch
-    if not ahead:
-        # Eight images of 88 megapixels take 1.1 GB, and 8.3 GB with the usual batches ahead; a stop
-        # waits until the batches under way are decoded.
-        is_small = 3 * num_images * data.image_size**2 <= _SMALL_BATCH_BYTES
-        is_large = num_images * window_bytes >= _LARGE_BATCH_BYTES
-        ahead = 1 if is_large else 4 if is_small else 2
+    # Eight images of 88 megapixels take 1.1 GB, and 8.3 GB with the usual batches ahead; a stop
+    # waits until the batches under way are decoded.
+    is_small = 3 * num_images * data.image_size**2 <= _SMALL_BATCH_BYTES
+    is_large = num_images * window_bytes >= _LARGE_BATCH_BYTES
+    ahead = 1 if is_large else 4 if is_small else 2
     threads = data.threads or usable_cores()
     # Two graphs with half of the threads each, so that no thread waits for another; with one thread
     # or one batch ahead they would only take turns waiting.

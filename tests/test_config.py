@@ -92,7 +92,7 @@ def test_settings_of_another_type_are_refused_by_name(group, name, value):
             lambda: make_objective(logit_scale_init=math.inf),
             "objective.logit_scale_init must be a number that is finite, not inf",
         ),
-        (lambda: make_objective(mixup=math.inf), "objective.mixup must be a number in [0, inf)"),
+        (lambda: OptimConfig(clip_norm=math.inf), "optim.clip_norm must be a number in [0, inf)"),
         (lambda: OptimConfig(ema_decay=-0.1), "optim.ema_decay must be a number in [0, 1)"),
         (lambda: OptimConfig(ema_decay=1.0), "optim.ema_decay must be a number in [0, 1)"),
         (lambda: DataConfig(fraction=(1.1,)), "data.fraction must be a list, each a number in"),
@@ -148,7 +148,7 @@ def test_configs_survive_json(tmp_path):
 
 
 def test_what_is_settled_for_ce_is_kept_as_differences_without_threads():
-    given = TrainConfig(objective=make_objective("ce", mixup=0.8))
+    given = TrainConfig(objective=make_objective("ce"))
     settled = dataclasses.replace(
         given,
         objective=given.objective.settle((2, 3), num_several=0),

@@ -30,7 +30,6 @@ VIT = "test_vit --data.image-size 32 --data.evaluation-resize 32"
 CHANGES: dict[str, str] = {
     "data.fraction": "0.5 0.5",
     "data.evaluate": "LABELS",
-    "data.templates": "per_class",
     "data.image_size": "20",
     "data.crop_scale": "0.2 0.3",
     "data.crop_ratio": "2 2",
@@ -43,8 +42,6 @@ CHANGES: dict[str, str] = {
     "objective.name": "clip",
     "objective.logit_scale_init": "1.0",
     "objective.logit_scale_max": "1.0",
-    "objective.mixup": "0.8",
-    "objective.cutmix": "1.0",
     "objective.temperature": (
         "0.3 --objective.name supcon --data.augment supcon --data.train LABELS"
     ),
@@ -94,7 +91,7 @@ READ_ELSEWHERE = {
     *("data.text", "data.max_pixels", "objective.positives", "model.context_length"),
     *("data.train", "data.sample_weights", "data.prompts", "data.evaluation_resize"),
     *("data.resample", "data.threads"),
-    *("data.decode_device", "data.prefetch", "data.shuffle_groups", "data.cache_folder"),
+    *("data.decode_device", "data.shuffle_groups", "data.cache_folder"),
     *("data.cache_bytes", "data.max_bad_fraction", "objective.num_classes"),
     *("model.vocab_size", "model.tokenizer"),
     *("model.init", "model.init_image", "model.init_text", "efficiency.activation_checkpointing"),
@@ -181,8 +178,7 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("model", "image_encoder", "unicl_convnet7_small"),
     ("objective", "", make_objective("clip")),
     ("objective", "", make_objective("unicl", positives="labels")),
-    ("objective", "", make_objective("unicl", mixup=0.8)),
-    ("objective", "", make_objective("sigmoid", cutmix=1.0)),
+    ("objective", "", make_objective("sigmoid")),
     ("objective", "", make_objective("supcon")),
     ("objective", "", make_objective("ce", num_classes=(9,))),
     ("data", "augment", ("supcon",)),
@@ -229,9 +225,7 @@ def test_pairs_of_options_train_or_are_refused_by_name(images):
         try:
             config = with_changes(*changes)
             objective = config.objective
-            kind = (
-                ", labels" if objective.takes_all_labels else ", mixed" if objective.mixes else ""
-            )
+            kind = ", labels" if objective.takes_all_labels else ""
             loader = labelled_loader(images, f"{objective.name}{kind}")
             trainer = make_trainer(config, loader, progress=False)
         except ValueError as error:

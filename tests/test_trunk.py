@@ -52,7 +52,7 @@ def test_no_module_imports_one_that_imports_it():
 
 def test_there_are_few_options():
     count = sum(map(len, trunk_table.options().values()))
-    assert count <= 91, trunk_table.options()
+    assert count <= 87, trunk_table.options()
 
 
 @pytest.mark.slow

@@ -91,9 +91,6 @@ class DataConfig:
     sample_weights: Literal["none", "loss", "draws"] = "none"
     """Use of the samples' weights (unicl-pack build --weight-column): none, loss or draws. loss
     multiplies their parts of the loss, draws how often they come. Without weights all have 1."""
-    templates: Literal["per_sample", "per_class"] = "per_sample"
-    """Draw the prompt template for each sample, as in the paper, or for each class. per_class draws
-    once for each class and batch, so that fewer prompts are encoded."""
     prompts: Literal["labels", "levels"] = "labels"
     """Class whose prompt is the text of a label: labels or levels. labels uses the label itself;
     levels, for all images of a batch, the class at one level of the hierarchy, which differs
@@ -126,10 +123,6 @@ class DataConfig:
     threads: Count = 0
     """Decoding threads of each rank. 0 uses the rank's cores; ranks divide those that they
     share."""
-    prefetch: Count = 0
-    """Batches decoded ahead of the step, in each decoding graph: two graphs on the CPU, one on a
-    GPU. 0 means four small batches (up to 5 MB of images a rank) or two large ones; one batch in
-    one graph if it needs 1 GB before it is resized."""
     decode_device: DecodeDevice = "auto"
     """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu:
     images equal those of a machine without a GPU, bit for bit. gpu is DALI's decoder and resize on
@@ -549,10 +542,9 @@ class TrainConfig:
             f"{', '.join(objective.forms)}",
         )
         require(
-            not efficiency.micro_batch_size or (objective.uses_texts and not objective.mixes),
-            f"efficiency.micro_batch_size is for images and texts that are not mixed, and {name} "
-            "with these options has others: set it to 0, and efficiency.activation_checkpointing "
-            "if memory is short",
+            not efficiency.micro_batch_size or objective.uses_texts,
+            f"efficiency.micro_batch_size is for images and texts, and {name} has no texts: set it "
+            "to 0, and efficiency.activation_checkpointing if memory is short",
         )
         require(
             not self.model.standardise or objective.has_space,
@@ -599,10 +591,6 @@ def _check_stored_features(config: TrainConfig) -> None:
         f"{option} of images that are the same in every epoch, and this run draws "
         f"{', '.join(drawn)}: add --data.crop-scale 1 1 --data.crop-ratio 1 1 "
         "--data.flip-probability 0 --data.augment none",
-    )
-    require(
-        not config.objective.mixes,
-        f"{option}, and the objective mixes images: set objective.mixup and objective.cutmix to 0",
     )
     require(
         config.efficiency.shard != "full",

@@ -55,9 +55,6 @@ def config_from_dict(values: Any) -> TrainConfig:
 
     Raises ValueError: a group or field that this version does not know, or a value out of range.
     """
-    if isinstance(values, dict) and isinstance(found := values.get("efficiency"), dict):
-        new = {"image_features": "stored_features"}  # names until November 2026
-        values = {**values, "efficiency": {new.get(key, key): found[key] for key in found}}
     try:
         return from_json_values(TrainConfig, values)
     except ValueError as error:

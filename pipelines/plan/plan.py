@@ -26,7 +26,6 @@ from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import (
     fold_key,
     random_below,
-    random_bits,
     random_unit,
     random_units,
 )
@@ -57,8 +56,6 @@ class PlanSource:
     """Flat; a sample's labels are a range of it."""
     num_templates: int
     """Prompt templates of its classes; 0 if it has no class names."""
-    class_ids: NDArray[np.int64]
-    """Training class of each label [num_classes]."""
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]], for `data.prompts=levels`. None if the text of a label is its
@@ -100,7 +97,6 @@ def source_of(
     dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
 ) -> PlanSource:
     """The plan's part of the data set with this number among those of `prompts`."""
-    labels = np.arange(prompts.num_classes[number])
     hierarchy = dataset.manifest.hierarchy if data.prompts == "levels" else None
     chains = None
     if hierarchy is not None:
@@ -112,7 +108,6 @@ def source_of(
         samples=dataset.samples,
         labels=dataset.labels,
         num_templates=int(prompts.num_templates[number]),
-        class_ids=prompts.classes_of(number, labels),
         chains=chains,
         weights=dataset.weights if data.sample_weights == "draws" else None,
     )
@@ -456,28 +451,14 @@ class TrainPlan:
             # one level a batch, in turns; a class that ends above it stands for itself
             starts, chains = source.chains
             begins, ends = starts[labels[prompted]], starts[labels[prompted] + 1]
-            levels = self._steps_of(draws[prompted], step) % self._num_levels
+            later = (draws[prompted] - self._draws_before(step)) // self.global_batch_size
+            levels = (step + later) % self._num_levels
             labels[prompted] = chains[begins + np.minimum(levels, ends - begins - 1)]
         templates = np.full(len(rows), -1, dtype=np.int64)
-        if self._data.templates == "per_class":
-            # The class as counter, the step in the key: all ranks draw the same for a class, and
-            # so do substitutes.
-            key = self._key(_Purpose.TEMPLATE)
-            steps = self._steps_of(draws[prompted], step)
-            classes = source.class_ids[labels[prompted]]
-            templates[prompted] = _draw_by_step(
-                np.uint64(key), steps, classes, source.num_templates
-            )
-        else:
-            key = self._key(*streams, _Purpose.TEMPLATE)
-            drawn = random_units(np.uint64(key), draws[prompted]) * source.num_templates
-            templates[prompted] = drawn.astype(np.int64)
+        key = self._key(*streams, _Purpose.TEMPLATE)
+        drawn = random_units(np.uint64(key), draws[prompted]) * source.num_templates
+        templates[prompted] = drawn.astype(np.int64)
         return np.stack([captions, labels, templates])
-
-    def _steps_of(self, draws: Int64Array, first_step: int) -> Int64Array:
-        """The step of each of the draws of a `long_batch` that begins at `first_step`."""
-        steps = (draws - self._draws_before(first_step)) // self.global_batch_size
-        return first_step + steps
 
     def _key(self, *parts: int) -> int:
         """The key of a stream, from purposes and numbers that tell streams of one purpose apart."""
@@ -502,15 +483,6 @@ def _draw_captions_or_labels(
         else:
             labels[i] = random_below(keys[2], draws[i], labels_count[i])
     return captions, labels
-
-
-@kernel
-def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
-    """Draws below `bound`, each by the key that `fold_key` makes of `key` and its step."""
-    drawn = np.empty(counters.size, np.int64)
-    for i in range(counters.size):
-        drawn[i] = random_below(random_bits(key, steps[i]), counters[i], bound)
-    return drawn
 
 
 def _check_source(source: PlanSource) -> None:

@@ -91,9 +91,11 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(monkeypat
     state = CheckpointState(
         1, on_a100, scaler={}, data={}, optimizer="AdamW", checksums={}, run_id="a"
     )
-    refuse_another_run(state, on_a100, {})
+    model.config = on_a100
+    refuse_another_run(state, model, {})
     assert not caplog.messages
-    refuse_another_run(state, on_t4, {})
+    model.config = on_t4
+    refuse_another_run(state, model, {})
     assert caplog.messages == [
         "resuming with efficiency.compile = 'off'; the checkpoint was written with 'blocks'",
         "resuming with efficiency.window_attention = 'timm'; the checkpoint was written with "

@@ -71,7 +71,6 @@ OTHERS = {
     "micro-batches": {"micro_batch_size": 6},
     "supcon": {"objective": "supcon"},
     "ce": {"objective": "ce"},
-    "unicl, mixed": {"objective": "unicl, mixed"},
     "BatchNorm": {"image_encoder": "unicl_convnet7_small"},
     "shard=optimizer": {"shard": "optimizer"},
     "shard=full": {"shard": "full"},

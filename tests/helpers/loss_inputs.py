@@ -33,14 +33,14 @@ def assert_equal(
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-12 * max(1, largest))
 
 
-def random_membership(random: np.random.Generator, n: int, *, mixed: bool) -> Membership:
-    """Up to 3 of 5 labels a sample (some have none), in no order; weights 1 or shares."""
+def random_membership(random: np.random.Generator, n: int, *, weighted: bool) -> Membership:
+    """Up to 3 of 5 labels a sample (some have none), in no order; weights 1 or others."""
     matrix = random.random((n, 5)) * (random.random((n, 5)) < 0.3)
     samples, labels = matrix.nonzero()
     if not len(samples):
-        return random_membership(random, n, mixed=mixed)
+        return random_membership(random, n, weighted=weighted)
     order = random.permutation(len(samples))
-    weights = matrix[samples, labels] if mixed else np.ones(len(samples))
+    weights = matrix[samples, labels] if weighted else np.ones(len(samples))
     return Membership(
         torch.from_numpy(samples[order]),
         torch.from_numpy(labels[order] * (CAPTION_KEY // 4) - 3),
@@ -48,13 +48,17 @@ def random_membership(random: np.random.Generator, n: int, *, mixed: bool) -> Me
     )
 
 
-def as_matrix(membership: Membership, n: int) -> np.ndarray:
-    labels = np.unique(membership.labels.numpy())
-    matrix = np.zeros((n, 5))
-    columns = (membership.labels.numpy() + 3) // (CAPTION_KEY // 4)
-    assert len(labels) <= 5
-    matrix[membership.samples.numpy(), columns] = membership.weights.numpy()
-    return matrix
+def random_classes(random: np.random.Generator, n: int) -> torch.Tensor:
+    """One of the same 5 labels for each of n texts."""
+    return torch.from_numpy(random.integers(0, 5, n) * (CAPTION_KEY // 4) - 3)
+
+
+def pair_weights(of_images: Membership, of_texts: torch.Tensor, num_images: int) -> np.ndarray:
+    """The weight of each image in each text's class, [images texts]."""
+    weights = np.zeros((num_images, len(of_texts)))
+    for sample, label, weight in zip(*(one.tolist() for one in of_images), strict=True):
+        weights[sample] += weight * (of_texts.numpy() == label)
+    return weights
 
 
 def tiles_of(side: int) -> Any:

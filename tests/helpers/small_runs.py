@@ -146,22 +146,18 @@ def poison_step(trainer: Trainer, *, step: int) -> None:
         module.register_forward_hook(poison)
 
 
-_MIXED = {"mixup": 0.8, "cutmix": 1.0}
 _BY_LABELS = {"positives": "labels"}
 _SETTINGS = {
     "unicl": ("unicl", {}),
     "clip": ("clip", {}),
     "supcon": ("supcon", {}),
     "ce": ("ce", {"num_classes": (2, 3)}),
-    "unicl, mixed": ("unicl", _MIXED),
     "sigmoid": ("sigmoid", {}),
     "siglip": ("siglip", {}),
-    "sigmoid, mixed": ("sigmoid", _MIXED),
     "sigmoid, labels": ("sigmoid", _BY_LABELS),
     "unicl, labels": ("unicl", _BY_LABELS),
     "unicl, weighted labels": ("unicl", _BY_LABELS),
     "ce, labels": ("ce", {"num_classes": (2, 3), **_BY_LABELS}),
-    "ce, mixed": ("ce", {"num_classes": (2, 3), **_MIXED}),
 }
 # one test deletes an objective, and all others must work then
 OBJECTIVES = {

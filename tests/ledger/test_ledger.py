@@ -299,10 +299,9 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(tmp_path, 
         rows["height"] = rows["width"] = rows["captions_count"] = 1
         sources.append(
             PlanSource(
-                name=source.name, samples=rows, labels=np.empty(0, np.int32), num_templates=0,
-                class_ids=np.empty(0, np.int64),
+                name=source.name, samples=rows, labels=np.empty(0, np.int32), num_templates=0
             )
-        )  # fmt: skip
+        )
     plan = TrainPlan(
         sources, data=DataConfig(shuffle_window=window, shuffle_groups=groups),
         global_batch_size=N, seed=0, weights=[1, 1],

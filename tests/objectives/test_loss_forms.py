@@ -15,7 +15,16 @@ from fake_ranks import fake_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import Compute, call_on, loss_and_gradients, loss_of_two_ranks
-from loss_inputs import CAPTION_KEY, D, LargestTensor, as_matrix, random_membership, rows, tiles_of
+from loss_inputs import (
+    CAPTION_KEY,
+    D,
+    LargestTensor,
+    pair_weights,
+    random_classes,
+    random_membership,
+    rows,
+    tiles_of,
+)
 from property_tests import examples
 from torch.nn import functional as F
 
@@ -99,16 +108,16 @@ def test_any_class_structure(
 
 @given(
     sizes=st.tuples(st.integers(1, 25), st.integers(1, 25)),
-    mixed=st.booleans(),
+    weighted=st.booleans(),
     counted=st.booleans(),
     scale=st.floats(0.1, 100),
     seed=st.integers(0, 10_000),
 )
-def test_several_labels_a_sample(compute, sizes, mixed, counted, scale, seed):
-    """Both forms, and the rule itself: weights Y Y^T over the sum of the row."""
+def test_several_labels_an_image(compute, sizes, weighted, counted, scale, seed):
+    """Both forms, and the rule itself: weights over the sum of the row."""
     random = np.random.default_rng(seed)
     b, u = sizes
-    of_images, of_texts = (random_membership(random, n, mixed=mixed) for n in sizes)
+    of_images, of_texts = random_membership(random, b, weighted=weighted), random_classes(random, u)
     counts = torch.from_numpy(random.integers(1, 4, u)) if counted else None
     images, texts = rows(b, seed=seed), rows(u, seed=seed + 1)
     call, options = (images, texts, of_images, scale), {"text_counts": counts}
@@ -116,7 +125,7 @@ def test_several_labels_a_sample(compute, sizes, mixed, counted, scale, seed):
 
     m = np.ones(u) if counts is None else counts.numpy()
     logits = scale * images.numpy() @ texts.numpy().T
-    weights = as_matrix(of_images, b) @ as_matrix(of_texts, u).T * m
+    weights = pair_weights(of_images, of_texts, b) * m
     log_softmax = logits - np.logaddexp.reduce(logits + np.log(m), axis=1, keepdims=True)
     row_sums = weights.sum(axis=1)
     means = (weights * log_softmax).sum(axis=1) / np.where(row_sums > 0, row_sums, 1)

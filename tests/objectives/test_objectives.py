@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
@@ -18,7 +17,6 @@ from small_runs import (
     objective_config,
     tiny_config,
 )
-from timm.data import Mixup
 from torch.nn import functional as F
 
 from unicl_fast.batch import Batch, ListLoader, repeated_texts
@@ -30,7 +28,6 @@ from unicl_fast.evaluation.features import require_text_encoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -76,28 +73,6 @@ def test_supcon_is_the_mean_over_anchors_and_positives(images, form):
     torch.testing.assert_close(loss_of(model, batch, config), total, rtol=1e-12, atol=0)
 
 
-def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and shares of labels [n classes], pixel by pixel."""
-    images = encoder_input(batch.images, config)
-    names = sorted(set(batch.targets.class_ids.tolist()))
-    objective, seed = config.objective, config.run.seed
-    drawn = {"seed": seed, "step": batch.step, "num_pairs": 6, "image_size": 32}
-    draws = draw_pairs(objective.mixup, objective.cutmix, **drawn)
-    mixed, shares = images.clone(), torch.zeros(len(images), len(names), dtype=torch.float64)
-    for i in range(len(images)):
-        j, share = i ^ 1, draws.lambdas[i // 2]
-        top, bottom, left, right = draws.boxes[i // 2]
-        if max(batch.targets.class_ids[[i, j]]) >= 2**62:
-            share = 1.0
-        elif bottom > top:
-            mixed[i, :, top:bottom, left:right] = images[j, :, top:bottom, left:right]
-        else:
-            mixed[i] = share * images[i] + (1 - share) * images[j]
-        shares[i, names.index(batch.targets.class_ids[i])] += share
-        shares[i, names.index(batch.targets.class_ids[j])] += 1 - share
-    return mixed, shares
-
-
 def assert_equal_with_gradients(model: UniCL, loss: torch.Tensor, expected: torch.Tensor) -> None:
     """The loss, and its gradient with respect to every parameter, in fp64."""
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -127,7 +102,7 @@ def test_images_and_texts_give_the_loss_of_a_dense_matrix(
     images, objective, form, every_text,
     monkeypatch,
 ):  # fmt: skip
-    """Weights of pairs: Y Y^T of mixed images, in cosines for sigmoids; else 1 in a common class.
+    """Weights of pairs: 1 in a common class.
 
     Of CLIP's they are the diagonal, whatever is equal: an equal text has the same logit.
     """
@@ -142,10 +117,6 @@ def test_images_and_texts_give_the_loss_of_a_dense_matrix(
         if objective.endswith("labels"):
             assert weights.sum(1).max() > 2
             assert (batch.targets.class_ids >= CAPTION_KEYS_START).sum() == 2
-        if objective.endswith("mixed"):
-            pixels, parts = mixed_by_hand(batch, config)
-            parts = F.normalize(parts, dim=1) if objective.startswith("sigmoid") else parts
-            weights = parts @ parts.T
         if objective == "clip":
             weights = torch.eye(len(images), dtype=torch.float64)
         batch = repeated_texts(batch) if every_text else batch
@@ -162,14 +133,12 @@ def test_images_and_texts_give_the_loss_of_a_dense_matrix(
 
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
-@pytest.mark.parametrize("objective", ["ce", "ce, labels", "ce, mixed"])
+@pytest.mark.parametrize("objective", ["ce", "ce, labels"])
 def test_ce_is_that_of_a_linear_layer(images, objective, form):
-    """Of several labels it takes all in equal parts, of mixed images mixed labels."""
+    """Of several labels it takes all in equal parts."""
     config, model = evaluated(objective, loss=form)
     batch = labelled_batch(images, objective=objective)
     pixels, targets = encoder_input(batch.images, config), classes_of(batch)
-    if objective == "ce, mixed":
-        pixels, targets = mixed_by_hand(batch, config)
     assert targets.sum(1).max() == (3 if objective == "ce, labels" else pytest.approx(1))
     features = model.image_encoder(pixels)
     logits = F.linear(features, model.class_rows[:, :-1], model.class_rows[:, -1])
@@ -195,72 +164,8 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images):
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 20e6
 
 
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
-def test_a_pair_is_mixed_as_timm_mixes_it(images, monkeypatch, mixup, cutmix):
-    """In a batch of two the first and the last, which timm pairs, are neighbours."""
-    batch = labelled_batch(images, objective="unicl")
-    batch = dataclasses.replace(
-        batch,
-        images=images[:2],
-        targets=dataclasses.replace(batch.targets, class_ids=torch.tensor([3, 4])),
-        global_index=torch.arange(2),
-    )
-    pixels = encoder_input(batch.images, tiny_config())
-    draws = draw_pairs(mixup, cutmix, seed=0, step=0, num_pairs=1, image_size=32)
-    theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=5)
-    monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.lambdas[0], cutmix > 0))
-    monkeypatch.setattr(
-        "timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: (draws.boxes[0], draws.lambdas[0])
-    )
-    expected, targets = theirs(pixels.clone(), batch.targets.class_ids)
-    mixed, labels = mix(pixels, batch, draws)
-    torch.testing.assert_close(mixed, expected)
-    ours = torch.zeros(2, 5, dtype=torch.float64)
-    ours.index_put_((labels.samples, labels.labels), labels.weights, accumulate=True)
-    torch.testing.assert_close(ours, targets.double(), rtol=1e-6, atol=1e-6)
-    assert 0 < draws.lambdas[0] < 1
-
-
-def test_what_is_drawn_follows_its_law():
-    settings = {"seed": 3, "num_pairs": 4000, "image_size": 224}
-    draws = draw_pairs(0.8, 1.0, step=0, **settings)
-    cuts = draws.boxes[:, 1] > draws.boxes[:, 0]
-    mixes = (draws.lambdas < 1) & ~cuts
-    assert cuts.mean() == pytest.approx(0.5, abs=0.03)
-    assert mixes.mean() == pytest.approx(0.5, abs=0.03)
-    # the variance of Beta(a, a) is 1 / (8a + 4)
-    assert draws.lambdas[mixes].var() == pytest.approx(1 / (8 * 0.8 + 4), abs=0.01)
-    areas = np.diff(draws.boxes[:, :2]) * np.diff(draws.boxes[:, 2:])
-    np.testing.assert_allclose(1 - areas[:, 0][cuts] / 224**2, draws.lambdas[cuts])
-    again = draw_pairs(0.8, 1.0, step=0, **settings)
-    assert (again.lambdas == draws.lambdas).all()
-    assert (draw_pairs(0.8, 1.0, step=1, **settings).lambdas != draws.lambdas).any()
-    assert not draw_pairs(0.8, 0.0, step=0, **settings).boxes.any()
-    assert draw_pairs(0.0, 1.0, step=0, **settings).boxes[:, 1].all()
-
-
-def test_mixed_images_keep_their_memory_format(images):
-    batch = labelled_batch(images, objective="unicl")
-    pixels = encoder_input(batch.images, tiny_config())
-    draws = draw_pairs(1.0, 0.0, seed=0, step=0, num_pairs=6, image_size=32)
-    mixed, _ = mix(pixels, batch, draws)
-    assert pixels.is_contiguous(memory_format=torch.channels_last)
-    assert mixed.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_label_that_stands_twice_adds_up():
-    """Partners of one class: the pair is not mixed at all as far as labels go."""
-    generator = torch.Generator().manual_seed(0)
-    u, v = F.normalize(torch.randn(2, 6, 4, dtype=torch.float64, generator=generator), dim=2)
-    ids, shares = torch.tensor([0, 0, 1, 1, 2, 2]), torch.full((6,), 0.3, dtype=torch.float64)
-    for form in ("dense", "tiled"):
-        mixed = unified_contrastive_loss(u, v, labels_of_pairs(ids, ids, shares), 9.0, form=form)
-        plain = unified_contrastive_loss(u, v, ids, 9.0, form=form)
-        torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=0)
-
-
-# One for each thing that ranks exchange: classes and texts, views, pairs, memberships.
-FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "unicl, weighted labels"]
+# One for each thing that ranks exchange: classes and texts, views, memberships.
+FEW = ["unicl", "supcon", "ce, labels", "sigmoid, labels", "unicl, weighted labels"]
 
 
 @pytest.mark.parametrize(
@@ -269,10 +174,7 @@ FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "unicl, weighted label
         pytest.param(2, FEW, id="2"),
         pytest.param(2, {*OBJECTIVES} - {*FEW}, id="2-more", marks=pytest.mark.slow),
         pytest.param(3, [*OBJECTIVES], id="3", marks=pytest.mark.long),
-        # four ranks would part pairs
-        pytest.param(
-            *(4, [one for one in OBJECTIVES if "mixed" not in one]), id="4", marks=pytest.mark.slow
-        ),
+        pytest.param(4, [*OBJECTIVES], id="4", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, chosen):
@@ -316,9 +218,12 @@ def test_second_views_have_slots_of_their_own(images):
 @pytest.mark.parametrize(
     ("objective", "efficiency", "message"),
     [
-        ("supcon", {"micro_batch_size": 4}, "not mixed, and objective.name=supcon .* has others"),
-        ("ce", {"micro_batch_size": 4}, "not mixed, and objective.name=ce .* has others"),
-        ("unicl, mixed", {"micro_batch_size": 4}, "not mixed, and objective.name=unicl with these"),
+        (
+            "supcon",
+            {"micro_batch_size": 4},
+            "objective.name=supcon has no texts: set it",
+        ),
+        ("ce", {"micro_batch_size": 4}, "objective.name=ce has no texts: set it"),
         ("sigmoid", {"loss": "triton"}, "triton cannot compute the loss of objective.name=sigmoid"),
         ("siglip", {"loss": "triton"}, "triton cannot compute the loss of objective.name=siglip"),
     ],
@@ -329,15 +234,13 @@ def test_what_an_objective_cannot_do_is_refused(images, objective, efficiency, m
         make_trainer(objective_config(objective, **efficiency), loader, progress=False).fit()
 
 
-def test_other_views_and_torn_pairs_are_refused(images):
+def test_other_views_and_options_are_refused(images):
     loader = ListLoader([global_batch(images)])
     config = objective_config("supcon")
     one_view = config.changed(data={"augment": ()})
     with pytest.raises(ValueError, match="two views"):
         make_trainer(one_view, loader)
-    with pytest.raises(ValueError, match="a rank has 3 of them"):
-        make_trainer(objective_config("unicl, mixed"), loader, ranks=Ranks(world_size=4))
-    for name, option in (("clip", "mixup"), ("supcon", "positives"), ("ce", "logit_scale_max")):
+    for name, option in (("clip", "positives"), ("supcon", "positives"), ("ce", "logit_scale_max")):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
             make_objective(name, **{option: 1.0})
         with pytest.raises(ValueError, match=f"objective.{option} is not a field"):
@@ -348,8 +251,6 @@ def test_other_views_and_torn_pairs_are_refused(images):
     for objective in (make_objective(positives="labels"), make_objective("ce")):
         with pytest.raises(ValueError, match="prompts=levels contrasts .* looks at others"):
             TrainConfig(data=levels, objective=objective)
-    with pytest.raises(ValueError, match="positives=labels cannot be used with objective.mixup"):
-        make_objective(positives="labels", cutmix=0.1)
     with pytest.raises(ValueError, match="needs classes"):
         build_model(dataclasses.replace(tiny_config(), objective=make_objective("ce")))
 

@@ -48,14 +48,18 @@ def make_loader(
     **more: Any,
 ) -> Any:
     data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=max_pixels)
-    # a test counts what is made ahead
-    shown = {"prefetch": 2, "templates": "per_class", "augment": ("unicl,views=2",)}
     config = TrainConfig(
-        data=dataclasses.replace(data, **shown),
+        data=dataclasses.replace(data, augment=("unicl,views=2",)),
         objective=make_objective(positives="labels"),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )
     return TrainLoader(config, datasets, None, prompts, **more)
+
+
+@pytest.fixture(autouse=True)
+def two_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches are made ahead, as of large images: tests count them."""
+    monkeypatch.setattr("unicl_fast.pipelines.running._SMALL_BATCH_BYTES", 0)
 
 
 @pytest.fixture

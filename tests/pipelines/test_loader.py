@@ -83,14 +83,11 @@ def take(
     [
         ({}, 32, 0, (3, 2), 4),
         ({}, 64, 0, (3, 2), 2),  # more than 5 MB of crops
-        ({"prefetch": 3}, 1024, 0, (3, 2), 3),
-        ({"prefetch": 1}, 32, 0, (5,), 1),
         ({"threads": 1}, 32, 0, (1,), 4),
         ({"threads": 0}, 32, 0, (6, 6), 4),  # as many as there are cores
         ({"decode_device": "gpu"}, 32, 0, (5,), 4),
         ({}, 10, 1e8, (5,), 1),  # 1 GB of windows
         ({}, 9, 1e8, (3, 2), 4),
-        ({"prefetch": 3}, 10, 1e8, (3, 2), 3),
     ],
 )
 def test_graphs_share_the_threads_and_large_batches_are_decoded_one_at_a_time(

@@ -47,7 +47,6 @@ def make_source(
         samples=samples,
         labels=(np.arange(size * labels) % NUM_CLASSES).astype(np.int32),
         num_templates=num_templates,
-        class_ids=np.arange(NUM_CLASSES),
     )
 
 
@@ -82,13 +81,12 @@ def divisors(number: int) -> list[int]:
     step=st.integers(0, 2**40),
     count=st.integers(1, 5),
     rank=st.integers(0, 2),
-    templates=st.sampled_from(["per_class", "per_sample"]),
     text=st.sampled_from(["any", "captions", "labels"]),
 )
-def test_steps_planned_together_are_planned_as_each_alone(step, count, rank, templates, text):
+def test_steps_planned_together_are_planned_as_each_alone(step, count, rank, text):
     plan = make_plan(
         make_source(40, labels=2, captions=1), make_source(25, captions=3),
-        batch=12, templates=templates, text=text,
+        batch=12, text=text,
     )  # fmt: skip
     long = plan.long_batch(step, count, rank=rank, world_size=3)
     batches = split_steps(long, count, global_batch_size=12)
@@ -339,27 +337,6 @@ def test_a_sample_with_both_kinds_shows_the_one_asked_for(text, shown):
     assert (drawn[shown] >= 0).all()
 
 
-def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks():
-    plan = make_plan(make_source(200, labels=1), batch=100, templates="per_class")
-    drawn_of_class: dict[int, set[int]] = {}
-    for step in range(30):
-        templates: dict[int, set[int]] = {}
-        for rank in range(4):
-            batch = plan.batch(step, rank=rank, world_size=4)
-            for label, template in zip(
-                batch.labels.tolist(), batch.templates.tolist(), strict=True
-            ):
-                templates.setdefault(label, set()).add(template)
-                drawn_of_class.setdefault(label, set()).add(template)
-            substitutes = plan.substitute(step, batch.global_index, attempt=1)
-            for label, template in zip(
-                substitutes.labels.tolist(), substitutes.templates.tolist(), strict=True
-            ):
-                templates.setdefault(label, set()).add(template)
-        assert all(len(found) == 1 for found in templates.values())
-    assert all(len(found) == 5 for found in drawn_of_class.values())
-
-
 def test_flips_have_the_chance_that_was_asked_for():
     for chance in (0.0, 0.3, 1.0):
         plan = make_plan(make_source(5000, labels=1), batch=5000, flip_probability=chance)
@@ -500,27 +477,12 @@ def test_what_is_planned_beyond_the_end_of_a_stage_is_replaced_from_its_own_sour
         assert np.array_equal(other.source_ids, planned.source_ids)
 
 
-def test_a_class_has_one_template_in_a_step_of_a_later_stage():
-    spans = lay_out(("70:global_batch_size=7",), samples=1000, global_batch_size=100)
-    source = make_source(200, labels=1)
-    plan = make_plan(source, batch=100, templates="per_class", spans=spans)
-    long = split_steps(plan.long_batch(10, 3, rank=0, world_size=1), 3, global_batch_size=100)
-    drawn = []
-    for step, planned in enumerate(long, start=10):
-        assert np.array_equal(plan.batch(step, rank=0, world_size=1).templates, planned.templates)
-        pairs = set(zip(planned.labels.tolist(), planned.templates.tolist(), strict=True))
-        assert len(pairs) == NUM_CLASSES
-        drawn.append(pairs)
-    assert drawn[0] != drawn[1]
-
-
-@pytest.mark.parametrize("templates", ["per_sample", "per_class"])
-def test_texts_of_a_batch_are_prompts_of_one_level_which_changes_from_step_to_step(templates):
+def test_texts_of_a_batch_are_prompts_of_one_level_which_changes_from_step_to_step():
     """A class that ends above the level stands for itself; ranks and long batches agree."""
     starts, chains = np.array([0, 3, 5, *range(6, 14)]), np.array([7, 2, 0, 7, 1, *range(2, 10)])
     plain = make_source(60, labels=1)
     source = dataclasses.replace(plain, labels=plain.labels % 3, chains=(starts, chains))
-    plan = make_plan(source, batch=60, prompts="levels", templates=templates)
+    plan = make_plan(source, batch=60, prompts="levels")
     own = make_plan(dataclasses.replace(source, chains=None), batch=60)
     at_level = [{0: 7, 1: 7, 2: 2}, {0: 2, 1: 1, 2: 2}, {0: 0, 1: 1, 2: 2}]
     long = plan.long_batch(4, 3, rank=0, world_size=1)

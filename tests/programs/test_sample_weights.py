@@ -80,7 +80,6 @@ def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(packed, 
 def test_what_cannot_be_weighted_is_refused_before_training(packed, tmp_path):
     for data, more, message in (
         ("none", (), "data.sample_weights=loss: data.train has no weights"),
-        ("uneven", ("--objective.mixup", "0.5"), "the loss of mixed images takes no weights"),
         ("uneven", ("--objective.name", "ce"), "the loss of objective.name=ce takes no weights"),
         ("uneven", ("--objective.name", "siglip"), "objective.name=siglip takes no weights"),
     ):

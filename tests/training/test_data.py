@@ -82,7 +82,6 @@ A_DOG = {"captions": ["a dog"], "labels": [0]}
         ({"labels": [0]}, {}, {}, "text"),
         (A_DOG, {"text": "labels"}, {}, "text"),  # its only class is shown
         (A_DOG, {"text": "captions"}, {}, "labels"),
-        (A_DOG, {}, {"mixup": 0.8}, "text"),  # mixes one label an image
         (A_DOG, {}, {"positives": "text"}, "text"),
     ],
 )

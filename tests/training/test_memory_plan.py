@@ -247,11 +247,3 @@ def test_what_may_fit_is_warned_of(monkeypatch, caplog):
         with caplog.at_level(logging.WARNING):
             check_memory(config, ranks=Ranks(), device=CPU)
         assert ("What fits: " in caplog.text) == warns
-
-
-def test_micro_batches_are_not_advised_where_images_are_mixed(monkeypatch, caplog):
-    config = with_large_batch("test_vit").changed(objective={"mixup": 0.8})
-    monkeypatch.setattr(memory_plan, "free_memory", lambda _: plan_on_cpu(config).total - 1)
-    check_memory(config, ranks=Ranks(), device=CPU)
-    assert "What fits: " in caplog.text
-    assert "micro_batch_size" not in caplog.text

@@ -173,7 +173,6 @@ def test_stored_features_that_are_damaged_are_refused(data, tmp_path):
             {"data": {"crop_scale": (0.5, 1), "flip_probability": 0.5, "augment": ("clip",)}},
             r"draws crops, flips, augmentation: add --data\.crop-scale 1 1",
         ),
-        ({"objective": {"mixup": 0.2}}, "set objective.mixup and objective.cutmix to 0"),
         ({"efficiency": {"shard": "full"}}, "take off or optimizer"),
     ],
 )

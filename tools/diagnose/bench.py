@@ -201,10 +201,9 @@ class Bench:
     # The parts of a step.
 
     def step_stages(self, batch: Batch, *, seconds: float) -> list[Stage]:
-        """The parts of a step; empty for micro-batches, mixed labels, and without texts."""
-        config, objective = self.config, self.config.objective
-        micro = 0 < config.efficiency.micro_batch_size < self.local_batch
-        if micro or not objective.uses_texts or objective.mixes:
+        """The parts of a step; empty for micro-batches, and without texts."""
+        micro = 0 < self.config.efficiency.micro_batch_size < self.local_batch
+        if micro or not self.config.objective.uses_texts:
             return []
         step = StepInParts(self.now.trainer, batch)
         taken: dict[str, list[Cost]] = {}

@@ -16,7 +16,7 @@ import xxhash
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.pipelines.crops import CropBatches
 from unicl_fast.pipelines.graph import Pipeline, build_decoding_graph, build_train_graph
-from unicl_fast.pipelines.running import choose_pace, decode
+from unicl_fast.pipelines.running import Pace, decode
 from unicl_fast.pipelines.train_loader import decoder_of
 from unicl_fast.system.wording import count_of
 
@@ -67,7 +67,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
     """The costs that decoding, resizing and augmentation each add."""
     loader, dataset = bench.loader, bench.parts.datasets[0]
-    data = dataclasses.replace(bench.config.data, prefetch=1)
+    data = bench.config.data
     if loader.form == "crops":
         return [_crops(bench, seconds)]
     with contextlib.closing(loader.host.batches(FIRST_STEP)) as batches:
@@ -77,7 +77,7 @@ def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
     held = [dataclasses.replace(one, inputs=tuple(rows[:images] for rows in one.inputs))
             for one in whole]  # fmt: skip
     device = decoder_of(data, bench.device)
-    pace = choose_pace(data, device, num_images=images)
+    pace = Pace(threads=(data.threads,), ahead=1)
     place: dict[str, Any] = {"device": device, "form": loader.form}
     builds: dict[str, Callable[..., Pipeline]] = {}
     if device.type == "cpu":

@@ -102,23 +102,12 @@ def _of_loader(bench: Bench) -> Iterator[Change]:
         )  # fmt: skip
     if data.resample == "dali" and bench.device.type == "cpu":
         yield make("resample", "fused", "our operators", stage="resize and flip")
-    if data.prefetch:
-        yield make("prefetch", 0, "as many batches ahead as fit their size", stage=decode)
-    else:
-        yield make("prefetch", 4, "more batches ahead", stage=decode)
     if bench.device.type == "cuda":
         other = "cpu" if decoder_of(data, bench.device).type == "cuda" else "gpu"
         yield make("decode_device", other, "levels differ a little", stage=decode)
 
 
 def _of_batch(bench: Bench) -> Iterator[Change]:
-    prompts, data = bench.parts.prompts, bench.config.data
-    several = int(max(prompts.num_templates, default=1)) > 1
-    if bench.config.objective.name == "unicl" and several and data.templates == "per_sample":
-        yield _switch(
-            "data", "templates", "per_class", "as many prompts to encode as classes",
-            side="both", stage="text encoder", same_results=False,
-        )  # fmt: skip
     if bench.local_batch < _SMALLEST_BATCH:
         factor = max(2, _SMALLEST_BATCH // bench.local_batch)
         yield _switch(

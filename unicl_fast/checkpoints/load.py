@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,13 +29,14 @@ from unicl_fast.checkpoints.files import (
     read_best,
 )
 from unicl_fast.checkpoints.transformers_names import from_transformers
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
+from unicl_fast.config import INITIAL_WEIGHTS, ModelConfig, TrainConfig
 from unicl_fast.config_json import with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.blocks import checkpoint_blocks
 from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.objective import Objective
 from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 from unicl_fast.system.machine import free_memory
@@ -350,10 +352,17 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
         raise DamagedCheckpointError(text) from error
 
 
+@functools.lru_cache(maxsize=32)  # building a model without content takes 0.1 s
+def _size_of(model: ModelConfig, objective: Objective, image_size: int) -> tuple[int, int]:
+    """Numbers and bytes of a model's tensors."""
+    with torch.device("meta"):
+        tensors = UniCL(model, objective, image_size=image_size).state_dict().values()
+    return sum(one.numel() for one in tensors), sum(one.nbytes for one in tensors)
+
+
 def _require_room(path: Path, config: TrainConfig) -> None:
     """Refuses a model larger than memory, if no file here shows whether its sizes are right."""
-    with torch.device("meta"):
-        size = sum(weight.nbytes for weight in build_model(config).parameters())
+    _, size = _size_of(config.model, config.objective, config.data.image_size)
     if size > (free := free_memory(torch.device("cpu"))):
         raise ValueError(
             f"{path} describes a model of {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: "
@@ -363,9 +372,8 @@ def _require_room(path: Path, config: TrainConfig) -> None:
 
 def require_sizes(file: Path, config: TrainConfig, stored: Iterable[Tensor]) -> None:
     """Raises ValueError if a config needs more numbers than are stored, and maybe than fit."""
-    with torch.device("meta"):
-        needed = build_model(config).state_dict()
-    described, found = (sum(map(torch.numel, each)) for each in (needed.values(), stored))
+    described, _ = _size_of(config.model, config.objective, config.data.image_size)
+    found = sum(map(torch.numel, stored))
     if described > found:
         raise ValueError(
             f"{file} has {found:,} of {described:,} numbers, and so is not the model that its "

@@ -24,7 +24,7 @@ from unicl_fast.checkpoints.load import (
     read_tensors,
     refuse_another_base,
 )
-from unicl_fast.config import INITIAL_WEIGHTS, MUST_NOT_CHANGE, TrainConfig
+from unicl_fast.config import INITIAL_WEIGHTS, MUST_NOT_CHANGE
 from unicl_fast.config_json import config_to_dict, settled_values
 from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
 from unicl_fast.models.sharding import ParameterOwners, divided_like, divides_optimizer, whole
@@ -70,24 +70,23 @@ def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def describe_state(
+    model: UniCL,
     *,
     given: Mapping[str, Any],
-    settled: TrainConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
     run_id: str,
-    base: str,
 ) -> dict[str, Any]:
     """The content of state.json, except the step and the checksums.
 
-    `given` is the config as `config_to_dict` gives it before it is settled, `base` the digest of
-    the weights that the checkpoint leaves out.
+    `given` is the config as `config_to_dict` gives it before it is settled.
     """
+    base = model.frozen.base_digest
     return {
         "run_id": run_id,
         "config": given,
-        "settled": settled_values(given, settled),
+        "settled": settled_values(given, model.config),
         "scaler": scaler.state_dict(),
         "data": dict(data),
         "optimizer": type(optimizer).__name__,
@@ -95,15 +94,13 @@ def describe_state(
     }
 
 
-def refuse_another_run(
-    state: CheckpointState, config: TrainConfig, data: Mapping[str, Any]
-) -> None:
+def refuse_another_run(state: CheckpointState, model: UniCL, data: Mapping[str, Any]) -> None:
     """Compares a run with the checkpoint it resumes from, and logs changed settings.
 
     They include kernels that `auto` chose for another device. Raises ValueError if the model, the
     objective, the data or a setting on which the next samples depend has changed.
     """
-    stored, present = config_to_dict(state.config), config_to_dict(config)
+    stored, present = config_to_dict(state.config), config_to_dict(model.config)
     for name in INITIAL_WEIGHTS:  # a resumed run does not read them
         del stored["model"][name], present["model"][name]
     for one in (stored, present):
@@ -115,7 +112,7 @@ def refuse_another_run(
     for group, names in MUST_NOT_CHANGE.items():
         before, now = ({name: one[group][name] for name in names} for one in (stored, present))
         refuse_differences(group, before, now)
-    seen, meant = (one.run.draws_before(state.step) for one in (state.config, config))
+    seen, meant = (one.run.draws_before(state.step) for one in (state.config, model.config))
     if seen != meant:
         raise ValueError(
             f"run.stages shows {meant:,} samples before step {state.step}, but the checkpoint was "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from unicl_fast.dataset.other_tokens import LONGEST_CAPTION
 from unicl_fast.models import transformers_text
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.models.vits import ACTIVATIONS, ViT, name_of
+from unicl_fast.models.vits import ACTIVATIONS, ViT, mlp_ratio, name_of
 from unicl_fast.system.program import logging_at
 from unicl_fast.text.tokenizer import Tokenizer, read_vocabulary
 
@@ -166,7 +165,7 @@ def _text_settings(kind: str, given: Mapping[str, Any], *, is_dual: bool) -> dic
         "text_activation": _activation("text_config", group, group["hidden_act"]),
         "text_causal": kind == "clip",
         "text_pool": "end" if kind == "clip" else "last",
-        "text_mlp_ratio": _ratio(group["intermediate_size"], width),
+        "text_mlp_ratio": mlp_ratio(group["intermediate_size"], width),
         "text_norm_eps": float(group["layer_norm_eps"]),
     }
 
@@ -199,7 +198,7 @@ def _of_transformers(kind: str, given: Mapping[str, Any], pooling: str) -> dict[
         "text_activation": _activation("text_config", group, activation),
         "text_causal": False,
         "text_pool": f"{kind}:{pooling}",
-        "text_mlp_ratio": _ratio(hidden, width),
+        "text_mlp_ratio": mlp_ratio(hidden, width),
         "text_norm_eps": float(group.get("layer_norm_eps", 1e-12)),
     }
 
@@ -224,12 +223,6 @@ def text_encoder_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = match[1].replace(".gamma", ".weight").replace(".beta", ".bias")  # TensorFlow's
             found[f"text_encoder.network.{name}"] = tensor
     return found
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """A factor that gives exactly the hidden width, rounded down."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _activation(name: str, group: Mapping[str, Any], given: str) -> str:

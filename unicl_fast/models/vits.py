@@ -6,6 +6,7 @@ The name spells out all sizes: `unicl_vit_clip_patch16_w384_d12_h6_m1536_gelu_22
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ class ViT(NamedTuple):
             "embed_dim": self.width,
             "depth": self.depth,
             "num_heads": self.heads,
-            "mlp_ratio": _ratio(self.hidden, self.width),
+            "mlp_ratio": mlp_ratio(self.hidden, self.width),
             "act_layer": next(one for one, name in ACTIVATIONS.items() if name == self.activation),
             "class_token": is_clip,
             "pre_norm": is_clip,
@@ -128,6 +129,7 @@ def _sizes_of(name: str) -> tuple[Any, ...]:
     )
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio for which timm, which rounds down, gets exactly `hidden`."""
-    return (hidden + 0.5) / width if hidden % width else hidden / width
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The factor with which `int(width * factor)` is exactly `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

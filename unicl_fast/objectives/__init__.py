@@ -1,1 +1,1 @@
-"""The training objectives: TargetM (`targets.py`), the loss (`loss.py`), mixup."""
+"""The training objectives: TargetM (`targets.py`), the loss (`loss.py`)."""

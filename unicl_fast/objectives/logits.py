@@ -10,7 +10,7 @@ from unicl_fast.objectives.text_columns import all_reduce_over
 
 
 def positive_pairs(operands: Operands) -> Tensor:
-    """Weights of image-text pairs as positives, [b n]: 1 for the same class, else 0; (Y Y^T)_ik."""
+    """Weights of image-text pairs as positives, [b n]: 1 for a class in common, else 0."""
     assert operands.texts is not None
     b, n, dtype = len(operands.images), len(operands.texts.features), operands.images.dtype
     return positive_weights(operands.classes, operands.texts.class_ids, b, n, dtype).to(dtype)

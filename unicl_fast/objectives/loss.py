@@ -102,7 +102,7 @@ def unified_contrastive_loss(
     class_ids: Int[Tensor, " b"] | Membership,
     scale: Float[Tensor, ""] | float,
     *,
-    text_class_ids: Int[Tensor, " u"] | Membership | None = None,
+    text_class_ids: Int[Tensor, " u"] | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
     weights: tuple[Float[Tensor, " b"], Float[Tensor, " u"]] | None = None,
     exclude_self: bool = False,
@@ -120,9 +120,9 @@ def unified_contrastive_loss(
         image_features: of unit norm.
         text_features: of unit norm, the distinct texts.
         class_ids: any int64; or a `Membership`, for several labels an image. Text k is then a
-            positive of image i with weight (Y Y^T)_ik over the row's sum.
+            positive of image i with the weight of its class in Y_i, over the row's sum.
         scale: factor of the products, exp(logit_scale).
-        text_class_ids: None means `class_ids`, one text for each image.
+        text_class_ids: None means `class_ids`, one text for each image; not for a `Membership`.
         text_counts: how many samples have each text; None means 1. A text of count 0 has no
             effect.
         weights: positive weights w_i of images and W_k of texts, the sums of their samples' over
@@ -149,9 +149,7 @@ def unified_contrastive_loss(
             CUDA device.
         ModuleNotFoundError: "triton" is not installed.
     """
-    if text_class_ids is None:
-        text_class_ids = class_ids
-    check_shapes(
+    text_class_ids = check_shapes(
         image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self
     )
     with torch.autocast(image_features.device.type, enabled=False):
@@ -206,7 +204,7 @@ def logit_statistics(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "u d"],
     class_ids: Int[Tensor, " b"] | Membership,
-    text_class_ids: Int[Tensor, " u"] | Membership,
+    text_class_ids: Int[Tensor, " u"],
     scale: Float[Tensor, ""] | float,
     *,
     text_counts: Int[Tensor, " u"] | None = None,
@@ -325,19 +323,14 @@ def dense_statistics(
 
 
 def positive_weights(
-    class_ids: Tensor | Membership,
-    text_class_ids: Tensor | Membership,
-    b: int,
-    u: int,
-    dtype: torch.dtype,
+    class_ids: Tensor | Membership, text_class_ids: Tensor, b: int, u: int, dtype: torch.dtype
 ) -> Tensor:
-    """Pair weights [b u]: (Y Y^T)_ik for several labels, else bool, a quarter of the memory."""
-    if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
+    """Pair weights [b u]: those of several labels, else bool, a quarter of the memory."""
+    if isinstance(class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
     positives, transposed = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
-    labels = class_ids if isinstance(class_ids, Tensor) else class_ids.labels
     # times the smaller identity: there may be many more learnt rows than images
-    unit = torch.eye(min(b, u), dtype=dtype, device=labels.device)
+    unit = torch.eye(min(b, u), dtype=dtype, device=text_class_ids.device)
     return positives.times(unit) if u <= b else transposed.times(unit).T
 
 
@@ -345,10 +338,11 @@ def check_shapes(
     image_features: Tensor,
     text_features: Tensor,
     class_ids: Tensor | Membership,
-    text_class_ids: Tensor | Membership,
+    text_class_ids: Tensor | None,
     text_counts: Tensor | None,
     exclude_self: bool,
-) -> None:
+) -> Tensor:
+    """Returns the class ids of texts: the images' if they are None. Raises ValueError."""
     b, u = len(image_features), len(text_features)
     if image_features.ndim != 2 or text_features.ndim != 2 or b == 0 or u == 0:
         raise ValueError(
@@ -360,27 +354,28 @@ def check_shapes(
             f"image and text features differ in dimension: {image_features.shape[1]} and "
             f"{text_features.shape[1]}"
         )
-    if isinstance(class_ids, Tensor) and class_ids.shape != (b,):
+    if isinstance(class_ids, Membership):
+        shapes = [list(field.shape) for field in class_ids]
+        if shapes != [shapes[0]] * 3 or len(shapes[0]) != 1 or not shapes[0][0]:
+            raise ValueError(
+                f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
+            )
+        if exclude_self or text_class_ids is None:
+            raise ValueError("a Membership needs text_class_ids, and takes no exclude_self")
+    elif class_ids.shape != (b,):
         raise ValueError(f"expected {b} class_ids, one per image, got {list(class_ids.shape)}")
-    if isinstance(text_class_ids, Tensor) and text_class_ids.shape != (u,):
+    elif text_class_ids is None:
+        text_class_ids = class_ids
+    if text_class_ids.shape != (u,):
         raise ValueError(
             f"expected {u} text_class_ids, one per text, got {list(text_class_ids.shape)}; "
             "pass text_class_ids when there are not as many texts as images"
         )
     if text_counts is not None and text_counts.shape != (u,):
         raise ValueError(f"expected {u} text_counts, got {list(text_counts.shape)}")
-    for membership in (class_ids, text_class_ids):
-        if not isinstance(membership, Membership):
-            continue
-        shapes = [list(field.shape) for field in membership]
-        if shapes != [shapes[0]] * 3 or len(shapes[0]) != 1 or not shapes[0][0]:
-            raise ValueError(
-                f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
-            )
-        if exclude_self:
-            raise ValueError("exclude_self needs class ids, not a Membership")
     if exclude_self and (u < b or text_counts is not None):
         raise ValueError(
             "exclude_self compares the images with themselves: it needs the image features as the "
             f"first text features and no text_counts, got {u} text features for {b} images"
         )
+    return text_class_ids

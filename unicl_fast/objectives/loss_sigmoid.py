@@ -23,13 +23,7 @@ from unicl_fast.objectives.loss import (
 )
 from unicl_fast.objectives.loss_tiled import TorchTiles, add_product
 from unicl_fast.objectives.operands import LossForm
-from unicl_fast.objectives.positives import (
-    Membership,
-    Positives,
-    as_membership,
-    find_positives,
-    of_unit_length,
-)
+from unicl_fast.objectives.positives import Membership, Positives, find_positives
 from unicl_fast.system.gradients import first_only
 
 
@@ -40,9 +34,8 @@ def sigmoid_contrastive_loss(
     scale: Float[Tensor, ""] | float,
     bias: Float[Tensor, ""] | float,
     *,
-    text_class_ids: Int[Tensor, " u"] | Membership | None = None,
+    text_class_ids: Int[Tensor, " u"] | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
-    cosines: bool = True,
     form: LossForm = "auto",
     all_reduce: AllReduce = one_rank,
 ) -> Float[Tensor, ""]:
@@ -62,12 +55,8 @@ def sigmoid_contrastive_loss(
         class_ids: any int64; or a `Membership`, for several labels an image.
         scale: factor of the products, exp(logit_scale).
         bias: added to all logits.
-        text_class_ids: None means `class_ids`, one text for each image.
+        text_class_ids: None means `class_ids`, one text for each image; not for a `Membership`.
         text_counts: how many samples have each text; None means 1.
-        cosines: whether W is the cosine of the rows of Y for a `Membership`, as mixed images need:
-            1 for the same labels, 0 for none in common, and never above 1, which no sigmoid could
-            reach. Else it is Y Y^T, which must not exceed 1, for texts of one class each: a text is
-            a positive of each image that has its class.
         form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
         all_reduce: receives only the images' mean loss, since rows need nothing of other ranks.
 
@@ -81,19 +70,13 @@ def sigmoid_contrastive_loss(
         raise ValueError(
             "form triton has kernels for the softmax form only: set auto, dense or tiled"
         )
-    if text_class_ids is None:
-        text_class_ids = class_ids
     b, u = len(image_features), len(text_features)
-    check_shapes(image_features, text_features, class_ids, text_class_ids, text_counts, False)
+    text_class_ids = check_shapes(
+        image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self=False
+    )
     dense = stores_logits(form, b * u, image_features.device.type)
     with torch.autocast(image_features.device.type, enabled=False):
         images, texts, arithmetic = as_operands(image_features, text_features, dense=dense)
-        class_ids, text_class_ids = (
-            of_unit_length(as_membership(ids, arithmetic), num_samples=count)
-            if isinstance(ids, Membership) and cosines
-            else ids
-            for ids, count in ((class_ids, b), (text_class_ids, u))
-        )
         scale, bias = (scalar_like(images, one, arithmetic) for one in (scale, bias))
         counts = None if text_counts is None else text_counts.to(arithmetic)
         if dense:

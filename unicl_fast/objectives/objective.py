@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from unicl_fast.objectives.operands import Classes, LossForm, Operands
+from unicl_fast.objectives.operands import LossForm, Operands
 from unicl_fast.objectives.registry import objective_class
 from unicl_fast.system.checked_fields import check_fields, require
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from unicl_fast.batch import Batch, Targets
+    from unicl_fast.batch import Targets
     from unicl_fast.objectives.targets import HostTargets, ImageLabels, PromptLookup
 
 
@@ -41,6 +41,8 @@ class Objective:
     """Features are projected into a common space and have unit norm."""
     needs_labels: ClassVar[bool] = False
     """Every sample needs a label, and captions are not used."""
+    ignores_labels: ClassVar[bool] = False
+    """Each distinct text is a class, whatever the labels and prompts."""
     num_views: ClassVar[int] = 1
     """Views of each image in a batch."""
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "zero_shot"
@@ -70,11 +72,6 @@ class Objective:
         """Whether all labels of an image count, even if it is paired with a caption."""
         return False
 
-    @property
-    def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs."""
-        return False
-
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Objective:
         """Fills in options from the data; ValueError if they contradict it.
 
@@ -100,8 +97,12 @@ class Objective:
         all_labels: Callable[[], ImageLabels],
     ) -> list[HostTargets]:
         """TargetM for consecutive local batches of `size` samples, on the host; see `map_steps`."""
+        import numpy as np
+
         from unicl_fast.objectives.targets import map_steps
 
+        if self.ignores_labels:
+            labels, prompts = np.full_like(labels, -1), None
         labels_of_images = all_labels() if self.takes_all_labels else None
         return map_steps(rows, labels, prompts, size=size, image_labels=labels_of_images)
 
@@ -114,15 +115,6 @@ class Objective:
                 f"objective.name={self.name} take {'all' if self.takes_all_labels else 'none'}: "
                 "collate makes them of image_labels"
             )
-
-    def check_local_batch(self, batch_size: int) -> None:
-        """Refuses (ValueError) an unsuitable number of images on each rank."""
-
-    def mix(
-        self, images: Tensor, classes: Classes, batch: Batch, *, seed: int, global_batch_size: int
-    ) -> tuple[Tensor, Classes]:
-        """Changes this rank's normalised images [b c h w] and their classes before encoding."""
-        return images, classes
 
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
         """The number of texts, rows or views that an image is compared with."""

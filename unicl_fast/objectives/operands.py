@@ -31,12 +31,10 @@ class Classes(NamedTuple):
 
     images: Tensor | Membership
     """The class of each image, int64 [b], or all its classes."""
-    texts: Tensor | Membership | None
+    texts: Tensor | None
     """The class of each text, int64 [u]; None without texts."""
     counts: Tensor | None
     """int64 [u]: how many samples have each text; None without texts."""
-    rows: Tensor | None = None
-    """Indices of the encoded texts to use, int64, the same number on all ranks; None: all."""
     max_num_texts: Callable[[], int] | None = None
     """The largest u of all ranks, if they have exchanged it ahead."""
     weights: Tensor | None = None
@@ -50,8 +48,8 @@ class Columns(NamedTuple):
 
     features: Tensor
     """[n d], of unit norm."""
-    class_ids: Tensor | Membership
-    """int64 [n], or all classes of each text."""
+    class_ids: Tensor
+    """int64 [n]."""
     counts: Tensor
     """int64 [n]: how many samples have each text; 0 for padding."""
     weights: Tensor | None = None

@@ -24,7 +24,7 @@ class Membership(NamedTuple):
     labels: Int[Tensor, " e"]
     """The label of each entry, any int64. Entries of the same pair (sample, label) add up."""
     weights: Float[Tensor, " e"]
-    """The weight of each entry, at least 0: 1 for a plain label, lambda for mixed images."""
+    """The weight of each entry, at least 0."""
 
 
 class SparseRows(NamedTuple):
@@ -73,7 +73,7 @@ class Positives(NamedTuple):
 
 def find_positives(
     class_ids: Int[Tensor, " b"] | Membership,
-    text_class_ids: Int[Tensor, " u"] | Membership,
+    text_class_ids: Int[Tensor, " u"],
     num_images: int,
     num_texts: int,
     *,
@@ -94,7 +94,6 @@ def find_positives(
     self_weights = None
     if exclude_self:
         assert isinstance(class_ids, Tensor)
-        assert isinstance(text_class_ids, Tensor)
         self_weights = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
     return (
         Positives(
@@ -116,23 +115,6 @@ def as_membership(class_ids: Int[Tensor, " n"] | Membership, dtype: torch.dtype)
         return class_ids._replace(weights=class_ids.weights.detach().to(dtype))
     samples = torch.arange(len(class_ids), device=class_ids.device)
     return Membership(samples, class_ids, torch.ones_like(class_ids, dtype=dtype))
-
-
-def of_unit_length(membership: Membership, *, num_samples: int) -> Membership:
-    """Divides each row of Y by its Euclidean length, so that Y Y^T holds cosines, at most 1.
-
-    Entries of the same (sample, label) are one entry of Y. A sample without labels stays empty.
-    """
-    order = membership.labels.argsort(stable=True)
-    order = order[membership.samples[order].argsort(stable=True)]
-    samples, labels, weights = (field[order] for field in membership)
-    begins = torch.ones_like(samples)
-    begins[1:] = (samples[1:] != samples[:-1]) | (labels[1:] != labels[:-1])
-    entry_of_y = begins.cumsum(0) - 1
-    sums = torch.zeros_like(weights).index_add(0, entry_of_y, weights)[entry_of_y]
-    squares = weights.new_zeros(num_samples).index_add(0, samples, weights * sums)
-    lengths = torch.where(squares > 0, squares.sqrt(), 1)
-    return membership._replace(weights=membership.weights / lengths[membership.samples])
 
 
 def _by_rows(rows: Tensor, columns: Tensor, values: Tensor, *, num_rows: int) -> SparseRows:

@@ -26,7 +26,7 @@ def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
 
 
 def make_objective(name: str = next(iter(OBJECTIVES)), **options: Any) -> Any:
-    """An objective, as `make_objective("ce", mixup=0.8)`; TypeError or ValueError if wrong."""
+    """An objective, as `make_objective("ce", positives="text")`; TypeError, ValueError if wrong."""
     return objective_class(name)(**options)
 
 

@@ -38,7 +38,6 @@ class _Sigmoid(TextObjective):
     def loss(self, operands: Operands) -> Tensor:
         """The cross-entropy of all pairs of this rank's images and all texts."""
         from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
-        from unicl_fast.objectives.positives import Membership
         from unicl_fast.objectives.text_columns import all_reduce_over
 
         assert operands.texts is not None
@@ -50,8 +49,6 @@ class _Sigmoid(TextObjective):
             operands.learnt["logit_bias"],
             text_class_ids=operands.texts.class_ids,
             text_counts=operands.texts.counts,
-            # only mixed images give texts several classes
-            cosines=isinstance(operands.texts.class_ids, Membership),
             form=operands.form,
             all_reduce=all_reduce_over(operands.ranks),
         )

@@ -25,7 +25,6 @@ from unicl_fast.distributed.ranks import (
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.objectives.loss import AllReduce, LogitStatistics, one_rank
 from unicl_fast.objectives.operands import Classes, Columns
-from unicl_fast.objectives.positives import Membership
 
 
 class TextColumns:
@@ -35,34 +34,23 @@ class TextColumns:
         """Starts exchanging the number of texts, if unknown; a collective call."""
         assert classes.texts is not None
         assert classes.counts is not None
-        self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
+        self._class_ids, self._counts = classes.texts, classes.counts
         self._weights = classes.text_weights
         if self._weights is not None:  # 0 for padded texts, here or between micro-batches
             is_text = self._counts > 0
             self._weights = torch.where(is_text, self._weights[is_text.cumsum(0) - 1], 0)
         self._ranks = ranks
-        self._max_num_texts = classes.max_num_texts
-        if self._max_num_texts is None and self._rows is None:
-            self._max_num_texts = PendingMaximum(len(self._counts), ranks).wait
+        self._max_num_texts = classes.max_num_texts or PendingMaximum(len(self._counts), ranks).wait
         self._features = RowsInFlight(ranks)
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
 
     def send(self, text_features: Float[Tensor, "u d"]) -> Float[Tensor, "n d"]:
         """Starts sending this rank's texts; returns all ranks' texts, to be passed to `receive`."""
-        if self._rows is not None:
-            text_features = text_features[self._rows]
         if self._ranks.world_size == 1:
             return text_features
-        num_texts = len(self._counts) if self._max_num_texts is None else self._max_num_texts()
+        num_texts = self._max_num_texts()
         gathered = self._features.send(text_features, num_rows=num_texts)
-        if isinstance(self._class_ids, Membership):
-            samples, labels, weights = self._class_ids
-            first = self._ranks.rank * num_texts  # samples are numbered across ranks
-            self._send_table(torch.stack([samples + first, labels], dim=1), len(samples))
-            self._send_table(weights, len(samples))
-            self._send_table(self._counts, num_texts)
-        else:
-            self._send_table(torch.stack([self._class_ids, self._counts], dim=1), num_texts)
+        self._send_table(torch.stack([self._class_ids, self._counts], dim=1), num_texts)
         if self._weights is not None:
             self._send_table(self._weights, num_texts)
         return gathered
@@ -75,15 +63,11 @@ class TextColumns:
         in_flight = RowsInFlight(self._ranks)
         self._tables.append((in_flight, in_flight.send(rows, num_rows=num_rows)))
 
-    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor, Tensor | None]:
+    def _receive_tables(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._ranks.world_size == 1:
             return self._class_ids, self._counts, self._weights
         tables = [in_flight.receive(table) for in_flight, table in self._tables]
         text_weights = None if self._weights is None else tables.pop()
-        if isinstance(self._class_ids, Membership):
-            entries, weights, counts = tables
-            samples, labels = entries.T.contiguous()
-            return Membership(samples, labels, weights), counts, text_weights
         class_ids, counts = tables[0].T.contiguous()
         return class_ids, counts, text_weights
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -13,12 +13,9 @@ from unicl_fast.objectives.objective import Objective
 from unicl_fast.system.checked_fields import LARGEST_FLOAT
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from unicl_fast.batch import Targets
-    from unicl_fast.objectives.targets import HostTargets, ImageLabels, PromptLookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +45,7 @@ class TextObjective(Objective):
 class PairObjective(TextObjective):
     """Only equal texts have the same class: labels are ignored."""
 
-    def map_targets(
-        self,
-        rows: NDArray[Any],
-        labels: NDArray[np.int64],
-        prompts: PromptLookup | None,
-        *,
-        size: int,
-        all_labels: Callable[[], ImageLabels],
-    ) -> list[HostTargets]:
-        """Gives each distinct text a separate class."""
-        import numpy as np
-
-        from unicl_fast.objectives.targets import map_steps
-
-        return map_steps(rows, np.full_like(labels, -1), None, size=size)
+    ignores_labels: ClassVar[bool] = True
 
     def check_targets(self, targets: Targets) -> None:
         """Refuses texts with labels: the loss would make positives of each class."""

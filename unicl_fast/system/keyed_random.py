@@ -57,36 +57,6 @@ def random_units(key: Any, counters: Any) -> Any:
     return drawn
 
 
-@kernel
-def random_betas(key: Any, counters: Any, alphas: Any) -> Any:
-    """Draws from Beta(alpha, alpha) for each counter and its alpha: float64 [n]."""
-    # a ratio of two gamma variates, in logarithms so that a small alpha does not underflow
-    drawn = np.empty(counters.size, np.float64)
-    for i in range(counters.size):
-        stream = random_bits(key, counters[i])
-        one = _log_gamma_variate(random_bits(stream, 0), alphas[i])
-        other = _log_gamma_variate(random_bits(stream, 1), alphas[i])
-        drawn[i] = 1 / (1 + math.exp(min(other - one, 700.0)))
-    return drawn
-
-
-@kernel
-def _log_gamma_variate(key: Any, shape: Any) -> Any:
-    """Logarithm of a Gamma(shape, 1) variate (Marsaglia and Tsang, ACM TOMS 26, 2000)."""
-    d = shape + 1 - 1 / 3  # of Gamma(shape + 1), brought down to shape by a power of a uniform
-    c = 1 / math.sqrt(9 * d)
-    counter = 1
-    while True:
-        radius = math.sqrt(-2 * math.log(1 - random_unit(key, counter)))
-        normal = radius * math.cos(2 * math.pi * random_unit(key, counter + 1))
-        cube = (1 + c * normal) ** 3
-        uniform = 1 - random_unit(key, counter + 2)
-        counter += 3
-        if cube > 0 and math.log(uniform) < normal**2 / 2 + d * (1 - cube + math.log(cube)):
-            break
-    return math.log(d * cube) + math.log(1 - random_unit(key, 0)) / shape
-
-
 def fold_key(*parts: int) -> int:
     """Folds integers (seed, purpose, source, epoch, ...) into one 64-bit key; the order matters."""
     key = _GOLDEN

@@ -87,7 +87,7 @@ def build_trainer(
 
     Open settings are settled for all ranks. Without `initialise` the weights are fresh; with a
     `checkpoint` the trainer resumes from it, and `initialise` reads weights that it lacks. Without
-    `encodes_features`, stored features (efficiency.image_features) are neither looked for nor
+    `encodes_features`, stored features (efficiency.stored_features) are neither looked for nor
     encoded. Other arguments and errors are those of `run.pretrain` and `make_trainer`.
     """
     state = None if checkpoint is None else read_state(checkpoint, ranks)
@@ -112,7 +112,7 @@ def build_trainer(
     )  # fmt: skip
     with refused_together(ranks):
         loaders = _build_loaders(data, functools.partial(build, weights=data.weights))
-    loader = in_stages(loaders, config)
+    loader = in_stages(loaders, config.run)
     sheet = ContactSheet(
         run_folder / "contact-sheet.png" if ranks.is_main else None,
         class_names=[dataset.manifest.class_names for dataset in datasets],

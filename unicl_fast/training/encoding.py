@@ -55,7 +55,7 @@ class WholeBatch:
         *,
         texts_among_images: bool = False,
     ) -> None:
-        """Prepares images and texts; mixes images if the objective does.
+        """Prepares images and texts.
 
         `texts_among_images` splits the graph at the texts under DDP; `back_propagate` joins it.
         """
@@ -71,17 +71,11 @@ class WholeBatch:
             )
             self._texts = tokens, num_tokens
         largest = max_num_texts(batch.texts, config.efficiency)
-        classes = Classes(
+        self.classes = Classes(
             classes_of_images(batch), texts, counts, max_num_texts=largest, weights=batch.weights,
             text_weights=batch.texts.weights,
         )  # fmt: skip
-        self._images, self.classes = config.objective.mix(
-            encoder_input(shown_images(batch), config),
-            classes,
-            batch,
-            seed=config.run.seed,
-            global_batch_size=config.run.global_batch_size,
-        )
+        self._images = encoder_input(shown_images(batch), config)
 
     def encode(self, send: Send | None) -> Encoded:
         with self._autocast:

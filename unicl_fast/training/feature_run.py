@@ -69,7 +69,7 @@ def feed_features(
     texts = None
     if "text" in config.optim.freeze and config.objective.uses_texts:
         texts = _stored_texts(trainer, datasets, prompts, feed(None), progress=progress)
-    trainer.loader = in_stages(feed(texts), config)
+    trainer.loader = in_stages(feed(texts), config.run)
     if config.model.standardise and is_fresh:
         _set_statistics(trainer, has_texts=texts is not None)
 

@@ -226,7 +226,7 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
     model = build_on_meta(config, arguments["device_type"])
     objective = config.objective
-    can_split = objective.uses_texts and not objective.mixes and not has_batch_norm(model)
+    can_split = objective.uses_texts and not has_batch_norm(model)
     recomputing = _with(config, activation_checkpointing=True)
     shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
     doubled = [world_size << power for power in range(1, batch.bit_length())]

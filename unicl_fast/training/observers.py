@@ -283,8 +283,8 @@ class Checkpoints(Observer):
         if self._writer is None:
             return
         state = describe_state(
-            given=config_to_dict(run.given), settled=run.config, optimizer=run.optimizer,
-            scaler=run.scaler, data=run.data, run_id=run.run_id, base=run.model.frozen.base_digest,
+            run.model, given=config_to_dict(run.given), optimizer=run.optimizer,
+            scaler=run.scaler, data=run.data, run_id=run.run_id,
         )  # fmt: skip
         self._writer.write(tensors, state, step=run.step, required=required)
 

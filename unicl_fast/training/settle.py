@@ -69,13 +69,13 @@ def check_settings(config: TrainConfig, ranks: Ranks) -> None:
             "efficiency.stored_features, or a model that has their statistics by model.init"
         )
     objective = config.objective
-    if config.data.sample_weights == "loss" and (objective.mixes or not objective.takes_weights):
-        which = "mixed images" if objective.takes_weights else f"objective.name={objective.name}"
+    if config.data.sample_weights == "loss" and not objective.takes_weights:
         raise ValueError(
-            f"data.sample_weights=loss: the loss of {which} takes no weights; set draws"
+            f"data.sample_weights=loss: the loss of objective.name={objective.name} takes no "
+            "weights; set draws"
         )
     for stage in config.settings_of_stages:
-        stage.objective.check_local_batch(ranks.local_batch_size(stage.run.global_batch_size))
+        ranks.local_batch_size(stage.run.global_batch_size)
 
 
 def settle(

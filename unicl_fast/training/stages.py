@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from unicl_fast.batch import Batch, Loader, ReadingTime
-from unicl_fast.config import Stage, TrainConfig
+from unicl_fast.config import RunConfig, Stage
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.pipelines.steps import RankSteps
 from unicl_fast.stages import Span
@@ -51,11 +51,9 @@ class StagedLoader:
             loader.close()
 
 
-def in_stages(
-    loaders: Sequence[PlannedLoader], config: TrainConfig
-) -> StagedLoader | PlannedLoader:
+def in_stages(loaders: Sequence[PlannedLoader], run: RunConfig) -> StagedLoader | PlannedLoader:
     """Joins the loaders of stages into the run's."""
-    return StagedLoader(loaders, config.run.spans) if config.run.stages else loaders[0]
+    return StagedLoader(loaders, run.spans) if run.stages else loaders[0]
 
 
 def describe_stage(stage: Stage) -> str:

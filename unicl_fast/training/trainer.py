@@ -165,7 +165,7 @@ class Trainer:
             ValueError: it is damaged, or has another model, objective or other data.
         """
         state = read_state(checkpoint, self.ranks)
-        refuse_another_run(state, self.config, self.data)
+        refuse_another_run(state, self.model, self.data)
         if self.ema is not None:
             self.ema.separate()
         restore_checkpoint(
