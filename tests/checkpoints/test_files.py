@@ -19,9 +19,11 @@ from small_runs import tiny_config, trainer_of
 import unicl_fast.checkpoints.files as checkpoint_files
 from unicl_fast.checkpoints.files import (
     Best,
+    checkpoint_name,
     list_checkpoints,
     read_best,
     save_tensors,
+    write_best,
     write_checkpoint,
 )
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
@@ -64,10 +66,30 @@ def test_it_stays_beside_the_newest_and_the_one_before_it_goes(images, tmp_path)
     assert kept(tmp_path) == [2, 6]
     assert read_best(tmp_path / "checkpoints") == Best(2, "zero_shot/digits/top1", 0.5)
     assert find_checkpoint(tmp_path).name == "step-00000006"
+    assert (tmp_path / "best").readlink() == Path("checkpoints", "step-00000002")
     for path in (tmp_path / "best", tmp_path / "checkpoints" / "best"):
         assert find_checkpoint(path).name == "step-00000002"
     best, newest = (load_encoders(path).image_projection for path in (tmp_path / "best", tmp_path))
     assert not torch.equal(best, newest)
+
+
+def test_the_link_to_the_best_follows_the_file_and_is_not_needed(tmp_path, caplog):
+    folder, link = tmp_path / "checkpoints", tmp_path / "best"
+    for step in (1, 2):
+        (folder / checkpoint_name(step)).mkdir(parents=True)
+        (folder / checkpoint_name(step) / "state.json").touch()
+        write_best(folder, Best(step, "top1", 0.5))
+        assert link.readlink() == Path("checkpoints", checkpoint_name(step))
+    link.unlink()
+    link.symlink_to(Path("checkpoints", checkpoint_name(1)))  # killed before it was replaced
+    assert find_checkpoint(link) == folder / checkpoint_name(2)
+    write_best(folder, None)
+    assert not link.is_symlink()
+    link.mkdir()  # as in a copy that followed links
+    write_best(folder, Best(1, "top1", 0.5))
+    assert f"{link} is no link" in caplog.text
+    assert find_checkpoint(link) == folder / checkpoint_name(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoints"]
 
 
 NUMBERS_THAT_ARE_NONE = RISING_AND_FALLING | {1: float("nan"), 3: float("inf"), 5: float("nan")}

@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: writes, lists and removes them, and names the best.
 
-`checkpoints/best.json` names the best step, whose checkpoint is kept. A file, unlike a link, can be
-replaced atomically and survives a copy to another file system.
+`checkpoints/best.json` names the best step, whose checkpoint is kept: a file survives a copy to
+another file system. The link `RUN/best` follows it, for people and programs other than ours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from unicl_fast.system.untrusted_files import NotRegularError, read_json
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
-_BEST_FILE = "best.json"
+BEST_FILE = "best.json"
+BEST = "best"
+"""RUN/best: a relative link to the best checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -150,7 +152,7 @@ class Best:
 
 def read_best(checkpoints_folder: Path) -> Best | None:
     """Reads best.json; None if there is none. Raises ValueError if it is damaged."""
-    path = checkpoints_folder / _BEST_FILE
+    path = checkpoints_folder / BEST_FILE
     try:
         return from_json_values(Best, read_json(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -162,12 +164,22 @@ def read_best(checkpoints_folder: Path) -> Best | None:
 
 
 def write_best(checkpoints_folder: Path, best: Best | None) -> None:
-    """Replaces best.json, or removes it (None); after an OSError the old one is intact."""
-    path = checkpoints_folder / _BEST_FILE
+    """Replaces best.json, which is intact after an OSError, and RUN/best; None removes both."""
+    path, link = checkpoints_folder / BEST_FILE, checkpoints_folder.parent / BEST
     if best is None:
         path.unlink(missing_ok=True)
-    else:
-        write_text_atomically(path, json.dumps(asdict(best)) + "\n")
+        if link.is_symlink():
+            link.unlink()
+        return
+    write_text_atomically(path, json.dumps(asdict(best)) + "\n")
+    new = link.with_name(f".{BEST}.partial")
+    try:
+        new.unlink(missing_ok=True)  # of an interrupted write
+        new.symlink_to(Path(checkpoints_folder.name) / checkpoint_name(best.step))
+        new.replace(link)
+    except OSError as error:  # no links on this disk, or a folder is there
+        new.unlink(missing_ok=True)
+        logger.warning("%s is no link (%s); our programs find the best all the same", link, error)
 
 
 def find_best(

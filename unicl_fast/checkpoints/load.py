@@ -22,6 +22,8 @@ from torch import Tensor
 
 from unicl_fast.checkpoints.export import is_export, read_export
 from unicl_fast.checkpoints.files import (
+    BEST,
+    BEST_FILE,
     STATE_FILE,
     checkpoint_name,
     list_checkpoints,
@@ -162,10 +164,11 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises FileNotFoundError if there is none, ValueError if best.json is damaged.
     """
     path = Path(path)
+    is_best = path.name == BEST and (path.parent / "checkpoints" / BEST_FILE).is_file()
+    if is_best or (path.name == BEST and not path.exists()):  # the link can change meanwhile
+        return _find_best(path.parent)
     if (path / STATE_FILE).is_file():
         return path
-    if path.name == "best" and not path.exists():
-        return _find_best(path.parent)
     checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not checkpoints:
         missing = "" if path.exists() else f"there is no such folder{nearest_name(path)}; "
