@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from small_models import model_with_weights_that_matter, small_config
 from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
@@ -24,8 +25,10 @@ from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.libraries import write_exported_programs, write_onnx, write_timm
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.output import new_folder, require_equal
+from unicl_fast.evaluation.inference import Model
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.convert import open_clip_view
 
 TEXTS = ["a photo of a dog", "", "two people in the snow"]
 
@@ -62,6 +65,28 @@ def test_open_clip_gives_equal_features_and_the_same_preprocessing(model, images
     assert (resize.size, crop.size) == (160, (160, 160))
     assert resize.interpolation.value == "bicubic"
     assert normalise.mean == [0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("view", "mode"), [(160, "shortest"), ("longest", "longest"), ("squash", "squash")]
+)
+def test_views_that_open_clip_has_are_equal_in_its_preprocessing(model, monkeypatch, view, mode):
+    """On bytes of the same images, up to the interpolation: Pillow's and ours."""
+    for resize in (view, 200):
+        config = model.config.changed(data={"evaluation_resize": resize})
+        monkeypatch.setattr(model, "config", config)
+        given = preprocessing.for_open_clip(config.data)
+        assert given["resize_mode"] == (mode if resize == view else "shortest")
+        prepare = image_transform_v2(PreprocessCfg(size=160, **given), is_train=False)
+        levels = torch.tensor(given["std"])[:, None, None] * 255
+        apart = []
+        for image in open_clip_view._drawn():
+            ours = torch.from_numpy(Model(model).prepare(image).copy()).permute(2, 0, 1)
+            mean = torch.tensor(given["mean"])[:, None, None] * 255
+            apart.append((prepare(image) * levels + mean - ours).abs().mean().item())
+        cosine, images = open_clip_view.least_cosine(model)
+        assert images == "16 drawn images"
+        assert (max(apart) < 0.5 and cosine > 0.999) if resize == view else max(apart) > 3
 
 
 def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path):

@@ -75,6 +75,10 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
         exec(line, {})
     if format != "hf":
         assert "checked: features of equal pixels differ from ours by at most" in said
+    if format == "open_clip":
+        assert re.search(
+            r"16 drawn images prepared by open_clip: cosine with ours [01]\.\d{4}", said
+        )
     assert "is there already" in refusal_of(convert, format, trained, out)
 
 

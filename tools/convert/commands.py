@@ -159,8 +159,9 @@ class ToOpenClip(ModelConversion):
     """A folder for open_clip and programs built on it, such as CLIP_benchmark.
 
     open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors,
-    which is checked before OUT appears. It scales the shorter side to the size of the crop, so
-    images differ if data.evaluation_resize is larger than data.image_size; a note says so.
+    which is checked before OUT appears. It has the views longest, squash, and a shorter side of
+    data.image_size: with another data.evaluation_resize, features of images differ; the cosine is
+    printed.
 
     Example:
       unicl-convert open-clip runs/first models/first-open-clip
@@ -169,14 +170,17 @@ class ToOpenClip(ModelConversion):
     def run(self) -> None:
         from unicl_fast.conversion.open_clip import write_open_clip
 
+        from .open_clip_view import least_cosine
+
         model = self.load()
         _print_written(self.out, difference=write_open_clip(model, self.out))
-        data = model.config.data
+        data, (cosine, images) = model.config.data, least_cosine(model)
+        print(f"checked: {images} prepared by open_clip: cosine with ours {cosine:.4f} or more")
         if data.evaluation_resize not in (data.image_size, "longest", "squash"):
             print(
-                f"note: open_clip scales the shorter side to {data.image_size} pixels, unicl-eval "
-                f"to {data.evaluation_resize} with a crop of {data.image_size}: accuracies differ "
-                "slightly"
+                f"note: unicl-eval shows {_view(data)}, which open_clip cannot: do not mix its "
+                f"image features with ours in one index. data.evaluation_resize={data.image_size}, "
+                "longest and squash are equal in both"
             )
         if model.config.model.text_kind:
             print(
