@@ -26,6 +26,7 @@ from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import collect_rows, model_on_ranks
 from unicl_fast.evaluation.stored import keys_of_features
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.encoding import in_pieces, loaded_at_once
 
 TOKENIZER = Tokenizer()
 SEEN_AS = [
@@ -48,6 +49,17 @@ def key_of(model: UniCL, dataset: PackedDataset, layer: str = "encoder") -> str:
 @pytest.fixture
 def model() -> UniCL:
     return build_model(tiny_config())
+
+
+def test_a_cpu_decodes_and_encodes_few_images_at_once():
+    """332 photographs of 224 pixels are evaluated in 1.2 GB."""
+    sides = {32: 32, 128: 24, 224: 8, 2000: 1}
+    shapes = {(70, side, side, 3): expected for side, expected in sides.items()}
+    for shape, expected in {**shapes, (70, 1280): 32, (0, 32, 32, 3): 0}.items():
+        assert len(in_pieces(torch.empty(shape, dtype=torch.uint8))[0]) == expected
+        assert len(in_pieces(torch.empty(shape, device="meta"))[0]) == shape[0]
+    sizes = [loaded_at_once(size, torch.device("cpu")) for size in (8, 256)]
+    assert [*sizes, loaded_at_once(256, torch.device("cuda"))] == [8, 32, 256]
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ class RankedCommand(ModelCommand):
     """Ranks to start on this machine, which share the images; leave it at 1 under torchrun or
     SLURM."""
     batch_size: Number = 256
-    """Images encoded at once by each rank."""
+    """Images encoded at once by each rank; a CPU encodes at most 32."""
 
     @abc.abstractmethod
     def data_sets(self) -> Sequence[str]:

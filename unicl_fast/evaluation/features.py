@@ -46,7 +46,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
 from unicl_fast.text.tokenizer import pad_rows
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
-from unicl_fast.training.encoding import encoder_input, in_pieces
+from unicl_fast.training.encoding import encoder_input, in_pieces, loaded_at_once
 from unicl_fast.training.settle import settle, settle_decoding
 from unicl_fast.training.stored_features import stored_text_features
 
@@ -92,9 +92,10 @@ class ModelOnRanks:
         # here, so that the protocols work with other loaders without DALI
         from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
 
+        device = device_of(self.model)
         return DaliLoader(
-            dataset, self.model.config.data, batch_size=self.batch_size, rank=self.ranks.rank,
-            world_size=self.ranks.world_size, device=device_of(self.model), samples=samples,
+            dataset, self.model.config.data, batch_size=loaded_at_once(self.batch_size, device),
+            rank=self.ranks.rank, world_size=self.ranks.world_size, device=device, samples=samples,
         )  # fmt: skip
 
     def features(
