@@ -321,6 +321,16 @@ def test_a_data_set_that_changed_is_noticed(local, cache, tmp_path):
         assert np.array_equal(back.image_bytes(39, verify=True), local.image_bytes(39))
 
 
+@pytest.mark.parametrize("years", [-40, 40])
+def test_a_clock_that_is_set_removes_no_copy_in_use(local, cache, monkeypatch, years):
+    """As on a machine that knows the time only after its start."""
+    url, now = upload(local.folder, "faulty://bucket/noise"), time.time()
+    monkeypatch.setattr("time.time", lambda: now + years * 365 * 86_400)
+    with PackedDataset(url, cache=cache) as remote:
+        for i in range(2):
+            assert np.array_equal(remote.image_bytes(i, verify=True), local.image_bytes(i))
+
+
 def test_arrays_are_compared_with_their_checksums(local, cache):
     url = upload(local.folder, "faulty://bucket/noise")
     PackedDataset(url, cache=cache).close()

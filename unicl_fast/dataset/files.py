@@ -350,7 +350,8 @@ def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str
         if checksums:
             _put(folder / CHECKSUMS_NAME, checksums)
         _put(folder / MANIFEST_NAME, manifest)
-        oldest = time.time() - _UNUSED_DAYS * 86_400
+        # by the time just written: a clock that is set meanwhile must not remove this folder
+        oldest = folder.parent.stat().st_mtime - _UNUSED_DAYS * 86_400
         for old in above.iterdir():
             if old.is_dir() and old.stat().st_mtime < oldest:
                 logger.info("%s was not used for %d days, and is removed", old, _UNUSED_DAYS)
