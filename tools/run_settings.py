@@ -83,11 +83,12 @@ def first_settings(
     text = config.model.init_text
     if text and origin != str(own) and not {"init", "init_text"} & initial.keys():
         choose_environment(device or "auto")
-        brought = _brought({"init_text": text}, None if resume in (None, "never") else own)
+        brought = _brought(config, {"init_text": text}, None if resume in (None, "never") else own)
         config = with_values(config, {"model": brought["model"]})
     if any(initial.values()) and origin != str(own):
         choose_environment(device or "auto")
-        config = with_values(config, _brought(initial, None if resume in (None, "never") else own))
+        own = None if resume in (None, "never") else own
+        config = with_values(config, _brought(config, initial, own))
         origin = f"{origin}, with those of {' and '.join(filter(None, initial.values()))}"
     if file is None:
         return origin, config
@@ -109,10 +110,13 @@ def with_size(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     return with_values(config, {"data": {"image_size": size, "evaluation_resize": scaled}})
 
 
-def _brought(initial: Mapping[str, str], own: Path | None) -> dict[str, dict[str, Any]]:
+def _brought(
+    config: TrainConfig, initial: Mapping[str, str], own: Path | None
+) -> dict[str, dict[str, Any]]:
     """Returns the settings of sources, or of the run's own config if it started from them.
 
-    With init, a preset's sources of encoders are ignored.
+    With init, a preset's sources of encoders are ignored. A config that shows whole images still
+    does at the source's size.
     """
     named = {**(dict.fromkeys(INITIAL_WEIGHTS, "") if initial.get("init") else {}), **initial}
     if own is not None and own.is_file():
@@ -126,7 +130,10 @@ def _brought(initial: Mapping[str, str], own: Path | None) -> dict[str, dict[str
     from unicl_fast.conversion.sources import settings_of
 
     brought = settings_of(named)
-    return {"model": brought["model"] | named, "data": brought["data"]}
+    data, model = brought["data"], brought["model"] | named
+    if "image_size" in data and config.data.part_shown == 1 and not config.data.drawn:
+        data |= {"evaluation_resize": data["image_size"]}
+    return {"model": model, "data": data}
 
 
 @contextlib.contextmanager
