@@ -282,7 +282,7 @@ OF_THE_SOURCE = "is another model: model."
         (("--data.evaluation-resize", "31"), "must not be smaller", ""),
         (("--model.vocab-size", "999"), OF_THE_SOURCE + "vocab_size is 999", ""),
         (("--model.tokenizer", "here"), OF_THE_SOURCE + "tokenizer is here", ""),
-        (("--model.image-encoder", "unicl_convnet7_small"), OF_THE_SOURCE + "image_enc", ""),
+        (("--model.image-encoder", "test_vit2"), OF_THE_SOURCE + "image_encoder is test_vit2", ""),
         (("--model.text-width", "24"), OF_THE_SOURCE + "text_width is 24", ""),
         (("--model.embed-dim", "9"), OF_THE_SOURCE + "embed_dim is 9", ""),
         (("--efficiency.precision", "fp32"), "", ""),
