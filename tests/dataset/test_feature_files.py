@@ -65,6 +65,14 @@ def test_a_description_that_was_changed_is_refused(tmp_path, field):
         read_features(tmp_path, "key", num_samples=3)
 
 
+def test_features_of_another_model_under_this_one_s_name_are_refused(tmp_path):
+    write_features(tmp_path, "other", ROWS)
+    for kind in ("json", "npy"):
+        (tmp_path / f"other.{kind}").rename(tmp_path / f"key.{kind}")
+    with pytest.raises(ValueError, match="another model's or data set's, other; remove key"):
+        read_features(tmp_path, "key", num_samples=3)
+
+
 def test_texts_are_found_by_their_tokens_over_files_and_paddings(tmp_path):
     first = np.array([[5, 9, 0], [5, 7, 9]], np.uint16)
     second = np.array([[5, 8, 8, 9]], np.uint32)

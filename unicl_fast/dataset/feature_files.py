@@ -149,7 +149,8 @@ def seal_rows(
 ) -> None:
     """Says in KEY.json that these rows, which are on disk, are stored."""
     rows = np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-    values = {"dtype": dtype, "xxh3": _checksum(rows, stored), "unreadable": sorted(unreadable)}
+    values = {"key": key, "dtype": dtype, "xxh3": _checksum(rows, stored),
+              "unreadable": sorted(unreadable)}  # fmt: skip
     if not stored.all():
         packed = zlib.compress(np.packbits(stored).tobytes())
         values["stored"] = base64.b64encode(packed).decode()
@@ -164,6 +165,8 @@ def read_features(folder: Path, key: str, *, num_samples: int, check: bool = Tru
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if rows.ndim != 2 or len(rows) != num_samples:
             raise ValueError(f"{num_samples} rows are expected, {list(rows.shape)} came")
+        if values.get("key", key) != key:  # files of earlier versions have none
+            raise ValueError(f"they are another model's or data set's, {values['key']}")
         stored = np.ones(num_samples, np.bool_)
         if "stored" in values:
             packed = zlib.decompressobj().decompress(
