@@ -71,7 +71,6 @@ class Section:
 
 
 _RESULTS = "benchmarks/results"
-_PACK = r"(?P<row>\w+): (?P<column>unicl-pack, images/s|unicl-pack / bare loop, by CPU time)"
 _USUAL_MACHINE = "AMD EPYC, 2 cores"
 SECTIONS = (
     Section(
@@ -83,10 +82,6 @@ SECTIONS = (
     Section(
         "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>images/s|rate .*)",
-    ),
-    Section(
-        "Packing compared with a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK,
-        "The ratio is that of the rates, starts of processes left out.",
     ),
     Section(
         "Packing compared with other writers", "pack", f"{_RESULTS}/pack_writers_*.json",

@@ -37,7 +37,7 @@ PACKED = {
 }
 """Data sets by name, with the options of `unicl-pack build` that make them."""
 _PLACES = {
-    "data/decode": "decode", "flickr8k/images": "captions/flickr8k/images",
+    "data/decode": "decode",
     "flickr8k/captions.jsonl": "captions/flickr8k/captions.jsonl",
     "coco/captions.jsonl": "captions/coco/captions.jsonl",
 }  # fmt: skip
