@@ -51,14 +51,14 @@ def table(result: Mapping[str, Any]) -> str:
         rows.append(
             [
                 f"{kind}{name}",
-                *map(spread, (figures[f"{name}, images/s"], figures.get(ratio))),
+                spread(figures[f"{name}, images/s"]),
                 spread(figures.get(f"{ratio}, by CPU time")),
                 _number(memory["median"]) if memory else "",
                 f"{gap['mean']:.2f}" if gap else "",
             ]
         )
-    rows += [[name, f"left out: {why}", *[""] * 4] for name, why in result["left_out"].items()]
-    head = ["", "images/s", "ours, times that", "by CPU time", "memory, MB", "levels from Pillow"]
+    rows += [[name, f"left out: {why}", *[""] * 3] for name, why in result["left_out"].items()]
+    head = ["", "images/s", "ours / this, by CPU time", "memory, MB", "levels from Pillow"]
     return markdown_table(head, rows)
 
 

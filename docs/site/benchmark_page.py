@@ -75,13 +75,12 @@ _USUAL_MACHINE = "AMD EPYC, 2 cores"
 SECTIONS = (
     Section(
         "Loading images", "input", "docs/results/input-*.json",
-        about="The ratios are our loader's images/s to the row's; loaders of decoded images "
-        '("-raw") are compared with ours of decoded images where that ran, else with ours of '
-        "JPEGs. Limits do a part of the work.",
+        about="The ratios are our loader's images per CPU second to the row's; loaders of decoded "
+        'images ("-raw") are compared with ours of decoded images. Limits do a part of the work.',
     ),
     Section(
         "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
-        r"(?P<row>.*): (?P<column>images/s|rate .*)",
+        r"(?P<row>.*): (?P<column>rate by CPU time .*)",
     ),
     Section(
         "Packing compared with other writers", "pack", f"{_RESULTS}/pack_writers_*.json",
