@@ -31,15 +31,14 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 _INTRODUCTION = """# Benchmarks
 
-All tables of this page are made from committed results, each with its commit and day;
-`make figures` measures them again.
+All tables of this page are made from committed results, and `make figures` measures them again.
 [Performance](performance.md) says what follows from them,
 [benchmarks/README.md](../benchmarks/README.md) how they are measured, and
 [Notes on performance](performance-notes.md) how the data sets of the commands are packed.
 
 A cell is the median of the rounds, with the lowest and the highest. A ratio is taken within a
 round, in which all contestants take turns. The machine is 2 cores of an AMD EPYC, unless another is
-named; nothing here was measured on a GPU."""
+named."""
 
 
 _RESUME = """## Loaders that are killed and resumed
@@ -104,7 +103,8 @@ SECTIONS = (
         "number of images and texts.",
     ),
     Section(
-        "Training step", "step", f"{_RESULTS}/step_*.json", r"(?P<column>.+)",
+        "Training step", "step", f"{_RESULTS}/step_*.json",
+        r"(?P<column>.+, images/s|ratio)",
         "Images/s of a whole step, and the ratio of the two.",
     ),
     Section(
