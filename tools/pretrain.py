@@ -252,7 +252,7 @@ def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
             ours[figure] = Figure.of(round(rate * one.num_tried), one.num_tried)
         freeze = trainer.config.optim.freeze
         table = beside_table(Measured("this run", ours), methods, freeze=freeze)
-        found.append(f"{name}:\n{table}")
+        found.append(f"{name}, after the last step:\n{table}")
     for dataset in datasets:
         dataset.close()
     return found

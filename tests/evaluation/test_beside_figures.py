@@ -58,10 +58,10 @@ def run_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder):
     last = {name: value for line in read_metrics(run_folder) for name, value in line.items()}
     labels, captions = SAID
-    assert labels.startswith("zero_shot/labels:\n")
+    assert labels.startswith("zero_shot/labels, after the last step:\n")
     assert percent(last["zero_shot/labels/top1"]) in labels
     assert "nearest neighbour" in labels
-    assert captions.startswith("retrieval/captions:\n")
+    assert captions.startswith("retrieval/captions, after the last step:\n")
     assert "ridge to tf-idf" in captions
     assert "R@10, %" in captions
 

@@ -185,18 +185,26 @@ def test_weights_follow_what_finds_the_titles_and_stay_above_zero():
 
     found = measure(titles, [1] * 300, scores_of)
     assert found["queries"] == len(asked) == 200
-    assert found["weights"] == {"images": 4, "titles": 1}
+    assert found["weights"] == {"images": 9, "titles": 1}
     reached = found["mean_reciprocal_rank"]
     assert reached["all"] > reached["titles"]
     assert set(reached) == {"all", "images", "titles"}
-    captioned = [(*own, "another") for own in titles]
+    captioned = [(*own, "one of its other sides") for own in titles]
 
     def without(texts: list[str], left_out: list[tuple[int, str]]) -> dict[str, np.ndarray]:
         assert [captioned[sample][0] for sample, _ in left_out] == texts
         assert [title for _, title in left_out] == texts
         return scores_of(texts, left_out)
 
-    assert measure(captioned, [2] * 300, without)["weights"] == {"images": 4, "titles": 1}
+    assert measure(captioned, [2] * 300, without)["weights"] == {"images": 9, "titles": 1}
+    sizes = [(*own, f"{own[0]}s") for own in titles]
+
+    def by_halves(texts: list[str], left_out: list[tuple[int, str]]) -> dict[str, np.ndarray]:
+        assert {sample for sample, _ in left_out} == {-1}
+        assert not set(texts) & {own[0] for own in titles}
+        return scores_of(texts, left_out)
+
+    measure(sizes, [2] * 300, by_halves)
     assert typed("a", generator) == "a"
     assert len(typed("one two three four", generator).split()) == 2
 

@@ -188,7 +188,8 @@ class ToOpenClip(ModelConversion):
                 "if the folder moves, to OWNER/NAME if you publish it"
             )
         first, name = _registration(model), f"local-dir:{self.out}"
-        print(f"next: {first}import open_clip; open_clip.create_model_and_transforms({name!r})")
+        load = f"model, _, preprocess = open_clip.create_model_and_transforms({name!r})"
+        print(f"next: {first}import open_clip; {load}; model.eval()")
         code = f"{first}from clip_benchmark import cli; cli.main()"
         program = f"python -c {shlex.quote(code)}" if first else "clip_benchmark"
         options = shlex.join(["--model", name, "--pretrained", ""])

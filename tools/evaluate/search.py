@@ -81,5 +81,5 @@ def _print_found(query: str, found: Sequence[Found]) -> None:
     lines = [query]
     for one in found:
         title = (one.caption or one.name) + (f" [{', '.join(one.labels)}]" if one.labels else "")
-        lines.append(f"  {one.score:.3f}  {title}  {one.source}/{one.name}")
+        lines.append(f"  {one.score:.3f}  {title}  {one.source}/{one.name.lstrip('/')}")
     print_text("\n".join(lines), sys.stdout)

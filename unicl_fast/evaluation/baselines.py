@@ -369,11 +369,11 @@ def beside_table(ours: Measured, found: Sequence[Measured], *, freeze: Sequence[
         ahead += [f"{one.name} ({', '.join(higher)})"] * bool(higher)
     if not ahead:
         return table
-    maybe = ", which may be chance" * by_chance
+    begin = "perhaps by chance below a baseline" if by_chance else "BELOW A BASELINE"
     heads = "train heads on two frozen encoders (--preset photos-heads), for longer"
     if {"image", "text"} <= set(freeze):
         heads = "unicl-eval search ranks by both; train for longer"
     return (
-        f"{table}\n\nBELOW A BASELINE: {ours.name} finds less than {' and '.join(ahead)}{maybe}: "
+        f"{table}\n\n{begin}: {ours.name} finds less than {' and '.join(ahead)}: "
         f"{heads}, or choose other encoders by unicl-eval bases"
     )

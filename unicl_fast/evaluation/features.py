@@ -6,8 +6,6 @@ Ranks share the images of a data set: rank r of w encodes the samples r, r + w, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -161,8 +159,8 @@ class ModelOnRanks:
                 result = judge(gathered)
         if self.ranks.world_size == 1:
             return cast(_T, result)
-        result = json.loads(json.dumps(result, default=dataclasses.asdict))
-        return cast(_T, msgspec.convert(from_rank_0(result, self.ranks), kind))
+        result = from_rank_0(msgspec.to_builtins(result), self.ranks)
+        return cast(_T, msgspec.convert(result, kind))
 
 
 @contextlib.contextmanager

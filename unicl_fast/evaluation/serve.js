@@ -71,7 +71,7 @@ function search(question, image) {
         made("a", { href: address, target: "_blank" }, image),
         made("p", { className: "title" }, title),
         made("p", {}, [one.score.toFixed(3), ...one.labels].join(" · ")),
-        made("p", { className: "where" }, `${one.source}/${one.name}`));
+        made("p", { className: "where" }, `${one.source}/${one.name.replace(/^\/+/, "")}`));
     }));
   });
 }

@@ -151,7 +151,10 @@ def _advice(column: str, tops: Sequence[set[str]]) -> str:
         return ""
     wanted = "|".join(map(re.escape, sorted(alone)))
     names = ", ".join(sorted(others))
-    return f"; without {names}, never alone, by --label-column '{column}=^({wanted})'"
+    return (
+        f"; no row has only {names}, which may say nothing of an image: "
+        f"--label-column '{column}=^({wanted})' leaves them out"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -180,9 +180,14 @@ def choose_columns(
             f"{path} has no column of a usual name with images or paths (image, file, path, ...); "
             f"name it by --image-column. It has {shorten(header, limit=1000)}"
         )
-    if not captions and not labels and options.cells != "plain":
-        captions, labels = find("caption", _OF_SHOPS), find("label", _OF_SHOPS)
-        guessed = (*guessed, *captions, *labels)
+    # in a shop's export a name for one kind must not switch the other off
+    if options.cells != "plain" and (guessed or not (captions or labels)):
+        if not captions:
+            captions = find("caption", _OF_SHOPS)
+            guessed = (*guessed, *captions)
+        if not labels:
+            labels = find("label", _OF_SHOPS)
+            guessed = (*guessed, *labels)
     if not captions and not labels:
         raise ValueError(
             f"{path} has no columns of usual names with captions or labels; name them by "
