@@ -72,18 +72,6 @@ def test_class_is_the_folder_that_holds_the_image(tmp_path):
     assert outcomes(source) == dict.fromkeys(items, "read") | {"2.jpg": "no class"}
 
 
-def test_links_are_followed_once(tmp_path):
-    make_files(tmp_path / "real", "1.jpg")
-    (tmp_path / "set" / "cat").mkdir(parents=True)
-    (tmp_path / "set" / "cat" / "loop").symlink_to(tmp_path / "set")
-    (tmp_path / "set" / "dog").symlink_to(tmp_path / "real")
-    (tmp_path / "set" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    items = by_name(read_source(tmp_path / "set"))
-    assert set(items) == {"dog/1.jpg", "cat/gone.jpg"}
-    with pytest.raises(EntryError, match="No such file"):
-        read(items["cat/gone.jpg"])
-
-
 def test_a_list_follows_links_as_class_folders_do(tmp_path):
     make_files(tmp_path, "far/1.jpg", "far/cat/2.jpg", "set/dog/3.jpg")
     root = tmp_path / "set"
