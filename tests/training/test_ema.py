@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compared_runs import assert_equal, last_of
-from rank_workers import run_on_ranks, write_averages
-from safetensors.torch import load_file
+from compared_runs import assert_equal
 from small_runs import IMAGE_SIZE, tiny_config, trainer_of
 
 from unicl_fast.config import TrainConfig
@@ -47,30 +45,6 @@ def test_training_is_not_changed_by_it(images, settings):
     plain.fit()
     averaged.fit()
     assert_equal_weights(plain.model, averaged.model)
-
-
-@pytest.mark.parametrize(
-    ("image_encoder", "precision"),
-    [
-        ("test_vit", "fp64"),
-        pytest.param("test_vit", "bf16", marks=pytest.mark.slow),
-        pytest.param("unicl_convnet7_small", "fp32", marks=pytest.mark.slow),
-    ],
-)
-def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
-    images, tmp_path, image_encoder, precision
-):
-    config = averaging_config(image_encoder=image_encoder, precision=precision)
-    unbroken = trainer_of(images, config, tmp_path / "unbroken")
-    unbroken.fit()
-    resumed = trainer_of(images, config, tmp_path / "resumed")
-    resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000002")
-    resumed.fit()
-    assert_equal_weights(unbroken.ema.module, resumed.ema.module)
-    stored = load_file(last_of(tmp_path / "resumed") / "ema.safetensors")
-    assert stored.keys() == unbroken.ema.module.state_dict().keys()
-    weight_type = torch.float64 if precision == "fp64" else torch.float32
-    assert stored["image_projection"].dtype == weight_type
 
 
 def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(images):
@@ -140,15 +114,3 @@ def test_a_run_without_it_can_resume_with_it_and_back(images, tmp_path, caplog):
     plain = trainer_of(images, tiny_config(steps=5), tmp_path)
     plain.resume(tmp_path / "checkpoints" / "step-00000004")
     assert_equal_weights(plain.model, averaged.model)
-
-
-@pytest.mark.slow
-def test_it_is_equal_on_all_ranks_and_that_of_one_process(images, tmp_path):
-    config = averaging_config(steps=3)
-    run_on_ranks(write_averages, 2, images, tmp_path, config)
-    alone = trainer_of(images, config)
-    alone.fit()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, weight in alone.ema.module.state_dict().items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)
