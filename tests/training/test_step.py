@@ -11,10 +11,9 @@ from rank_workers import (
     write_evaluated_buffers,
     write_gradients,
 )
-from small_runs import StepLoader, global_batch, tiny_config, trainer_of
+from small_runs import global_batch, tiny_config, trainer_of
 from torch import nn
 
-from unicl_fast.batch import repeated_texts
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
@@ -41,18 +40,6 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(images, tmp_path, worl
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, alone[name], rtol=1e-9, atol=1e-13, msg=name)
             assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 5])
-def test_distinct_texts_without_padding_equal_every_text_with_it(images, micro_batch_size):
-    """Loss and gradients of a step."""
-    config = tiny_config(micro_batch_size=micro_batch_size)
-    loss, gradients = first_gradients(images, Ranks(), config)
-    repeated = StepLoader(images, change=repeated_texts)
-    plain_loss, plain = first_gradients(images, Ranks(), config, repeated)
-    assert loss == pytest.approx(plain_loss, rel=1e-13)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
 @pytest.mark.slow
