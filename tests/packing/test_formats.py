@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from bad_entries import CrashingOnce
+from inline_checks import check_inline
 from pack_runs import build_set, jpeg
 from packed_sets import saved
 from PIL import Image
@@ -51,8 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder in every format."""
     out = tmp_path_factory.mktemp("packed")
-    for format in get_args(ImageFormat):
-        build_set([folder], out / format, format=format)
+    with pytest.MonkeyPatch.context() as patch:
+        check_inline(patch)
+        for format in get_args(ImageFormat):
+            build_set([folder], out / format, format=format)
     return {format: out / format for format in get_args(ImageFormat)}
 
 

@@ -96,6 +96,7 @@ def test_an_export_is_packed_as_it_is(export, tmp_path, pack, checked):
         assert line in text
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_an_option_says_otherwise(export, tmp_path, kind):
     if kind == "parquet":

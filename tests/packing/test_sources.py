@@ -405,6 +405,7 @@ def test_labels_found_become_names_in_sorted_order_but_for_numbers_of_lists():
 CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
 
+@pytest.mark.usefixtures("checked")
 def test_one_build_from_all_kinds(shared_data, tmp_path):
     """Ten images of CIFAR-10 as Parquet, tar, and map of a zip, byte for byte."""
     with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
@@ -456,6 +457,7 @@ KIND = SourceKind(recognises=lambda place: place.name.endswith(".pairs"), read=r
 """
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_kind_is_a_file_and_a_line(tmp_path, monkeypatch):
     module = ModuleType("unicl_fast.packing.sources.pairs")
     exec(OWN, module.__dict__)
