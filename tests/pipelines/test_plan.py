@@ -321,28 +321,19 @@ def test_flips_have_the_chance_that_was_asked_for():
         assert abs(plan.batch(0, rank=0, world_size=1).windows[..., 4].mean() - chance) < 0.03
 
 
-def test_a_source_smaller_than_its_share_of_a_batch_is_refused():
-    sources = make_source(10, captions=1, name="little"), make_source(1000, labels=1)
+def test_plans_that_cannot_be_are_refused():
+    little, one = make_source(10, captions=1, name="little"), make_source(20, labels=1)
+    sources = little, make_source(1000, labels=1)
     with pytest.raises(ValueError, match=r"little has 10 samples.*50\.0 of 100.*smaller"):
         make_plan(*sources, batch=100, weights=[1, 1])
     make_plan(*sources, batch=100, weights=[1, 9])
-
-
-def test_samples_without_any_text_are_refused_and_counted():
-    source = make_source(20, captions=1, name="mute")
-    source.samples["captions_count"][:3] = 0
-    with pytest.raises(ValueError, match="3 of the 20 samples of mute"):
-        make_plan(source)
-
-
-def test_ranks_that_cannot_share_a_batch_are_refused():
+    little.samples["captions_count"][:3] = 0
+    with pytest.raises(ValueError, match="3 of the 10 samples of little"):
+        make_plan(little)
     with pytest.raises(ValueError, match="8 cannot be shared by 3 ranks"):
-        make_plan(make_source(20, labels=1)).batch(0, rank=0, world_size=3)
-
-
-def test_weights_must_match_the_data_sets():
+        make_plan(one).batch(0, rank=0, world_size=3)
     with pytest.raises(ValueError, match="2 weights were given for 1 data sets"):
-        make_plan(make_source(20, labels=1), weights=[1, 2])
+        make_plan(one, weights=[1, 2])
 
 
 @given(
