@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compared_runs import assert_equal
+from compared_runs import assert_equal, last_of
+from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, tiny_config, trainer_of
 
 from unicl_fast.config import TrainConfig
@@ -45,6 +46,30 @@ def test_training_is_not_changed_by_it(images, settings):
     plain.fit()
     averaged.fit()
     assert_equal_weights(plain.model, averaged.model)
+
+
+@pytest.mark.parametrize(
+    ("image_encoder", "precision"),
+    [
+        ("test_vit", "fp64"),
+        pytest.param("test_vit", "bf16", marks=pytest.mark.slow),
+        pytest.param("unicl_convnet7_small", "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
+    images, tmp_path, image_encoder, precision
+):
+    config = averaging_config(image_encoder=image_encoder, precision=precision)
+    unbroken = trainer_of(images, config, tmp_path / "unbroken")
+    unbroken.fit()
+    resumed = trainer_of(images, config, tmp_path / "resumed")
+    resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000002")
+    resumed.fit()
+    assert_equal_weights(unbroken.ema.module, resumed.ema.module)
+    stored = load_file(last_of(tmp_path / "resumed") / "ema.safetensors")
+    assert stored.keys() == unbroken.ema.module.state_dict().keys()
+    weight_type = torch.float64 if precision == "fp64" else torch.float32
+    assert stored["image_projection"].dtype == weight_type
 
 
 def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(images):
