@@ -200,17 +200,6 @@ def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
 
 
-def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(like_clip, shared_data, tmp_path):
-    theirs = draw_open_clip(SMALL_MODELS["gelu"])
-    ours = load_encoders(like_clip)
-    assert difference(ours, theirs) < 1e-5
-    data = ours.config.data
-    assert (data.image_size, data.evaluation_resize, data.mean) == (160, "squash", (0.4, 0.5, 0.6))
-    config = config_by_name(like_clip, "--model.drop-path", "0")
-    assert (config.data.mean, config.model.text_width) == ((0.4, 0.5, 0.6), 32)
-    train_one_step(config, real_images(shared_data, 3), tmp_path)
-
-
 def test_a_file_of_settings_may_name_the_source_and_a_preset_s_own_makes_room(like_clip, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"preset: photos-small\nmodel: {{init: '{like_clip}'}}\n")

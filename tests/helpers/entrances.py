@@ -9,7 +9,6 @@ import base64
 import http.server
 import json
 import struct
-import tarfile
 import threading
 import zipfile
 from collections.abc import Callable
@@ -90,19 +89,6 @@ def large_id(folder: Path) -> None:
 # Weights, adapters and settings
 
 
-def wide_adapter(folder: Path) -> None:
-    import torch
-
-    from unicl_fast.conversion.adapter_folders import with_adapters
-
-    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 1, "lora_alpha": 1})
-    adapters = {
-        "fc.lora_B.weight": torch.ones(80_000, 1),
-        "fc.lora_A.weight": torch.ones(1, 80_000),
-    }
-    with_adapters({"fc.weight": torch.ones(64, 64)}, adapters, folder)
-
-
 def long_safetensors_header(folder: Path) -> None:
     from unicl_fast.checkpoints.load import read_shapes
 
@@ -141,25 +127,6 @@ def long_model_type(folder: Path) -> None:
     load_encoders_of(folder, {"model_type": "x" * 30 * MB})
 
 
-def run_config(folder: Path, text: str) -> None:
-    from unicl_fast.config_json import load_config
-
-    (folder / "config.json").write_text(text)
-    load_config(folder / "config.json")
-
-
-def long_setting(folder: Path) -> None:
-    run_config(folder, json.dumps({"data": {"augment": ["x" * 30 * MB]}}))
-
-
-def deep_setting(folder: Path) -> None:
-    run_config(folder, '{"data":' * 5_000_000 + "1" + "}" * 5_000_000)
-
-
-def large_config(folder: Path) -> None:
-    run_config(folder, "[" + "0," * 40 * MB + "0]")
-
-
 # Sources of packing
 
 
@@ -175,15 +142,6 @@ def pack(place: Path, **options: Any) -> None:
         raise ValueError("; ".join(one.message[:200] for one in problems if one is not None))
 
 
-def tar_of_long_headers(folder: Path) -> None:
-    with tarfile.open(folder / "a.tar", "w") as archive:
-        for number in range(100):
-            member = tarfile.TarInfo(f"{number}.jpg")
-            member.pax_headers["comment"] = "x" * 2 * MB
-            archive.addfile(member)
-    pack(folder / "a.tar")
-
-
 def zip_bomb(folder: Path) -> None:
     with (
         zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive,
@@ -192,11 +150,6 @@ def zip_bomb(folder: Path) -> None:
         for _ in range(1200):
             file.write(bytes(MB))
     pack(folder / "a.zip")
-
-
-def deep_list(folder: Path) -> None:
-    (folder / "a.json").write_text('[{"image": ' + "[" * 20 * MB)
-    pack(folder / "a.json")
 
 
 def long_caption(folder: Path) -> None:
@@ -270,17 +223,11 @@ ENTRANCES: dict[Callable[[Path], None], str] = {
     long_template: "a row has 200,0.. tokens, and the context 16",
     doubling_templates: "the tokenizer failed",
     large_id: "its ids go up to 4,294,967,295",
-    wide_adapter: "the adapter of fc has A, B",
     long_safetensors_header: "lists its tensors in",
     lying_safetensors_header: "is no safetensors file",
     wide_model: "",
     long_model_type: "",
-    long_setting: "has a text of 31,457,280 characters",
-    deep_setting: "is not JSON|too large",
-    large_config: "too large",
-    tar_of_long_headers: "a header of 2,097",
     zip_bomb: "",
-    deep_list: "nested too deeply|cannot be read as JSON",
     long_caption: "captions of at most 100,000 are read",
     long_field: "captions of at most 100,000 are read",
     endless_object: "were requested",

@@ -1,4 +1,4 @@
-"""Images checked in this process, for tests that build often and of what workers do nothing."""
+"""Images and tables read in this process, for tests that build often and not of what workers do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing import near_duplicates
+from unicl_fast.packing.sources import tables
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
 from unicl_fast.text.tokenizer import Tokenizer
@@ -29,4 +30,5 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tokenizer = Tokenizer()
     for module in (build_module, near_duplicates):
         monkeypatch.setattr(module, "check_in_order", check)
+    monkeypatch.setattr(tables, "run_limited", lambda work, tasks, **_: map(work, tasks))
     return names

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import os
 import signal
@@ -28,7 +27,6 @@ from small_runs import (
     labelled_loader,
     objective_config,
     poison_step,
-    ragged_features,
     staged_batch,
     tiny_config,
 )
@@ -56,9 +54,6 @@ from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.sharding import whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.objectives.operands import Classes, Operands
-from unicl_fast.objectives.registry import make_objective
-from unicl_fast.objectives.text_columns import TextColumns
 from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.training import build
@@ -202,39 +197,17 @@ def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficienc
         write_gradients(ranks, images, folder, efficiency)
 
 
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
 def write_objective_gradients(
     ranks, images: torch.Tensor, folder: str, objectives: list, efficiency: dict
 ) -> None:
-    """Loss and parameter gradients of this rank under each objective, with both forms."""
+    """The same under each objective."""
     for objective in objectives:
         for form in ("dense", "tiled"):
             config = objective_config(objective, loss=form, **efficiency)
             loader = labelled_loader(images, objective, **place_of(ranks))
             result = first_gradients(images, ranks, config, loader)
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
-
-
-@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
-def write_feature_gradients(ranks, folder: str) -> None:
-    """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
-    images, texts, text_index, class_ids = ragged_features()
-    size = ranks.local_batch_size(len(images))
-    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
-    distinct, counts = text_index[mine].unique(return_counts=True)
-    class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
-    text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
-    classes = Classes(class_ids[mine], text_class_ids, counts)
-    for name, form in itertools.product(("unicl", "sigmoid"), ("dense", "tiled")):
-        inputs = [images[mine].clone().requires_grad_(), texts.clone().requires_grad_()]
-        learnt = {"logit_scale": torch.tensor(40.0, dtype=torch.float64).log().requires_grad_()}
-        if name == "sigmoid":
-            learnt["logit_bias"] = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
-        columns = TextColumns(classes, ranks)
-        all_texts = columns.receive(columns.send(inputs[1][distinct]))
-        operands = Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
-        loss = make_objective(name).loss(operands)
-        gradients = torch.autograd.grad(loss, [*inputs, *learnt.values()])
-        torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
 
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
@@ -246,20 +219,6 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
 
     config = tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32")
     trainer_of(ranks, images, config, evaluations={"buffers": evaluation}).fit()
-
-
-def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
-    """Trains, and writes the average of the weights as this rank has it."""
-    trainer = trainer_of(ranks, images, config)
-    trainer.fit()
-    torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
-
-
-def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
-    trainer = trainer_of(ranks, images, tiny_config(steps=steps), run_folder=Path(folder))
-    if resume:
-        trainer.resume(Path(resume))
-    trainer.fit()
 
 
 class PassesByRank:

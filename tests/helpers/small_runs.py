@@ -109,24 +109,6 @@ def staged_batch(
     )
 
 
-def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images [16 d], texts [t d], which text an image has, and class ids of the images.
-
-    Of four ranks the first has classes of uneven sizes, the second one class with two texts, the
-    third one text, the fourth distinct captions that occur nowhere else.
-    """
-    generator = torch.Generator().manual_seed(5)
-    text_index = torch.tensor([0, 1, 1, 2, 3, 1, 3, 1, 0, 0, 0, 0, 4, 5, 6, 7])
-    text_classes = torch.tensor([0, 1, -9, 1, *(2**62 + torch.arange(4)).tolist()])
-    images, texts = (
-        torch.nn.functional.normalize(
-            torch.randn(n, 6, dtype=torch.float64, generator=generator), dim=1
-        )
-        for n in (len(text_index), len(text_classes))
-    )
-    return images, texts, text_index, text_classes[text_index]
-
-
 def finish_writing(trainer: Trainer) -> None:
     """Waits until the checkpoint that was begun is on the disk."""
     next(one for one in trainer.observers if isinstance(one, Checkpoints)).finish_writing()

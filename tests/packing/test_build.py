@@ -114,16 +114,6 @@ def test_the_number_of_workers_leaves_no_trace(packed, folder, tmp_path):
     assert contents(tmp_path / "one") == contents(packed.folder)
 
 
-@pytest.mark.usefixtures("checked")
-def test_the_seed_decides_the_order(packed, folder, tmp_path):
-    build_set([folder], tmp_path / "set", seed=1)
-    with PackedDataset(tmp_path / "set") as other:
-        here = [packed.image_bytes(index).tobytes() for index in range(len(packed))]
-        there = [other.image_bytes(index).tobytes() for index in range(len(other))]
-    assert here != there
-    assert sorted(here) == sorted(there)
-
-
 def test_the_program_says_what_it_did_and_what_comes_next(folder, tmp_path, pack):
     out = str(tmp_path / "set")
     options = ("--out", out, "--workers", "1", "--license", "CC-BY-4.0")

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from bad_entries import CrashingOnce
+from inline_checks import check_inline
 from pack_runs import build_set, jpeg
 from packed_sets import saved
 from PIL import Image
@@ -51,8 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder in every format."""
     out = tmp_path_factory.mktemp("packed")
-    for format in get_args(ImageFormat):
-        build_set([folder], out / format, format=format)
+    with pytest.MonkeyPatch.context() as patch:
+        check_inline(patch)
+        for format in get_args(ImageFormat):
+            build_set([folder], out / format, format=format)
     return {format: out / format for format in get_args(ImageFormat)}
 
 
@@ -124,53 +127,6 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 def save(path: Path, image: Image.Image, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
-
-
-def kinds_of_images(root: Path) -> dict[str, Image.Image]:
-    """Files of one size and every kind; what each of them shows."""
-    rgb = Image.fromarray(noise(20, 24))
-    grey = Image.fromarray(noise(20, 24, 1)[..., 0])
-    clear = rgb.copy()
-    clear.putalpha(0)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned by 90 degrees clockwise
-    save(root / "cat" / "rgb.png", rgb)
-    save(root / "cat" / "grey.png", grey)
-    save(root / "dog" / "photo.jpg", rgb, quality=90)
-    save(root / "dog" / "grey.jpg", grey, quality=90)
-    save(root / "dog" / "clear.png", clear)
-    save(root / "yak" / "palette.gif", grey)
-    save(root / "yak" / "turned.jpg", Image.fromarray(noise(24, 20)), exif=turned, quality=90)
-    (root / "yak" / "broken.jpg").write_bytes((root / "dog" / "photo.jpg").read_bytes()[:300])
-    shown = {
-        "cat/rgb.png": rgb,
-        "cat/grey.png": grey,
-        "dog/clear.png": Image.new("RGB", (24, 20), "white"),
-        "yak/palette.gif": grey,
-    }
-    for name in ("dog/photo.jpg", "dog/grey.jpg"):
-        shown[name] = Image.open(root / name)
-    upright = Image.open(root / "yak" / "turned.jpg").transpose(Image.Transpose.ROTATE_270)
-    return shown | {"yak/turned.jpg": upright}
-
-
-def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path):
-    shown = kinds_of_images(tmp_path / "in")
-    folders = []
-    for workers in (1, 3):
-        folders.append(tmp_path / f"out {workers}")
-        summary = build_set([tmp_path / "in"], folders[-1], format="raw", workers=workers)
-        assert (summary.num_samples, summary.num_quarantined) == (len(shown), 1)
-        assert summary.image_size == (20, 24)
-        assert summary.num_reencoded == 0
-    one, three = ({p.name: p.read_bytes() for p in out.iterdir()} for out in folders)
-    assert one == three
-    expected = sorted(np.asarray(image.convert("RGB")).tobytes() for image in shown.values())
-    assert sorted(map(np.ndarray.tobytes, np.load(folders[0] / "pixels.npy"))) == expected
-    with PackedDataset(folders[0]) as dataset:
-        for index in range(len(dataset)):
-            dataset.image_bytes(index, verify=True)
-            assert len(dataset.labels_of(index)) == 1
 
 
 def test_sizes_that_differ_are_named_and_squares_are_the_way_out(tmp_path, pack):

@@ -104,11 +104,7 @@ def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(hostile, shared
     assert taken <= agreed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "format",
-    ["keep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jpeg", "webp", "png"))],
-)
+@pytest.mark.parametrize("format", ["keep", "jpeg", "webp", "png"])
 def test_a_worker_takes_no_more_memory_than_its_pixels_need(tmp_path, peak_at_rest, format):
     """Bombs of every format, and honest images at the very limit: 40 bytes a pixel hold it."""
     bombs = tmp_path / "bombs" / "x"

@@ -14,6 +14,8 @@ from pack_runs import build_set, jpeg
 
 from unicl_fast.dataset.manifest import Manifest
 
+pytestmark = pytest.mark.usefixtures("checked")
+
 ROWS = [
     {
         "image": f"{number}.jpg",

@@ -15,13 +15,11 @@ from foreign_sources import outcomes, read_source, texts, write_tar
 from pack_runs import build_set, jpeg, samples_of
 
 from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.packing.label_space import name_paths
 from unicl_fast.packing.sources.cells import attributes_in, images_in, without_html
 from unicl_fast.packing.sources.items import PATH
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 
-RED = "color=Red"
 MEN, WOMEN = "All/Men/Tops/Tees", "All/Women/Tops/Tees,All,All/Women,All/Sale/Eco &amp; fair"
 ROWS = [
     # sku, type, categories, name, base_image, additional_images, additional_attributes
@@ -99,6 +97,7 @@ def test_an_export_is_packed_as_it_is(export, tmp_path, pack, checked):
         assert line in text
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_an_option_says_otherwise(export, tmp_path, kind):
     if kind == "parquet":
@@ -157,26 +156,6 @@ def test_options_that_cannot_work_are_refused(export, tmp_path, options, message
         build_set([export], tmp_path / "out", image_root=str(tmp_path / "media"), **options)
 
 
-def test_a_split_keeps_a_product_on_one_side(tmp_path, checked):
-    rows = []
-    for number in range(60):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-        product, colour = number // 6, number // 2 % 3
-        sku = f"P{product}" if colour == 0 else f"P{product}-{colour}"
-        rows.append({"sku": sku, "images": f"{number}.jpg", "name": sku, "category": "c"})
-    joined = [
-        one | {"images": f"{one['images']}|{other['images']}"}
-        for one, other in zip(rows[::2], rows[1::2], strict=True)
-    ]
-    (tmp_path / "list.json").write_text(json.dumps(joined))
-    build_set([tmp_path / "list.json"], tmp_path / "out", split=0.7)
-    sides = [samples_of(tmp_path / "out" / side) for side in ("train", "held-out")]
-    products = [{int(one.name[:-4]) // 6 for one in side} for side in sides]
-    assert sum(map(len, sides)) == 60
-    assert not products[0] & products[1]
-    assert 2 <= len(products[1]) <= 4
-
-
 @pytest.mark.parametrize(
     ("header", "row", "group"),
     [
@@ -208,17 +187,6 @@ def test_paths_of_labels_are_told_from_names(tmp_path):
         *labels("Home/Sofas", "Home/Beds"), "Sale"
     }  # fmt: skip
     assert read("R/a/x;R/b", "R/a/y|R/a", "R") == set(labels("a/x", "b", "a/y"))
-
-
-def test_names_of_paths_are_those_at_the_end_where_they_differ():
-    paths = labels("Men/Tops/Tees", "Women/Tops/Tees", "Women/Bras", "X/a_b")
-    assert {
-        path.replace(PATH, "/"): name for path, name in name_paths([*paths, 3, "x"]).items()
-    } == {
-        **{"Men": "Men", "Men/Tops": "Men Tops", "Men/Tops/Tees": "Men Tops Tees"},
-        **{"Women": "Women", "Women/Tops": "Women Tops", "Women/Tops/Tees": "Women Tops Tees"},
-        **{"Women/Bras": "Bras", "X": "X", "X/a_b": "a b"},
-    }
 
 
 def test_cells_are_read_as_shops_write_them():

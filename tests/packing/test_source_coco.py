@@ -145,14 +145,6 @@ def test_what_is_no_coco_file_is_refused_in_a_sentence(coco, text, message):
     assert "captions_val2017.json" in str(caught.value)
 
 
-def test_a_json_array_is_a_list_like_any_other(coco):
-    rows = [{"image": "1.jpg", "caption": ["a", "b"]}, {"image": "2.jpg", "label": "x"}, 3]
-    (coco / "list.json").write_text(json.dumps(rows))
-    source = read_source(coco / "list.json", ListOptions(image_root=str(coco / "val2017")))
-    assert texts(source) == {"1.jpg": (["a", "b"], []), "2.jpg": ([], ["x"])}
-    assert outcomes(source)["line 3"] == "bad row"
-
-
 def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path):
     for name in ("train.zip", "00001.zip"):
         write_zip(tmp_path / name, {f"n01440764/a b{n}.JPEG": jpeg(n) for n in (1, 2)})

@@ -21,8 +21,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.images import check as check_module
 from unicl_fast.packing.build import BuildSummary
-from unicl_fast.packing.label_space import collect_label_space
-from unicl_fast.packing.sources.items import spell_classes
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -190,14 +188,6 @@ def test_captions_of_another_tokenizer_are_tokenized_anew(packed, tmp_path):
     assert short.tokens == long.tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
 
 
-def test_lists_of_copies_find_samples_by_their_first_source(packed, tmp_path):
-    (tmp_path / "out.csv").write_text("name,source\n3.jpg,list.jsonl\n3.jpg,elsewhere\n")
-    listed = str(tmp_path / "out.csv")
-    summary = build(packed["pairs"], out=tmp_path / "set", leave_out=listed)
-    assert summary.passed_over == {f"images named in {listed}": 1}
-    assert "3.jpg" not in {one.name for one in samples_of(tmp_path / "set")}
-
-
 def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(packed, tmp_path, monkeypatch):
     shutil.copytree(packed["pairs"], tmp_path / "pairs")
     places, options = (packed["photos"], tmp_path / "pairs"), {"shard_bytes": 20_000}
@@ -213,16 +203,6 @@ def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(packed, tmp_pa
     change_manifest(tmp_path / "pairs", license="CC0-1.0")
     with pytest.raises(ValueError, match="made with other sources:"):
         build(*places, out=tmp_path / "set", **options)
-
-
-def test_classes_keep_their_numbers_and_equal_names_are_one_class():
-    lists = [["crane", "crane", "dog"], [], ["cat", "dog", "crane"]]
-    labels = ["ape", "big_cat", *(label for names in lists for label in spell_classes(names))]
-    space = collect_label_space(labels, lists)
-    assert space.names == ("crane", "crane", "dog", "cat", "ape", "big cat")
-    numbers = [[space.number_of(one) for one in spell_classes(names)] for names in lists]
-    assert numbers == [[0, 1, 2], [], [3, 2, 0]]
-    assert [space.number_of(label) for label in ("crane", "dog", "big_cat")] == [0, 2, 5]
 
 
 def change_manifest(folder: Path, **fields: object) -> None:

@@ -16,6 +16,7 @@ import pytest
 from foreign_sources import outcomes, read, read_source, texts, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
+from inline_checks import check_inline
 from pack_runs import jpeg
 from property_tests import examples
 
@@ -53,9 +54,7 @@ def described(found: pa.Table) -> pa.Table:
 @pytest.fixture
 def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
     """With files read in this process: a new one costs a second, and two tests are about it."""
-    monkeypatch.setattr(
-        source_tables, "run_limited", lambda function, tasks, **_: map(function, tasks)
-    )
+    check_inline(monkeypatch)
     return Spool(tmp_path / "spool")
 
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import webdataset
 from foreign_sources import outcomes, read, read_source, texts, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,16 +46,6 @@ def test_a_key_is_a_sample_with_its_texts(tmp_path):
     assert outcomes(scored) == {
         "a.tar/000": "low score", "a.tar/001": "low score", "a.tar/f/002": "read"
     }  # fmt: skip
-
-
-def test_what_webdataset_writes_is_read(tmp_path):
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
-        for number in range(5):
-            sample = {"__key__": f"{number:06d}", "jpg": jpeg(number), "txt": f"square {number}"}
-            writer.write(sample | {"json": {"label": f"class {number % 2}"}})
-    source = read_source(tmp_path / "a.tar")
-    assert texts(source)["a.tar/000003"] == (["square 3"], ["class 1"])
-    assert [read(item) for item in source.items] == [jpeg(number) for number in range(5)]
 
 
 @pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -99,53 +99,12 @@ def test_many_items_are_read_in_any_order_by_few_statements():
     assert sum("SELECT" in statement for statement in statements) <= 4
 
 
-def test_stores_of_a_spool_do_not_mix_and_close_with_it(tmp_path):
-    with Spool(tmp_path / "spool") as spool:
-        one, two = spool.new_items(), spool.new_items()
-        for number in range(10):
-            one.append_named(Item(f"{number}", labels=[number]))
-            two.append_named(Item(f"{number}", labels=[-number]))
-        number = two.find("7")
-        assert number is not None
-        assert two.at([number])[0].labels == [-7]
-        assert one.at([number])[0].labels == [7]
-        assert one.find("10") is None
-    assert list((tmp_path / "spool").iterdir()) == []
-
-
 def test_a_full_disk_is_told_by_what_it_is_needed_for():
     store = new_store()
     store._database.execute("PRAGMA max_page_count = 100")  # as a disk of 400 kB
     with pytest.raises(OSError, match="no room left for the list of samples") as caught:
         store.extend(Item(str(number), captions=["x" * 1000]) for number in range(1000))
     assert caught.value.errno == errno.ENOSPC
-
-
-def test_names_are_found_among_many():
-    store = new_store()
-    count = 1500
-    for number in range(count):
-        assert store.find(f"name {number}") is None
-        assert store.append_named(Item(f"name {number}")) == number
-    assert [store.find(f"name {number}") for number in range(count)] == list(range(count))
-    assert store.find("name") is None
-
-
-def source(name: str, count: int) -> Source:
-    items = new_store()
-    items.extend(Item(f"{name}{number}", labels=["cat"]) for number in range(count))
-    return Source(name=name, items=items, labels_are_names=True, passed_over=None)
-
-
-def test_views_are_the_lists_that_they_stand_for():
-    every = Samples([source("a", 2), source("b", 0), source("c", 3)])
-    assert [item.name for _, item in every] == ["a0", "a1", "c0", "c1", "c2"]
-    assert [name for name, _ in every] == ["a", "a", "c", "c", "c"]
-    some = every.choose(lambda sample: sample[1].name != "a1")
-    assert [item.name for _, item in some] == ["a0", "c0", "c1", "c2"]
-    turned = some.at(np.array([3, 0]))
-    assert [item.name for _, item in turned] == ["c2", "a0"]
-    assert len(every.choose(lambda sample: False)) == 0
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import PackedSample
-from unicl_fast.images.check import check_image
 from unicl_fast.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
@@ -105,12 +103,6 @@ class Damaged:
 
 places = st.integers(0, 2**20)
 flips = st.integers(1, 255)
-
-
-def test_what_was_packed_is_sound(packed):
-    assert len(list(packed.glob("shard-*.tar"))) >= 3
-    assert not faults_of(packed)
-    assert not faults_of(packed, decode=True)
 
 
 @given(data=st.data(), where=places, flip=flips)
@@ -284,28 +276,3 @@ def test_the_program_prints_some_and_lists_all(packed, copy, tmp_path, pack):
     assert {"samples.npy", "shard-000000.tar"} <= {row["file"] for row in rows}
     assert f"and {len(rows) - 1} more, listed in {tmp_path / 'all.csv'}" in text
     assert "FAULTS FOUND" in text
-
-
-@pytest.mark.long
-def test_verification_costs_little_beside_strict_decoding(shared_data, tmp_path, capsys):
-    """One worker against the same check of the same bytes in this process, in turns."""
-    files = sorted((shared_data / "decode" / "images").iterdir())
-    images = [check_image(path.read_bytes()) for path in files] * 6
-    out = write(
-        tmp_path / "set",
-        [sample(one.data, 0, height=one.height, width=one.width) for one in images],
-        shard_bytes=50_000_000,
-    )
-    ratios = []
-    for _ in range(5):
-        started = time.perf_counter()
-        for image in images:
-            check_image(image.data)
-        alone = time.perf_counter() - started
-        started = time.perf_counter()
-        assert not faults_of(out, decode=True)
-        ratios.append((time.perf_counter() - started) / alone)
-    with capsys.disabled():
-        listed = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-        print(f"\n{len(images)} images: time of verify / of strict decoding alone = {listed}")
-    assert np.median(ratios) < 1.5

@@ -19,7 +19,7 @@ from unicl_fast.packing import build as build_module
 from unicl_fast.packing.sources.entries import Entry, RefusedEntry
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
-from unicl_fast.packing.workers import Checked, ImageOptions, Problem, Task, check_in_order
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 
 # expected of each: what stands in quarantine.csv
 BAD: dict[str, tuple[Entry, str, str]] = {
@@ -97,13 +97,14 @@ def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
 def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path):
     """A signal from outside, a neighbour's leak: the second try in a fresh process is sound."""
     tasks = [
-        Task(name=str(number), entry=CrashingOnce(str(tmp_path / str(number)), jpeg(number)))
+        Task(str(number), CrashingOnce(str(tmp_path / str(number)), jpeg(number)), ("a dog",))
         for number in range(3)
     ]
     results = list(check_in_order(tasks, options=options(), context_length=77, workers=1))
-    assert [result.data for result in results if isinstance(result, Checked)] == [
-        jpeg(number) for number in range(3)
-    ]
+    for number, result in enumerate(results):
+        assert isinstance(result, Checked)
+        assert result.data == jpeg(number)
+        assert [len(ids) for ids in result.tokens] == [4]
 
 
 @pytest.mark.parametrize("times", [1, 99])
@@ -118,18 +119,6 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_again(tmp_path, time
     with pytest.raises(RuntimeError, match=r"could not start \(exit code -9\)"):
         list(results)
     assert len(list(tmp_path.iterdir())) == 3, "not for ever"
-
-
-def test_captions_are_tokenised_after_a_crash_as_before(tmp_path):
-    sound = CrashingOnce(str(tmp_path / "mark"), jpeg(1))
-    tasks = [
-        Task(name="a", entry=Crashing(signal.SIGSEGV), captions=("lost",)),
-        Task(name="b", entry=sound, captions=("a dog", "two dogs")),
-    ]
-    crash, result = check_in_order(tasks, options=options(), context_length=77, workers=1)
-    assert isinstance(crash, Problem)
-    assert isinstance(result, Checked)
-    assert [len(ids) for ids in result.tokens] == [4, 4]
 
 
 @pytest.mark.slow

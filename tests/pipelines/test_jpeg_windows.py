@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_sets import saved
@@ -21,7 +20,6 @@ from unicl_fast.images.codec import encode_jpeg, restart_interval
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 
-CPU = torch.device("cpu")
 SUBSAMPLINGS = ("420", "422", "444", "grey")
 
 

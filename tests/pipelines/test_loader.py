@@ -36,7 +36,6 @@ from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.pipelines.trial import try_decoder
 from unicl_fast.system import gpu_kernels
 from unicl_fast.text.class_lists import fill_template
-from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import build_prompts
@@ -219,19 +218,7 @@ def several(shared_data: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator
         Sample((folder / row["image"]).read_bytes(), captions=row["captions"], labels=of_row)
         for row, of_row in zip(rows, labels, strict=True)
     ]
-    # COCO's own groups, as far as these images need them
-    groups = {"person": 0, "dog": 1, "cow": 1, "teddy bear": 2}
-    groups |= dict.fromkeys(["bottle", "bowl", "cup", "fork", "knife", "spoon"], 3)
-    tree = Hierarchy(
-        names=("living being", "animal", "toy", "kitchenware"),
-        parents=(
-            *(len(names) + groups[name] if name in groups else -1 for name in names),
-            *(-1, len(names), -1, -1),
-        ),
-    )
-    with pack(
-        tmp_path / "coco", samples, class_names=names, tokenizer=tokenizer, hierarchy=tree
-    ) as dataset:
+    with pack(tmp_path / "coco", samples, class_names=names, tokenizer=tokenizer) as dataset:
         yield dataset
 
 

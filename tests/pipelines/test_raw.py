@@ -149,16 +149,6 @@ def test_raw_and_files_train_together_through_the_decoder(sets, prompts):
     assert_same(take(loader, count=STEPS), take(make_loader(sets["raw"], prompts), count=STEPS))
 
 
-def test_raw_data_sets_of_two_sizes_train_together(sets, prompts, tokenizer, tmp_path):
-    larger = saved(Image.effect_noise((50, 40), 90), format="PNG")
-    samples = [Sample(larger, captions=["noise"])] * 20
-    with pack(
-        tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
-    ) as other:
-        batches = take(make_loader([sets["raw"][LABELLED], other], prompts), count=3)
-    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}
-
-
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
     """The same images of many sizes, two of them grey, as PNGs and as PPMs."""

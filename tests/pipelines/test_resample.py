@@ -10,14 +10,13 @@ import llvmlite.binding
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from property_tests import examples
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from unicl_fast.pipelines.kernels.resample import resample_region, resample_windows
-from unicl_fast.pipelines.plan.crop import random_windows
+from unicl_fast.pipelines.kernels.resample import resample_region
 
 sides = st.integers(1, 70)
 TORCHVISION_MODES = {False: InterpolationMode.BILINEAR, True: InterpolationMode.BICUBIC}
@@ -112,22 +111,6 @@ def test_any_region_equals_the_oracle(height, width, size, flip, cubic, seed, da
     assert np.abs(crop - exact).max() < (1.75 if cubic else 0.55)
 
 
-@pytest.mark.parametrize("cubic", [False, True])
-@given(height=sides, width=sides, size=st.integers(1, 96), seed=st.integers(0, 2**32))
-@example(height=1, width=1, size=96, seed=0)
-@example(height=1, width=70, size=20, seed=0)
-@example(height=70, width=1, size=20, seed=0)
-@example(height=70, width=70, size=1, seed=0)
-@examples(200)
-def test_noise_of_any_size_is_torchvision_s_to_one_level(cubic, height, width, size, seed):
-    """Torchvision rounds to whole levels between its two passes, hence the one."""
-    image = random_image(height, width, seed)
-    gap = resampled(image, size, cubic=cubic).astype(int) - torchvision_s(image, size, cubic)
-    assert np.abs(gap).max() <= 1
-    if cubic:  # the same arithmetic, as far as float32 carries it
-        assert np.count_nonzero(gap) <= 1
-
-
 _SUM_OF_SQUARES = """
 import zlib
 import numpy as np
@@ -191,45 +174,3 @@ def test_a_crop_of_its_own_size_is_copied():
     assert np.array_equal(resampled(image, 28), image)
     assert np.array_equal(resampled(image, 28, flip=True), image[:, ::-1])
     assert np.array_equal(resampled(image, 28, cubic=True), image)
-
-
-@pytest.mark.slow
-@given(
-    height=sides,
-    width=sides,
-    size=st.integers(1, 40),
-    cubic=st.booleans(),
-    few_values=st.booleans(),
-    key=st.integers(0, 2**64 - 1),
-)
-@examples(200)
-def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
-    height, width, size, cubic, few_values, key
-):
-    """Small windows are widened to 16 bits first, large ones are not; sizes differ."""
-    count = 5
-    rng = np.random.default_rng(key)
-    heights, widths = (rng.integers(1, side + 1, count) for side in (height, width))
-    images = [random_image(h, w, i) for i, (h, w) in enumerate(zip(heights, widths, strict=True))]
-    between = np.zeros(3, np.uint8)
-    content = np.concatenate([part for each in images for part in (between, each.reshape(-1))])
-    firsts = 3 + np.concatenate([[0], np.cumsum(3 + 3 * heights * widths)[:-1]])
-    starts, shapes = random_windows(
-        heights, widths, np.arange(count), key=key, scale=(0.02, 1.0), ratio=(0.3, 3.0)
-    )
-    flips = rng.integers(0, 2, count).astype(np.int32)
-    guard = 64
-    memory = np.full(2 * guard + count * size * size * 3, 77, np.uint8)
-    crops = memory[guard:-guard].reshape(count, size, size, 3)
-    most = 0 if few_values else 1 << 14
-    for begin, end in ((0, 2), (2, 2), (2, count)):
-        resample_windows(
-            crops, content, firsts, widths, starts, shapes, flips, cubic, begin, end, most
-        )
-    assert (memory[:guard] == 77).all()
-    assert (memory[-guard:] == 77).all()
-    for i in range(count):
-        (top, left), (h, w) = starts[i], shapes[i]
-        window = np.ascontiguousarray(images[i][top : top + h, left : left + w])
-        alone = resampled(window, size, flip=bool(flips[i]), cubic=cubic)
-        assert np.array_equal(crops[i], alone)

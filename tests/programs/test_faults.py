@@ -139,16 +139,6 @@ def test_a_signal_before_training_ends_the_program_at_once_with_75(data, tmp_pat
         program.assert_nothing_is_left()
 
 
-def test_nothing_outlives_a_killed_rank(data, tmp_path):
-    with running(data, tmp_path) as program:
-        program.wait_until_it_trains()
-        assert sorted(program.processes().values()) == ["", "0", "1"]
-        os.kill(program.rank(1), signal.SIGKILL)
-        # its own code, and not the one of another that lost its peer
-        assert program.process.wait(120) == 137, program.messages
-        program.assert_nothing_is_left()
-
-
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_nothing_outlives_a_killed_launcher(data, tmp_path, torchrun):
     with running(data, tmp_path, torchrun=torchrun) as program:

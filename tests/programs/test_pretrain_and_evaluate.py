@@ -14,7 +14,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hub_server import serve_hub
 from PIL import Image
 from program_runs import (
     SMALL,
@@ -32,7 +31,6 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import TrainConfig
 from unicl_fast.tools import pretrain
-from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.metrics import read_metrics
 
@@ -128,33 +126,6 @@ def test_a_quiet_run_says_nothing_and_keeps_its_log(data, tmp_path):
     lines = (out / "log.txt").read_text().splitlines()
     assert f"{STEPS} steps done" in lines[-1]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I ", line) for line in lines)
-
-
-@pytest.mark.long
-def test_a_run_starts_from_the_hub_and_resumes_without_it(data, unbroken, tmp_path, monkeypatch):
-    call(convert, "hf", unbroken, tmp_path / "hub" / "us" / "first")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    out = tmp_path / "run"
-    sources = ["--data.train", data / "labels", data / "captions"]
-    arguments = [*SMALL, *sources, "--nproc", "2", "--run.steps", "4", "--init", "hf-hub:us/first"]
-    with serve_hub(tmp_path / "hub") as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        done = run("pretrain", *arguments, "--out", out)
-    assert done.stderr.count("model.init=hf-hub:us/first: loaded image encoder test_vit") == 1
-    downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
-    assert len(downloads) == 2
-    trained, fresh = losses(out)[0], losses(unbroken)[0]
-    assert abs(trained - losses(unbroken)[-1]) < abs(fresh - losses(unbroken)[-1])
-    shutil.rmtree(tmp_path / "home")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments[arguments.index("4")] = "6"
-    run("pretrain", *arguments, "--out", out, "--resume", "auto")
-    assert len(losses(out)) == 6
-    assert json.loads((out / "config.json").read_text())["model"]["init"] == "hf-hub:us/first"
-    refused = run("pretrain", *arguments, "--out", tmp_path / "other", expect=2)
-    assert refused.stderr.count("the hub cannot be reached") == 1
-    assert "Traceback" not in refused.stderr
 
 
 LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from object_stores import FaultyLine, FaultyStore, put, s3_environment
-from program_runs import SMALL, call, losses, run, weights
+from program_runs import SMALL, call
 
 from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
@@ -25,7 +23,6 @@ from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.pack import __main__ as pack
-from unicl_fast.training.metrics import read_metrics
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow  # each opening of S3 takes half a second; the like without it is not
@@ -180,28 +177,3 @@ def test_no_file_and_no_message_holds_a_password_of_a_url(
         assert not [path for path in files if secret.encode() in path.read_bytes()]
         stored = {name: file for name, file in FaultyStore.store.items() if "/labels/" in name}
         assert not [name for name, file in stored.items() if secret.encode() in file.getvalue()]
-
-
-@pytest.mark.long
-def test_two_ranks_train_from_s3_over_a_bad_line_as_from_a_folder(data, line, tmp_path):
-    url = f"s3://bucket/{tmp_path.name}/labels"
-    run("pack", "upload", data / "labels", "--out", url)
-    line.fault = NowAndThen("500", "cut", "short", "slow", every=6)
-    line.requests.clear()
-    more = ["--nproc", "2", "--data.cache-bytes", "65536", "--data.shuffle-window", "16"]
-    run("pretrain", *SMALL, *more, "--data.train", data / "labels", "--out", tmp_path / "local")
-    run(
-        *("pretrain", *SMALL, *more, "--data.train", url, "--out", tmp_path / "remote"),
-        *("--data.cache-folder", tmp_path / "cache"),
-    )
-    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
-    assert weights(tmp_path / "remote") == weights(tmp_path / "local")
-    lines = read_metrics(tmp_path / "remote")
-    assert lines[-1]["storage_bytes_read"] > lines[-1]["storage_bytes_needed"] / 4 > 0
-    blocks = [(path, asked) for method, path, asked in line.requests
-              if method == "GET" and path.endswith(".tar") and asked]  # fmt: skip
-    assert len(blocks) < 2 * len(set(blocks))  # each once, and the failed tries
-    config = json.loads((tmp_path / "remote" / "config.json").read_text())
-    assert config["data"]["train"] == [url]
-    run("pack", "verify", url, "--no-decode")
-    assert not os.listdir(tmp_path / "home" / "unicl_fast" / "work")

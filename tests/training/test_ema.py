@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from compared_runs import assert_equal, last_of
-from rank_workers import run_on_ranks, write_averages
 from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, tiny_config, trainer_of
 
@@ -140,15 +139,3 @@ def test_a_run_without_it_can_resume_with_it_and_back(images, tmp_path, caplog):
     plain = trainer_of(images, tiny_config(steps=5), tmp_path)
     plain.resume(tmp_path / "checkpoints" / "step-00000004")
     assert_equal_weights(plain.model, averaged.model)
-
-
-@pytest.mark.slow
-def test_it_is_equal_on_all_ranks_and_that_of_one_process(images, tmp_path):
-    config = averaging_config(steps=3)
-    run_on_ranks(write_averages, 2, images, tmp_path, config)
-    alone = trainer_of(images, config)
-    alone.fit()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, weight in alone.ema.module.state_dict().items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)

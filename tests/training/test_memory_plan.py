@@ -26,7 +26,6 @@ from unicl_fast.training import memory_plan
 from unicl_fast.training.memory_plan import MemoryPlan, check_memory, check_sizes, plan
 
 TESTS = Path(__file__).parents[1]
-GOLDEN = TESTS / "golden" / "memory_plan.json"
 CPU = torch.device("cpu")
 CARDS = {"40 GB": 40 << 30, "80 GB": 80 << 30}
 """GPUs sold as of 40 and 80 GB hold so many bytes, or a percent less."""

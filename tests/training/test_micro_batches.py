@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from rank_workers import first_gradients, run_on_ranks, write_gradients, write_objective_gradients
+from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
 from small_runs import labelled_loader, objective_config, tiny_config, trainer_of
 
 from unicl_fast.distributed.ranks import Ranks
@@ -43,36 +43,25 @@ def test_micro_batches_give_the_gradients_of_the_batch(images, plain, micro_batc
     assert_equal_gradients(gradients, plain[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
-def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
-    images, plain, tmp_path, world_size,
-    micro_batch_size,
-):  # fmt: skip
-    efficiency = {"micro_batch_size": micro_batch_size}
-    run_on_ranks(write_gradients, world_size, images, str(tmp_path), efficiency)
-    for written in [f"{form}{r}.pt" for form in ("dense", "tiled") for r in range(world_size)]:
-        loss, gradients = torch.load(tmp_path / written, weights_only=True)
-        assert loss == pytest.approx(plain[0], rel=1e-13)
-        assert_equal_gradients(gradients, plain[1])
-
-
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_micro_batches_of_the_sigmoid_form(images, tmp_path, world_size):
-    """Its bias has a gradient too, which every rank adds to once."""
-    loader = labelled_loader(images, "sigmoid")
-    plain = first_gradients(images, Ranks(), objective_config("sigmoid"), loader)
-    assert "logit_bias" in plain[1]
-    arguments = images, str(tmp_path), ["sigmoid"], {"micro_batch_size": 5}
+@pytest.mark.parametrize(
+    "world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))]
+)
+def test_micro_batches_on_ranks_give_the_gradients_of_one_process(images, tmp_path, world_size):
+    """Under the sigmoid form its bias has a gradient too, which every rank adds to once."""
+    objectives = ["unicl", "sigmoid"]
+    arguments = images, str(tmp_path), objectives, {"micro_batch_size": 3}
     if world_size == 1:
         write_objective_gradients(Ranks(), *arguments)
     else:
         run_on_ranks(write_objective_gradients, world_size, *arguments)
-    for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
-        path = tmp_path / f"sigmoid-{form}{rank}.pt"
-        loss, gradients = torch.load(path, weights_only=True)
-        assert loss == pytest.approx(plain[0], rel=1e-13)
-        assert_equal_gradients(gradients, plain[1])
+    for objective in objectives:
+        loader = labelled_loader(images, objective)
+        plain = first_gradients(images, Ranks(), objective_config(objective), loader)
+        for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
+            path = tmp_path / f"{objective}-{form}{rank}.pt"
+            loss, gradients = torch.load(path, weights_only=True)
+            assert loss == pytest.approx(plain[0], rel=1e-13)
+            assert_equal_gradients(gradients, plain[1])
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 3e-3)])

@@ -13,13 +13,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
-from rank_workers import run_on_ranks, train_each, train_each_compiled
+from rank_workers import run_on_ranks, train_each
 from small_runs import tiny_config, trainer_of
 
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.compilation import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
 from unicl_fast.presets import build_preset
 from unicl_fast.training.encoding import encoder_autocast
@@ -162,20 +161,6 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(images,
     first, second = ("back from off on 2", "back from full on 2")
     assert losses_of(tmp_path / first) == pytest.approx(losses_of(tmp_path / second), rel=1e-9)
     assert len(losses_of(tmp_path / first)) == STEPS
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
-def test_compiled_blocks_are_divided(images, tmp_path):
-    plain = {"off": (config_of(), None)}
-    compiled = {
-        "full": (config_of("full", compile="blocks"), None),
-        "recomputed": (config_of("full", compile="blocks", activation_checkpointing=True), None),
-    }
-    run_on_ranks(train_each, 2, images, tmp_path, plain)
-    run_on_ranks(train_each_compiled, 2, images, tmp_path, compiled)
-    for run in compiled:
-        assert_close_runs(tmp_path / run, tmp_path / "off", **IN_FP64)
 
 
 def test_owners_have_nearly_as_much_each():

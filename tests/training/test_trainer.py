@@ -18,17 +18,16 @@ import torch
 from compared_runs import assert_equal, last_of, losses_of
 from small_runs import (
     StepLoader,
-    global_batch,
     labelled_loader,
     objective_config,
     tiny_config,
     trainer_of,
 )
 
-from unicl_fast.batch import Batch, ListLoader, ReadingTime
+from unicl_fast.batch import Batch, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.config_json import config_from_dict, load_config
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.distributed.ranks import Ranks
@@ -160,18 +159,6 @@ def test_a_run_of_muon_resumes_with_more_frozen(images, tmp_path):
     resumed = trainer_of(images, config.changed(optim={"freeze": ("text",)}), tmp_path / "b")
     resumed.resume(tmp_path / "checkpoints" / "step-00000006")
     assert resumed.step == 6
-
-
-def test_a_list_of_batches_trains_and_the_loss_falls(images):
-    config = dataclasses.replace(
-        tiny_config(image_encoder="unicl_convnet7_small", steps=40),
-        efficiency=EfficiencyConfig(precision="fp32"),
-    )
-    trainer = make_trainer(config, ListLoader([global_batch(images)]), progress=False)
-    first = trainer.train_step(next(trainer.loader.batches(0)))[0].item()
-    trainer.fit()
-    last = trainer.train_step(next(trainer.loader.batches(0)))[0].item()
-    assert last < first - 0.5
 
 
 def test_a_run_without_a_length_or_with_views_that_nothing_uses_is_refused(images):
