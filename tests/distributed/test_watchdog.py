@@ -103,6 +103,17 @@ def test_progress_starts_the_time_anew():
     assert clock.codes == []
 
 
+def test_a_run_on_a_gpu_names_versions_that_nobody_tried(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(run, "choose_device", lambda *_, **__: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(run, "untried_versions", lambda: "nobody has tried torch 9")
+    build = mock.Mock(side_effect=ValueError("enough"))
+    monkeypatch.setattr(run, "build_trainer", build)
+    with pytest.raises(ValueError, match="enough"):
+        run.pretrain(TrainConfig(), run_folder=tmp_path, build_loader=build, evaluate=build)
+    assert "nobody has tried torch 9; `uv sync --extra cuda13`" in caplog.text
+
+
 def test_all_before_the_first_step_has_the_patience_that_the_config_promises(monkeypatch, tmp_path):
     stages = []
 

@@ -156,6 +156,9 @@ def test_a_device_that_does_not_compute_is_a_fault(monkeypatch):
     monkeypatch.setattr(software, "obstacle_to_triton", lambda index, oldest: "")
     real = torch.ones
     monkeypatch.setattr(torch, "ones", lambda size, device: real(size))
+    monkeypatch.setattr(software, "untried_versions", lambda: "nobody has tried torch 9")
+    assert_found(software.check_torch(), "warning", "H100; nobody has tried torch 9 `uv sync")
+    monkeypatch.setattr(software, "untried_versions", lambda: "")
     assert_found(software.check_torch(), "ok", "; H100")
     monkeypatch.setattr(software, "obstacle_to_triton", lambda index, oldest: "Triton is missing")
     assert_found(software.check_torch(), "warning", "Triton is missing: no fused kernels")

@@ -43,6 +43,8 @@ def _twelve_cores(monkeypatch: Patch, tmp_path: Path) -> None:
 
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 FEW_SHAPES = {"LRU_CACHE_CAPACITY": "128"}
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+OLD_NCCL = {"TORCH_DIST_USE_NCCL2": "0"}
 _NODE_0, _NODE_1 = range(56), range(56, 112)
 
 
@@ -143,9 +145,10 @@ def test_a_quota_of_any_group_around_counts(tmp_path):
         ("cpu", ["nvidia0"], {}, PASSIVE | FEW_SHAPES),
         ("auto", ["nvidiactl"], {}, PASSIVE | FEW_SHAPES),
         ("cpu", [], {"OMP_WAIT_POLICY": "active"}, FEW_SHAPES),
-        ("auto", ["nvidia0"], {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
-        ("cuda", [], {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
-        ("cuda", [], {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {}),
+        ("auto", ["nvidia0"], {}, EXPANDABLE | OLD_NCCL),
+        ("cuda", [], {}, EXPANDABLE | OLD_NCCL),
+        ("cuda", [], {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, OLD_NCCL),
+        ("cuda", [], {"PYTORCH_ALLOC_CONF": "x", "TORCH_DIST_USE_NCCL2": "1"}, {}),
     ],
 )
 def test_threads_sleep_on_a_cpu_and_the_memory_of_a_gpu_grows(

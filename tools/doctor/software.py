@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.system.gpu_kernels import obstacle_to_triton
+from unicl_fast.system.installation import INSTALL_TRIED, untried_versions
 from unicl_fast.system.machine import choose_decode_device
 
 from .rows import Check, Found
@@ -62,7 +63,10 @@ def check_torch() -> Found:
     found += f"; {', '.join(names)}"
     if obstacle := obstacle_to_triton(None, oldest=_OLDEST_FOR_TRITON):
         found += f"; {obstacle}: no fused kernels for the loss and window attention"
-        return Found("warning", found, "pip install triton, and install gcc (or name one in CC)")
+        fix = "pip install triton, and install gcc (or name one in CC) and python3-dev"
+        return Found("warning", found, fix)
+    if untried := untried_versions():
+        return Found("warning", f"{found}; {untried}", INSTALL_TRIED)
     return Found("ok", found)
 
 

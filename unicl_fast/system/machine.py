@@ -245,6 +245,8 @@ def choose_environment(device: str) -> None:
         # torch's allocator then extends its memory instead of keeping pieces
         if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
             os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+        # since 2.15 "nccl" means a new backend, which nobody has tried here (pytorch PR 192281)
+        os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
         return
     # for ideep, torch's wrapper of oneDNN, which keeps prepared products for the latest shapes:
     # texts have new ones at each step, and the default of 1,024 cost 400 MB after 90 steps for 1 %

@@ -28,6 +28,7 @@ from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.writer import has_ledger
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
+from unicl_fast.system.installation import INSTALL_TRIED, untried_versions
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
@@ -122,6 +123,8 @@ def pretrain(
     ):
         configure_logging(ranks, quiet=quiet and not dry_run)
         write_log_to = stack.enter_context(keeping_log())
+        if device.type == "cuda" and (untried := untried_versions()):
+            logger.warning("%s; %s", untried, INSTALL_TRIED)
         mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
             check_settings(config, ranks)
