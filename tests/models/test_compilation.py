@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import shutil
+import sysconfig
 from collections.abc import Callable
 
 import numpy as np
@@ -346,6 +347,10 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch):
         found.remove(missing)
         assert settled(model, "cuda") == "off"
         found.add(missing)
+    with monkeypatch.context() as without_headers:  # Triton would fail at the first step
+        without_headers.setattr(sysconfig, "get_path", lambda *_: "/nowhere")
+        assert settled(model, "cuda") == "off"
+        assert "python3-dev" in compilation._obstacle_to_blocks(model, torch.device("cuda"))
     capability = (6, 1)
     assert settled(model, "cuda") == "off"
     capability = (7, 0)

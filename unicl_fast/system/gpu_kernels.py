@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import sysconfig
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,9 @@ def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
         return "the GPU is too old for Triton"
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
         return "Triton finds no C compiler"  # for the code that launches a kernel
+    # that code includes it; Debian's default scheme names another folder
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
+        return "Triton finds no Python.h (package python3-dev)"
     return ""
 
 
