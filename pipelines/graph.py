@@ -36,9 +36,11 @@ from .kernels.operators import GraphParts, augment, augment_operator, resample_o
 NextInputs = Callable[[], tuple[Any, ...]]
 """Returns the inputs of one batch; raises StopIteration after the last one."""
 
-HW_DECODER_LOAD = 0.65
+HW_DECODER_LOAD = 0.0
 """Part of a batch's JPEGs for the hardware decoder of a GPU that has one; its cores decode the
-others. DALI's default; its own benchmark on a Hopper uses 0.12 with 70 threads."""
+others. None until a busy H100 has passed `trial.py`: its engine ignores the order of streams, and
+others saw 134 of 200 rounds corrupted (torchcodec PR 1634, vision PR 9606). DALI's default is 0.65.
+"""
 # DALI widens these filters when it shrinks an image (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}

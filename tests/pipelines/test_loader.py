@@ -449,6 +449,34 @@ def test_a_decoder_is_tried_on_images_of_the_data(datasets, monkeypatch, here):
     assert (str(device), *(dataset.location for dataset in datasets)) in trial._tried
 
 
+OTHER_PIXELS = {
+    "black": lambda images, before: torch.zeros_like(images),
+    "shifted": lambda images, before: images.roll(1, 2),
+    "one image torn": lambda images, before: torch.cat([images[:1].roll(9, 1), images[1:]]),
+    "of the batch before": lambda images, before: before,
+}
+
+
+@pytest.mark.parametrize("fault", OTHER_PIXELS)
+def test_a_decoder_that_gives_other_pixels_than_the_cpu_s_fails_its_trial(
+    datasets, monkeypatch, fault
+):
+    """The second of two decoders is the device's."""
+    decodes, begun = trial.decode, itertools.count()
+
+    def faulty(*arguments: Any, **settings: Any) -> Iterator[tuple[torch.Tensor, int]]:
+        is_device, before = next(begun) % 2, None
+        for images, turn in decodes(*arguments, **settings):
+            before = images.clone() if before is None else before
+            yield (OTHER_PIXELS[fault](images, before) if is_device else images), turn
+
+    monkeypatch.setattr(trial, "decode", faulty)
+    data = make_config().data
+    settings = {"image_size": data.image_size, "interpolation": data.interpolation}
+    with pytest.raises(ArithmeticError, match="its pixels differ from the CPU's"):
+        trial._decode(*trial._first_images(datasets, data), settings, "cpu")
+
+
 @pytest.mark.parametrize(
     ("decode", "seconds", "fault"),
     [
