@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
-from unicl_fast.system import gpu_kernels
-from unicl_fast.system.child import fault_of
+from unicl_fast.system.gpu_kernels import fault_of_child
 from unicl_fast.system.machine import usable_cores
 
 from .graph import Pipeline, build_evaluation_graph, build_train_graph
@@ -44,7 +43,7 @@ def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: tor
         return
     settings = {"image_size": data.image_size, "interpolation": data.interpolation}
     images = _first_images(datasets, data)
-    fault = fault_of(_decode, *images, settings, str(device), seconds=gpu_kernels.TRIAL_SECONDS)
+    fault = fault_of_child(_decode, *images, settings, str(device))
     if not fault:
         _tried.add(key)
         return

@@ -14,7 +14,7 @@ import torch
 
 
 def try_out(device: torch.device, what: str, *arguments: str) -> None:
-    {"crashes": crash, "mutated": _mutate}[what](device, *arguments)
+    {"crashes": crash, "has no GPU": have_no_gpu, "mutated": _mutate}[what](device, *arguments)
 
 
 def crash(*_: object) -> None:
@@ -23,6 +23,10 @@ def crash(*_: object) -> None:
 
 def fail(*_: object) -> None:
     raise RuntimeError("no driver")
+
+
+def have_no_gpu(*_: object) -> None:
+    raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
 
 def hang(*_: object) -> None:

@@ -437,12 +437,12 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
 def test_a_decoder_is_tried_on_images_of_the_data(datasets, monkeypatch, here):
     """With the CPU's, in a child; one that has passed is not tried again."""
 
-    def decode_here(function: Callable[..., None], *arguments: Any, seconds: float) -> str:
+    def decode_here(function: Callable[..., None], *arguments: Any) -> str:
         function(*arguments)
         return ""
 
     if here:
-        monkeypatch.setattr(trial, "fault_of", decode_here)
+        monkeypatch.setattr(trial, "fault_of_child", decode_here)
     monkeypatch.setattr(trial, "_tried", set())
     data, device = make_config().data, torch.device("cpu")
     try_decoder(datasets, data, device)

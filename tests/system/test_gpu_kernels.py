@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from unicl_fast.config import EfficiencyConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models import compilation
+from unicl_fast.objectives import loss
 from unicl_fast.system import gpu_kernels, kernels
 from unicl_fast.system.gpu_kernels import fault_in_trial
+from unicl_fast.training.settle import settle_loss
 
 pytest.importorskip("triton")
 
@@ -28,7 +34,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def fault_after_a_start(*arguments: object) -> str:
-    fault_in_trial.cache_clear()
+    gpu_kernels._answers.clear()
     return fault_in_trial(*arguments)
 
 
@@ -70,6 +76,29 @@ def test_a_crash_or_a_hang_is_a_fault(cache, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "TRIAL_SECONDS", 0.01)
     assert "did not end within" in fault_after_a_start("faulty_trials", CPU, "crashes")
     assert not list(cache.rglob("right-*"))
+
+
+def test_a_gpu_for_one_process_only_is_no_fault_of_kernels():
+    """In compute mode EXCLUSIVE_PROCESS the trial's child gets no context."""
+    found = fault_after_a_start("faulty_trials", CPU, "has no GPU")
+    expected = r"faulty_trials has no GPU: the trial could not begin.*`nvidia-smi -c 0` admits"
+    assert re.match(expected, found)
+
+
+def test_ranks_take_the_answer_of_another_where_no_file_can_keep_it(monkeypatch):
+    """All ranks of a machine would try the loss at once, in the first step."""
+    monkeypatch.setattr(kernels, "cache_folder", lambda: None)
+    monkeypatch.setattr(gpu_kernels, "fault_of", lambda *_, **__: "was tried again")
+    monkeypatch.setattr(compilation, "gather_integers", lambda value, ranks: [value, 0])
+    monkeypatch.setattr(loss, "obstacle_to_triton", lambda index, oldest: "")
+    config = TrainConfig(efficiency=EfficiencyConfig(precision="bf16", loss="auto"))
+    config = config.changed(run={"global_batch_size": 4096})
+    ranks, gpu = Ranks(rank=1, local_rank=1, world_size=2), torch.device("cuda:1")
+    monkeypatch.setattr(gpu_kernels, "_answers", {})
+    assert "tried again" in loss.fault_of_triton(gpu)
+    gpu_kernels._answers.clear()
+    assert settle_loss(config, gpu, ranks) == "auto"
+    assert loss.fault_of_triton(gpu) == ""
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # The CPU's number is measured, the GPU's only modelled; docs/loss.md.
 _SMALLEST_TILED = {"cpu": 1 << 20, "cuda": 1 << 22}
 _OLDEST_FOR_TRITON = (8, 0)  # A100 and later have the matrix instructions it needs
+TRIAL = "unicl_fast.objectives.loss_trial"
 
 
 def reference_loss(
@@ -279,8 +280,7 @@ def fault_of_triton(device: torch.device, dtype: torch.dtype = torch.float32) ->
     """How Triton's kernels fail on a device, or ""; tried once on a machine, for half a minute."""
     if obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
         return ""  # "auto" uses none
-    name = str(dtype).removeprefix("torch.")
-    return fault_in_trial("unicl_fast.objectives.loss_trial", device, name)
+    return fault_in_trial(TRIAL, device, str(dtype).removeprefix("torch."))
 
 
 def _triton_tiles() -> type[Tiles]:

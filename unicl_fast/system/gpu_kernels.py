@@ -6,7 +6,6 @@ of bounds. A file remembers a trial that went well.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -18,8 +17,9 @@ import re
 import shutil
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.child import fault_of
@@ -33,6 +33,12 @@ logger = logging.getLogger(__name__)
 _FIRST_WITH_FENCES = (3, 7, 1)
 _HOPPER = 90
 TRIAL_SECONDS = 300.0  # enough to import torch from a slow disk and compile five kernels
+_EXCLUSIVE = (
+    "could not begin, since this GPU admits one process only (EXCLUSIVE_PROCESS; `nvidia-smi -c 0` "
+    "admits a second one)"
+)
+_answers: dict[tuple[object, ...], str] = {}
+"""The answers of this process's trials, by trial, device and arguments."""
 
 
 def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
@@ -65,7 +71,13 @@ def fenced_stages(stages: int, *, capability: int, version: str) -> int:
     return 1 if capability >= _HOPPER and release < _FIRST_WITH_FENCES else stages
 
 
-@functools.cache
+def fault_of_child(function: Callable[..., object], *arguments: Any) -> str:
+    """As `fault_of`, for work on a GPU; a GPU that admits no second process is said as that."""
+    fault = fault_of(function, *arguments, seconds=TRIAL_SECONDS)
+    # cudaErrorDevicesUnavailable, in the words of torch and of DALI
+    return _EXCLUSIVE if "busy or unavailable" in fault else fault
+
+
 def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
     """Tries kernels on a device, in a child, unless they passed on this machine before.
 
@@ -78,13 +90,25 @@ def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
     Returns:
         The fault, without a full stop; empty if there is none.
     """
+    key = trial, device, *arguments
+    if key not in _answers:
+        _answers[key] = _ask_or_try(trial, device, arguments)
+    return _answers[key]
+
+
+def adopt_answer(fault: str, trial: str, device: torch.device, *arguments: str) -> None:
+    """Makes another rank's answer this one's, which need not try where no file can remember it."""
+    _answers[trial, device, *arguments] = fault
+
+
+def _ask_or_try(trial: str, device: torch.device, arguments: tuple[str, ...]) -> str:
     what = " ".join([trial.rpartition(".")[2], *arguments])
     kept = _file_of(trial, device, arguments)
     if kept is not None and kept.is_file():
         logger.info("%s: right on this machine, as an earlier start has found", what)
         return ""
     begun = time.monotonic()
-    fault = fault_of(_try_out, trial, str(device), *arguments, seconds=TRIAL_SECONDS)
+    fault = fault_of_child(_try_out, trial, str(device), *arguments)
     if fault:
         return f"{what}: the trial {fault}"
     seconds = time.monotonic() - begun

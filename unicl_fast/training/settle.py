@@ -23,8 +23,9 @@ from unicl_fast.models.compilation import all_can, settle_compilation, settle_wi
 from unicl_fast.models.precision import settle_precision
 from unicl_fast.models.sharding import check_sharding
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.loss import fault_of_triton, stores_logits
+from unicl_fast.objectives.loss import TRIAL, fault_of_triton, stores_logits
 from unicl_fast.objectives.operands import LossForm
+from unicl_fast.system.gpu_kernels import adopt_answer
 from unicl_fast.system.machine import choose_decode_device
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,10 @@ def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loss
         return form
     fault = "" if ranks.local_rank else fault_of_triton(device)
     best = "dense, or triton for many logits"
-    return "auto" if all_can("loss", best, "tiled", "", device, ranks, fault=fault) else "tiled"
+    if not all_can("loss", best, "tiled", "", device, ranks, fault=fault):
+        return "tiled"
+    adopt_answer("", TRIAL, device, "float32")  # else each rank would try them in its first step
+    return "auto"
 
 
 def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
