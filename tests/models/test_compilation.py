@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -295,6 +296,50 @@ def test_the_compiled_step_is_the_eager_step(images, others):
         torch.testing.assert_close(weight, eager[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
+FAULTS = {
+    "none": (lambda outputs: outputs, ""),
+    "all off by 5 %": (lambda outputs: [1.05 * one for one in outputs], "the value of "),
+    "one of many": (lambda outputs: [*outputs[:-1], 1.05 * outputs[-1]], "is off by"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_compiled_blocks_are_tried_against_eager_fp32(monkeypatch, fault):
+    """Value and gradients of each kind of block in bf16, by Inductor as `auto` would take them."""
+    from torch._inductor import compile_fx
+
+    real, (change, expected) = compile_fx.compile_fx_inner, FAULTS[fault]
+    blocks = []
+
+    def faulty(graph, inputs, **settings):
+        compiled = real(graph, inputs, **settings)
+        blocks.append(settings.get("is_backward", False))
+        is_hit = fault != "one of many" or settings.get("is_backward")
+
+        def call(given):
+            outputs = compiled(given)
+            return change(outputs) if is_hit and fault != "none" else outputs
+
+        call._boxed_call = True
+        return call
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", faulty)
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="bf16")
+    config = config.changed(model={"text_layers": 2})
+    tried = []
+    monkeypatch.setattr(compilation, "fault_in_trial", lambda *given: tried.append(given) or "")
+    compilation._fault_of_blocks(config, torch.device("cpu"))
+    ((trial, device, *arguments),) = tried
+    outcome = contextlib.nullcontext()
+    if expected:
+        outcome = pytest.raises(ArithmeticError, match=expected)
+    with outcome:
+        importlib.import_module(trial).try_out(device, *arguments)
+    print(blocks)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
@@ -332,7 +377,7 @@ def settled(model: UniCL, device: str) -> str:
     return settle_compilation(EfficiencyConfig(precision="fp64"), model, torch.device(device))
 
 
-def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch):
+def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch, caplog):
     model = build_model(tiny_config())
     capability = (8, 0)
     found = {"g++", "gcc", "triton"}
@@ -342,6 +387,8 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(compilation, "has_compiler", lambda: "g++" in found)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
+    fault = ""
+    monkeypatch.setattr(compilation, "fault_in_trial", lambda *_: fault)
     assert (settled(model, "cpu"), settled(model, "cuda")) == ("off", "blocks")
     for missing in ("g++", "gcc", "triton"):
         found.remove(missing)
@@ -351,7 +398,10 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(monkeypatch):
         without_headers.setattr(sysconfig, "get_path", lambda *_: "/nowhere")
         assert settled(model, "cuda") == "off"
         assert "python3-dev" in compilation._obstacle_to_blocks(model, torch.device("cuda"))
-    capability = (6, 1)
+    fault = "block_trial fp64: the value of Block is off by 5.0e-02 of its norm"
+    assert settled(model, "cuda") == "off"
+    assert [one.levelname for one in caplog.records if fault in one.message] == ["WARNING"]
+    fault, capability = "", (6, 1)
     assert settled(model, "cuda") == "off"
     capability = (7, 0)
     assert settled(build_model(tiny_config(image_encoder="test_nfnet")), "cuda") == "off"

@@ -6,21 +6,26 @@ Text counts and lengths are rounded up to a few sizes, to reuse compiled graphs
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import shutil
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import Compilation, EfficiencyConfig, WindowAttention
+from unicl_fast.config import Compilation, EfficiencyConfig, TrainConfig, WindowAttention
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.models.blocks import KNOWN_BLOCKS, SWIN_BLOCK, find_blocks, has_batch_norm
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
+from unicl_fast.system.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +43,17 @@ def has_compiler() -> bool:
 def settle_compilation(
     efficiency: EfficiencyConfig, model: UniCL, device: torch.device, *, ranks: Ranks = _ALONE
 ) -> Compilation:
-    """Resolves `efficiency.compile=auto`: blocks if all ranks have a GPU that can, else off."""
+    """Resolves `efficiency.compile=auto`: blocks if all ranks have a GPU that can, else off.
+
+    One rank of each machine tries the compiled blocks first, with the `efficiency` of the run.
+    """
     if efficiency.compile != "auto":
         return efficiency.compile
-    obstacle = _obstacle_to_blocks(model, device)
-    return "blocks" if all_can("compile", "blocks", "off", obstacle, device, ranks) else "off"
+    obstacle, fault = _obstacle_to_blocks(model, device), ""
+    if not obstacle and not ranks.local_rank:
+        fault = _fault_of_blocks(dataclasses.replace(model.config, efficiency=efficiency), device)
+    can = all_can("compile", "blocks", "off", obstacle, device, ranks, fault=fault)
+    return "blocks" if can else "off"
 
 
 def all_can(
@@ -84,6 +95,24 @@ def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
     if not all(map(find_blocks, model.encoders)):
         return "an encoder has no known blocks"
     return ""
+
+
+def _fault_of_blocks(config: TrainConfig, device: torch.device) -> str:
+    """How a compiled block of a config's encoders fails its trial; empty if none does."""
+    values, size = config_to_dict(config), config.data.image_size
+    precision, efficiency = config.efficiency.precision, values["efficiency"]
+    matter = {
+        "model": values["model"],
+        "objective": values["objective"],
+        "data": {"image_size": size, "evaluation_resize": size},
+        "optim": {name: values["optim"][name] for name in ("freeze", "lora")},
+        "efficiency": {
+            name: efficiency[name]
+            for name in ("precision", "activation_checkpointing", "window_attention")
+        },
+    }
+    settings, versions = json.dumps(matter), f"{__version__} {timm.__version__}"
+    return fault_in_trial("unicl_fast.models.block_trial", device, precision, settings, versions)
 
 
 def _has_dora(model: UniCL) -> bool:

@@ -102,7 +102,7 @@ def adopt_answer(fault: str, trial: str, device: torch.device, *arguments: str) 
 
 
 def _ask_or_try(trial: str, device: torch.device, arguments: tuple[str, ...]) -> str:
-    what = " ".join([trial.rpartition(".")[2], *arguments])
+    what = " ".join([trial.rpartition(".")[2], *arguments[:1]])  # others may be long
     kept = _file_of(trial, device, arguments)
     if kept is not None and kept.is_file():
         logger.info("%s: right on this machine, as an earlier start has found", what)

@@ -117,12 +117,12 @@ def settle_kernels(
 
     Raises SharedRefusal: a kernel of the config cannot work on some rank; all ranks raise it.
     """
-    kernels = {
-        "compile": settle_compilation(config.efficiency, model, device, ranks=ranks),
-        "window_attention": settle_window_attention(config.efficiency, model, device, ranks=ranks),
-        "loss": settle_loss(config, device, ranks),
-    }
-    return config.changed(efficiency=kernels)
+    attention = settle_window_attention(config.efficiency, model, device, ranks=ranks)
+    config = config.changed(efficiency={"window_attention": attention})
+    # the trial of blocks needs to know their attention
+    blocks = settle_compilation(config.efficiency, model, device, ranks=ranks)
+    form = settle_loss(config, device, ranks)
+    return config.changed(efficiency={"compile": blocks, "loss": form})
 
 
 def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> LossForm:
