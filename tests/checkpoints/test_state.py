@@ -23,7 +23,7 @@ from unicl_fast.models import compilation
 from unicl_fast.system.checksums import parse_checksummed_json
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.memory_plan import build_on_meta
-from unicl_fast.training.settle import settle_kernels
+from unicl_fast.training.settle import Setup, with_kernels
 
 DATA = {"sources": [{"num_samples": 12}]}
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -85,9 +85,10 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(monkeypat
     obstacle = ""
     monkeypatch.setattr(compilation, "obstacle_to_triton", lambda *_, **__: obstacle)
     monkeypatch.setattr(compilation, "fault_in_trial", lambda *_: "")
-    on_a100 = settle_kernels(config, model, gpu, Ranks())
+    setup = Setup(given=config, config=config, ranks=Ranks(), device=gpu)
+    on_a100 = with_kernels(setup, model).config
     obstacle = "the GPU is too old for Triton"
-    on_t4 = settle_kernels(config, model, gpu, Ranks())
+    on_t4 = with_kernels(setup, model).config
     state = CheckpointState(
         1, on_a100, scaler={}, data={}, optimizer="AdamW", checksums={}, run_id="a"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -23,8 +22,15 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import compilation
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.training import memory_plan
-from unicl_fast.training.memory_plan import MemoryPlan, check_memory, check_sizes, plan
+from unicl_fast.training import build, memory_plan
+from unicl_fast.training.memory_plan import (
+    MemoryPlan,
+    build_on_meta,
+    check_memory,
+    check_sizes,
+    plan,
+)
+from unicl_fast.training.settle import Setup, with_kernels
 
 TESTS = Path(__file__).parents[1]
 VERSIONS = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
@@ -145,7 +151,7 @@ def test_frozen_parts_take_their_weights_and_no_more():
     assert divided["gradients"] == pytest.approx(whole["gradients"] - frozen / 2, rel=0.01)
 
 
-def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch):
+def test_windows_whose_scores_are_not_stored_keep_less():
     pytest.importorskip("triton")
     config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32")
     timms, ours = (plan_on_cpu(config, window_attention=way) for way in ("timm", "triton"))
@@ -153,29 +159,23 @@ def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch):
     scores = sum(w * n * n * h * b * 4 for w, h, b in zip(windows, heads, blocks, strict=True))
     assert ours.image_bytes <= timms.image_bytes - scores
     assert plan_on_cpu(config, window_attention="auto").image_bytes == timms.image_bytes
-    planned, roomy = [], dataclasses.replace(ours, device_bytes=1 << 40)
-    monkeypatch.setattr(memory_plan, "plan", lambda config, **_: planned.append(config) or roomy)
-    for obstacle in ("", "Triton is not installed"):
-        monkeypatch.setattr(memory_plan, "obstacle_to_window_attention", lambda *_, x=obstacle: x)
-        check_memory(config, ranks=Ranks(), device=torch.device("cuda"), free_bytes=0)
-    assert [one.efficiency.window_attention for one in planned] == ["triton", "timm"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_window_attention_that_cannot_work_is_refused_before_it_is_built(monkeypatch, device):
-    """Without the package triton; `auto` of the precision is that of the device planned for."""
+    """Without the package triton."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "unicl_fast.models.window_attention", raising=False)
     without = "Triton is not installed"
     monkeypatch.setattr(compilation, "obstacle_to_triton", lambda *_, **__: without)
-    monkeypatch.setattr("unicl_fast.models.precision.fast_precision", measured_nowhere := Mock())
     windows = {"image_encoder": "unicl_swin6_small", "window_attention": "triton"}
-    config = tiny_config(**windows, precision="auto")
+    config = tiny_config(**windows, precision="fp32")
+    setup = Setup(given=config, config=config, ranks=Ranks(), device=torch.device(device))
+    plain = build_on_meta(config.changed(efficiency={"window_attention": "timm"}), device)
     reason = without if device == "cuda" else "the kernels run on CUDA devices only"
     with pytest.raises(ValueError, match=f"=triton cannot work here, since {reason}: set auto or"):
-        check_memory(config, ranks=Ranks(), device=torch.device(device), free_bytes=1 << 40)
-    measured_nowhere.assert_not_called()
-    check_sizes(config.changed(efficiency={"precision": "fp32"}), device)  # imports no triton
+        with_kernels(setup, plain)
+    check_sizes(config, device)  # imports no triton
 
 
 def with_many_parameters(**efficiency: object) -> TrainConfig:
@@ -210,7 +210,7 @@ def test_dividing_the_state_is_offered_where_it_fits():
         check_memory(with_many_parameters(), ranks=Ranks(world_size=4), **arguments)
     assert "shard=optimizer" not in str(refused.value)
     check_memory(with_many_parameters(shard="full"), ranks=Ranks(world_size=4), **arguments)
-    with pytest.raises(ValueError, match="a step may need") as refused:
+    with pytest.raises(ValueError, match="a step needs at least") as refused:
         check_memory(with_many_parameters(), ranks=Ranks(), **arguments)
     assert "shard" not in str(refused.value)
 
@@ -237,6 +237,41 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch, image_encoder):
     for name, size in names.items():
         check_memory(config.changed(efficiency={name: size}), ranks=Ranks(), device=CPU)
         assert plan_on_cpu(config, **{name: 2 * size}).total > int(needed.certain * 0.6)
+
+
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+def test_compiled_blocks_are_refused_what_exceeds_the_memory_without_half_of_the_activations(
+    compile,
+):
+    """It was twice the memory, of whatever part."""
+    config = with_large_batch("test_vit").changed(efficiency={"compile": compile})
+    needed = plan(config, world_size=1, device_bytes=0)
+    spared = needed.parts["images: activations"] // 2 if compile == "blocks" else 0
+    arguments = {"ranks": Ranks(), "device": torch.device("cuda")}
+    check_memory(config, free_bytes=needed.certain - spared, **arguments)
+    message = r"^a step needs at least \d+\.\d GB, and \d+\.\d are free .*; What fits: eff"
+    with pytest.raises(ValueError, match=message):
+        check_memory(config, free_bytes=needed.certain - spared - 1, **arguments)
+
+
+def test_a_run_is_planned_with_the_kernels_that_passed_their_trials(monkeypatch):
+    """Swin-T at 1,024 a GPU fits with Triton's windows only, and the trial can fail."""
+    planned = []
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32")
+    setup = Setup(given=config, config=config, ranks=Ranks(), device=CPU)
+    monkeypatch.setattr(build, "set_up", lambda *_, **__: setup)
+    monkeypatch.setattr(build, "open_checked", lambda config: ([], None))
+    monkeypatch.setattr(build, "_check_data", lambda *_: Mock())
+    monkeypatch.setattr(build, "longest_text", lambda *_: 8)
+    monkeypatch.setattr(build, "check_memory", lambda config, **_: planned.append(config) or 1 / 0)
+    choose = Mock(return_value="triton")
+    monkeypatch.setattr("unicl_fast.training.settle.settle_window_attention", choose)
+    with pytest.raises(ZeroDivisionError):
+        build.build_trainer(
+            config, run_folder=Path(), build_loader=Mock(), evaluate=dict, ranks=Ranks(), device=CPU
+        )
+    assert [one.efficiency.window_attention for one in planned] == ["triton"]
+    assert planned[0].efficiency.compile == "off"
 
 
 def test_what_may_fit_is_warned_of(monkeypatch, caplog):

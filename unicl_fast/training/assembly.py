@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.training.limits import NonfiniteSteps, Patience, ReplacedSamples
 from unicl_fast.training.micro_batches import check_micro_batches
 from unicl_fast.training.observers import Checkpoints, RunLog, WeightsAgree
-from unicl_fast.training.settle import Setup, set_up, settle_kernels
+from unicl_fast.training.settle import Setup, set_up, with_kernels
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 
 
@@ -59,8 +58,10 @@ def make_trainer(
     ranks = ranks or Ranks()
     device = device or choose_device(config.run.device, local_rank=ranks.local_rank)
     setup = set_up(config, ranks=ranks, device=device)
+    model = model or build_model(setup.config)
+    setup = with_kernels(setup, model)
     return assemble(
-        setup, model or build_model(setup.config), loader, run_folder=run_folder,
+        setup, model, loader, run_folder=run_folder,
         evaluations=evaluations or {}, data=data or {}, observers=observers, progress=progress,
     )  # fmt: skip
 
@@ -77,9 +78,7 @@ def assemble(
     progress: bool,
 ) -> Trainer:
     """As `make_trainer`, for settled settings and a model with its first weights."""
-    ranks, device = setup.ranks, setup.device
-    config = settle_kernels(setup.config, model, device, ranks)
-    setup = dataclasses.replace(setup, config=config)
+    config, ranks, device = setup.config, setup.ranks, setup.device
     model.config = config
     freeze(model)
     if any(stage.efficiency.micro_batch_size for stage in config.settings_of_stages):

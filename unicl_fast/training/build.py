@@ -42,10 +42,10 @@ from unicl_fast.training.data import (
     warn_of_shared_images,
 )
 from unicl_fast.training.feature_run import feed_features
-from unicl_fast.training.memory_plan import check_memory, check_sizes
+from unicl_fast.training.memory_plan import build_on_meta, check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.observers import ContactSheet, DatasetNumbers, LedgerKeeper, SoleWriter
-from unicl_fast.training.settle import Setup, set_up
+from unicl_fast.training.settle import Setup, set_up, with_kernels
 from unicl_fast.training.stages import PlannedLoader, in_stages
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 
@@ -95,6 +95,9 @@ def build_trainer(
     stored = None if state is None else state.config
     setup = set_up(config, ranks=ranks, device=device, datasets=datasets, stored=stored)
     data = _check_data(setup, datasets, weights)
+    mark("trying kernels", patience=START_PATIENCE)
+    plain = setup.config.changed(efficiency={"window_attention": "timm"})  # imports no triton
+    setup = with_kernels(setup, build_on_meta(plain, device.type))
     config = setup.config
     mark("planning memory", patience=START_PATIENCE)
     _check_memory_of_stages(setup, longest_text(data.datasets, data.prompts))

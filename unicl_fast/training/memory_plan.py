@@ -27,11 +27,7 @@ from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, EfficiencyConfig, OptimConfig, Shard, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.blocks import find_blocks, has_batch_norm
-from unicl_fast.models.compilation import (
-    fuse_window_attention,
-    obstacle_to_window_attention,
-    refuse_window_attention,
-)
+from unicl_fast.models.compilation import fuse_window_attention
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, place_module
@@ -180,11 +176,10 @@ def check_memory(
 ) -> None:
     """Logs the memory of a step, warns if it will hardly fit, and refuses it if it cannot.
 
-    Called before the model is built. `free_bytes` is the least of all ranks; None reads this
-    rank's. `stage` is the config's index in `run.stages`.
+    Called before the model is built, with its kernels settled. `free_bytes` is the least of all
+    ranks; None reads this rank's. `stage` is the config's index in `run.stages`.
 
-    Raises ValueError: more is needed than is free, for any texts; says what would fit. Or
-    `efficiency.window_attention=triton` cannot work here.
+    Raises ValueError: more is needed than is free, for any texts; says what would fit.
     """
     arguments: dict[str, Any] = {
         "device_bytes": free_memory(device) if free_bytes is None else free_bytes,
@@ -192,31 +187,25 @@ def check_memory(
         "longest_text": longest_text,
     }
     config = _with_known_precision(config, device.type)
-    windows = config.efficiency.window_attention
-    if windows == "triton" or (windows == "auto" and device.type == "cuda"):
-        config = _with(config, window_attention="timm")  # the other way imports triton
-        obstacle = obstacle_to_window_attention(
-            config.efficiency, build_on_meta(config, device.type), device
-        )
-        if windows == "triton":
-            refuse_window_attention(obstacle)
-        config = _with(config, window_attention="timm" if obstacle else "triton")
     found = plan(config, world_size=ranks.world_size, **arguments)
     where = "" if stage is None else f"stage {stage + 1} of run.stages: "
     needs = f"{found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB are free"
     if found.fits:
         logger.info("memory: %sa step needs up to %s", where, needs)
         return
-    message = (
-        f"{where}a step may need {needs}. In GB: {found} ({found.images_at_once} images of "
-        f"{found.image_bytes / 1e6:.1f} MB at once). "
-        f"{_advice(config, world_size=ranks.world_size, **arguments)}"
-    )
-    # fused kernels save part of the memory that uncompiled encoders keep
-    compiled = {"blocks", "encoders", "auto" if device.type == "cuda" else ""}
-    if found.certain > (1 + (config.efficiency.compile in compiled)) * found.device_bytes:
-        raise ValueError(message)
-    logger.warning(message)
+    advice = _advice(config, world_size=ranks.world_size, **arguments)
+    # fused kernels of compiled encoders keep a part of what is saved for backward: maybe half
+    compiled = config.efficiency.compile in ("blocks", "encoders")
+    least = found.certain - compiled * found.parts["images: activations"] // 2
+    if least > found.device_bytes:
+        raise ValueError(
+            f"{where}a step needs at least {least / 1e9:.1f} GB, and "
+            f"{found.device_bytes / 1e9:.1f} are free (in GB: {found}); {advice}"
+        )
+    logger.warning(
+        "%sa step may need %s. In GB: %s (%d images of %.1f MB at once). %s", where, needs, found,
+        found.images_at_once, found.image_bytes / 1e6, advice,
+    )  # fmt: skip
 
 
 def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:

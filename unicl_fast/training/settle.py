@@ -1,6 +1,6 @@
 """Settles a config, the last place that changes it: `auto` and blanks, for data and machines.
 
-`set_up` checks the settings and settles all that needs no model, `settle_kernels` the rest. Each
+`set_up` checks the settings and settles all that needs no model, `with_kernels` the rest. Each
 choice is logged. config.json and checkpoints hold the given config, and checkpoints also the
 settled one: a run that resumes keeps its precision and its decoder, and chooses kernels anew.
 """
@@ -110,19 +110,21 @@ def settle(
     return config
 
 
-def settle_kernels(
-    config: TrainConfig, model: UniCL, device: torch.device, ranks: Ranks
-) -> TrainConfig:
+def with_kernels(setup: Setup, model: UniCL) -> Setup:
     """Settles compilation, window attention and the loss; all ranks call it together.
+
+    The model needs no weights (`memory_plan.build_on_meta`).
 
     Raises SharedRefusal: a kernel of the config cannot work on some rank; all ranks raise it.
     """
+    config, device, ranks = setup.config, setup.device, setup.ranks
     attention = settle_window_attention(config.efficiency, model, device, ranks=ranks)
     config = config.changed(efficiency={"window_attention": attention})
     # the trial of blocks needs to know their attention
     blocks = settle_compilation(config.efficiency, model, device, ranks=ranks)
     form = settle_loss(config, device, ranks)
-    return config.changed(efficiency={"compile": blocks, "loss": form})
+    config = config.changed(efficiency={"compile": blocks, "loss": form})
+    return dataclasses.replace(setup, config=config)
 
 
 def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> LossForm:
