@@ -13,6 +13,7 @@ import pytest
 import torch
 from budgets import compare
 from fake_ranks import Collectives, fake_ranks
+from rank_workers import blocks_gathered_in_bf16
 from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import ListLoader
@@ -92,6 +93,22 @@ def test_other_steps_send_what_the_table_says(name):
 def test_divided_steps_send_what_the_table_says(shard):
     """All parameters once, from their owners; or each block's twice, and its gradients once."""
     check_table(f"8 ranks, shard={shard}", lambda: step_of(8, shard=shard))
+
+
+def test_blocks_are_gathered_in_bf16_and_their_gradients_added_up_in_fp32():
+    """Half the bytes of parameters, on GPUs; what is outside of blocks stays fp32."""
+    sizes = []
+    for devices in (set(), {"cpu"}):
+        with blocks_gathered_in_bf16(devices):
+            sizes.append(step_of(8, shard="full", precision="bf16")["collectives"])
+    wide, narrow = ({name: one["bytes"] for name, one in found.items()} for found in sizes)
+    gathered = "device allgather_base of "
+    assert 2 * narrow[f"{gathered}bfloat16"] == wide[f"{gathered}float32"] - narrow.pop(
+        f"{gathered}float32"
+    )
+    reduced = [name for name in narrow if "reduce_scatter" in name]
+    assert reduced == ["device reduce_scatter_base of float32"]
+    assert narrow[reduced[0]] == wide[reduced[0]]
 
 
 def test_another_collective_is_seen(monkeypatch):

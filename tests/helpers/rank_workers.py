@@ -190,6 +190,32 @@ def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) 
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
 
 
+@contextlib.contextmanager
+def blocks_gathered_in_bf16(devices: set[str]) -> Iterator[None]:
+    """As on a GPU, whose autocast computes norms in fp32."""
+    norm = torch.nn.functional.layer_norm
+
+    def wide_norm(x, shape, weight, bias, eps):
+        return norm(x.float(), shape, weight.float(), bias.float(), eps)
+
+    with (
+        mock.patch("unicl_fast.models.sharding._NARROW", devices),
+        mock.patch("torch.nn.functional.layer_norm", wide_norm),
+    ):
+        yield
+
+
+def write_divided_gradients(ranks, images: torch.Tensor, folder: Path) -> None:
+    """Gradients of a step in bf16, of blocks gathered in fp32 and in bf16, whole, by rank 0."""
+    for name, devices in (("fp32", set()), ("bf16", {"cpu"})):
+        with blocks_gathered_in_bf16(devices):
+            config = tiny_config(shard="full", precision="bf16", micro_batch_size=3)
+            loss, gradients = first_gradients(images, ranks, config)
+        found = {key: whole(gradient) for key, gradient in gradients.items()}
+        if ranks.is_main:
+            torch.save((loss, found), folder / f"{name}.pt")
+
+
 def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
     """The same, compiled, with torch's own kernels in the graphs."""
     compiled = functools.partial(compile_encoders, backend="aot_eager")

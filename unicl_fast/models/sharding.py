@@ -18,14 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.blocks import find_blocks, keep_activations_in_copy
+from unicl_fast.models.blocks import (
+    KNOWN_BLOCKS,
+    find_blocks,
+    has_batch_norm,
+    keep_activations_in_copy,
+)
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.phases import WaitingForRanks
+
+_NARROW = {"cuda"}  # devices that gather in bf16
 
 
 def check_sharding(efficiency: EfficiencyConfig, *, optimizer: str) -> None:
@@ -166,9 +173,24 @@ def shard_encoders(model: UniCL, ranks: Ranks) -> None:
         # torch keeps weights outside blocks whole until backward, which never reaches a part
         # without gradients
         reshards = None if any(one.requires_grad for one in part.parameters()) else True
-        divided = fully_shard(part, mesh=mesh, reshard_after_forward=reshards)
+        policy = _policy_of(part, model.config.efficiency, device_type)
+        divided = fully_shard(part, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
         if device_type == "cpu":
             divided.set_force_sum_reduction_for_comms(True)
+
+
+def _policy_of(
+    part: nn.Module, efficiency: EfficiencyConfig, device_type: str
+) -> MixedPrecisionPolicy:
+    """Blocks are gathered in bf16 if they compute in it: half the traffic, gradients in fp32.
+
+    Not what is outside of blocks, whose embeddings would make the stream between them bf16; nor
+    BatchNorm, whose averages are fp32; nor on a CPU, whose norms accept one type only.
+    """
+    is_block = type(part).__name__ in KNOWN_BLOCKS and not has_batch_norm(part)
+    if not is_block or efficiency.precision != "bf16" or device_type not in _NARROW:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor]]:
