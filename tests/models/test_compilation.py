@@ -23,7 +23,7 @@ from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import encode_images, encode_token_rows
-from unicl_fast.models import block_trial, compilation, image_encoder, small, text_encoder
+from unicl_fast.models import compilation, image_encoder, small, text_encoder
 from unicl_fast.models.compilation import (
     compile_encoders,
     has_compiler,
@@ -37,6 +37,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training import block_trial
 from unicl_fast.training import parallel as parallel_module
 from unicl_fast.training.assembly import make_trainer
 

@@ -141,7 +141,7 @@ def test_full_differs_by_rounding(images, tmp_path, precision):
 
 @pytest.mark.slow
 def test_blocks_gathered_in_bf16_have_the_same_gradients_but_for_rounding(images, tmp_path):
-    """Autocast rounds matrices too, so theirs are equal: added up over ranks, micro-batches in fp32.
+    """Those of matrices, which autocast rounds too, are equal: they are added up in fp32.
 
     The gradients of norms are rounded once. Fresh norms are ones and zeros, which bf16 has.
     """

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _ALONE = Ranks()
 _MOST_GRAPHS = 128
 _OLDEST_FOR_TRITON = (7, 0)
+_OF_BLOCKS = ("precision", "activation_checkpointing", "window_attention")
 _OLDEST_FOR_WINDOWS = (8, 0)  # bf16 tensor cores
 
 
@@ -100,19 +101,12 @@ def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
 def _fault_of_blocks(config: TrainConfig, device: torch.device) -> str:
     """How a compiled block of a config's encoders fails its trial; empty if none does."""
     values, size = config_to_dict(config), config.data.image_size
-    precision, efficiency = config.efficiency.precision, values["efficiency"]
-    matter = {
-        "model": values["model"],
-        "objective": values["objective"],
-        "data": {"image_size": size, "evaluation_resize": size},
-        "optim": {name: values["optim"][name] for name in ("freeze", "lora")},
-        "efficiency": {
-            name: efficiency[name]
-            for name in ("precision", "activation_checkpointing", "window_attention")
-        },
-    }
-    settings, versions = json.dumps(matter), f"{__version__} {timm.__version__}"
-    return fault_in_trial("unicl_fast.models.block_trial", device, precision, settings, versions)
+    kept = {"optim": ("freeze", "lora"), "efficiency": _OF_BLOCKS}
+    settings = {group: {name: values[group][name] for name in kept[group]} for group in kept}
+    settings |= {group: values[group] for group in ("model", "objective")}
+    settings["data"] = {"image_size": size, "evaluation_resize": size}
+    arguments = config.efficiency.precision, json.dumps(settings), __version__, timm.__version__
+    return fault_in_trial("unicl_fast.training.block_trial", device, *arguments)
 
 
 def _has_dora(model: UniCL) -> bool:

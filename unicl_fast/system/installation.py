@@ -1,4 +1,4 @@
-"""What is installed: versions that nobody has tried, and the pip command that adds an extra."""
+"""Names versions that nobody has tried, and the pip command that adds an extra."""
 
 from __future__ import annotations
 

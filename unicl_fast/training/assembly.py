@@ -83,7 +83,7 @@ def assemble(
     freeze(model)
     if any(stage.efficiency.micro_batch_size for stage in config.settings_of_stages):
         check_micro_batches(model)
-    _place(model, config, device, ranks)
+    place(model, config, device, ranks)
     usual = [
         RunLog(config.run.trackers, run_folder, ranks=ranks, progress=progress),
         WeightsAgree(),
@@ -99,7 +99,7 @@ def assemble(
     )  # fmt: skip
 
 
-def _place(model: UniCL, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+def place(model: UniCL, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
     """Moves the model to the device, in its types and memory formats for training."""
     efficiency = config.efficiency
     set_device_arithmetic(efficiency, device)

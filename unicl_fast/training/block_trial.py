@@ -15,35 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_from_dict
-from unicl_fast.models.blocks import checkpoint_blocks, find_blocks
-from unicl_fast.models.compilation import compile_encoders, fuse_window_attention, round_up_count
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.blocks import find_blocks
+from unicl_fast.models.compilation import compile_encoders, round_up_count
 from unicl_fast.models.freezing import freeze
-from unicl_fast.models.precision import Precision, place_module, set_device_arithmetic
+from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.gpu_kernels import check_close
+from unicl_fast.training.assembly import place
 
 _SAMPLES = {"cuda": 64, "cpu": 2}
 _NOISE = 0.02  # added to weights, so that none is zero and hides another's gradient
 _SLACK = {"fp32": 1e-4, "fp64": 1e-9}
 """Relative error allowed beyond three times the uncompiled block's; 1e-2 in other precisions."""
-
-
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-"""A block and its arguments."""
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a block and its arguments
 
 
 def try_out(device: torch.device, precision: str, settings: str, *_: str) -> None:
     """Raises ArithmeticError if a compiled block is wrong, by value or gradient.
 
-    `settings` is the JSON of `compilation.fault_of_blocks`; what follows only names versions.
+    `settings` is a part of a config as JSON; further arguments only name versions.
     """
     config = config_from_dict(json.loads(settings))
-    model = _build(config, device)
+    torch.manual_seed(0)
+    model = build_model(config)
+    freeze(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+    place(model.train(), config, device, Ranks())
     calls = _calls_of_distinct_blocks(model, config, device)
     compile_encoders(model, "blocks")
-    rounding = functools.partial(Precision(config.efficiency.precision).autocast, device.type)
+    rounding = Precision(config.efficiency.precision).autocast
     for block, given, named in calls:
         x, *others = given
         eager = functools.partial(block.forward, **named)
@@ -51,35 +57,15 @@ def try_out(device: torch.device, precision: str, settings: str, *_: str) -> Non
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         exact = _value_and_gradients(block, eager, wide, others)
         set_device_arithmetic(config.efficiency, device)
-        with rounding():
+        with rounding(device.type):
             rounded = _value_and_gradients(block, eager, x, others)
-        with rounding():
+        with rounding(device.type):
             found = _value_and_gradients(block, functools.partial(block, **named), x, others)
         for name, right in exact.items():
             usual = float((rounded[name].double() - right.double()).norm() / right.norm())
             what = f"{name} of {type(block).__name__} {list(x.shape)}, compiled,"
             tolerance = _SLACK.get(precision, 1e-2) + 3 * usual
             check_close(found[name], right.double(), what=what, tolerance=tolerance)
-
-
-def _build(config: TrainConfig, device: torch.device) -> UniCL:
-    """The model as a run places it, with weights that are all of some size."""
-    torch.manual_seed(0)
-    model = UniCL(config.model, config.objective, image_size=config.data.image_size)
-    model.config = config
-    if config.efficiency.activation_checkpointing:
-        for encoder in model.encoders:
-            checkpoint_blocks(encoder)
-    model.set_stage(config.data, config.model)
-    freeze(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
-    place_module(model, device=device, precision=Precision(config.efficiency.precision))
-    model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.efficiency.window_attention == "triton":
-        fuse_window_attention(model.image_encoder)
-    return model.train()
 
 
 def _calls_of_distinct_blocks(
@@ -98,24 +84,20 @@ def _calls_of_distinct_blocks(
         ]  # fmt: skip
         calls.setdefault(repr((type(block), shapes, own)), (block, given, named))
 
-    hooks = [
-        block.register_forward_pre_hook(note, with_kwargs=True) for block in find_blocks(model)
-    ]
-    images = torch.randn(count, 3, size, size, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    tokens = torch.randint(1, config.model.vocab_size - 1, (count, config.model.context_length))
-    lengths = torch.randint(2, config.model.context_length + 1, (count,))
-    place = torch.arange(config.model.context_length)
-    ends = torch.where(place == lengths[:, None] - 1, config.model.vocab_size - 1, 0)
-    tokens = torch.where(place < lengths[:, None] - 1, tokens, ends).to(device)
+    blocks = find_blocks(model)
+    hooks = [one.register_forward_pre_hook(note, with_kwargs=True) for one in blocks]
+    images = torch.randn(count, 3, size, size, device=device)
+    end, longest = config.model.vocab_size - 1, config.model.context_length
+    tokens, lengths = torch.randint(1, end, (count, longest)), torch.randint(1, longest, (count,))
+    tokens.scatter_(1, lengths[:, None], end)
+    tokens[torch.arange(longest) > lengths[:, None]] = 0
     rounded = Precision(config.efficiency.precision)
     model.set_drop_path_key(step=0, global_index=torch.arange(count, device=device))
     with torch.no_grad(), rounded.autocast(device.type):
-        model.encode_image(images.to(rounded.compute_type))
+        model.encode_image(images.to(rounded.compute_type, memory_format=torch.channels_last))
         if model.text_encoder is not None:
-            spent = round_up_count(int(lengths.sum()))
-            model.encode_text(tokens, min(spent, tokens.numel()))
+            num_tokens = min(round_up_count(int(lengths.sum()) + count), tokens.numel())
+            model.encode_text(tokens.to(device), num_tokens)
     for hook in hooks:
         hook.remove()
     return list(calls.values())
