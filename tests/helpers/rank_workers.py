@@ -459,10 +459,12 @@ class ZeroShotOfFour:
         count = 12 * self.ranks.world_size
         labels = [[sample % 3] for sample in range(count)]
         judge = functools.partial(
-            classify, classifier=classifier, labels=labels, class_names=("a", "b", "c")
-        )
+            classify, classifier=classifier, labels=labels, class_names=("a", "b", "c"),
+            columns={"": (0, 1, 2)},
+        )  # fmt: skip
         features = on_ranks.encode(self, num_samples=count)
-        return {"top1": on_ranks.on_rank_0(judge, features, ClassificationResult).top1}
+        found = on_ranks.on_rank_0(judge, features, dict[str, ClassificationResult])
+        return {"top1": found[""].top1}
 
 
 def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_run_in_a_terminal_shows_whole_lines(images, tmp_path, monkeypatch):
     assert re.fullmatch(r".*test_progress_bar\.py:\d+: UserWarning: a library warns", warned)
     assert code == '  warnings.warn("a library warns", stacklevel=1)'
     evaluated = [row for row in rows if row.startswith("step ")]
-    assert evaluated == [f"step {step}: digits/top1 0.5" for step in (2, 4, 6)]
+    assert evaluated == [f"step {step}, digits: top1 0.5" for step in (2, 4, 6)]
     more = r", [\d,]+ images/s, 0:00:00 left, data wait \d+%"
     assert re.fullmatch(r"train 100%\|\S+\| 6/6, loss \d\.\d{3}" + more, bar)
 
