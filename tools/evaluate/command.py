@@ -142,9 +142,9 @@ class RankedCommand(ModelCommand):
     def check(self) -> None:
         from unicl_fast.evaluation.data import check_data
 
-        super().check()
-        for spec in self.data_sets():
+        for spec in self.data_sets():  # before the checkpoint, whose check imports more
             check_data(spec)
+        super().check()
 
     def model(self) -> AbstractContextManager[ModelOnRanks]:
         from unicl_fast.evaluation.features import model_on_ranks

@@ -91,7 +91,7 @@ class ZeroShot(BesideBaselines):
             values, text = self.beside(on_ranks.model, data, ours=top_1(one.classes), kind="labels")
             beside.append(values)
             if text:
-                print(f"\n{one.name}: {text}")
+                print(f"\n{one.name}:", text, sep="\n" if "\n" in text else " ")
         rows = [row for one in found for row in one.rows()]
         table = classification_table(rows)
         each = [
