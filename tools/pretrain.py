@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from unicl_fast.dataset.reader import PackedDataset
     from unicl_fast.distributed.ranks import Ranks
     from unicl_fast.evaluation.baselines import Kind
+    from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.models.unicl import UniCL
     from unicl_fast.training.trainer import Trainer
 
@@ -198,16 +199,10 @@ def evaluate_in_run(
     kind: str,
     quiet: bool,
 ) -> Mapping[str, float]:
-    from unicl_fast.evaluation.features import ModelOnRanks, text_folder_of
     from unicl_fast.evaluation.retrieval import evaluate_captions
     from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
-    shown, config = ranks.is_main and not quiet, model.config
-    folder = Path(config.efficiency.stored_features) if config.efficiency.stored_features else None
-    on_ranks = ModelOnRanks(
-        model=model, ranks=ranks, progress=shown, folder=folder,
-        text_folder=text_folder_of(model),
-    )  # fmt: skip
+    on_ranks = _with_stored_features(model, ranks, progress=ranks.is_main and not quiet)
     if kind == "retrieval":
         return evaluate_captions(on_ranks, dataset)
     found = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
@@ -220,26 +215,36 @@ def evaluate_in_run(
     }
 
 
+def _with_stored_features(model: UniCL, ranks: Ranks, *, progress: bool = False) -> ModelOnRanks:
+    """The model of a run, which finds the features that the run stores."""
+    from unicl_fast.evaluation.features import ModelOnRanks, text_folder_of
+
+    stored = model.config.efficiency.stored_features
+    return ModelOnRanks(
+        model, ranks, progress=progress, folder=Path(stored) if stored else None,
+        text_folder=text_folder_of(model),
+    )  # fmt: skip
+
+
 def compare_with_baselines(trainer: Trainer, run_folder: Path) -> list[str]:
     """A table for each data set that the run has evaluated: its last figures and the baselines."""
+    from unicl_fast.distributed.ranks import Ranks
     from unicl_fast.evaluation.baselines import Figure, Measured, beside_table, of_run
-    from unicl_fast.evaluation.features import ModelOnRanks, text_folder_of
     from unicl_fast.evaluation.retrieval import encode_captioned
     from unicl_fast.training.build import named_evaluations, open_evaluated
     from unicl_fast.training.metrics import read_metrics
 
     last = {name: value for line in read_metrics(run_folder) for name, value in line.items()}
     found = []
-    folder = Path(trainer.config.efficiency.stored_features)
+    on_ranks = _with_stored_features(trainer.model, Ranks())
     datasets = open_evaluated(trainer.config)
     for name, dataset in named_evaluations(trainer.config, datasets):
         kind: Kind = "captions" if name.startswith("retrieval/") else "labels"
-        encoded = None
-        if kind == "captions" and (texts := text_folder_of(trainer.model)):
-            on_ranks = ModelOnRanks(trainer.model, folder=folder, text_folder=texts)
-            encoded = encode_captioned(on_ranks, dataset)
+        features = None
+        if kind == "captions" and on_ranks.text_folder is not None:  # else texts would be encoded
+            features = functools.partial(encode_captioned, on_ranks, dataset)
         methods = of_run(
-            trainer.model, dataset, kind=kind, folder=folder, encodes=False, ours=encoded
+            trainer.model, dataset, kind=kind, folder=on_ranks.folder, encodes=False, ours=features
         )
         if isinstance(methods, str):
             found.append(f"{name}: no baselines: {methods}")

@@ -1,4 +1,4 @@
-"""All ranks call the same collectives in the same order, whatever delays each of them."""
+"""All ranks call the same collectives in the same order, under random delays."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_three_ranks_call_the_same_collectives_in_the_same_order(images, tmp_pat
 
 
 def test_a_rank_that_skips_a_collective_is_noticed(images, tmp_path):
-    """It goes on to its next one while the others wait."""
+    """It continues with its next one while the others wait."""
 
     def differ() -> bool:
         logs = logs_of(tmp_path, "ddp")

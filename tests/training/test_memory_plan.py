@@ -243,7 +243,7 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch, image_encoder):
 def test_compiled_blocks_are_refused_what_exceeds_the_memory_without_half_of_the_activations(
     compile,
 ):
-    """It was twice the memory, of whatever part."""
+    """It was twice the memory, for any part."""
     config = with_large_batch("test_vit").changed(efficiency={"compile": compile})
     needed = plan(config, world_size=1, device_bytes=0)
     spared = needed.parts["images: activations"] // 2 if compile == "blocks" else 0

@@ -230,7 +230,7 @@ class BesideBaselines(Evaluation):
             return {}, ""
         folder = self.features_folder("auto")
         with open_data(data, ranks=Ranks(), takes_loose=kind == "captions") as opened:
-            found = of_run(model, opened.dataset, kind=kind, folder=folder, ours=features)
+            found = of_run(model, opened.dataset, kind=kind, folder=folder, ours=lambda: features)
         if isinstance(found, str):
             return {"baselines": found}, f"no baselines: {found}"
         freeze = model.config.optim.freeze

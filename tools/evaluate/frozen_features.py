@@ -44,7 +44,7 @@ class FrozenFeatures(Evaluation):
     def measure(
         self, sets: list[LabelledFeatures], *, metric: Metric, suffix: str
     ) -> tuple[dict[str, Any], str]:
-        """Prints the result on the samples of one label column; on rank 0 alone.
+        """Prints the result on the samples of one label column; only on rank 0.
 
         Returns values for the JSON and a table; `suffix` belongs to names of figures.
         """

@@ -211,17 +211,25 @@ def _each(
     return top_1({column: one for column, one in results.items() if one is not None})
 
 
-def _ridge(train: Part, test: Part) -> Figures:
-    """A text finds the images of the most similar predicted words; all samples have captions."""
-    words = PredictedWords(train.features, train.captions)
-    found = test.ranked(words.of_images(test.features), words.of_texts(test.texts))
-    return recalls(found.text_to_image)
+def _by_captions(train: Part, test: Part, ours: RetrievalFeatures | None) -> list[Measured]:
+    """Ridge regression, by which a text finds the images of the most similar predicted words.
 
-
-def _together(train: Part, test: Part, ours: RetrievalFeatures) -> Figures:
-    """As a search ranks by images and predicted words, of equal weights."""
+    All samples have captions.
+    """
+    start = time.process_time()
     words = PredictedWords(train.features, train.captions)
     images, texts = words.of_images(test.features), words.of_texts(test.texts)
+    figures = recalls(test.ranked(images, texts).text_to_image)
+    found = [Measured("ridge to tf-idf", figures, time.process_time() - start)]
+    if ours is not None:
+        found.append(Measured.timed(TOGETHER, partial(_together, images, texts, ours)))
+    return found
+
+
+def _together(
+    images: Float[np.ndarray, "n e"], texts: Float[np.ndarray, "m e"], ours: RetrievalFeatures
+) -> Figures:
+    """As a search ranks by images and predicted words, of equal weights."""
     our_images, our_texts = (one.cpu().numpy() for one in (ours.image_features, ours.text_features))
 
     def scores_of(rows: slice) -> Tensor:
@@ -260,10 +268,7 @@ def baselines(
                 one = Measured.timed(name, partial(_each, method, pairs))
                 found += [one] * bool(one.figures)
         if any(train.captions) and any(test.captions):
-            captioned = train.captioned(), test.captioned()
-            found.append(Measured.timed("ridge to tf-idf", partial(_ridge, *captioned)))
-            if ours is not None:
-                found.append(Measured.timed(TOGETHER, partial(_together, *captioned, ours)))
+            found += _by_captions(train.captioned(), test.captioned(), ours)
     return found
 
 
@@ -274,7 +279,7 @@ def of_run(
     kind: Kind,
     folder: Path | None,
     encodes: bool = True,
-    ours: RetrievalFeatures | None = None,
+    ours: Callable[[], RetrievalFeatures | None] | None = None,
 ) -> list[Measured] | str:
     """The baselines on the features of a run's image encoder, or a phrase why there are none.
 
@@ -286,7 +291,7 @@ def of_run(
         kind: which baselines.
         folder: keeps features, as in `labelled_features`.
         encodes: encodes training images whose features are not stored, up to `MOST_IMAGES`.
-        ours: what the model gave for the captions; `TOGETHER` is then measured, too.
+        ours: returns the model's features of images and captions; `TOGETHER` is then measured, too.
     """
     names, columns = held_out.manifest.class_names, held_out.manifest.columns
     on_ranks = ModelOnRanks(model, progress=sys.stderr.isatty())
@@ -299,7 +304,8 @@ def of_run(
         )  # fmt: skip
         test = part_of(held_out, encode(held_out), names)
         parts = (one.only(kind) for one in (train, test))
-        found = baselines(*parts, class_names=names, columns=columns, ours=ours)
+        features = None if ours is None else ours()
+        found = baselines(*parts, class_names=names, columns=columns, ours=features)
         return found or f"no {kind} are in both parts"
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return str(error).strip().split("\n")[0]

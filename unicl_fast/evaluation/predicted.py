@@ -32,7 +32,7 @@ class PredictedWords:
 
         self._vectorizer = TfidfVectorizer(max_features=_MOST_WORDS)
         words = self._vectorizer.fit_transform(map(" ".join, captions))
-        self._train = mean_and_scale(features)
+        self._train = _mean_and_scale(features)
         x = self._standardised(features)
         gram = x.T @ x + _PENALTY * x.shape[1] * np.eye(x.shape[1])
         # solved here, since scikit-learn's Ridge would store the words of all images densely; x has
@@ -58,12 +58,19 @@ class PredictedWords:
         return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self._weights).data)
 
     def _standardised(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        mean, scale = self._train
-        rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32)
-        return rows.astype(np.float64)
+        return _standardise(features, *self._train).astype(np.float64)
 
 
-def mean_and_scale(
+def _standardise(
+    features: Float[np.ndarray, "n d"],
+    mean: Float[np.ndarray, " d"],
+    scale: Float[np.ndarray, " d"],
+) -> Float[np.ndarray, "n d"]:
+    rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32)
+    return rows
+
+
+def _mean_and_scale(
     train: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
     """The mean and the deviation of each dimension, which standardise features."""
@@ -77,5 +84,5 @@ def standardised(
     train: Float[np.ndarray, "n d"], *others: Float[np.ndarray, "m d"]
 ) -> list[Float[np.ndarray, "k d"]]:
     """Features with the mean and deviation of `train` taken out, in fp32."""
-    mean, scale = mean_and_scale(train)
-    return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]
+    mean, scale = _mean_and_scale(train)
+    return [_standardise(one, mean, scale) for one in (train, *others)]

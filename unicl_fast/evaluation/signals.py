@@ -92,8 +92,8 @@ def measure(
         scores = standardise(scores_of(texts, left_out))
         signals = tuple(scores)
         wanted = same[samples, None] == same
-        alone = np.eye(len(signals)).tolist()
-        for ratio in (*map(tuple, alone), *itertools.product(_RATIOS, repeat=len(signals))):
+        single = map(tuple, np.eye(len(signals)).tolist())
+        for ratio in (*single, *itertools.product(_RATIOS, repeat=len(signals))):
             fused = fuse(scores, dict(zip(signals, ratio, strict=True)))
             ranks.setdefault(ratio, []).extend(_reciprocal_ranks(fused, wanted))
     means = {ratio: float(np.mean(values)) for ratio, values in ranks.items()}

@@ -42,7 +42,7 @@ class Objective:
     needs_labels: ClassVar[bool] = False
     """Every sample needs a label, and captions are not used."""
     ignores_labels: ClassVar[bool] = False
-    """Each distinct text is a class, whatever the labels and prompts."""
+    """Each distinct text is a class; labels and prompts do not matter."""
     num_views: ClassVar[int] = 1
     """Views of each image in a batch."""
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "zero_shot"

@@ -274,14 +274,17 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
             shown = [reader.read(sample).description.captions[0] for sample in captioned]
     pixels, hierarchy = manifest.pixels, manifest.hierarchy
     return BuildSummary(
-        out=out, **{name: getattr(manifest, name) for name in _OF_MANIFEST},
+        out=out,
+        **{name: getattr(manifest, name) for name in _OF_MANIFEST},
         hierarchy="" if hierarchy is None else hierarchy.describe(),
         seconds=time.perf_counter() - started,
         quarantined=describe_left_out(out / QUARANTINE_NAME),
         left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
-        num_copies=num_copies, first_caption="".join(shown),
-        image_size=None if pixels is None else (pixels.height, pixels.width), **outcome,
-    )  # fmt: skip
+        num_copies=num_copies,
+        first_caption="".join(shown),
+        image_size=None if pixels is None else (pixels.height, pixels.width),
+        **outcome,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,9 +335,13 @@ def _pack(
         # closed here: an error keeps it, and the exit of the program would meet its closed pipes
         with contextlib.closing(_check(left, images, one_size, options, known)) as checked:
             bar = Bar(
-                checked, total=len(order), initial=num_done, desc="packing", unit=" images",
+                checked,
+                total=len(order),
+                initial=num_done,
+                desc="packing",
+                unit=" images",
                 shown=progress,
-            )  # fmt: skip
+            )
             _write(bar, writer, contents.numbers, one_size, places)
         if writer.num_samples:
             summary = {
@@ -401,9 +408,14 @@ def _read(
     sides: Sequence[Samples] = [samples]
     if options.split is not None:
         *sides, counts = split_samples(
-            samples, numbers, train_fraction=options.split, seed=options.seed,
-            images=options.check(), workers=options.workers, progress=progress,
-        )  # fmt: skip
+            samples,
+            numbers,
+            train_fraction=options.split,
+            seed=options.seed,
+            images=options.check(),
+            workers=options.workers,
+            progress=progress,
+        )
         notes += counts
     facts = {
         "class_names": space.names, "label_columns": columns, "hierarchy": hierarchy,
@@ -529,12 +541,19 @@ def _write(
         labels = [numbers[label] for label in item.labels]
         writer.add(
             PackedSample(
-                image=result.data, extension=result.extension, height=result.height,
-                width=result.width, xxh3=result.xxh3, captions=item.captions, tokens=result.tokens,
+                image=result.data,
+                extension=result.extension,
+                height=result.height,
+                width=result.width,
+                xxh3=result.xxh3,
+                captions=item.captions,
+                tokens=result.tokens,
                 labels=labels if len(labels) < 2 else list(dict.fromkeys(labels)),
-                source=source, name=item.name, place=place,
+                source=source,
+                name=item.name,
+                place=place,
                 weight=fmean(item.weights or [1.0]) if writer.has_weights else None,
             )
-        )  # fmt: skip
+        )
         if result.reencoded:
             writer.notes["num_reencoded"] = writer.notes.get("num_reencoded", 0) + 1

@@ -92,15 +92,21 @@ def verify_dataset(
             if is_raw:
                 _check_pixels(dataset, faults=faults, progress=progress)
             num_decoded = _check_samples(
-                dataset, faults=faults, options=options if decode and not is_raw else None,
-                workers=workers, progress=progress,
-            )  # fmt: skip
+                dataset,
+                faults=faults,
+                options=options if decode and not is_raw else None,
+                workers=workers,
+                progress=progress,
+            )
     return VerifySummary(
-        folder=folder, **numbers,
+        folder=folder,
+        **numbers,
         num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        is_raw=is_raw, num_decoded=num_decoded, faults=dict(faults.counts),
+        is_raw=is_raw,
+        num_decoded=num_decoded,
+        faults=dict(faults.counts),
         seconds=time.perf_counter() - started,
-    )  # fmt: skip
+    )
 
 
 def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -> None:
