@@ -1,7 +1,7 @@
 """Crops that are made without DALI: of small JPEGs, and of images that are stored decoded.
 
-An image of 32 pixels a side takes 3 us here, less than DALI spends on handling it, so nothing is
-done for a single image in Python.
+An image of 32 pixels a side takes 3 us here, less than DALI spends on handling it, so Python
+does no work per image.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _SMALL_IMAGE_BYTES = 70_000
 """JPEGs of at most these mean bytes when decoded (about 150 x 150 pixels) are decoded whole, one
 call each: what DALI does around its decoder costs more than what lies outside the windows. One of
 32 pixels takes 15 instead of 23 us of a core, of 60 x 80 40 instead of 56, of 128 x 170 117 instead
-of 147. Python's lock changes hands between these calls: with 2 to 16 threads on two cores it cost
-less than was won. PNGs go to DALI, because Pillow takes twice its time."""
+of 147. Threads hand Python's lock to each other between these calls: with 2 to 16 threads on two
+cores that cost less than it saved. PNGs go to DALI, because Pillow needs twice its time."""
 _SAMPLES_LOOKED_AT = 4
 _CROPPED_AT_ONCE = 2048
 _CROPPED_BYTES_AT_ONCE = 32_000_000
@@ -177,8 +177,8 @@ class CropResizer:
     """Crops decoded images, resizes and flips the crops; close it at the end.
 
     Small batches are made several at a time, each such group by one thread from its plan to its
-    crops: a thread that takes work over waits to be woken and for Python's lock, and with batches
-    of 64 such pauses took two thirds of the time. A large batch is split among all threads; two are
+    crops: handing work to another thread costs a wakeup and Python's lock, which with batches of 64
+    took two thirds of the time. A large batch is split among all threads; two are
     made at a time, so that one is resampled while the other is read, at the price of one more in
     memory.
     """

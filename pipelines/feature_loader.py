@@ -46,6 +46,7 @@ class FeatureLoader:
         self._end_step = end_step
         self._dtype: torch.dtype = getattr(torch, features[0].dtype)
         self._unreadable = [np.array(sorted(one.unreadable), np.int64) for one in features]
+        self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of the steps `start_step`, `start_step + 1`, ...
@@ -54,11 +55,17 @@ class FeatureLoader:
             TooManyBadSamplesError: so many samples have no features that none can be fed.
             DamagedDatasetError: a data set's arrays were cut short meanwhile.
         """
-        batches = self._batches(start_step)
-        return batches if self._device.type == "cpu" else copied_ahead(batches, self._device)
+        self.close()
+        self._running = self._batches(start_step)
+        if self._device.type != "cpu":
+            self._running = copied_ahead(self._running, self._device)
+        return self._running
 
     def close(self) -> None:
-        """Does nothing: no file is held open."""
+        """Ends the iterator of `batches`, and its thread if there is one."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
     def _batches(self, start_step: int) -> Generator[Batch, None, None]:
         for planned in self._planned(start_step):

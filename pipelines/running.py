@@ -44,7 +44,7 @@ class Pace:
 
     @property
     def batches_begun(self) -> int:
-        """Batches that have been started when the first one comes out."""
+        """Batches in flight when the first one is returned."""
         return (len(self.threads) + 1) * self.ahead + 1
 
 

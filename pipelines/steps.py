@@ -127,7 +127,7 @@ class RankSteps:
         self._weights = weights if is_weighted else None
         self._follow: Callable[[int], None] = lambda step: None
         self._planning, self._planned_ahead = threading.Lock(), dict[int, PlannedStep]()
-        plan.batch(0, **self._ranks)  # refuses here what cannot be shared
+        plan.batch(0, **self._ranks)  # fails early if ranks cannot share a batch
 
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:

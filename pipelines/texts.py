@@ -43,10 +43,7 @@ def gather_texts(
         chosen = np.flatnonzero(mine & (planned.captions >= 0))
         samples = dataset.samples.take(planned.sample_ids[chosen])
         positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
-        captions = dataset.captions.take(positions)
-        starts = captions["tokens_start"].astype(np.int64)
-        lengths = captions["tokens_length"].astype(np.int64)
-        _copy_texts(np.asarray(dataset.tokens), starts, lengths, chosen, rows)
+        _copy_captions(dataset, positions, chosen, rows)
         chosen = np.flatnonzero(mine & (planned.labels >= 0))
         if len(chosen):
             labels = planned.labels[chosen]
@@ -77,11 +74,8 @@ def gather_every_text(
             counts = samples["captions_count"].astype(np.int64)
             firsts = np.repeat(samples["captions_start"].astype(np.int64), counts)
             within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            captions = dataset.captions.take(firsts + within)
-            starts = captions["tokens_start"].astype(np.int64)
-            lengths = captions["tokens_length"].astype(np.int64)
-            rows = np.zeros((len(captions), context_length), prompts.tokens.dtype)
-            _copy_texts(np.asarray(dataset.tokens), starts, lengths, np.arange(len(rows)), rows)
+            rows = np.zeros((len(within), context_length), prompts.tokens.dtype)
+            _copy_captions(dataset, firsts + within, np.arange(len(rows)), rows)
             found.append(distinct_texts(rows))
     if len(own := prompts.tokens[rank::world_size]):
         rows = np.zeros((len(own), context_length), own.dtype)
@@ -111,6 +105,17 @@ def gather_labels(
     for mine, dataset, classes in zip(of_dataset, datasets, classes_of_labels, strict=True):
         _copy_classes(np.asarray(dataset.labels), firsts, counts, mine, classes, starts, found)
     return ImageLabels(classes=found, starts=starts)
+
+
+def _copy_captions(
+    dataset: PackedDataset,
+    captions: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    rows: NDArray[Any],
+) -> None:
+    found = dataset.captions.take(captions)
+    starts, lengths = (found[name].astype(np.int64) for name in ("tokens_start", "tokens_length"))
+    _copy_texts(np.asarray(dataset.tokens), starts, lengths, targets, rows)
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""From packed data sets to the batches of a run, without end.
+"""From packed data sets to an endless stream of batches.
 
 `TrainLoader._iterate` is the top: `steps.py` plans, `read/` reads, and a DALI graph makes the crops
 (`graph.py`, `running.py`), or `crops.py` does if images are small or stored decoded.
@@ -148,7 +148,7 @@ class TrainLoader:
         return self._running
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches that are left of the run; without end if the run has no length."""
+        """The run's remaining batches; without end if the run has no length."""
         total = self._run.total_steps
         left = itertools.islice(
             self.batches(self._next_step), max(0, total - self._next_step) if total else None

@@ -150,7 +150,7 @@ class EvaluationBatch:
 
 
 class ReadingTime:
-    """How long a loader's threads waited for storage, without computing such as checksums."""
+    """How long a loader's threads waited for storage, excluding work such as checksums."""
 
     def __init__(self, *, decodes_files: bool = True) -> None:
         """Starts at zero; `decodes_files` tells encoded images from raw ones."""
@@ -208,8 +208,8 @@ class ListLoader:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a tensor to the device without blocking the host.
 
-    CUDA copies from other than pinned memory block. torch caches pinned memory, and reuses none
-    while a copy reads it.
+    CUDA copies from other than pinned memory block. torch caches pinned memory, and does not
+    reuse a buffer while a copy reads it.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()

@@ -2,8 +2,8 @@
 
 The large ones are the paper's encoders with the released recipe's optimizer, schedule and
 augmentation (RandAugment, colour jitter, random erasing). The small ones train on two CPU cores,
-with crops and flips alone, by Muon at two to four times AdamW's rate, which learns more from as
-many images (docs/results.md).
+with crops and flips alone, by Muon at two to four times AdamW's rate, which learns more per
+image (docs/results.md).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class TextColumns:
 
 @contextlib.contextmanager
 def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Batch]]:
-    """Draws each batch a step early, and starts exchanging how many texts ranks have in theirs.
+    """Draws each batch a step early, and starts exchanging how many texts each rank has.
 
     The answer is there when the step needs it. All ranks must draw the same number of batches.
     """

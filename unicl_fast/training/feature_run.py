@@ -24,8 +24,7 @@ from unicl_fast.training.stored_features import stored_image_features, stored_te
 from unicl_fast.training.trainer import Trainer
 
 _MEASURED = 65_536
-"""Samples whose features are standardised by; 20,000 give the mean within a hundredth of the
-deviation."""
+"""Samples that give the statistics; 20,000 give a mean within a hundredth of the deviation."""
 
 
 def feed_features(

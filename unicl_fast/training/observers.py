@@ -216,7 +216,7 @@ class ContactSheet(Observer):
         self._path, self._class_names, self._tokenizer = path, class_names, tokenizer
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        if batch.step == 0 and batch.images.ndim == 4:  # stored features are nothing to look at
+        if batch.step == 0 and batch.images.ndim == 4:  # stored features cannot be drawn
             self.draw(batch)
 
     def draw(self, batch: Batch) -> None:

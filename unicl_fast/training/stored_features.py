@@ -1,8 +1,8 @@
 """Features of frozen encoders: stored once, and fed instead of images and texts from then on.
 
-A frozen encoder gives an image the same features in every epoch, unless crops, flips or
-augmentation are drawn, and a text always. They are encoded once, and a step costs the rest of the
-model alone. They are stored unrounded, and found by a hash of all that they depend on
+A frozen encoder gives a text the same features in every epoch, and an image too unless there are
+random crops, flips or augmentation. They are encoded once; a step then costs only the rest of the
+model. They are stored unrounded, and found by a hash of all that they depend on
 (`efficiency.stored_features`). Images are encoded in the order of a run's own loader, so a step
 would have encoded the same; a run shorter than its data encodes only the images and texts it draws.
 """
@@ -65,8 +65,7 @@ logger = logging.getLogger("unicl_fast")
 
 _VERSION = 2  # part of the keys; a change abandons all stored features
 _SEALED_AT_ONCE = 16_384
-"""Images, or texts, between two points that a killed process is continued from: on two cores about
-80 seconds of a small encoder."""
+"""Images, or texts, between two resume points: about 80 s of a small encoder on two cores."""
 _TEXTS_AT_ONCE = 128  # 256 is no faster on two cores
 
 
@@ -116,10 +115,9 @@ def stored_image_features(
             store = _Store(model, folder, keys, found, ranks)
             encoded = store.fill(loader, num_draws, on_first_batch, progress=progress)
     mark("reading stored features", patience=START_PATIENCE)
-    check = ranks.is_main  # reads all of them, once
     with refused_together(ranks):
-        files = [
-            read_features(folder, key, num_samples=len(dataset), check=check)
+        files = [  # checksums are compared once, by rank 0
+            read_features(folder, key, num_samples=len(dataset), check=ranks.is_main)
             for dataset, key in zip(datasets, keys, strict=True)
         ]
     how = f"{count_of(encoded, 'image')} encoded" if encoded else "found again"

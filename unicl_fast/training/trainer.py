@@ -112,7 +112,7 @@ class Trainer:
     """Trains a `UniCL` model on the batches of a `Loader`."""
 
     _line: Callable[[Batch], None] | None = None
-    """Reads and writes the line of metrics that was begun."""
+    """Finishes the pending line of metrics."""
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class Trainer:
         grad_norm = self.update(loss)
         if self._batch_norms is not None:
             is_finite = loss.isfinite()
-            if not self.scaler.is_enabled():  # when its gradients overflow, activations are sound
+            if not self.scaler.is_enabled():  # activations are valid if its gradients overflow
                 is_finite &= grad_norm.isfinite()
             self._batch_norms.restore_where(~is_finite)
         return loss, grad_norm
@@ -373,7 +373,7 @@ class Trainer:
         return batch
 
     def _settle_buckets(self, batch: Batch) -> None:
-        """Does a backward pass that does not count, so that a start leaves no trace in the results.
+        """Runs a throwaway backward pass, so that a restart does not change results.
 
         DDP puts gradients into buckets by the order of parameters, and after its first backward
         pass by the order in which they arrived. A gradient's place decides in which order three or
