@@ -62,6 +62,15 @@ def test_a_image_with_too_many_texts_stays_one(monkeypatch):
     assert problem.kind == "too many texts"
 
 
+def test_rows_that_are_left_out_do_not_count_as_rows_without_texts():
+    store = new_store()
+    store.append(Item("a", captions=["text"]))
+    store.append(Item("b", problem=Problem(kind="missing", message="b")))
+    assert not store.notes()
+    store.append(Item("c", labels=["cat"]))
+    assert store.notes()["rows without a caption, where others have one"] == 1
+
+
 def test_all_kinds_of_entries_come_back(tmp_path):
     entries = [
         FileEntry("a/\udcff.jpg", 5, 17),

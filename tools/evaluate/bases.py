@@ -20,7 +20,7 @@ class Bases(Written):
     """
 
     data: str
-    """Training images with labels, captions or both; written as --data of zero-shot."""
+    """Training images with labels, captions or both: what zero-shot's --data accepts."""
     held_out: str
     """Images to test on. Classes are matched by name."""
     bases: tuple[str, ...] = ()

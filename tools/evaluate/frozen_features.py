@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class FrozenFeatures(Evaluation):
     train: str
-    """Labelled images to learn from; written as --data of zero-shot."""
+    """Labelled images to learn from: what zero-shot's --data accepts."""
     data: str
     """Labelled images to test on. Classes are matched to those of --train by name."""
     metric: MetricChoice = "auto"
-    """The metric that is reported first, and that chooses C; auto as in zero-shot."""
+    """The metric to report first, by which a linear probe also chooses C; auto as in zero-shot."""
     layer: Layer = "encoder"
     """Features before the projection into the space of texts, as in CLIP's linear probes, or after
     it (unit norm), which a model trained by cross-entropy lacks."""

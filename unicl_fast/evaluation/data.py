@@ -99,7 +99,9 @@ def check_data(spec: str) -> None:
     elif within := sorted(one.parent for one in Path(spec).glob(f"*/{MANIFEST_NAME}")):
         raise ValueError(f"{spec} holds packed data sets: name one: {' '.join(map(str, within))}")
     elif not (Path(spec).exists() or Path(spec).parent.is_file() or "{" in spec):
-        raise FileNotFoundError(f"nothing is at {spec}: give a packed data set or class folders")
+        raise FileNotFoundError(
+            f"nothing is at {spec}: give a packed data set or a source of unicl-pack build"
+        )
 
 
 def _is_packed(spec: str) -> bool:

@@ -236,7 +236,8 @@ def nearest_neighbours(
             voted = (votes > 0).sum(axis=1).tolist()
             rankings = [best[:n] for best, n in zip(_best(votes).tolist(), voted, strict=True)]
             counts[k].add(rankings, test.all_labels[rows])
-    return {k: _result(counts[k], test, what="nearest neighbours") for k in ks}
+    left_out = test.num_without_label
+    return {k: counts[k].result(what="nearest neighbours", num_without_label=left_out) for k in ks}
 
 
 def _check(train: LabelledFeatures, *others: LabelledFeatures) -> None:
@@ -279,7 +280,7 @@ def _probe(
     counts = ClassificationCounts(fitted.class_names)
     _count(counts, _fit(_logistic_regression(c), fitted), test)
     return ProbeResult(
-        classes=_result(counts, test, what="a linear probe"),
+        classes=counts.result(what="a linear probe", num_without_label=test.num_without_label),
         metric=metric, c=c, chosen_by=chosen_by, validation=scores, num_fitted=len(fitted),
         num_folds=len(pairs) if chosen_by == "cross-validation" else 0,
         num_validation=len(pairs[0][1]) if chosen_by == "validation" else 0,
@@ -344,10 +345,3 @@ def _blocks(count: int, *, progress: bool = False) -> Iterator[slice]:
         for start in range(0, count, _ROWS_AT_ONCE):
             yield slice(start, start + _ROWS_AT_ONCE)
             bar.update(min(_ROWS_AT_ONCE, count - start))
-
-
-def _result(
-    counts: ClassificationCounts, samples: LabelledFeatures, *, what: str
-) -> ClassificationResult:
-    result = counts.result(what=what)
-    return dataclasses.replace(result, num_without_label=samples.num_without_label)

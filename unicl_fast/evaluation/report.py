@@ -201,15 +201,18 @@ class ClassificationCounts:
             self._taken_for[given[0], given[0] if ranking[0] in given else ranking[0]] += 1
             self._in_five += not set(given).isdisjoint(ranking)
 
-    def result(self, *, what: str) -> ClassificationResult:
-        """The counts as a result; ValueError, which names `what`, if no sample has a label."""
+    def result(self, *, what: str, num_without_label: int = 0) -> ClassificationResult:
+        """The counts as a result; ValueError, which names `what`, if no sample has a label.
+
+        `num_without_label` are the samples that were left out before.
+        """
         if not self._taken_for:
             raise ValueError(f"no sample of this data set has a label: {what} needs some")
         return ClassificationResult(
             class_names=self._names,
             taken_for=tuple((*pair, count) for pair, count in sorted(self._taken_for.items())),
             num_correct_top5=self._in_five,
-            num_without_label=self._without_label,
+            num_without_label=self._without_label + num_without_label,
         )
 
 

@@ -148,7 +148,7 @@ class ItemStore:
         self._database = database
         self._locate = locate
         self._count = 0
-        self._num_rows = self._num_captioned = self._num_labelled = 0
+        self._num_rows = self._num_sound = self._num_captioned = self._num_labelled = 0
         self.has_weights = False
         """Whether any item has a weight."""
         self._last = ("", -1)
@@ -252,7 +252,7 @@ class ItemStore:
         notes = Counter({"rows of an image that an earlier row names": self._num_rows - len(self)})
         for what, count in (("caption", self._num_captioned), ("label", self._num_labelled)):
             if count:
-                notes[f"rows without a {what}, where others have one"] = self._num_rows - count
+                notes[f"rows without a {what}, where others have one"] = self._num_sound - count
         return +notes
 
     def checksum(self) -> str:
@@ -292,8 +292,10 @@ class ItemStore:
         self._pending.append(((number << 32) + self._num_rows, data))
         self._pending_bytes += len(data)
         self._num_rows += 1
-        self._num_captioned += bool(item.captions)
-        self._num_labelled += bool(item.labels)
+        if item.problem is None:
+            self._num_sound += 1
+            self._num_captioned += bool(item.captions)
+            self._num_labelled += bool(item.labels)
         self.has_weights |= bool(item.weights)
         if len(self._pending) >= _WRITE_ROWS or self._pending_bytes > _MOST_PENDING_BYTES:
             self._flush()
