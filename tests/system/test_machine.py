@@ -115,7 +115,7 @@ def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch):
         ("cpu", "cuda", 1, "cpu", "data.decode_device=cpu"),
         ("gpu", "cuda", 100, "cuda", "data.decode_device=gpu"),
         ("auto", "cuda", 0, "cpu", "data.decode_device=auto"),
-        ("auto", "cuda", 1, "cpu", "a rank has 1 decoding thread, and a fast model may need 4"),
+        ("auto", "cuda", 1, "cpu", "a rank has 1 decoding thread, and a fast model may need 6"),
     ],
 )
 def test_a_gpu_decodes_images_only_if_it_is_asked_to(

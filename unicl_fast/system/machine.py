@@ -38,9 +38,9 @@ _GPUS = ("nvidia[0-9]*", "kfd", "dxg")  # device files of NVIDIA's and AMD's dri
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _NEVER = 2**31 - 1
-# Decoding threads that keep up with the fastest preset. ResNet-50 trains on at most 5,250 images/s
-# on an H100 (by its arithmetic), an image costs 0.55 ms of a core, and the trainer needs a core.
-_THREADS_TO_DECODE = 4
+# Cores that feed 4,500 images/s, the goal for Swin-T on an H100: a JPEG of ImageNet costs 1.03 ms
+# of a core (one packed at 256 pixels 0.31, so 3 would do), and the trainer needs a core.
+_THREADS_TO_DECODE = 6
 _SPARE = 1  # free buffers that are kept, for users that sometimes hold two
 
 
@@ -212,7 +212,7 @@ def choose_decode_device(
     if requested == "auto" and threads < _THREADS_TO_DECODE:
         why += (
             f"; a rank has {count_of(threads, 'decoding thread')}, and a fast model may need "
-            f"{_THREADS_TO_DECODE}: give it more cores, or try data.decode_device=gpu"
+            f"{_THREADS_TO_DECODE}: add cores, pack at --resize short:256, or try decode_device=gpu"
         )
     return torch.device("cpu"), why
 
