@@ -1,7 +1,7 @@
 """Blocks as `efficiency.compile=blocks` has Inductor compile them for an H100, without one.
 
 tests/golden/compiled_blocks.json has their kernels and the traffic of memory, forward and backward;
-UNICL_WRITE_BUDGETS=1 writes it anew. One block is executed: its kernels' PTX by `helpers/ptx.py`.
+UNICL_WRITE_BUDGETS=1 writes it anew. Some blocks are executed: their PTX by `helpers/ptx.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ pytest.importorskip("triton")
 
 from compiled_blocks import Lowered, execute, inductor_for_h100
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map_only
 
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.models.compilation import compile_encoders, fuse_window_attention
+from unicl_fast.models.image_encoder import KeyedDropPath
+from unicl_fast.models.precision import Precision, place_module
+from unicl_fast.models.text_encoder import TokenRow
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
 
@@ -68,7 +72,7 @@ def step_of(
     model: UniCL,
     block: nn.Module,
     shape: tuple[int, ...],
-    *,
+    *rows: TokenRow,
     dtype: torch.dtype = torch.float32,
 ) -> Step:
     """Back-propagates [batch ...] through a block under autocast to bf16: eager, then compiled."""
@@ -76,14 +80,28 @@ def step_of(
         model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
         index = torch.empty(shape[0], dtype=torch.int64, device=GPU)
         model.set_drop_path_key(step=0, global_index=index)
+        place_module(block, device=GPU, precision=Precision("bf16"))
         x = torch.empty(shape, device=GPU, dtype=dtype, requires_grad=True)
         grad = torch.empty_like(x)
+        rows = tree_map_only(
+            Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=GPU), rows
+        )
         with Kernels(may_wait=True) as eager:
-            block(x).backward(grad)
+            block(x, *rows).backward(grad)
         compile_encoders(model, "blocks")
-        block(x).backward(grad)
-        tensors = dict(block.named_parameters()) | dict(block.named_buffers())
-        return Step(lowered, eager, {"x": x, "grad": grad, **tensors})
+        block(x, *rows).backward(grad)
+        return Step(lowered, eager, {"x": x, "grad": grad, **tensors_of(block, *rows)})
+
+
+def tensors_of(block: nn.Module, *rows: TokenRow) -> dict[str, Tensor]:
+    """What a block computes with besides x, by name; also buffers that are not saved."""
+    paths = [one for one in block.named_modules() if isinstance(one[1], KeyedDropPath)]
+    return {
+        **dict(block.named_parameters()),
+        **dict(block.named_buffers()),
+        **{f"{name}.factors": part.factors for name, part in paths if part.factors is not None},
+        **{name: one for row in rows for name, one in zip(row._fields, row[:3], strict=False)},
+    }
 
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -133,27 +151,59 @@ def test_more_traffic_and_breaks_are_seen(stand_in, monkeypatch, figure):
         compare("compiled_blocks.json", name, found, versions=VERSIONS)
 
 
-def test_a_compiled_block_computes_what_fp64_does(stand_in, tmp_path):
-    """Result and gradients of a shifted block with timm's attention, which Inductor fuses too."""
+def text_row() -> TokenRow:
+    """Texts of 1 to 40 tokens, and padding that is computed with them."""
+    last = torch.tensor([39, 0, 6, 17, 11, 30, 2])
+    return TokenRow.build(last, num_tokens=128, shape=(len(last), 40))
+
+
+EXECUTED = {
+    "swin, with timm's attention": ("image_encoder.layers.0.blocks.1", (2, 8, 8, 96)),
+    "swin-tiny, 96 wide": ("image_encoder.layers.0.blocks.1", (2, 14, 14, 96)),
+    "swin-tiny, 192 wide": ("image_encoder.layers.1.blocks.1", (2, 14, 14, 192)),
+    "swin-tiny, 384 wide": ("image_encoder.layers.2.blocks.1", (2, 14, 14, 384)),
+    "swin-tiny, 768 wide": ("image_encoder.layers.3.blocks.1", (2, 7, 7, 768)),
+    "vit-base": ("image_encoder.blocks.1", (1, 197, 768)),
+    "text": ("text_encoder.resblocks.1", (128, 512)),
+}
+"""Blocks of the presets' widths, of few rows."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if "-" in name else ()) for name in EXECUTED],
+)
+def test_a_compiled_block_computes_what_fp64_does(stand_in, tmp_path, name):
+    """Result and gradients; Inductor's kernels and those of windows are executed as PTX."""
     torch.manual_seed(0)
-    config = build_preset("swin-tiny").changed(
-        model={"image_encoder": "unicl_swin6_small", "drop_path": 0.0}, data={"image_size": 32}
-    )
+    place, shape = EXECUTED[name]
+    config = build_preset("vit-base" if name == "vit-base" else "swin-tiny")
+    if "swin" in name:
+        side = shape[1] * 4 * shape[-1] // 96
+        config = config.changed(data={"image_size": side, "evaluation_resize": side})
+    if "timm" in name:
+        small = {"image_encoder": "unicl_swin6_small", "drop_path": 0.0}
+        config = config.changed(model=small, data={"image_size": 32})
     model = build_model(config)
-    block = model.image_encoder.layers[0].blocks[1]
+    block, rows = model.get_submodule(place), [text_row()] if name == "text" else []
     with torch.no_grad():
         for parameter in block.parameters():  # norms and biases begin with ones and zeros
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    shape = 2, 8, 8, 96
-    values = {"x": torch.randn(shape), "grad": torch.randn(shape), **block.state_dict()}
-    values |= dict(block.named_buffers())  # also those that are not saved
+            parameter.add_(torch.randn_like(parameter), alpha=0.5 * shape[-1] ** -0.5)
+    for part in block.modules():
+        if isinstance(part, KeyedDropPath):
+            part.factors = torch.linspace(0.5, 1.5, shape[0], dtype=torch.float64)
+    values = {"x": torch.randn(shape), "grad": torch.randn(shape), **tensors_of(block, *rows)}
+    read = rows[0].ends[-1] + 1 if rows else len(values["x"])  # nobody reads texts' padding
+    values["grad"][read:] = 0
     exact = copy.deepcopy(block).double()
     x = values["x"].double().requires_grad_()
-    result = exact(x)
+    result = exact(x, *rows)
     result.backward(values["grad"].double())
     wanted = {"x": x.grad, **{name: one.grad for name, one in exact.named_parameters()}}
 
-    step = step_of(stand_in, model, block, shape)
+    if "timm" not in name:
+        fuse_window_attention(model)
+    step = step_of(stand_in, model, block, shape, *rows)
     forward, backward = step.lowered
     names = {id(fake): name for name, fake in step.tensors.items()}
     inputs = [names[id(fake)] for fake in forward.inputs]
@@ -163,7 +213,7 @@ def test_a_compiled_block_computes_what_fp64_does(stand_in, tmp_path):
     given = [kept[id(fake)] for fake in backward.inputs]
     gradients = dict(zip(inputs, execute(backward.code, given, folder=tmp_path), strict=True))
 
-    assert_close(outputs[0], result)
+    assert_close(outputs[0][:read], result[:read])
     for name, gradient in wanted.items():
         assert_close(gradients[name], gradient)
 

@@ -15,7 +15,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from compiled_kernels import check_window, compile_loss, compile_window
+from compiled_kernels import check_window, compile_loss, compile_window, execute
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -42,31 +42,13 @@ class Launch:
 
     def run(self, kernel: ptx.Kernel | None = None) -> tuple[dict[str, Tensor], Counter[str]]:
         """Returns the results by name, and the faults."""
-        memory, places, values = ptx.Memory(), {}, []
-        for name in self.names:
-            value = self.arguments[name]
-            if isinstance(value, Tensor):
-                places[name] = memory.put(as_array(value))
-                value = places[name]
-            values.append(value)
-        faults = ptx.run(
-            kernel or self.kernel,
-            memory,
-            values,
-            grid=self.grid,
-            shared_bytes=self.compiled.metadata.shared,
-        )
-        results = {}
-        for name, place in places.items():
-            like = self.arguments[name]
-            if like.isnan().all():
-                found = torch.from_numpy(memory.get(place, as_array(like)))
-                results[name] = found.view(like.dtype)
-        return results, faults
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        given = [(name, self.arguments[name]) for name in self.names]
+        given = {name: one.clone() if isinstance(one, Tensor) else one for name, one in given}
+        shared_bytes = self.compiled.metadata.shared
+        faults = execute(kernel or self.kernel, given, self.grid, shared_bytes=shared_bytes)
+        tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
+        results = [name for name in tensors if self.arguments[name].isnan().all()]
+        return {name: tensors[name] for name in results}, faults
 
 
 def launch(kernel: Any, compiled: Any, grid: tuple[int, int], **arguments: Any) -> Launch:

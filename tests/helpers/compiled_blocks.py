@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
+import compiled_kernels
 import ptx
 import torch
-from compiled_kernels import SHARED_BYTES, compile_ahead
+from compiled_kernels import SHARED_BYTES, compile_ahead, windows_as_ptx
 from torch import Tensor
 from torch._inductor import config as inductor
 from triton import runtime
@@ -98,9 +99,9 @@ def inductor_for_h100() -> Iterator[list[Lowered]]:
             stack.enter_context(mock.patch(place, return_value=answer))
         made = "torch._inductor.graph.GraphLowering.compile_to_module"
         stack.enter_context(mock.patch(made, keep))
-        # constants are folded by the device's own kernels
-        folding = {"joint_graph_constant_folding": False}
-        stack.enter_context(inductor.patch(force_disable_caches=True, compile_threads=1, **folding))
+        # constants are folded by the device's own kernels, and padded products timed there
+        off = {"joint_graph_constant_folding": False, "shape_padding": False}
+        stack.enter_context(inductor.patch(force_disable_caches=True, compile_threads=1, **off))
         stack.enter_context(_driver_of_h100())
         yield found
 
@@ -133,6 +134,8 @@ def execute(code: str, inputs: Sequence[Tensor], *, folder: Path) -> list[Tensor
         mock.patch("torch.cuda._DeviceGuard", contextlib.nullcontext),
         mock.patch("torch.cuda.set_device"),
         _driver_of_h100(),
+        _attention_on_cpu(),
+        windows_as_ptx(folder),
     ):
         exec(code, scope)
         scope["empty_strided_cuda"] = _empty
@@ -147,6 +150,55 @@ def _alike(tensor: Tensor) -> Tensor:
 def _empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     made = torch.empty_strided(size, stride, dtype=dtype)
     return made.fill_(torch.nan) if dtype.is_floating_point else made
+
+
+@contextlib.contextmanager
+def _attention_on_cpu() -> Iterator[None]:
+    """Inside, torch's FlashAttention for GPUs computes on the CPU; texts in a row are causal."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> Any:
+        mixed, sums = attend(query, key, value, *rest[:2])
+        empty, seed, offset = (query.new_empty(size) for size in ((0,), (2,), ()))
+        return mixed, sums.contiguous(), empty, empty, 0, 0, seed, offset, empty
+
+    def dense_backward(*inputs: Any, **_: Any) -> Any:
+        return differentiate(*inputs[:6], *inputs[10:12])
+
+    def texts(bounds: Tensor, rows: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+        for start, stop in itertools.pairwise(bounds.tolist()):
+            if stop > start:
+                part = slice(start, stop)  # to [1 heads tokens d]
+                yield part, [row[part].transpose(0, 1)[None] for row in rows]
+
+    def packed(*inputs: Any, window_size_right: int, **_: Any) -> Any:
+        assert not window_size_right
+        query, empty = inputs[0], inputs[0].new_empty(0)
+        mixed, sums = torch.empty_like(query), query.new_empty(*query.shape[1::-1]).float()
+        for part, rows in texts(inputs[3], inputs[:3]):
+            found, sums[:, part] = (one[0] for one in attend(*rows, 0.0, True))
+            mixed[part] = found.transpose(0, 1)
+        return mixed, sums, empty, empty, empty
+
+    def packed_backward(*inputs: Any, **_: Any) -> Any:
+        gradients = [torch.full_like(one, torch.nan) for one in inputs[1:4]]
+        for part, rows in texts(inputs[6], inputs[:5]):
+            found = differentiate(*rows, inputs[5][None, :, part], 0.0, True)
+            for gradient, one in zip(gradients, found, strict=True):
+                gradient[part] = one[0].transpose(0, 1)
+        return tuple(gradients)
+
+    kernels = {
+        "_scaled_dot_product_flash_attention": dense,
+        "_scaled_dot_product_flash_attention_backward": dense_backward,
+        "_flash_attention_forward": packed,
+        "_flash_attention_backward": packed_backward,
+    }
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name, function in kernels.items():
+            library.impl(name, function, "CPU")
+        yield
 
 
 class _Kernel:
@@ -177,25 +229,6 @@ class _Kernel:
         )
         grid = GridExpr.from_meta(self._kernel.inductor_meta, config).eval_slow(arguments)
         assert grid[2] == 1
-        memory, places = ptx.Memory(), {}
-        for name, value in arguments.items():
-            if isinstance(value, Tensor):
-                places[name] = memory.put(_bytes_of(value))
-        faults = ptx.run(
-            ptx.parse(compiled.asm["ptx"]),
-            memory,
-            [places.get(name, value) for name, value in arguments.items()],
-            grid=grid[:2],
-            shared_bytes=compiled.metadata.shared,
-        )
+        kernel, shared_bytes = ptx.parse(compiled.asm["ptx"]), compiled.metadata.shared
+        faults = compiled_kernels.execute(kernel, arguments, grid[:2], shared_bytes=shared_bytes)
         assert not faults, self._kernel.fn.__name__
-        for name, place in places.items():
-            data = _bytes_of(arguments[name])
-            data[:] = memory.get(place, data)
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor from its first element on, with any strides."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    flat = tensor.as_strided((1 + sum((size - 1) * stride for size, stride in steps),), (1,))
-    return flat.view(torch.uint8).numpy()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import subprocess
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import ptx
 import pytest
 import torch
+from torch import Tensor
 
 # Shared memory that one program may have, by compute capability (CUDA C++ programming guide,
 # "technical specifications per compute capability"): A100, H100, B200.
@@ -52,6 +59,83 @@ def compile_ahead(
             target=GPUTarget("cuda", capability, 32),
             options=dict(options),
         )
+
+
+def execute(
+    kernel: ptx.Kernel, arguments: Mapping[str, Any], grid: tuple[int, int], *, shared_bytes: int
+) -> Counter[str]:
+    """Runs PTX on the CPU's tensors by name, which it may change, and returns the faults."""
+    memory = ptx.Memory()
+    storages: dict[int, tuple[int, np.ndarray]] = {}  # views of one may be several arguments
+    values = []
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            whole = value.untyped_storage()
+            if whole.data_ptr() not in storages:
+                data = torch.empty(0, dtype=torch.uint8).set_(whole).numpy()
+                storages[whole.data_ptr()] = memory.put(data), data
+            start, _ = storages[whole.data_ptr()]
+            value = start + value.storage_offset() * value.itemsize
+        values.append(value)
+    faults = ptx.run(kernel, memory, values, grid=grid, shared_bytes=shared_bytes)
+    for start, data in storages.values():
+        data[:] = memory.get(start, data)
+    return faults
+
+
+class PtxKernel:
+    """Stands in for a Triton kernel: a launch compiles it for an H100 and executes its PTX."""
+
+    def __init__(self, kernel: Any, folder: Path) -> None:
+        self._kernel, self._folder = kernel, folder
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, int], *values: Any, **named: Any) -> None:
+        arguments = dict(zip(self._kernel.arg_names, values, strict=False))
+        arguments |= {name: named.pop(name) for name in self._kernel.arg_names if name in named}
+        constants = {
+            one.name: arguments.pop(one.name)
+            for one in self._kernel.params
+            if one.is_constexpr or repr(arguments[one.name]) == "1"  # a launch specialises on it
+        }
+        compiled = compile_ahead(
+            self._kernel,
+            90,
+            types={name: _type_of(value) for name, value in arguments.items()},
+            constants=constants,
+            multiples_of_16=tuple(
+                name for name, one in arguments.items() if isinstance(one, int) and not one % 16
+            ),
+            options=named,
+            folder=self._folder,
+        )
+        kernel, shared_bytes = ptx.parse(compiled.asm["ptx"]), compiled.metadata.shared
+        faults = execute(kernel, arguments, grid, shared_bytes=shared_bytes)
+        assert not faults, self._kernel.__name__
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+@contextlib.contextmanager
+def windows_as_ptx(folder: Path) -> Iterator[None]:
+    """Inside, window attention is computed by its kernels' PTX, on the CPU."""
+    from unicl_fast.models import window_attention
+
+    names = "_forward", "_backward", "_sum_table"
+    kernels = {name: PtxKernel(getattr(window_attention, name), folder) for name in names}
+    options = window_attention.launch_options
+
+    def of_h100(dtype: torch.dtype, *, capability: int, backward: bool) -> dict[str, int]:
+        return options(dtype, capability=90, backward=backward)
+
+    with mock.patch.multiple(window_attention, **kernels, launch_options=of_h100):
+        yield
 
 
 def compile_loss(

@@ -10,7 +10,7 @@ in memory a run finds
 - registers of a `wgmma` that are touched before its wait, or not fenced before it.
 
 It knows the instructions that our kernels and Inductor's have, and raises NotImplementedError for
-others. Only branches forward may part the threads of a block.
+others.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def parse(text: str) -> Kernel:
 class Memory:
     """Global memory with gaps between tensors."""
 
-    def __init__(self, size: int = 1 << 24) -> None:
+    def __init__(self, size: int = 1 << 28) -> None:
         self.data, self.valid = np.zeros(size, np.uint8), np.zeros(size, bool)
         self._end = 4096
 
@@ -262,16 +262,15 @@ class Block:
             self.fault("ends before what is asynchronous")
 
     def branch(self, position: int, target: int) -> int:
-        """Where the block goes on: threads that part wait for the others where they jump to."""
+        """Where the block goes on: of threads that part, those that are furthest behind."""
         taken = self.mask
         if taken.all():
             return target
-        if taken.any():
-            if target < position:
-                raise NotImplementedError(f"a loop parts threads: {self.now}")
-            self.asleep[target] = self.asleep.get(target, False) | taken
-            self.active = self.active & ~taken
-        return position if self.active.any() else min(self.asleep)
+        for place, threads in ((target, taken), (position, self.active & ~taken)):
+            if threads.any():
+                self.asleep[place] = self.asleep.get(place, False) | threads
+        self.active = self.asleep.pop(first := min(self.asleep))
+        return first
 
     @property
     def mask(self) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from compiled_kernels import check_window, compile_window
+from compiled_kernels import check_window, compile_window, windows_as_ptx
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import Compute, attention_and_gradients, check_operators, gradients_of_swin
@@ -93,6 +93,31 @@ def test_kernels_round_no_more_than_timms(compute, form, size, window, shift):
     block = build_block(size, window=window, shift=shift)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
     check_against_timm(compute, block, size, dtype=dtype, autocast=form == "autocast")
+
+
+@slow
+@pytest.mark.parametrize(
+    ("size", "window", "shift"),
+    [
+        ((16, 16), 4, 2),  # numbers of windows, rows and columns are multiples of 16
+        ((10, 15), 7, 3),  # padded, so it comes rolled
+        ((12, 18), 6, 3),
+        ((16, 8), 8, 4),
+        ((14, 14), 7, 0),
+        ((5, 7), (3, 5), 1),
+    ],
+)
+def test_any_window_as_compiled_for_an_h100(monkeypatch, tmp_path, size, window, shift):
+    from unicl_fast.models import window_attention
+
+    monkeypatch.setattr(window_attention, "PROGRAMS", 5)  # each has several windows
+    block = build_block(size, window=window, shift=shift)
+    with windows_as_ptx(tmp_path):
+        check_against_timm(call_here, block, size, images=3, dtype=torch.bfloat16)
+
+
+def call_here(function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:
+    return function(*arguments, **options)
 
 
 @pytest.mark.parametrize("variant", ["", pytest.param(",dora", marks=slow)])
