@@ -184,15 +184,15 @@ def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, address = os.environ.get("RANK"), os.environ.get("MASTER_ADDR")
     if agents or rank != "0" or address != _LOOPBACK:
-        found: tuple[Store, int, int] = next(iter(rendezvous("env://", timeout=timeout)))
-        return found
+        return next(iter(rendezvous("env://", timeout=timeout)))  # type: ignore[no-any-return]
     world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
     if inherited := os.environ.pop(STORE_SOCKET, ""):
         listening = socket.socket(fileno=int(inherited))
     else:
         listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
-    how: dict[str, Any] = {"is_master": True, "timeout": timeout}
-    how["master_listen_fd"] = listening.detach()  # the store closes it
+    # libuv accepts a listening socket since torch 2.8 (pytorch 150215); the store closes it
+    how: dict[str, Any] = {"timeout": timeout, "use_libuv": torch.__version__ >= "2.8"}
+    how |= {"is_master": True, "master_listen_fd": listening.detach()}
     return TCPStore(_LOOPBACK, port, world_size, **how), 0, world_size
 
 
