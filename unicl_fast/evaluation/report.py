@@ -22,6 +22,7 @@ from unicl_fast.system.wording import count_of, markdown_table, visible_text
 Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 
+
 @dataclass(frozen=True, kw_only=True)
 class ClassificationResult:
     """Counts of one data set, and rates in 0 to 1 that follow from them."""
