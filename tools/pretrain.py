@@ -35,7 +35,12 @@ from unicl_fast.objectives.registry import list_objectives
 from unicl_fast.presets import AUTO, PRESETS
 from unicl_fast.system.checked_fields import plain_number, require, with_values
 from unicl_fast.system.line import line
-from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
+from unicl_fast.system.machine import (
+    check_current_folder,
+    choose_environment,
+    keep_freed_memory,
+    quick_imports,
+)
 from unicl_fast.system.phases import describe_phase
 from unicl_fast.system.program import EXIT_ABORTED, begin_program
 
@@ -144,10 +149,11 @@ def _main(argv: Sequence[str]) -> None:
         f"{run_folder} holds no run to resume: correct --out, or give --data.train DIR",
     )
     _refuse_wrong_data(config)
-    from unicl_fast.conversion.initial import initialise
-    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
-    from unicl_fast.pipelines.train_loader import TrainLoader
-    from unicl_fast.training.run import check_request, pretrain
+    with quick_imports():
+        from unicl_fast.conversion.initial import initialise
+        from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
+        from unicl_fast.pipelines.train_loader import TrainLoader
+        from unicl_fast.training.run import check_request, pretrain
 
     adopt_slurm_ranks()
     if "WORLD_SIZE" in os.environ:

@@ -9,7 +9,12 @@ import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.system.line import line
-from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
+from unicl_fast.system.machine import (
+    check_current_folder,
+    choose_environment,
+    keep_freed_memory,
+    quick_imports,
+)
 from unicl_fast.system.program import begin_program
 
 from ..numbers import plain_numbers
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # torch and DALI need seconds to import, for which --help and mistyped options do not wait
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
-        with line("unicl-eval is starting"):
+        with line("unicl-eval is starting"), quick_imports():
             command.check()
             command = command.settled()
         has_ranks = "WORLD_SIZE" in os.environ
