@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import Description, SampleReader
-from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.baselines import MOST_IMAGES, MOST_STORED, training_part
 from unicl_fast.evaluation.choices import SIGNALS, Signal
 from unicl_fast.evaluation.data import all_descriptions, open_data
@@ -321,16 +321,26 @@ def _predicted_words(
     ranks, words = on_ranks.ranks, None
     with rank_0_alone(ranks):
         if ranks.is_main and len(dataset) <= MOST_STORED:
-            with contextlib.suppress(ValueError, OSError, ModuleNotFoundError):
+            try:
                 train = training_part(on_ranks.model).captioned()
                 train = train.take(
                     range(0, len(train.captions), len(train.captions) // MOST_IMAGES + 1)
                 )
-                words = PredictedWords(train.features, train.captions)
+                words = PredictedWords.kept(folder, train.features, train.captions)
+            except (ValueError, OSError, ModuleNotFoundError) as error:
+                logger.info("no words are predicted from images: %s", error)
     if not from_rank_0(words is not None, ranks):
         return None
-    _, rows = stored_rows(on_ranks, dataset, folder, layer="encoder")
-    return None if words is None else (words, words.of_images(rows))
+    key, rows = stored_rows(on_ranks, dataset, folder, layer="encoder")
+    with rank_0_alone(ranks):
+        if words is None:
+            return None
+        vectors = kept_rows(
+            folder, _hash_of(key, words.digest()), family=words.digest(),
+            items=np.ascontiguousarray(dataset.samples["xxh3"]), width=rows.shape[1] + 1,
+            encode=lambda new: [(np.array(new), words.of_images(rows[new]))], ranks=Ranks(),
+        )  # fmt: skip
+    return words, vectors
 
 
 def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[str, NDArray[Any]]:
