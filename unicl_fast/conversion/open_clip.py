@@ -163,8 +163,9 @@ def pooling_of_texts(model_cfg: Mapping[str, Any]) -> str:
     if not text.get("hf_model_name"):
         return ""
     _refuse_others("text_cfg", {**text, "hf_model_name": None})
-    found = [ours for ours, name in _POOLERS.items() if name == text.get("hf_pooler_type")]
-    if not found or text.get("hf_proj_type", "linear") not in ("linear", "mlp"):
+    pooler = text.get("hf_pooler_type", "mean_pooler")
+    found = [ours for ours, name in _POOLERS.items() if name == pooler]
+    if not found or text.get("hf_proj_type", "mlp") not in ("linear", "mlp"):
         refuse_settings("text_cfg", text, ("hf_pooler_type", "hf_proj_type"))
     return found[0]
 

@@ -551,7 +551,7 @@ def _texts_of_transformers(
         open_clip_models.refuse_settings("text_cfg", text, ["hf_model_name"])
     settings, _, _ = hugging_face.read_settings(values, image=False, text=True, pooling=pool)
     longest = min(settings["context_length"], text.get("context_length", 77))
-    projection = text.get("hf_proj_type", "linear")
+    projection = text.get("hf_proj_type", "mlp")
     return {**settings, "context_length": longest, "text_projection": projection}
 
 
