@@ -58,11 +58,6 @@ class EvaluationLoader:
         self._dataset = dataset
         self._device = torch.device(device)
         self._decode_device = decoder_of(data, self._device)
-        window_bytes = mean_image_bytes([dataset], data)
-        if self._decode_device.type == "cpu":
-            while batch_size > 1 and batch_size * window_bytes > _MOST_DECODED:
-                batch_size //= 2
-        self._data, self._batch_size = data, batch_size
         if self._decode_device.type == "cuda":
             try_decoder([dataset], data, self._decode_device)
         self._build = partial(build_evaluation_graph, data=data, device=self._decode_device)
@@ -70,8 +65,12 @@ class EvaluationLoader:
             data,
             self._decode_device,
             num_images=batch_size,
-            window_bytes=window_bytes,
+            window_bytes=(window_bytes := mean_image_bytes([dataset], data)),
         )
+        if self._decode_device.type == "cpu":
+            while batch_size > 1 and batch_size * window_bytes > _MOST_DECODED:
+                batch_size //= 2
+        self._data, self._batch_size = data, batch_size
         chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples)
         ids = chosen[rank::world_size].astype(np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]

@@ -11,24 +11,21 @@ from unicl_fast.system.checked_fields import plain_number
 
 
 def _one_data_set(words: list[str]) -> str:
-    if len(words) == 1:
-        return words[0]
+    if len(words) > 1:
+        command = f"unicl-pack build {shlex.join(words)} --out DIR"
+        raise ValueError(f"one data set is taken, not {len(words)}: {command} makes one of them")
     if not words:
         raise ValueError("name a data set")
-    command = f"unicl-pack build {shlex.join(words)} --out DIR"
-    raise ValueError(f"one data set is taken, not {len(words)}: {command} makes one of them")
+    return words[0]
 
 
 OneDataSet = Annotated[
     str,
     PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="DIR",
-        instance_from_str=_one_data_set,
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
+        nargs="*", metavar="DIR", instance_from_str=_one_data_set,
+        is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
     ),
-]
+]  # fmt: skip
 
 
 def plain_numbers() -> ConstructorRegistry:

@@ -35,14 +35,9 @@ from unicl_fast.objectives.registry import list_objectives
 from unicl_fast.presets import AUTO, PRESETS
 from unicl_fast.system.checked_fields import plain_number, require, with_values
 from unicl_fast.system.line import line
-from unicl_fast.system.machine import (
-    check_current_folder,
-    choose_environment,
-    keep_freed_memory,
-    quick_imports,
-)
+from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.phases import describe_phase
-from unicl_fast.system.program import EXIT_ABORTED, begin_program
+from unicl_fast.system.program import EXIT_ABORTED, begin_program, quick_imports
 
 from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets, with_size
 

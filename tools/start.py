@@ -6,7 +6,6 @@ error of it. Nothing is to be cleaned up yet.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import signal
@@ -19,9 +18,7 @@ def _program(module: str) -> Callable[[], None]:
         usual = signal.getsignal(signal.SIGINT)
         if usual is signal.default_int_handler:  # and not ignored, as behind nohup
             signal.signal(signal.SIGINT, _end)
-        gc.disable()  # as in quick_imports
         program = importlib.import_module(f"unicl_fast.tools.{module}")
-        gc.enable()
         signal.signal(signal.SIGINT, usual)
         program.main()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,22 +72,20 @@ def test_words_are_learnt_once_for_all_searches(data, run_folder, tmp_path, monk
         first = index.scores(["a dog"], ["predicted"])["predicted"]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(PredictedWords, "learn", None)
+        patch.setattr(PredictedWords, "_learn", None)
         patch.setattr(PredictedWords, "of_images", None)
         with open_index(model, data / "classes", folder=tmp_path) as index:
             again = index.scores(["a dog"], ["predicted"])["predicted"]
     np.testing.assert_array_equal(again, first)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     train = baselines.training_part(model.encoders).captioned()
-    learnt, kept = (  # other captions are other words
-        make(train.features, [["a dog"], *train.captions[1:]])
-        for make in (PredictedWords.learn, partial(PredictedWords.kept, tmp_path))
-    )
+    others = [["a dog"], *train.captions[1:]]
+    learnt, kept = (PredictedWords(train.features, others, place) for place in (None, tmp_path))
     np.testing.assert_array_equal(kept.of_texts(["a dog"]), learnt.of_texts(["a dog"]))
-    for path in tmp_path.glob("*.words.json"):
-        path.write_text(path.read_text().replace("dog", "cat"))
-    with pytest.raises(ValueError, match="checksum"):
-        PredictedWords.kept(tmp_path, train.features, train.captions)
+    for path in tmp_path.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        PredictedWords(train.features, others, tmp_path)
 
 
 def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_folder, tmp_path):

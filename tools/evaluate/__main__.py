@@ -9,13 +9,8 @@ import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.system.line import line
-from unicl_fast.system.machine import (
-    check_current_folder,
-    choose_environment,
-    keep_freed_memory,
-    quick_imports,
-)
-from unicl_fast.system.program import begin_program
+from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
+from unicl_fast.system.program import begin_program, quick_imports
 
 from ..numbers import plain_numbers
 from .command import Command, RankedCommand

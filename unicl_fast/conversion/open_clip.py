@@ -71,11 +71,8 @@ _LINEARS = {
     "visual.head.mlp.fc2": "image_projection",
     **dict.fromkeys(("visual.head.proj", "visual.attnpool.c_proj"), "image_projection"),
     **dict.fromkeys(("text_projection", "text.text_projection"), "text_projection"),
-    **{
-        "text.proj": "text_projection",
-        "text.proj.0": "text_hidden",
-        "text.proj.2": "text_projection",
-    },
+    **dict.fromkeys(("text.proj", "text.proj.2"), "text_projection"),
+    "text.proj.0": "text_hidden",
 }
 """Linear projections; their weights are [out in]."""
 

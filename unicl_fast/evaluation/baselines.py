@@ -217,7 +217,7 @@ def _by_captions(train: Part, test: Part, ours: RetrievalFeatures | None) -> lis
     All samples have captions.
     """
     start = time.process_time()
-    words = PredictedWords.learn(train.features, train.captions)
+    words = PredictedWords(train.features, train.captions)
     images, texts = words.of_images(test.features), words.of_texts(test.texts)
     figures = recalls(test.ranked(images, texts).text_to_image)
     found = [Measured("ridge to tf-idf", figures, time.process_time() - start)]

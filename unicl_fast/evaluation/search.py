@@ -326,7 +326,7 @@ def _predicted_words(
                 train = train.take(
                     range(0, len(train.captions), len(train.captions) // MOST_IMAGES + 1)
                 )
-                words = PredictedWords.kept(folder, train.features, train.captions)
+                words = PredictedWords(train.features, train.captions, folder)
             except (ValueError, OSError, ModuleNotFoundError) as error:
                 logger.info("no words are predicted from images: %s", error)
     if not from_rank_0(words is not None, ranks):

@@ -6,14 +6,13 @@ import collections
 import contextlib
 import ctypes
 import fractions
-import gc
 import math
 import mmap
 import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -222,16 +221,6 @@ def return_freed_memory() -> None:
     """Returns free memory to the kernel, once; set-up leaves some 100 MB."""
     with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def quick_imports() -> Iterator[None]:
-    """For imports of torch and timm: a seventh of their CPU time looks for garbage, in vain."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def keep_freed_memory() -> bool:
