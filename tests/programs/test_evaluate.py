@@ -76,6 +76,7 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
     [
         (evaluate, ("search", "--checkpoint", "run", "--query", "x", "--data")),
         (evaluate, ("serve", "--checkpoint", "run", "--data")),
+        (evaluate, ("knn", "--checkpoint", "run", "--data", "test", "--train")),
         (packing, ("inspect", "--no-near")),
         (packing, ("verify",)),
     ],

@@ -515,11 +515,7 @@ def _open_clip_source(
 ) -> Source:
     """A model of open_clip; `tokenizer` is the path of its tokenizer's files, if known."""
     with _blaming(given):
-        text = dict[str, Any]()
-        if towers.text and (pool := open_clip_models.pooling_of_texts(model_cfg)):
-            text = _texts_of_transformers(model_cfg, pool, folder)
-        elif towers.text:
-            text = open_clip_models.text_settings(model_cfg)
+        text = _open_clip_texts(model_cfg, folder) if towers.text else {}
         if text:
             text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
         image, data = dict[str, Any](), dict[str, Any]()
@@ -538,10 +534,10 @@ def _open_clip_source(
         )
 
 
-def _texts_of_transformers(
-    model_cfg: Mapping[str, Any], pool: str, folder: Path | None
-) -> dict[str, Any]:
-    """The settings of open_clip's text encoder of transformers, by config.json in the folder."""
+def _open_clip_texts(model_cfg: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The text settings; of transformers' encoders by config.json in the folder or on the hub."""
+    if not (pool := open_clip_models.pooling_of_texts(model_cfg)):
+        return open_clip_models.text_settings(model_cfg)
     text = model_cfg["text_cfg"]
     beside = None if folder is None else folder / CONFIG_FILE
     if beside is None or not beside.is_file():
@@ -550,9 +546,8 @@ def _texts_of_transformers(
     if str(values["model_type"]) not in PAD_IDS:
         open_clip_models.refuse_settings("text_cfg", text, ["hf_model_name"])
     settings, _, _ = hugging_face.read_settings(values, image=False, text=True, pooling=pool)
-    longest = min(settings["context_length"], text.get("context_length", 77))
-    projection = text.get("hf_proj_type", "mlp")
-    return {**settings, "context_length": longest, "text_projection": projection}
+    settings["context_length"] = min(settings["context_length"], text.get("context_length", 77))
+    return settings | {"text_projection": text.get("hf_proj_type", "mlp")}
 
 
 def _transformers_source(
