@@ -131,7 +131,7 @@ class SearchIndex:
         self.predicted = None if predicted is None else (predicted[0], Rows(predicted[1]))
         self._words = words
         keys = (key or number for number, key in enumerate(groups or range(len(features))))
-        numbers: dict[str | int, int] = {}
+        numbers: dict[object, int] = {}
         self._groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
         self._sizes = np.bincount(self._groups)
         has: dict[Signal, bool] = {
