@@ -23,6 +23,10 @@ from .running import DecodingError, choose_pace, decode, find_undecodable, reaso
 from .train_loader import decoder_of
 from .trial import try_decoder
 
+# bytes of a batch's whole images on a CPU, which holds several batches: with twice as many, 332
+# photographs of 1100 x 990 pixels need 1.25 GB instead of 1.09
+_MOST_DECODED = 64_000_000
+
 
 class EvaluationLoader:
     """Images of one data set for evaluation; implements `unicl_fast.batch.EvaluationLoader`.
@@ -52,7 +56,6 @@ class EvaluationLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         self._dataset = dataset
-        self._data, self._batch_size = data, batch_size
         self._device = torch.device(device)
         self._decode_device = decoder_of(data, self._device)
         if self._decode_device.type == "cuda":
@@ -62,8 +65,12 @@ class EvaluationLoader:
             data,
             self._decode_device,
             num_images=batch_size,
-            window_bytes=mean_image_bytes([dataset], data),
+            window_bytes=(window_bytes := mean_image_bytes([dataset], data)),
         )
+        if self._decode_device.type == "cpu":
+            while batch_size > 1 and batch_size * window_bytes > _MOST_DECODED:
+                batch_size //= 2
+        self._data, self._batch_size = data, batch_size
         chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples)
         ids = chosen[rank::world_size].astype(np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]

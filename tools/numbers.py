@@ -1,12 +1,31 @@
-"""How options are read as numbers: `int` and `float` alone would take "\u0663" and "1_0"."""
+"""How options are read: as numbers, since `int` takes "\u0663" and "1_0", and as a data set."""
 
 from __future__ import annotations
 
-from typing import Any
+import shlex
+from typing import Annotated, Any
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from unicl_fast.system.checked_fields import plain_number
+
+
+def _one_data_set(words: list[str]) -> str:
+    if len(words) > 1:
+        command = f"unicl-pack build {shlex.join(words)} --out DIR"
+        raise ValueError(f"one data set is taken, not {len(words)}: {command} makes one of them")
+    if not words:
+        raise ValueError("name a data set")
+    return words[0]
+
+
+OneDataSet = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs="*", metavar="DIR", instance_from_str=_one_data_set,
+        is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
+    ),
+]  # fmt: skip
 
 
 def plain_numbers() -> ConstructorRegistry:

@@ -37,7 +37,7 @@ from unicl_fast.system.checked_fields import plain_number, require, with_values
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.phases import describe_phase
-from unicl_fast.system.program import EXIT_ABORTED, begin_program
+from unicl_fast.system.program import EXIT_ABORTED, begin_program, quick_imports
 
 from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets, with_size
 
@@ -144,10 +144,11 @@ def _main(argv: Sequence[str]) -> None:
         f"{run_folder} holds no run to resume: correct --out, or give --data.train DIR",
     )
     _refuse_wrong_data(config)
-    from unicl_fast.conversion.initial import initialise
-    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
-    from unicl_fast.pipelines.train_loader import TrainLoader
-    from unicl_fast.training.run import check_request, pretrain
+    with quick_imports():
+        from unicl_fast.conversion.initial import initialise
+        from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
+        from unicl_fast.pipelines.train_loader import TrainLoader
+        from unicl_fast.training.run import check_request, pretrain
 
     adopt_slurm_ranks()
     if "WORLD_SIZE" in os.environ:

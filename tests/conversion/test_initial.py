@@ -154,6 +154,7 @@ def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(like_clip, tmp_pa
     config = config_for(like_clip)
     weights = "open_clip_model.safetensors"
     (tmp_path / weights).symlink_to(like_clip / weights)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     for tower, change, message in (
         ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
         ("text_cfg", {"embed_cls": True}, "embed_cls=True"),

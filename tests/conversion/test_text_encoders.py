@@ -24,6 +24,7 @@ from unicl_fast.checkpoints.load import find_checkpoint
 from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_encoders
+from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_source
 from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.text_encoder import build_text_encoder
@@ -256,6 +257,42 @@ def test_a_run_can_freeze_adapt_and_split_it(kind, options, shared_data, tmp_pat
         assert all(torch.allclose(one, other[name], atol=2e-5) for name, one in plain.items())
     if "lora" in options[0]:
         assert any("lora_B" in name and one.any() for name, one in other.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "projection"),
+    [("bert", "mean", "mlp"), ("roberta", "cls", "linear"), ("xlm-roberta", "pooler", "linear")],
+)
+def test_an_export_to_open_clip_is_read_and_started_from(kind, pooling, projection, tmp_path):
+    """Also after the folder was moved from the place that open_clip's config names."""
+    write = write_dual if pooling == "pooler" else write_text_model
+    write(tmp_path / "source", kind)
+    write_pooling(tmp_path / "source", pooling_mode_cls_token=pooling == "cls")
+    given = ["--init-text", str(tmp_path / "source"), "--model.text-projection", projection]
+    if pooling == "pooler":
+        given = ["--init", str(tmp_path / "source")]
+    given += ["--model.image-encoder", "test_vit", "--data.image-size", "160"]
+    model = started(config_by_name("", *given)).eval()
+    write_open_clip(model, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    read = load_encoders(tmp_path / "moved")
+    assert read.config.model.text_pool == f"{kind}:{pooling}"
+    images = torch.randn(2, 3, 160, 160)
+    again = started(config_by_name("", "--init", str(tmp_path / "moved"))).eval()
+    for found in (read, again):
+        tokens = tokenizer_of(found.config)(TEXTS)
+        assert torch.equal(tokens, tokenizer_of(model.config)(TEXTS))
+        with torch.inference_mode():
+            for one, two in (
+                (found.encode_text(tokens), model.encode_text(tokens)),
+                (found.encode_image(images), model.encode_image(images)),
+            ):
+                torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "moved" / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_pooler_type"] = "max_pooler"
+    (tmp_path / "moved" / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no encoder with text_cfg hf_pooler_type='max_pooler'"):
+        load_encoders(tmp_path / "moved")
 
 
 def test_compiled_blocks_give_the_same_features(tmp_path):

@@ -16,7 +16,7 @@ from unicl_fast.batch import EvaluationLoader
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import baselines
 from unicl_fast.evaluation.features import ModelOnRanks
-from unicl_fast.evaluation.predicted import standardised
+from unicl_fast.evaluation.predicted import PredictedWords, standardised
 from unicl_fast.evaluation.report import percent
 from unicl_fast.evaluation.search import open_index
 from unicl_fast.tools import pretrain
@@ -64,6 +64,28 @@ def test_the_end_of_a_run_shows_baselines_from_its_stored_features(run_folder):
     assert captions.startswith("retrieval/captions, after the last step:\n")
     assert "ridge to tf-idf" in captions
     assert "R@10, %" in captions
+
+
+def test_words_are_learnt_once_for_all_searches(data, run_folder, tmp_path, monkeypatch):
+    model = load_model(run_folder)
+    with open_index(model, data / "classes", folder=tmp_path) as index:
+        first = index.scores(["a dog"], ["predicted"])["predicted"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictedWords, "_learn", None)
+        patch.setattr(PredictedWords, "of_images", None)
+        with open_index(model, data / "classes", folder=tmp_path) as index:
+            again = index.scores(["a dog"], ["predicted"])["predicted"]
+    np.testing.assert_array_equal(again, first)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    train = baselines.training_part(model.encoders).captioned()
+    others = [["a dog"], *train.captions[1:]]
+    learnt, kept = (PredictedWords(train.features, others, place) for place in (None, tmp_path))
+    np.testing.assert_array_equal(kept.of_texts(["a dog"]), learnt.of_texts(["a dog"]))
+    for path in tmp_path.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        PredictedWords(train.features, others, tmp_path)
 
 
 def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_folder, tmp_path):

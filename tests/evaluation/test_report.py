@@ -45,6 +45,20 @@ def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images(
         average_precisions(scores, [[]] * 40, "abcd")
 
 
+def test_a_table_says_which_classes_it_measured_and_which_are_worst_and_best():
+    counts = ClassificationCounts("abcdefghi")
+    labels = [[0, 8], [0, 8], [1, 8], [2], [2], [3], [3], [3], [4], [5], [6]]
+    counts.add([[0], [0], [1], [2], [0], [0], [0], [0], [4], [5], [6]], labels)
+    *_, measured, each = counts.result(what="").to_table().splitlines()
+    assert measured == "11 samples, 7 of 9 classes: the other 2 are no sample's first label"
+    assert each == "worst to best: d 0 of 3, c 1 of 2, a 2 of 2, ..., e 1 of 1, f 1 of 1, g 1 of 1"
+    counts = ClassificationCounts(["a\ud800\a", "b"])
+    counts.add([[1], [1]], [[0], [1]])
+    measured, each = counts.result(what="").to_table().encode().decode().splitlines()[-2:]
+    assert measured == "2 samples, 2 classes"
+    assert each == r"worst to best: a\ud800\x07 0 of 1, b 1 of 1"
+
+
 def test_intervals_cover_as_often_as_they_say():
     trials, rate = 200, 0.3
     covered = 0.0

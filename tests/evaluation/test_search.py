@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pack_runs import build_set, jpeg
 from small_runs import objective_config, tiny_config
 
 from unicl_fast import Model
@@ -95,6 +97,30 @@ def test_images_are_encoded_once_and_found_by_texts_and_images(model, data, tmp_
             open_index(one, data / "captions", folder=tmp_path).__enter__()
     with open_index(model, data / "classes") as index:  # kept nowhere
         assert index.by_texts(["a cat"], top=1)[0][0].labels
+
+
+@pytest.mark.dali
+def test_of_a_product_s_images_only_the_best_is_found(model, tmp_path):
+    """Also after the packed data set is packed again; images without a key are alone."""
+    names = ["tan", "grey", "red", "plum", "blue", "teal", "pink", "navy", "lime", "gold", "black"]
+    keys = [*["7", 7, "\uff17 "], *["8"] * 5, None, "", "9"]
+    rows = []
+    for number, (name, key) in enumerate(zip(names, keys, strict=True)):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+        rows.append({"image": f"{number}.jpg", "caption": f"coat {name}", "sku": key})
+    (tmp_path / "shop.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build_set([tmp_path / "shop.jsonl"], tmp_path / "first", group_column="sku")
+    build_set([tmp_path / "first"], tmp_path / "again")
+    for data in ("first", "again"):
+        with open_index(model, tmp_path / data, folder=tmp_path / "features") as index:
+            (scores,) = index.scores(["coat blue"], ["words"])["words"]
+            assert len(scores) == len(keys)
+            (found,) = index.by_texts(["coat blue"], by=["words"], top=5)
+            assert (found[0].caption, found[0].score) == ("coat blue", scores.max())
+            assert sorted(one.others for one in found) == [0, 0, 0, 2, 4]
+            (found,) = index.by_images([tmp_path / "1.jpg"], top=99)
+            assert (found[0].caption, found[0].others, len(found)) == ("coat grey", 2, 5)
+            assert len(index.by_texts(["coat"], top=2)[0]) == 2
 
 
 TITLES = (

@@ -15,6 +15,8 @@ from foreign_sources import outcomes, read_source, texts, write_tar
 from pack_runs import build_set, jpeg, samples_of
 
 from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation.data import all_descriptions
 from unicl_fast.packing.sources.cells import attributes_in, images_in, without_html
 from unicl_fast.packing.sources.items import PATH
 from unicl_fast.packing.sources.rows import ListOptions
@@ -75,6 +77,10 @@ def test_an_export_is_packed_as_it_is(export, tmp_path, pack, checked):
     assert found["/6.jpg"].captions == ("Cy <3 Top",)
     assert found["/1.jpg"].labels == ["Men Tops Tees"]
     assert found["/6.jpg"].labels == ["Women Tops Tees", "Eco & fair"]
+    with PackedDataset(out) as dataset:
+        assert [
+            one.group for one in sorted(all_descriptions(dataset), key=lambda one: one.name)
+        ] == [*("T1", "T1", "T1", "T1", "T2-S", "T3")]
     manifest = Manifest.load(out)
     assert manifest.hierarchy is not None
     names = (*manifest.class_names, *manifest.hierarchy.names)
@@ -86,7 +92,7 @@ def test_an_export_is_packed_as_it_is(export, tmp_path, pack, checked):
         "note: 6 cells of categories read as paths below All, such as Men > Tops > Tees (--cells); "
         "no row has only Sale, which may say nothing of an image: "
         "--label-column 'categories=^(Men|Women)' leaves them out\n",
-        "note: 6 rows grouped for --split by their sku or one that it continues (--group-column)",
+        "note: 6 rows grouped by their sku or one that it continues (--group-column)",
         "note: 2 rows with several images: each is a sample (--cells)\n",
         "note: 3 texts from which HTML tags and entities were removed (--cells)\n",
         "note: 6 paths that begin with / found below the image root\n",

@@ -233,7 +233,6 @@ def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path):
     ("arguments", "message"),
     [
         (["--split", "1.5"], "--split is the fraction for training, such as 0.9, not 1.5"),
-        (["--group-column", "product"], "says what --split keeps together: give that too"),
         (["--split", "0.9999"], "--split 0.9999 holds none of 121 images out"),
         (["--split", "0.9", "--out", "s3://bucket/set"], "--split needs a folder as --out"),
         (["--split", "0.9", "--out", "."], "holds 0.jpg: name another --out for --split"),

@@ -27,7 +27,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.objectives.registry import make_objective
-from unicl_fast.pipelines import trial
+from unicl_fast.pipelines import evaluation_loader, trial
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.graph import _decoder_settings
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
@@ -100,7 +100,7 @@ def test_graphs_share_the_threads_and_large_batches_are_decoded_one_at_a_time(
     assert pace == Pace(threads=threads, ahead=ahead)
 
 
-def test_the_size_of_windows_is_that_of_the_largest_images(datasets, prompts):
+def test_the_size_of_windows_is_that_of_the_largest_images(datasets, prompts, monkeypatch):
     data = make_config(crop_scale=(0.5, 1.0)).data
     shown = np.mean([int(row["height"]) * int(row["width"]) for row in datasets[0].samples])
     # evaluations decode whole images
@@ -109,6 +109,8 @@ def test_the_size_of_windows_is_that_of_the_largest_images(datasets, prompts):
         assert EvaluationLoader(datasets[0], data, batch_size=batch_size).pace.ahead == ahead
     few_pixels = dataclasses.replace(data, max_pixels=1000)  # none is decoded
     assert EvaluationLoader(datasets[0], few_pixels, batch_size=whole).pace.ahead == 4
+    monkeypatch.setattr(evaluation_loader, "_MOST_DECODED", 3 * 3 * shown)
+    assert len(EvaluationLoader(datasets[0], data, batch_size=8)) == -(-len(datasets[0]) // 2)
 
 
 def test_a_batch_keeps_its_contract(datasets, prompts):

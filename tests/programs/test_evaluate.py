@@ -35,6 +35,7 @@ from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.evaluate import registry
 from unicl_fast.tools.evaluate.knn import Knn
+from unicl_fast.tools.pack import __main__ as packing
 from unicl_fast.training.metrics import read_metrics
 
 pytestmark = pytest.mark.dali
@@ -68,6 +69,22 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
     assert last.is_dir()
     assert found["checkpoint"] == str(first)
     assert found["weights_xxh3"] == weights_checksum(first)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (evaluate, ("search", "--checkpoint", "run", "--query", "x", "--data")),
+        (evaluate, ("serve", "--checkpoint", "run", "--data")),
+        (evaluate, ("knn", "--checkpoint", "run", "--data", "test", "--train")),
+        (packing, ("inspect", "--no-near")),
+        (packing, ("verify",)),
+    ],
+)
+def test_several_data_sets_are_refused_with_the_command_that_joins_them(program, words):
+    said = " ".join(refusal_of(program, *words, "one", "the other").replace("│", "").split())
+    assert "one data set is taken, not 2: unicl-pack build one 'the other' --out DIR" in said
+    assert "name a data set" in refusal_of(program, *words)
 
 
 def test_images_of_a_folder_are_classified_and_embedded(data, trained, tmp_path, capsys):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from packed_sets import Sample, pack
 from PIL import Image
 from program_runs import call, refusal_of
@@ -24,12 +25,14 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.conversion import packages
 from unicl_fast.conversion.initial import initialise
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.presets import PRESETS, Facts, build_preset, choose_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import auto, pretrain
 from unicl_fast.tools.pretrain import parse_arguments, parse_with_origin, split_config
 from unicl_fast.tools.run_settings import as_yaml
 from unicl_fast.training.memory_plan import plan
+from unicl_fast.training.settle import settle
 
 
 def settings_of(*options: str | Path) -> TrainConfig:
@@ -302,6 +305,27 @@ def test_options_that_must_agree_with_a_source_are_refused_or_said(
     assert bool(said) == bool(refused)
     warnings = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert any(warned in one for one in warnings) if warned else not warnings
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "smallest", "said"),
+    [
+        (64, 144, 0.4, "the middle 20 % of an image, training at least 40 %: leave data.evalu"),
+        (64, 512, 0.08, "data.evaluation_resize=512 out, or set 64"),
+        (224, 512, 0.08, ""),
+        (224, 256, 0.9, ""),
+        (64, 144, 1.0, ""),  # training shows the middle, too
+        (64, "squash", 0.4, ""),
+    ],
+)
+def test_evaluations_of_less_than_training_shows_are_said(size, resize, smallest, said, caplog):
+    config = tiny_config().changed(
+        data={"image_size": size, "evaluation_resize": resize, "crop_scale": (smallest, 1.0),
+              "crop_ratio": (1.0, 1.0)}
+    )  # fmt: skip
+    settle(config, device=torch.device("cpu"), ranks=Ranks())
+    assert bool(said) == bool(caplog.messages)
+    assert said in "".join(caplog.messages)
 
 
 def test_auto_looks_at_the_data_and_comes_before_file_and_options(photos, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import tyro
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
-from unicl_fast.system.program import begin_program
+from unicl_fast.system.program import begin_program, quick_imports
 
 from ..numbers import plain_numbers
 from .command import Command, RankedCommand
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # torch and DALI need seconds to import, for which --help and mistyped options do not wait
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
-        with line("unicl-eval is starting"):
+        with line("unicl-eval is starting"), quick_imports():
             command.check()
             command = command.settled()
         has_ranks = "WORLD_SIZE" in os.environ

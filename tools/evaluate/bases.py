@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ..numbers import OneDataSet
 from .command import Number, Written
 
 
@@ -19,9 +20,9 @@ class Bases(Written):
     Example: unicl-eval bases --data packed/train --held-out packed/held-out
     """
 
-    data: str
+    data: OneDataSet
     """Training images with labels, captions or both: what zero-shot's --data accepts."""
-    held_out: str
+    held_out: OneDataSet
     """Images to test on. Classes are matched by name."""
     bases: tuple[str, ...] = ()
     """Further ones: encoders of images, texts or both, written as --checkpoint of zero-shot."""

@@ -26,6 +26,7 @@ from unicl_fast.config import DeviceName
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.system.checked_fields import LARGEST_INT, convert
 
+from ..numbers import OneDataSet
 from .registry import name_of
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class BesideBaselines(Evaluation):
 class Use(RankedCommand):
     """A command that uses a model on images without judging it."""
 
-    data: str
+    data: OneDataSet
     """Images: a packed data set (a folder or a URL), a folder of images, one image, or any source
     of unicl-pack build. Unreadable files are named and left out."""
 

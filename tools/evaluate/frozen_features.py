@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unicl_fast.evaluation.choices import Layer, MetricChoice
 
+from ..numbers import OneDataSet
 from .command import Evaluation
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenFeatures(Evaluation):
-    train: str
+    train: OneDataSet
     """Labelled images to learn from: what zero-shot's --data accepts."""
-    data: str
+    data: OneDataSet
     """Labelled images to test on. Classes are matched to those of --train by name."""
     metric: MetricChoice = "auto"
     """The metric to report first, by which a linear probe also chooses C; auto as in zero-shot."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..numbers import OneDataSet
 from .command import BesideBaselines
 
 
@@ -15,7 +16,7 @@ class Retrieval(BesideBaselines):
     An image counts as found by any of its captions among the first k.
     """
 
-    data: str
+    data: OneDataSet
     """Images with captions: a packed data set (a folder or a URL), or any source of unicl-pack
     build, such as a list."""
 

@@ -81,5 +81,6 @@ def _print_found(query: str, found: Sequence[Found]) -> None:
     lines = [query]
     for one in found:
         title = (one.caption or one.name) + (f" [{', '.join(one.labels)}]" if one.labels else "")
-        lines.append(f"  {one.score:.3f}  {title}  {one.source}/{one.name.lstrip('/')}")
+        more = f"  (and {count_of(one.others, 'other')} of its group)" if one.others else ""
+        lines.append(f"  {one.score:.3f}  {title}  {one.source}/{one.name.lstrip('/')}{more}")
     print_text("\n".join(lines), sys.stdout)

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from unicl_fast.evaluation.choices import LOOPBACK
 
+from ..numbers import OneDataSet
 from .command import ModelCommand
 
 
@@ -26,7 +27,7 @@ class Serve(ModelCommand):
     `serve`.
     """
 
-    data: str = ""
+    data: OneDataSet = ""
     """Images to search, as in search; without it the page has no search."""
     features: str = "auto"
     """Folder that keeps their features, as in linear-probe."""

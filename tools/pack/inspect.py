@@ -31,6 +31,8 @@ from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 
+from ..numbers import OneDataSet
+
 _GROUPS_SHOWN = 12
 _IMAGES_OF_A_GROUP = 6
 
@@ -53,7 +55,7 @@ class Inspect:
       unicl-pack build packed/photos --leave-out near.csv --out packed/clean
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[OneDataSet, tyro.conf.Positional]
     """The data set; one under a URL is copied, inspected and removed."""
     html: Path | None = None
     """Write one self-contained page with plots and a contact sheet into this file."""

@@ -21,6 +21,8 @@ from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
+from ..numbers import OneDataSet
+
 _MOST_IN_JSON = 10_000  # faults that are kept in memory; --list has them all
 # advice for faults of a data set at {0}
 _IN_A_FOLDER = (
@@ -54,7 +56,7 @@ class Verify:
       unicl-pack verify packed/photos --list faults.csv --json verify.json
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[OneDataSet, tyro.conf.Positional]
     """The data set; one under a URL is copied, checked and removed."""
     decode: bool = True
     """Decode all images, which costs most of the time. A raw data set's images are decoded

@@ -71,6 +71,8 @@ _LINEARS = {
     "visual.head.mlp.fc2": "image_projection",
     **dict.fromkeys(("visual.head.proj", "visual.attnpool.c_proj"), "image_projection"),
     **dict.fromkeys(("text_projection", "text.text_projection"), "text_projection"),
+    **dict.fromkeys(("text.proj", "text.proj.2"), "text_projection"),
+    "text.proj.0": "text_hidden",
 }
 """Linear projections; their weights are [out in]."""
 
@@ -149,17 +151,34 @@ def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def pooling_of_texts(model_cfg: Mapping[str, Any]) -> str:
+    """Our name of the pooling of a text encoder of transformers; empty for open_clip's own.
+
+    Raises UnknownArchitectureError for another pooling or projection than ours.
+    """
+    text = model_cfg["text_cfg"]
+    if not text.get("hf_model_name"):
+        return ""
+    _refuse_others("text_cfg", {**text, "hf_model_name": None})
+    pooler = text.get("hf_pooler_type", "mean_pooler")
+    found = [ours for ours, name in _POOLERS.items() if name == pooler]
+    if not found or text.get("hf_proj_type", "mlp") not in ("linear", "mlp"):
+        refuse_settings("text_cfg", text, ("hf_pooler_type", "hf_proj_type"))
+    return found[0]
+
+
 def tokenizer(model_cfg: Mapping[str, Any], place: str) -> str:
     """The tokenizer of a `model_cfg` as `model.tokenizer` names it; empty for CLIP's.
 
     `place` has its files; if empty, they are in the hub's repository of its name.
     """
     text = model_cfg["text_cfg"]
+    name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     # encoders that pool at the end token would read padding with it, which others use
-    if not text.get("hf_tokenizer_name") or text.get("pool_type") != "last":
+    if not name or (text.get("pool_type") != "last" and not text.get("hf_model_name")):
         return ""
     clean = (text.get("tokenizer_kwargs") or {}).get("clean")
-    return (place or f"hf-hub:{text['hf_tokenizer_name']}") + CANONICAL * (clean == "canonicalize")
+    return (place or f"hf-hub:{name}") + CANONICAL * (clean == "canonicalize")
 
 
 def pooling(model_cfg: Mapping[str, Any]) -> str:
@@ -204,7 +223,7 @@ def from_open_clip(
     for original, tensor in tensors.items():
         name = original.removeprefix("module.")
         layer, _, kind = name.rpartition(".")
-        if name in _NO_WEIGHTS:
+        if name in _NO_WEIGHTS or kind == "position_ids":
             continue
         if name in ("logit_scale", "logit_bias"):
             ours[name] = tensor.reshape([])
@@ -215,6 +234,8 @@ def from_open_clip(
             ours[linears[layer] + "_bias" * is_bias] = tensor if is_bias else tensor.T
         elif name.startswith("visual.trunk."):
             ours["image_encoder." + name.removeprefix("visual.trunk.")] = tensor
+        elif name.startswith("text.transformer.") and model_cfg["text_cfg"].get("hf_model_name"):
+            ours["text_encoder.network." + name.removeprefix("text.transformer.")] = tensor
         elif name.startswith("visual."):
             ours["image_encoder." + name] = tensor
         else:

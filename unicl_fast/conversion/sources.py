@@ -317,8 +317,9 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
         locate = functools.partial(find, _OPEN_CLIP_WEIGHTS)
         has_tokenizer = is_on_hub or (config.parent / TOKENIZER_FILES[0]).is_file()
         return _open_clip_source(
-            given, model_cfg, images, locate, towers, tokenizer=place if has_tokenizer else ""
-        )
+            given, model_cfg, images, locate, towers, tokenizer=place if has_tokenizer else "",
+            folder=None if is_on_hub else config.parent,
+        )  # fmt: skip
     if LIBRARY in values:
         return None
     if "architecture" in values:
@@ -510,10 +511,11 @@ def _open_clip_source(
     towers: _Towers,
     *,
     tokenizer: str = "",
+    folder: Path | None = None,
 ) -> Source:
     """A model of open_clip; `tokenizer` is the path of its tokenizer's files, if known."""
     with _blaming(given):
-        text = open_clip_models.text_settings(model_cfg) if towers.text else {}
+        text = _open_clip_texts(model_cfg, folder) if towers.text else {}
         if text:
             text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
         image, data = dict[str, Any](), dict[str, Any]()
@@ -530,6 +532,22 @@ def _open_clip_source(
             objective="sigmoid" if model_cfg.get("init_logit_bias") is not None else "unicl",
             pooling=open_clip_models.pooling(model_cfg),
         )
+
+
+def _open_clip_texts(model_cfg: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The text settings; of transformers' encoders by config.json in the folder or on the hub."""
+    if not (pool := open_clip_models.pooling_of_texts(model_cfg)):
+        return open_clip_models.text_settings(model_cfg)
+    text = model_cfg["text_cfg"]
+    beside = None if folder is None else folder / CONFIG_FILE
+    if beside is None or not beside.is_file():
+        beside = download(text["hf_model_name"], [CONFIG_FILE])
+    values = read_json(beside)
+    if str(values["model_type"]) not in PAD_IDS:
+        open_clip_models.refuse_settings("text_cfg", text, ["hf_model_name"])
+    settings, _, _ = hugging_face.read_settings(values, image=False, text=True, pooling=pool)
+    settings["context_length"] = min(settings["context_length"], text.get("context_length", 77))
+    return settings | {"text_projection": text.get("hf_proj_type", "mlp")}
 
 
 def _transformers_source(

@@ -29,6 +29,8 @@ class Description:
     name: str
     weight: float | None = None
     """None if the data set has no weights."""
+    group: str = ""
+    """The key of its product, which several images can share; empty without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +139,7 @@ class SampleReader:
         except (ValueError, RecursionError) as error:
             raise self._damaged(index, f"its JSON cannot be read: {error}") from error
         wanted = _FIELDS if self._dataset.weights is None else {*_FIELDS, "weight"}
-        if not isinstance(values, dict) or set(values) != wanted:
+        if not isinstance(values, dict) or set(values) - {"group"} != wanted:
             fields = f"the fields {sorted(wanted)}, and no others"
             raise self._damaged(index, f"its JSON does not hold {fields}")
         try:

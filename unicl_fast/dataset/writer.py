@@ -123,6 +123,7 @@ class PackedSample:
     name: str = ""
     weight: float | None = None
     """None if the data set has no weights."""
+    group: str = ""
     place: SourcePlace | None = None
     """The image's place in a source file, for a data set in place; `image` is then empty."""
 
@@ -482,5 +483,6 @@ def _describe(sample: PackedSample) -> bytes:
     # names that are not UTF-8 arrive as lone surrogates, which escapes can express
     source, name = _quote(sample.source), _quote(sample.name)
     more = "" if sample.weight is None else f',"weight":{sample.weight!r}'
+    more += f',"group":{_quote(sample.group)}' if sample.group else ""
     text = f'{{"captions":[{captions}],"labels":[{labels}],"source":{source},"name":{name}{more}}}'
     return text.encode("ascii")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.evaluation.choices import Metric
-from unicl_fast.system.wording import count_of, markdown_table
+from unicl_fast.system.wording import count_of, markdown_table, visible_text
 
 Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
@@ -98,8 +98,15 @@ class ClassificationResult:
             f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
             for name, title in RATE_NAMES.items()
         ]
-        samples, classes = count_of(self.num_samples, "sample"), len(self.per_class)
-        lines.append(f"{samples}, {count_of(classes, 'class')}")
+        found, named = len(self.per_class), count_of(len(self.class_names), "class")
+        if unseen := len(self.class_names) - found:
+            named = f"{found:,} of {named}: the other {unseen:,} are no sample's first label"
+        lines.append(f"{count_of(self.num_samples, 'sample')}, {named}")
+        ordered = sorted(self.per_class, key=lambda one: (one[2] / one[1], -one[1]))
+        if found > 1:
+            each = [f"{name} {right:,} of {count:,}" for name, count, right in ordered]
+            each = each if found <= 6 else [*each[:3], "...", *each[-3:]]
+            lines.append(f"worst to best: {visible_text(', '.join(each))}")
         if self.num_without_label:
             lines.append(f"left out, without a label: {count_of(self.num_without_label, 'sample')}")
         return "\n".join(lines)

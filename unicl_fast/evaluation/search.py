@@ -27,8 +27,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.dataset.stored_samples import Description, SampleReader
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.baselines import MOST_IMAGES, MOST_STORED, training_part
 from unicl_fast.evaluation.choices import SIGNALS, Signal
 from unicl_fast.evaluation.data import all_descriptions, open_data
@@ -75,6 +75,8 @@ class Found:
     """The list, folder or archive it was packed from."""
     name: str
     """Its path in the source."""
+    others: int
+    """How many further images its product has, by the key that it was packed with."""
 
 
 class Titles:
@@ -116,16 +118,22 @@ class SearchIndex:
         title_features: Float[np.ndarray, "t d"] | None = None,
         words: Words | None = None,
         predicted: tuple[PredictedWords, Float[np.ndarray, "n e"]] | None = None,
+        groups: Sequence[str] = (),
     ) -> None:
         """Features have unit norm and the order of samples and texts, and can be mapped files.
 
-        `predicted` brings its vectors of the images.
+        `predicted` brings its vectors of the images, `groups` their keys: of images with one key
+        only the best is found.
         """
         self.model, self.dataset, self.titles = model, dataset, titles
         self.images = Rows(features)
         self.title_rows = None if title_features is None else Rows(title_features)
         self.predicted = None if predicted is None else (predicted[0], Rows(predicted[1]))
         self._words = words
+        keys = (key or number for number, key in enumerate(groups or range(len(features))))
+        numbers: dict[object, int] = {}
+        self._groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+        self._sizes = np.bincount(self._groups)
         has: dict[Signal, bool] = {
             "images": _encodes_texts(model.encoders),
             "predicted": predicted is not None,
@@ -220,9 +228,20 @@ class SearchIndex:
         if top < 1:
             raise ValueError(f"top must be positive, not {top}")
         return [
-            [self._describe(sample, float(own[sample])) for sample in best(own, top).tolist()]
+            [self._describe(sample, float(own[sample])) for sample in self._distinct(own, top)]
             for own in scores
         ]
+
+    def _distinct(self, scores: Float[np.ndarray, " n"], top: int) -> list[int]:
+        """The best samples of the `top` best groups, best first."""
+        count = top
+        while True:
+            samples = best(scores, count)
+            _, first = np.unique(self._groups[samples], return_index=True)
+            if len(first) >= top or count >= len(scores):
+                found: list[int] = samples[np.sort(first)[:top]].tolist()
+                return found
+            count *= 4
 
     def _describe(self, sample: int, score: float) -> Found:
         description = self._reader.read_description(sample)
@@ -231,6 +250,7 @@ class SearchIndex:
             sample=sample, score=score, caption=next(iter(description.captions), ""),
             labels=tuple(names[label] for label in description.labels),
             source=description.source, name=description.name,
+            others=int(self._sizes[self._groups[sample]]) - 1,
         )  # fmt: skip
 
 
@@ -263,7 +283,8 @@ def open_index(
             folder = Path(from_rank_0(str(own), ranks))
         predicted = _predicted_words(on_ranks, opened.dataset, folder)
         key, rows = stored_rows(on_ranks, opened.dataset, folder, layer="projection")
-        titles = _titles_of(opened.dataset)
+        described = all_descriptions(opened.dataset)
+        titles = _titles_of(described, opened.dataset.manifest.class_names)
         title_key, title_rows = "", None
         if titles is not None and _encodes_texts(on_ranks.model):
             title_key, title_rows = _title_rows(on_ranks, titles, folder)
@@ -273,7 +294,7 @@ def open_index(
         index = SearchIndex(
             Model(on_ranks.model), opened.dataset, rows,
             titles=titles, title_features=title_rows, words=words,
-            predicted=predicted,
+            predicted=predicted, groups=[one.group for one in described],
         )  # fmt: skip
         stack.enter_context(contextlib.closing(index))
         with rank_0_alone(ranks):
@@ -300,16 +321,26 @@ def _predicted_words(
     ranks, words = on_ranks.ranks, None
     with rank_0_alone(ranks):
         if ranks.is_main and len(dataset) <= MOST_STORED:
-            with contextlib.suppress(ValueError, OSError, ModuleNotFoundError):
+            try:
                 train = training_part(on_ranks.model).captioned()
                 train = train.take(
                     range(0, len(train.captions), len(train.captions) // MOST_IMAGES + 1)
                 )
-                words = PredictedWords(train.features, train.captions)
+                words = PredictedWords(train.features, train.captions, folder)
+            except (ValueError, OSError, ModuleNotFoundError) as error:
+                logger.info("no words are predicted from images: %s", error)
     if not from_rank_0(words is not None, ranks):
         return None
-    _, rows = stored_rows(on_ranks, dataset, folder, layer="encoder")
-    return None if words is None else (words, words.of_images(rows))
+    key, rows = stored_rows(on_ranks, dataset, folder, layer="encoder")
+    with rank_0_alone(ranks):
+        if words is None:
+            return None
+        vectors = kept_rows(
+            folder, _hash_of(key, words.digest()), family=words.digest(),
+            items=np.ascontiguousarray(dataset.samples["xxh3"]), width=rows.shape[1] + 1,
+            encode=lambda new: [(np.array(new), words.of_images(rows[new]))], ranks=Ranks(),
+        )  # fmt: skip
+    return words, vectors
 
 
 def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[str, NDArray[Any]]:
@@ -344,9 +375,8 @@ def _hash_of(*facts: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([_VERSION, *facts]).encode())
 
 
-def _titles_of(dataset: PackedDataset) -> Titles | None:
+def _titles_of(described: Sequence[Description], names: Sequence[str]) -> Titles | None:
     """Captions and class names; None if no sample has one."""
-    names, described = dataset.manifest.class_names, all_descriptions(dataset)
     of_samples = [
         tuple(dict.fromkeys([*one.captions, *(names[label] for label in one.labels)]))
         for one in described

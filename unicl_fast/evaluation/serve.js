@@ -66,11 +66,12 @@ function search(question, image) {
     at("found").replaceChildren(...found.map((one) => {
       const address = `/image/${one.sample}${location.search}`;
       const title = one.caption || one.name;
+      const more = one.others ? [`${one.others.toLocaleString("en")} more of it`] : [];
       const image = made("img", { src: address, alt: title, loading: "lazy" });
       return made("li", {},
         made("a", { href: address, target: "_blank" }, image),
         made("p", { className: "title" }, title),
-        made("p", {}, [one.score.toFixed(3), ...one.labels].join(" · ")),
+        made("p", {}, [one.score.toFixed(3), ...one.labels, ...more].join(" · ")),
         made("p", { className: "where" }, `${one.source}/${one.name.replace(/^\/+/, "")}`));
     }));
   });

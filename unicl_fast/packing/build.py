@@ -54,7 +54,7 @@ from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import require_there
 from unicl_fast.packing.sources.urls import require_lasting
-from unicl_fast.packing.split import SIDES, split_samples
+from unicl_fast.packing.split import SIDES, plain_key, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, work_folder
@@ -553,6 +553,7 @@ def _write(
                 name=item.name,
                 place=place,
                 weight=fmean(item.weights or [1.0]) if writer.has_weights else None,
+                group=next(filter(None, map(plain_key, item.groups)), ""),
             )
         )
         if result.reencoded:

@@ -133,8 +133,6 @@ class BuildOptions(ListOptions):
                 "--in-place leaves images as they are, and reads lists of files in folders only: "
                 "leave out --resize, --format and an --image-root under a URL; or --in-place"
             )
-        if self.group_column and self.split is None:
-            raise ValueError("--group-column says what --split keeps together: give that too")
         if self.cells not in (known := get_args(CellsKind)):
             raise ValueError(f"--cells is one of {', '.join(known)}, not {self.cells!r}")
         require_engine(self.engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import logging
@@ -61,6 +62,16 @@ def logging_at(name: str, level: int) -> Iterator[None]:
         yield
     finally:
         chosen.setLevel(before)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """For imports of torch and timm: a seventh of their CPU time looks for garbage, in vain."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def has_utf8_names() -> bool:

@@ -99,6 +99,13 @@ def settle(
     config = config.changed(efficiency={"precision": precision})
     if stored is not None:
         config = _with_first_weights(config, stored)
+    data, least = config.data, config.data.crop_scale[0]
+    if "crops" in data.drawn and data.part_shown**2 < least / 2:
+        logger.warning(
+            "evaluations show the middle %.0f %% of an image, training at least %.0f %%: leave "
+            "data.evaluation_resize=%s out, or set %d, to show all",
+            100 * data.part_shown**2, 100 * least, data.evaluation_resize, data.image_size,
+        )  # fmt: skip
     if not datasets:
         return config
     config = settle_decoding(config, device, ranks)

@@ -306,7 +306,7 @@ def _choose_key(
         return (), key_in_group(options)
     known = set() if parent else {_first(row, key) for row in rows([key])}
     what = f"their {parent}" if parent else f"their {key} or one that it continues"
-    note = f"rows grouped for --split by {what} (--group-column)"
+    note = f"rows grouped by {what} (--group-column)"
 
     def of_parent(row: Row) -> str:
         own = _first(row, key)

@@ -46,7 +46,8 @@ class Item:
     labels: list[Label] = field(default_factory=list)
     problem: Problem | None = None
     groups: list[str] = field(default_factory=list)
-    """Values of --group-column: `--split` keeps samples with one value together."""
+    """Values of --group-column: `--split` keeps samples with one value together; the first is
+    packed, by which search groups them."""
     weights: list[float] = field(default_factory=list)
     """Values of --weight-column, one a row."""
     source: str = ""

@@ -132,6 +132,7 @@ class _Samples:
                 problem=Problem("damaged", fault) if fault else None,
                 weights=[] if text.weight is None else [text.weight],
                 source=text.source,
+                groups=[text.group] if text.group else [],
             )
 
     def _describe(self, index: int) -> Description | str:

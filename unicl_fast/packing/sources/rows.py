@@ -80,10 +80,10 @@ class ListOptions:
     --class-names. 'categories=^(Men|Women)/' takes those that a regular expression finds. Any
     column can also be an attribute in cells like size=XS,color=Black."""
     group_column: str = ""
-    """Column with a key, such as a product's number: --split keeps images with one key together.
-    Invisible characters, full width and blanks do not matter; 7, "7" and 7.0 are one key.
-    'sku=^[^-]+' takes the part that a regular expression finds: WS12 of WS12-XS-Orange. By default
-    variants in a shop's export stay with their parent."""
+    """Column with a key, such as a product's number: --split keeps images with one key together,
+    and a search shows the best of them. Invisible characters, full width and blanks do not matter;
+    7, "7" and 7.0 are one key. 'sku=^[^-]+' takes the part that a regular expression finds: WS12 of
+    WS12-XS-Orange. By default variants in a shop's export stay with their parent."""
     weight_column: str = ""
     """Column with a weight of each row, such as clicks: a positive number. An image of several rows
     has their mean, one of a source without columns 1. See data.sample_weights of unicl-pretrain."""
@@ -222,12 +222,12 @@ def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
 
 
 def flat(value: Any) -> Iterator[Any]:
-    """The values in lists of any depth; not recursive, since untrusted rows could nest deeply."""
+    """The values in lists of any depth, in order; not recursive: untrusted rows can nest deeply."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
-            waiting += value
+            waiting += reversed(value)
         elif not isinstance(value, dict):
             yield value
 
