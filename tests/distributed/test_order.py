@@ -10,40 +10,79 @@ from rank_workers import ranks_of, run_on_ranks
 from small_runs import tiny_config
 from waiting import wait_until
 
+from unicl_fast.config import TrainConfig
+
 pytestmark = pytest.mark.slow
+FIXED = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
+STAGES = {"run": {"steps": 0, "samples": 36, "stages": ("12:global_batch_size=6,image_size=16",)}}
+LOCKED = {"optim": {"freeze": ("image", "text")}}
 RUNS = {
-    name: tiny_config(steps=3, precision="fp32", **settings)
-    for name, settings in {
-        "ddp": {},
-        "micro-batches": {"micro_batch_size": 2},
-        "optimizer": {"shard": "optimizer"},
-        "full": {"shard": "full"},
+    name: tiny_config(steps=3, precision="fp32", **efficiency).changed(
+        checkpoint={"every_steps": 10}, **settings
+    )
+    for name, (efficiency, settings) in {
+        "ddp": ({}, {}),
+        "micro-batches": ({"micro_batch_size": 2}, {}),
+        "optimizer": ({"shard": "optimizer"}, {}),
+        "full": ({"shard": "full"}, {}),
+        "lora": ({}, {"optim": {"lora": "image:2,text:2"}}),
+        "locked": ({}, LOCKED),
+        "a locked tower": ({}, {"optim": {"freeze": ("image",)}}),
+        "stages": ({}, STAGES),
+        "stages, full": ({"shard": "full"}, STAGES),
+        "SIGTERM": ({}, {"run": {"steps": 50}}),
     }.items()
 }
 
 
-def logs_of(folder: Path, run: str) -> list[list[str]]:
-    paths = [folder / f"{run}-{rank}.txt" for rank in range(3)]
+def logs_of(folder: Path, run: str, world_size: int = 3) -> list[list[str]]:
+    paths = [folder / f"{run}-{rank}.txt" for rank in range(world_size)]
     return [path.read_text().splitlines() if path.exists() else [] for path in paths]
 
 
-def test_three_ranks_call_the_same_collectives_in_the_same_order(images, tmp_path):
-    run_on_ranks(train_noted, 3, images, tmp_path, RUNS, None)
-    for run in RUNS:
-        first, *others = logs_of(tmp_path, run)
-        assert len(first) > 12
+def stored(data: Path, folder: Path) -> TrainConfig:
+    """Features of both towers are stored before the run, and fed to it."""
+    return RUNS["locked"].changed(
+        data={"train": (str(data / "captions"),), **FIXED},
+        efficiency={"stored_features": str(folder)},
+    )
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_ranks_call_the_same_collectives_in_the_same_order(images, data, tmp_path, world_size):
+    runs = {**RUNS, "stored": stored(data, tmp_path / "features")}
+    if world_size == 4:
+        runs = {name: runs[name] for name in ("ddp", "full", "lora", "SIGTERM")}
+    run_on_ranks(train_noted, world_size, images, tmp_path, runs)
+    for run in runs:
+        first, *others = logs_of(tmp_path, run, world_size)
+        seen = {line.split()[0] for line in first}
+        # gathered texts, statistics of the loss and gradients, and those of fully_shard
+        assert {"c10d::_allgather_base_", "c10d::allreduce_"} <= seen, run
+        assert ("c10d::_reduce_scatter_base_" in seen) == ("locked" not in run and run != "stored")
         assert all(log == first for log in others), run
 
 
-def test_a_rank_that_skips_a_collective_is_noticed(images, tmp_path):
-    """It continues with its next one while the others wait."""
+def test_an_error_of_one_rank_ends_all_which_called_the_same_until_then(images, tmp_path):
+    with ranks_of(train_noted, 3, images, tmp_path, {"error": RUNS["ddp"]}) as processes:
+        wait_until(lambda: all(process.exitcode is not None for process in processes))
+        assert all(process.exitcode for process in processes)
+    shortest, *_, longest = sorted(logs_of(tmp_path, "error"), key=len)
+    assert len(shortest) > 12
+    assert all(longest[: len(log)] == log for log in logs_of(tmp_path, "error"))
 
-    def differ() -> bool:
-        logs = logs_of(tmp_path, "ddp")
-        return min(map(len, logs)) > 3 and len({log[3] for log in logs}) > 1
 
-    with ranks_of(train_noted, 3, images, tmp_path, {"ddp": RUNS["ddp"]}, 3):
-        wait_until(differ)
-    first, faulty, last = logs_of(tmp_path, "ddp")
-    assert first[:3] == faulty[:3] == last[:3]
-    assert first[3] == last[3] != faulty[3]
+def difference(logs: list[list[str]]) -> int:
+    """The first line in which logs differ, 0 if they do not."""
+    return next((at for at, lines in enumerate(zip(*logs, strict=False)) if len({*lines}) > 1), 0)
+
+
+@pytest.mark.parametrize("fault", ["skips one", "swaps two"])
+def test_a_rank_with_other_collectives_is_noticed(images, tmp_path, fault):
+    """The others wait for it, or have what it sent in another place."""
+    arguments = images, tmp_path, {"ddp": RUNS["ddp"]}, fault
+    with ranks_of(train_noted, 3, *arguments):
+        at = wait_until(lambda: difference(logs_of(tmp_path, "ddp")))
+        first, faulty, last = logs_of(tmp_path, "ddp")
+    assert first[at] == last[at] != faulty[at]

@@ -176,14 +176,17 @@ def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.
     return module
 
 
-def fake_trainer(mode: FakeTensorMode, config: TrainConfig, batch: Batch) -> tuple[Trainer, Batch]:
+def fake_trainer(
+    mode: FakeTensorMode, config: TrainConfig, batch: Batch, **options: Any
+) -> tuple[Trainer, Batch]:
     """A trainer on the GPU, and the batch on a host of fake tensors; call it inside `fake_gpu`."""
     # nobody reads the weights: meta tensors cost no time
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_model(config)
     model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
     batch = _faked(mode, batch)
-    return make_trainer(config, ListLoader([batch]), model=model, device=GPU, progress=False), batch
+    options |= {"model": model, "device": GPU, "progress": False}
+    return make_trainer(config, ListLoader([batch]), **options), batch
 
 
 def _faked(mode: FakeTensorMode, value: Any) -> Any:
@@ -235,7 +238,7 @@ class Kernels(TorchDispatchMode):
             copy = args[0].clone()
             self._pinned.add(copy.untyped_storage()._cdata)
             return copy
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         from_device = any(tensor.device.type == "cuda" for tensor in inputs)
         if name == "_local_scalar_dense" and from_device:
             raise HostWaitsError(f"{name} reads a value from the device")
@@ -243,14 +246,14 @@ class Kernels(TorchDispatchMode):
             result = function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise HostWaitsError(f"{name}: the host needs values to go on") from error
-        outputs = _tensors(result)
+        outputs = tensors_in(result)
         if name in ("copy_", "_to_copy"):
             source = args[1] if name == "copy_" else args[0]
             if source.device.type != outputs[0].device.type:
                 self._check_crossing(source, non_blocking=kwargs.get("non_blocking", args[2:3]))
                 return result
         num_bytes = self._count(
-            name, inputs, outputs, written=_written(function._schema, args, kwargs)
+            name, inputs, outputs, written=written_by(function._schema, args, kwargs)
         )
         count = flop_registry.get(function._overloadpacket)
         products = count(*args, **kwargs, out_val=result) if count and num_bytes else 0
@@ -289,19 +292,19 @@ class Kernels(TorchDispatchMode):
         return num_bytes
 
 
-def _tensors(values: object) -> list[Tensor]:
+def tensors_in(values: object) -> list[Tensor]:
     """The tensors in nested values, each once."""
     return list(
         {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}.values()
     )
 
 
-def _written(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> list[Tensor]:
+def written_by(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> list[Tensor]:
     """The arguments that an operator changes."""
     names = [argument.name for argument in schema.arguments]
     values = dict(zip(names, args, strict=False)) | kwargs
     changed = [one.name for one in schema.arguments if one.alias_info and one.alias_info.is_write]
-    return _tensors([values.get(name) for name in changed])
+    return tensors_in([values.get(name) for name in changed])
 
 
 def _bytes_of(tensor: Tensor) -> int:

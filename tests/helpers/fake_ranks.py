@@ -82,7 +82,7 @@ class Collectives(TorchDispatchMode):
             return result
         name = function._schema.name.removeprefix("c10d::").strip("_")
         lists = [_tensors(argument) for argument in args[:2]]
-        group = next(found for found in map(_group_of, args) if found)
+        group = next(found for found in map(group_of, args) if found)
         place = "host" if group == self._host_group else "device"
         # the larger side: what a gather gives, what a reduce-scatter takes
         num_bytes = max(sum(tensor.nbytes for tensor in tensors) for tensors in lists)
@@ -108,7 +108,7 @@ def _tensors(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _group_of(argument: object) -> str:
+def group_of(argument: object) -> str:
     """The name of the group that an argument holds, "" for other arguments."""
     try:
         return ProcessGroup.unbox(argument).group_name
