@@ -7,11 +7,13 @@ import functools
 import gc
 import multiprocessing
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 # Before torch is imported, here and in the programs that tests start: their tensors are too small
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 sys.dont_write_bytecode = False
 gc.disable()  # while millions of objects are imported, which stay
 _CHECKOUT = Path(__file__).resolve().parents[1]
+_ALL_SLOW = re.compile(r"^pytestmark = \[?[^\]\n]*(?<=pytest\.mark\.)(slow|long)\b", re.MULTILINE)
 
 
 def _modules_with_shapes() -> list[str]:
@@ -49,6 +52,19 @@ def _modules_with_shapes() -> list[str]:
 
 # Before any of them is imported: shapes in annotations are checked at every call.
 jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # of xdist, whose exit code nobody reads
+        # Behind all that is registered later: to take millions of objects apart costs 5 CPU s.
+        atexit.register(os._exit, 0)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of slow tests alone are not imported for nothing: each process pays for each import."""
+    if collection_path.suffix != ".py" or "not slow" not in config.option.markexpr:
+        return None
+    return _ALL_SLOW.search(collection_path.read_text(encoding="utf-8")) is not None or None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -142,6 +158,14 @@ def _vocabulary_is_read_once() -> Tokenizer:
     tokenizer = Tokenizer()
     tokenizer.encode([""])
     return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _options_are_read_once() -> Iterator[None]:
+    """tyro (1.0) does a tenth of what it has cached again, at random, if pytest is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tyro._unsafe_cache.sys", SimpleNamespace(modules={}), raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)
