@@ -162,7 +162,7 @@ def _vocabulary_is_read_once() -> Tokenizer:
 
 @pytest.fixture(scope="session", autouse=True)
 def _options_are_read_once() -> Iterator[None]:
-    """tyro (1.0) does a tenth of what it has cached again, at random, if pytest is imported."""
+    """Tyro (1.0) does a tenth of what it has cached again, at random, if pytest is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tyro._unsafe_cache.sys", SimpleNamespace(modules={}), raising=False)
         yield
