@@ -347,7 +347,7 @@ class Sums(torch.utils.data.Dataset[int]):
 
 
 @pytest.mark.parametrize(
-    "context", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("spawn", "forkserver"))]
+    "context", ["fork", *(pytest.param(c, marks=pytest.mark.long) for c in ("spawn", "forkserver"))]
 )
 def test_workers_of_any_kind_read_what_has_been_read_before(packed, context):
     with PackedDataset(packed) as dataset:
