@@ -7,11 +7,13 @@ import functools
 import gc
 import multiprocessing
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 # Before torch is imported, here and in the programs that tests start: their tensors are too small
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 sys.dont_write_bytecode = False
 gc.disable()  # while millions of objects are imported, which stay
 _CHECKOUT = Path(__file__).resolve().parents[1]
+_ALL_SLOW = re.compile(r"^pytestmark = \[?[^\]\n]*(?<=pytest\.mark\.)(slow|long)\b", re.MULTILINE)
 
 
 def _modules_with_shapes() -> list[str]:
@@ -49,6 +52,19 @@ def _modules_with_shapes() -> list[str]:
 
 # Before any of them is imported: shapes in annotations are checked at every call.
 jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # of xdist, whose exit code nobody reads
+        # Behind all that is registered later: to take millions of objects apart costs 5 CPU s.
+        atexit.register(os._exit, 0)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of slow tests alone are not imported for nothing: each process pays for each import."""
+    if collection_path.suffix != ".py" or "not slow" not in config.option.markexpr:
+        return None
+    return _ALL_SLOW.search(collection_path.read_text(encoding="utf-8")) is not None or None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -142,6 +158,29 @@ def _vocabulary_is_read_once() -> Tokenizer:
     tokenizer = Tokenizer()
     tokenizer.encode([""])
     return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _work_of_others_is_done_once() -> Iterator[None]:
+    """Those of tyro and timm (1.0) for each program and model: each was a tenth of all CPU time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "tyro" in sys.modules:
+            from tyro import _docstrings, _unsafe_cache
+
+            # if pytest is imported, a tenth of what is cached is computed again, at random
+            patch.setattr(_unsafe_cache, "sys", SimpleNamespace(modules={}))
+            tokens = _docstrings._ClassTokenization
+            patch.setattr(tokens, "make", staticmethod(functools.cache(tokens.make)))
+        if "timm" in sys.modules:
+            from timm.layers import weight_init
+
+            draw = weight_init._trunc_normal_
+            patch.setattr(
+                weight_init,
+                "_trunc_normal_",  # by ten functions, of tensors that have no content, too
+                lambda tensor, *how: tensor if tensor.is_meta else draw(tensor, *how),
+            )
+        yield
 
 
 @pytest.fixture(autouse=True)

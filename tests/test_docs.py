@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from browser import dump_page
 
 import unicl_fast
 from unicl_fast.distributed import signals
@@ -154,55 +151,3 @@ def test_the_citation_is_of_this_version_and_forms_are_yaml():
     assert citation["license"] == project["license"]
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))
-
-
-def test_inline_code_breaks_at_separators_and_never_inside_an_option(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    hooks = importlib.import_module("hooks")
-    monkeypatch.delitem(sys.modules, "hooks")
-    long, option = "unicl_fast/objectives/loss.py", "--data.train packed"
-    block = f"<pre><code>{long}</code></pre>"
-    shown = hooks.on_page_content(
-        f"{block}<code>{long}</code><code>{option}</code><code>a.b</code>"
-    )
-    assert shown == (
-        f"{block}<code>unicl_<wbr>fast/<wbr>objectives/<wbr>loss.py</code>"
-        '<code><span class="unbroken">--data</span>.train packed</code><code>a.b</code>'
-    )
-
-
-_WAIT_FOR_RESULTS = """<script>
-setInterval(() => {
-  const said = document.querySelector(".md-search-result__meta").textContent;
-  if (!/matching/.test(said)) return;
-  const result = document.createElement("pre");
-  result.id = "result";
-  result.textContent = JSON.stringify(said);
-  document.body.replaceChildren(result);
-}, 100);
-</script></body>"""
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site, in a folder of its own."""
-    pytest.importorskip("mkdocs", reason="the site is built with the extra `docs`")
-    folder = tmp_path_factory.mktemp("site")
-    (command,) = re.findall(r"mkdocs (build .*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
-    assert "--strict" in command
-    assert "--quiet" not in command  # mkdocs 1.6 counts no warnings then
-    subprocess.run(
-        [sys.executable, "-m", "mkdocs", *command.split(), "--site-dir", str(folder)],
-        cwd=ROOT,
-        check=True,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )
-    return folder
-
-
-@pytest.mark.slow
-def test_search_works_in_a_site_that_is_opened_from_the_disk(site, tmp_path):
-    page = (site / "index.html").read_text(encoding="utf-8").replace("</body>", _WAIT_FOR_RESULTS)
-    (site / "searched.html").write_text(page, encoding="utf-8")
-    said = dump_page(f"{(site / 'searched.html').as_uri()}?q=quarantine", tmp_path)
-    assert int(str(said).split()[0]) >= 3

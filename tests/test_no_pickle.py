@@ -54,11 +54,6 @@ def test_the_linter_refuses_what_could_run_code(line):
     assert offences("import torch; torch.arange(3)") == 0
 
 
-def test_no_file_breaks_these_rules():
-    command = [sys.executable, "-m", "ruff", "check", "--select", RULES, "."]
-    assert subprocess.run(command, cwd=CHECKOUT).returncode == 0
-
-
 def may_run_code(call: ast.Call) -> bool:
     """Whether a call that the linter lets pass, or must let pass in some file, could run code."""
     given = {word.arg: ast.unparse(word.value) for word in call.keywords}

@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,23 @@ from packed_sets import Sample, pack
 from PIL import Image
 
 from benchmarks.input import run as race
-from benchmarks.input import worker as worker_module
 from benchmarks.input.contenders import (
     OURS,
     PARTS,
     PEERS,
-    RAW,
     Contender,
     ContenderError,
     Kind,
-    Task,
-    choose,
-    comparison_task,
     gap_to,
 )
 from benchmarks.input.report import table, verdict
 from benchmarks.input.run import Input
-from benchmarks.input.worker import Worker, session_bytes
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import ImageFormat
+from benchmarks.input.worker import session_bytes
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-ROOT = HELPERS.parents[1]
 
 LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool", "spdl", "ffcv",
         "turboloader", "litdata", "mosaicml", "grain")  # fmt: skip
@@ -64,12 +55,7 @@ def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 smooth images, 60 x 80, faintly coloured: no filter's choice is stressed."""
-    folder = tmp_path_factory.mktemp("input")
-    with pack_images(folder / "packed", format="keep") as dataset:
-        return dataset.folder
-
-
-def pack_images(out: Path, *, format: ImageFormat) -> PackedDataset:
+    out = tmp_path_factory.mktemp("input") / "packed"
     draw = np.random.default_rng(0)
     samples = []
     for index in range(24):
@@ -79,7 +65,8 @@ def pack_images(out: Path, *, format: ImageFormat) -> PackedDataset:
         image = Image.fromarray(colours.astype(np.uint8))
         image.resize((80, 60), Image.Resampling.BICUBIC).save(file, format="JPEG")
         samples.append(Sample(file.getvalue(), labels=[index % 2]))
-    return pack(out, samples, class_names=["even", "odd"], tokenizer=Tokenizer(), format=format)
+    with pack(out, samples, class_names=["even", "odd"], tokenizer=Tokenizer()):
+        return out
 
 
 def stage_for(packed: Path, json_path: Path | None = None, **more: Any) -> Input:
@@ -126,26 +113,6 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     assert "left out: No module named" in text
 
 
-def test_the_chart_of_the_readme_shows_peers_and_limits(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    import loader_chart
-
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    loader_chart.draw(tmp_path / "chart.png")
-    (figure,) = drawn
-    assert figure.axes[0].get_title(loc="left").startswith("Loading 256-pixel JPEGs")
-    bars = [one.get_text() for one in figure.axes[0].get_yticklabels()]
-    assert set(bars[:3]) == {"decode-cut", "turbojpeg", "decode"}
-    assert [one for one in bars if "unicl_fast" in one] == ["unicl_fast-raw", "unicl_fast"]
-    assert bars.index("unicl_fast") < bars.index("dali")
-    beyond = r"faster than drawn: read [\d,]+, write [\d,]+"
-    assert re.search(beyond, figure.axes[0].get_xlabel())
-    assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
-
-
 def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit():
     def figure(value: float) -> dict[str, float]:
         return {"median": value, "low": 0.9 * value, "high": 1.1 * value}
@@ -167,34 +134,6 @@ def test_ours_making_something_else_ends_the_run(packed, monkeypatch):
         stage_for(packed, peers=("none",), parts=("none",)).run()
 
 
-def resting_count(counter: Path) -> str:
-    """The final count: a signal needs time, and a write that has begun is finished."""
-    count = None
-    for _ in range(50):
-        count, before = counter.read_text(), count
-        if count and count == before:
-            return count
-        time.sleep(0.1)  # of a count a millisecond
-    raise AssertionError(f"it still counts, from {before} to {count}")
-
-
-def test_contestants_without_a_turn_are_stopped_with_their_children(tmp_path, monkeypatch):
-    """And one that does not answer."""
-    task = Task(data=tmp_path, scratch=tmp_path, batch_size=2, image_size=8, threads=1)
-    counter = tmp_path / "counter"
-    with Worker(fake("with_a_child"), task) as worker:
-        turn = worker.turn(0.1)
-        assert turn.wall_seconds > 1 / 2100  # batches of two, a millisecond each
-        stopped_at = resting_count(counter)
-        assert min(worker.memory(0.2)) > 55_000_000
-        assert int(resting_count(counter)) > int(stopped_at)
-        monkeypatch.setattr(worker_module, "_PATIENCE", 0.05)
-        with pytest.raises(ContenderError, match="no answer"):
-            worker.turn(0.4)  # warming up takes as long
-        resting_count(counter)
-    resting_count(counter)
-
-
 def test_an_image_is_compared_with_the_one_it_shows():
     truth = np.random.default_rng(0).uniform(0, 255, (6, 16, 16, 3)).astype(np.float32)
     gap = gap_to(truth, truth[[3, 1, 5, 0, 4, 2, 2]] + 1)
@@ -202,37 +141,6 @@ def test_an_image_is_compared_with_the_one_it_shows():
     assert gap.high == pytest.approx(1, abs=1e-4)
     with pytest.raises(ContenderError, match="only 2 of 6 images"):
         gap_to(truth, truth[[3, 1, 3, 1]])
-
-
-def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path):
-    """Not for JPEGs, which would tell nothing of what it is timed with."""
-    with pack_images(tmp_path / "raw", format="raw") as raw:
-        task = Task(
-            data=raw.folder, scratch=tmp_path / "scratch", batch_size=8, image_size=60, threads=1
-        )
-        asked, truth = comparison_task(raw, task)
-        with PackedDataset(asked.data) as squares:
-            assert squares.image_shape == (60, 60, 3)
-            pixels = [squares.image_bytes(i)[-60 * 60 * 3 :] for i in range(len(squares))]
-        shown = np.stack(pixels).reshape(truth.shape).astype(np.float32)
-        assert gap_to(truth, shown).high == 0  # squares of 60 are shown as they are
-
-
-@pytest.mark.long
-def test_our_raw_loader_makes_pillow_s_images(packed, tmp_path):
-    with pack_images(tmp_path / "raw", format="raw") as raw:
-        out = tmp_path / "result.json"
-        stage_for(packed, out, raw_data=raw.folder, peers=("none",), parts=("none",)).run()
-    gap = json.loads(out.read_text())["contenders"][RAW.name]["levels_from_pillow"]
-    assert gap["mean"] < 0.5
-
-
-def test_contenders_are_chosen_by_name():
-    assert choose(("all",), PEERS) == list(PEERS)
-    assert choose(("none",), PEERS) == []
-    assert [each.name for each in choose(("dali,timm", "pool"), PEERS)] == ["timm", "pool", "dali"]
-    with pytest.raises(ValueError, match="'dahli' is not among torchvision, .*dali, all, none"):
-        choose(("dahli",), PEERS)
 
 
 @pytest.mark.dali

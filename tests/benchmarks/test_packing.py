@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,17 +64,6 @@ def test_writers_of_others_are_given_the_images_of_the_bare_loop(name, format, i
     assert len(list((tmp_path / "out").glob("*.tar"))) == 2
     assert Counter(packing._hashes_in(tmp_path / "out")) == Counter(bare)
     assert xxhash.xxh3_64_intdigest(images[0].read_bytes()) not in bare  # they were scaled
-
-
-def test_a_writer_that_is_not_installed_is_named_with_its_install(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "img2dataset" else found(name)
-    )
-    assert packing._missing("webdataset") == ""
-    said = "img2dataset not installed; to have it: pip install --no-deps img2dataset"
-    assert packing._missing("img2dataset") == said
-    assert "img2dataset" not in sys.modules
 
 
 def test_a_writer_that_loses_an_image_stops_the_stage(images, tmp_path, monkeypatch):

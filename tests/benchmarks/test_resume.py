@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from packed_sets import Sample, pack
 
-from benchmarks.input.contenders import ContenderError, MissingPackageError
 from benchmarks.resume import run as program
-from benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_chain
+from benchmarks.resume.chain import Chain, Course, Layout, Step, run_chain
 from benchmarks.resume.contenders import RESUMERS, Resumer, Task
 from benchmarks.resume.report import Counts, count, table
 from benchmarks.resume.run import Resume
@@ -54,14 +53,6 @@ def run_of(*epochs: str) -> list[Step]:
 def test_each_kind_of_fault_is_counted(steps, lost, doubled, out_of_order):
     unbroken = run_of("01-23 45-67", "76-54 32-10")
     assert count(steps, unbroken, 8) == Counts(lost, doubled, out_of_order, len(steps))
-
-
-def test_an_epoch_that_a_rank_is_still_in_loses_nothing():
-    steps: list[Step] = [[(0, [0, 1]), (1, [2, 3])], [(0, [4, 5]), (1, [6, 7])]]
-    assert count(steps, run_of("01-23 45-67"), 8).lost == 0
-    steps.append([(1, [0, 1]), (2, [2, 3])])
-    assert count(steps, run_of("01-23 45-67"), 8).lost == 4
-    assert count([], run_of("01-23 45-67"), 8) == Counts(0, 0, 0, 0)
 
 
 def fake(function: str, **more: Any) -> Resumer:
@@ -109,33 +100,6 @@ def test_a_chain_counts_what_was_trained_on(process, tmp_path):
     assert counts.out_of_order == 24 - min(resumes)
 
 
-@pytest.mark.timeout(120)
-def test_one_that_refuses_other_ranks_says_so(process, tmp_path):
-    chain, _ = chain_of(process, fake("refuses"), tmp_path, TWO, ONE)
-    assert chain.failure == "ValueError: the state is that of 2 ranks, not 1"
-    assert not chain_of(process, fake("refuses"), tmp_path, TWO)[0].failure
-    with pytest.raises(ContenderError, match="OSError: no data"):
-        chain_of(process, fake("broken"), tmp_path, TWO)
-    with pytest.raises(ContenderError, match="its batches ended"):
-        chain_of(process, fake("ends"), tmp_path, TWO)
-    unwritten = fake("exact", prepare="fake_resumers:broken_writer")
-    with pytest.raises(ContenderError, match="OSError: no room"):
-        process.submit(prepare, unwritten, task_in(tmp_path)).result(timeout=100)
-    missing = fake("exact", imports=("a_package_that_nobody_has",))
-    with pytest.raises(MissingPackageError, match="a_package_that_nobody_has"):
-        chain_of(process, missing, tmp_path, TWO)
-
-
-@pytest.mark.timeout(120)
-def test_workers_of_ranks_are_killed_too(process, tmp_path):
-    chain_of(process, fake("with_a_worker"), tmp_path, TWO)
-    workers = (tmp_path / "workers").read_text().split()
-    assert len(workers) == 8
-    states = [Path("/proc") / worker / "stat" for worker in workers]
-    alive = [stat for stat in states if stat.is_file() and ") Z" not in stat.read_text()]
-    assert not alive
-
-
 @pytest.mark.timeout(300)
 def test_ours_loses_and_doubles_nothing(process, tmp_path):
     images = [encode_png(np.full((8, 8, 3), (0, one, 0), np.uint8)) for one in range(96)]
@@ -166,16 +130,3 @@ def test_the_program_writes_table_and_json(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert table(result) in said
     assert re.search(r"refuses +\| +none \| +one data set \| .* error at resume 1", said)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"samples": 100}, "--samples must be a multiple of 96"),
-        ({"kills": 0}, "--kills must be at least 1"),
-        ({"only": ("nobody",)}, "'nobody' is not among unicl_fast, litdata"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Resume(**options).run()

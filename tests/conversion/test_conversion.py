@@ -218,7 +218,7 @@ def test_onnx_files_accept_any_number_of_samples(model, tmp_path):
     assert_preprocessing_is_said(tmp_path / "out", model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch.inference_mode()
 def test_swin_goes_to_onnx(tmp_path):
     """Its windows are the part that can fix the number of samples by mistake."""

@@ -85,7 +85,7 @@ def test_features_and_settings_of_a_released_model(model, entries):
     assert data.mean == (0.485, 0.456, 0.406)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_is_a_source_by_its_name(entries, tmp_path):
     write_official_file(tmp_path / "some.pth", entries)
     found = load_encoders(f"official:{tmp_path / 'some.pth'}")
@@ -257,7 +257,7 @@ def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatc
         read_official_file(file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_swin_base_too():
     entries = official_forward.random_entries("swin-base", seed=3)
     assert len(entries) == 513

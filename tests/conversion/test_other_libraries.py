@@ -113,9 +113,11 @@ def assert_they_load(model: UniCL, folder: Path, kind: str) -> None:
     ("encoder", "kind"),
     [
         ("vit_xsmall_patch16_clip_224", "CLIPModel"),
-        ("test_vit", "VisionTextDualEncoderModel"),
-        ("test_resnet", "VisionTextDualEncoderModel"),
         ("test_efficientnet", "VisionTextDualEncoderModel"),
+        *(
+            pytest.param(name, "VisionTextDualEncoderModel", marks=pytest.mark.long)
+            for name in ("test_vit", "test_resnet")
+        ),
     ],
 )
 @pytest.mark.slow

@@ -509,7 +509,7 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data, tmp_path):
 
 @pytest.mark.dali
 @pytest.mark.parametrize(
-    "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="beyond 65,536 tokens")]
+    "unused", [0, pytest.param(70_000, marks=pytest.mark.long, id="beyond 65,536 tokens")]
 )
 def test_a_tokenizer_goes_through_training_evaluation_and_export(unused, data, tmp_path):
     like_siglip, text = tmp_path / "siglip", _OF_SIGLIP | {"vocab_size": 300 + unused}

@@ -163,10 +163,3 @@ def test_a_shard_of_descriptions_costs_no_images(packed):
         PackedDataset(packed)
     with PackedDataset(packed, max_bad_fraction=0.01) as dataset:
         dataset.image_bytes(0, verify=True)
-
-
-def test_reading_after_close_is_an_error(packed):
-    dataset = PackedDataset(packed)
-    dataset.close()
-    with pytest.raises(ValueError, match="has been closed"):
-        dataset.read_pixels(np.arange(1), np.empty((1, 5, 6, 3), np.uint8), np.arange(1))

@@ -26,7 +26,7 @@ from waiting import wait_until
 from unicl_fast.dataset import block_cache, files, object_store
 from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
 from unicl_fast.dataset.files import copy_small_files
-from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
+from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.images.check import ImageFormat
@@ -65,11 +65,6 @@ def local(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 @pytest.fixture
 def cache(tmp_path: Path) -> CacheOptions:
     return CacheOptions(folder=tmp_path / "cache", max_bytes=10**7, block_bytes=BLOCK)
-
-
-def test_what_is_a_url():
-    assert all(map(is_url, ("s3://b/x", "memory://x")))
-    assert not any(map(is_url, ("a/b", "C:/x", Path("s3:/b"))))
 
 
 @pytest.mark.parametrize("url", ["simplecache::s3://b/x", "https://h/x?key=1", "s3://"])

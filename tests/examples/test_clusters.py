@@ -42,12 +42,6 @@ def settings_of(words: list[str]) -> TrainConfig:
     return split_config(parse_arguments(given))
 
 
-def test_the_settings_are_settings():
-    config = settings_of(["--config", "run.yaml", "--out", "x"])
-    assert config.run.global_batch_size == 4096
-    assert config.data.train == ("/data/packed/photos=0.5", "/data/packed/pairs=0.5")
-
-
 @pytest.mark.parametrize("script", [SBATCH, TWO_NODES], ids=lambda path: path.name)
 def test_scripts_are_bash_and_their_command_is_ours(script):
     subprocess.run(["bash", "-n", script], check=True, timeout=60)

@@ -10,7 +10,6 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -72,19 +71,3 @@ def dies(task: Task) -> Iterator[np.ndarray]:
         if step == 70:
             os._exit(9)
         yield batch
-
-
-def with_a_child(task: Task) -> Iterator[int]:
-    """Its child holds 50 MB and counts in a file for as long as it may run."""
-    counter = Path(task.scratch) / "counter"
-    if os.fork() == 0:
-        held = np.ones(50_000_000, np.uint8)
-        for number in itertools.count(int(held[-1])):
-            counter.with_suffix(".new").write_text(str(number))
-            counter.with_suffix(".new").rename(counter)  # readers never see half of it
-            time.sleep(0.001)
-    while not counter.exists():
-        time.sleep(0.001)
-    while True:
-        time.sleep(0.001)
-        yield task.batch_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import subprocess
 from typing import Any
 
 from benchmarks.resume.contenders import Loop, Task
@@ -31,22 +30,3 @@ def refuses(task: Task, state: Any) -> Loop:
         raise ValueError(f"the state is that of {state} ranks, not {task.world_size}")
     for epoch, ids, _ in exact(task, None):
         yield epoch, ids, functools.partial(int, task.world_size)
-
-
-def broken(task: Task, state: Any) -> Loop:
-    raise OSError("no data")
-
-
-def ends(task: Task, state: Any) -> Loop:
-    return itertools.islice(exact(task, state), 3)
-
-
-def with_a_worker(task: Task, state: Any) -> Loop:
-    worker = subprocess.Popen(["sleep", "60"])
-    with (task.folder / "workers").open("a") as file:
-        file.write(f"{worker.pid}\n")
-    return exact(task, state)
-
-
-def broken_writer(task: Task) -> None:
-    raise OSError("no room")

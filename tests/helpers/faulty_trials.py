@@ -21,10 +21,6 @@ def crash(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def fail(*_: object) -> None:
-    raise RuntimeError("no driver")
-
-
 def have_no_gpu(*_: object) -> None:
     raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 

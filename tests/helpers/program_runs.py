@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.metrics import read_metrics
 
@@ -54,9 +56,13 @@ def run(
     return done
 
 
-def call(program: ModuleType, *arguments: str | Path) -> None:
-    """In this process, which has imported everything already."""
-    program.main([str(argument) for argument in arguments])
+def call(program: ModuleType, *arguments: str | Path, draws: bool = False) -> None:
+    """In this process, which has imported everything already; a run `draws` its figures or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if program is pretrain and not draws:  # a third of the time of a run of a few steps
+            patch.setattr("unicl_fast.training.run.draw_curves", Mock())
+            patch.setattr("unicl_fast.training.observers.draw_contact_sheet", Mock())
+        program.main([str(argument) for argument in arguments])
 
 
 def refusal_of(program: ModuleType, *arguments: str | Path, code: int = 2) -> str:

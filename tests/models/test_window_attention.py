@@ -151,7 +151,8 @@ def test_torch_may_trace_and_compile_the_operators(compute, shift):
     compute(check_operators, shift=shift)
 
 
-@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=slow)])
+@slow
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_fused_blocks_are_few_graphs_without_breaks(recomputes):
     """On tensors without content, forward and backward; six blocks are of three kinds."""
     images = torch.empty(2, 3, 32, 32, device="meta")

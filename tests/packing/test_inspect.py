@@ -19,8 +19,6 @@ from inline_checks import check_inline
 from pack_runs import build_set
 from PIL import Image
 
-from unicl_fast.packing import inspect as inspect_module
-from unicl_fast.packing import page as inspect_page
 from unicl_fast.packing.inspect import Inspection, count_concepts, inspect_dataset
 from unicl_fast.tools.pack.__main__ import main
 
@@ -254,16 +252,3 @@ def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):
         for uri in sheet
     ]
     assert np.array_equal(shown, np.load(tmp_path / "set" / "pixels.npy"))
-
-
-def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs():
-    values = np.array([*range(20, 64)] * 5 + [65_280, 900])
-    spread = inspect_module._spread(values)
-    assert spread.edges[-3:] == (62.0, 64.0, 65_280.0)
-    assert spread.counts[-1] == 2
-    assert sum(spread.counts) == len(values)
-    assert min(spread.counts[:-1]) == 10
-    plot = inspect_page._histogram("Width", spread, "pixels")
-    assert plot["ends"] == ("20", "64 and more")
-    assert (plot["top"], plot["unit"]) == ("10 images", "pixels")
-    assert plot["words"].startswith("20 to 65,280 pixels, median ")

@@ -325,13 +325,6 @@ def test_a_script_needs_no_guard(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
 
 
-def test_a_full_disk_is_told_by_what_it_is_needed_for(tmp_path, spool, monkeypatch):
-    pq.write_table(table(3), tmp_path / "a.parquet")
-    monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
-    with pytest.raises(OSError, match="no room left for .*unpacked images need their full size"):
-        read_source(tmp_path / "a.parquet", spool=spool)
-
-
 def test_without_pyarrow_the_extra_is_named(tmp_path, spool, monkeypatch):
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

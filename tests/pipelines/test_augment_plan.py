@@ -28,7 +28,7 @@ from unicl_fast.pipelines.plan.augment import (
     write_operation,
 )
 
-MANY = 40_000
+MANY = 15_000
 SIDE = 224
 
 

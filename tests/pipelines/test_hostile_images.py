@@ -27,7 +27,7 @@ def settings(resample: Resample) -> DataConfig:
     return DataConfig(image_size=SIZE, evaluation_resize=SIZE, resample=resample)
 
 
-@pytest.fixture(scope="module", params=["keep", "webp"])
+@pytest.fixture(scope="module", params=["keep", pytest.param("webp", marks=pytest.mark.long)])
 def accepted(shared_data: Path, request: pytest.FixtureRequest) -> dict[str, CheckedImage]:
     """Of the hostile set and of the bombs, everything that packing takes."""
     folder = shared_data / "hostile"

@@ -483,11 +483,10 @@ def test_a_decoder_that_gives_other_pixels_than_the_cpu_s_fails_its_trial(
     ("decode", "seconds", "fault"),
     [
         (faulty_trials.crash, 300, r"crashed \(SIGSEGV\)"),
-        (faulty_trials.fail, 300, "failed: RuntimeError: no driver"),
         (faulty_trials.hang, 0.5, "did not end within 0.5 s"),
     ],
 )
-def test_a_gpu_s_decoder_that_crashes_fails_or_hangs_is_refused(
+def test_a_gpu_s_decoder_that_crashes_or_hangs_is_refused(
     monkeypatch, datasets, prompts, decode, seconds, fault
 ):
     monkeypatch.setattr(trial, "_decode", decode)

@@ -43,7 +43,8 @@ def unbroken(data: Path) -> Path:
     (data / "held-out").symlink_to("labels")
     level = logging.root.level
     logging.root.setLevel(logging.INFO)  # pytest's handlers keep a program from doing so
-    call(pretrain, *SMALL, "--data.train", data / "labels", data / "captions", "--out", out)
+    sets = ("--data.train", data / "labels", data / "captions")
+    call(pretrain, *SMALL, *sets, "--out", out, draws=True)
     logging.root.setLevel(level)
     return out
 

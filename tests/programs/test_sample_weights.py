@@ -18,7 +18,7 @@ pytestmark = pytest.mark.dali
 GIVEN = [
     *(*SMALL, "--efficiency.precision", "fp64", "--run.trackers", "--ledger"),
     *("--data.crop-scale", "1", "1", "--data.crop-ratio", "1", "1"),
-    *("--data.flip-probability", "0"),
+    *("--data.flip-probability", "0", "--run.steps", "6"),
 ]
 
 
@@ -58,7 +58,7 @@ def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(packed, 
         out = tmp_path / use
         found[use] = train(out, *both, use=use)
         whole = weights(out)
-        shutil.rmtree(out / "checkpoints" / "step-00000012")
+        shutil.rmtree(out / "checkpoints" / "step-00000006")
         train(out, *both, use=use, more=("--resume", "auto"))
         assert (losses(out), weights(out)) == (found[use], whole)
         with pytest.raises(SystemExit) as proven:

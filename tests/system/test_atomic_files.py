@@ -15,7 +15,6 @@ from unicl_fast.system.atomic_files import (
     is_at,
     lock,
     make_folder,
-    read_fully,
     replacing,
     sole_writer,
     temporary_folder,
@@ -124,13 +123,3 @@ def test_a_lock_ends_with_its_descriptor(tmp_path):
     path.unlink()
     assert not is_at(other, path)
     os.close(other)
-
-
-def test_a_buffer_is_filled_as_far_as_the_file_reaches(tmp_path):
-    (tmp_path / "file").write_bytes(b"0123456789")
-    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
-    buffer = bytearray(4)
-    assert read_fully(descriptor, memoryview(buffer), offset=5) == 4
-    assert buffer == b"5678"
-    assert read_fully(descriptor, memoryview(buffer), offset=8) == 2
-    os.close(descriptor)

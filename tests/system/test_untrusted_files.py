@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from trunk_table import CHECKOUT, files_of, tree_of
 
 from unicl_fast.checkpoints.export import read_export
 from unicl_fast.checkpoints.files import read_best
@@ -30,8 +31,6 @@ from unicl_fast.system.untrusted_files import (
 from unicl_fast.text.hierarchies import read_parents
 from unicl_fast.training.figures import new_figure, save_figure
 from unicl_fast.training.metrics import MetricsWriter
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("mode", ["rb", "wb", "ab", "r+b"])
@@ -227,9 +226,8 @@ def test_no_other_file_of_the_product_opens_or_parses_files_by_itself():
     """New ones use `untrusted_files`; benchmarks only read their own files."""
     found = {
         path.relative_to(CHECKOUT).as_posix()
-        for room in ("unicl_fast", "pipelines", "tools")
-        for path in (CHECKOUT / room).rglob("*.py")
-        if any(map(opens_or_parses, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+        for path in files_of("unicl_fast", "pipelines", "tools")
+        if any(map(opens_or_parses, ast.walk(tree_of(path))))
     }
     own = Path(str(untrusted_files.__file__)).relative_to(CHECKOUT).as_posix()
     assert found - {own} == set(" ".join(ALLOWED.values()).split())
