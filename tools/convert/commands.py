@@ -222,40 +222,29 @@ class ToTimm(ModelConversion):
 
 @dataclass(frozen=True, kw_only=True)
 class ToHub(ModelConversion):
-    """A folder in the layout of the Hugging Face hub, or a repository there, with a model card.
+    """A folder in the layout of the Hugging Face hub, with a model card.
 
     transformers.AutoModel loads it without this package if the encoders are timm's or CLIP's. The
     card lists the run's data sets (names of folders, counts, licenses) and the figures, with
     intervals, of all evaluations of these weights with a --json file in the run's folder. OUT has
     no path of this machine. unicl-eval, unicl-pretrain --init and unicl_fast.load_model read it, or
-    hf-hub:OWNER/NAME once it is published.
+    hf-hub:OWNER/NAME once hf upload OWNER/NAME OUT has published it.
 
     Example:
       unicl-eval zero-shot --checkpoint runs/first --data DIR --json runs/first/zero-shot.json
-      unicl-convert hf runs/first models/first --license apache-2.0 --push YOU/first
+      unicl-convert hf runs/first models/first --license apache-2.0
     """
 
     license: str = ""
     """The license of the model by the hub's identifier, for example apache-2.0. Default: none."""
     evaluations: tuple[Path, ...] = ()
     """Files of unicl-eval --json about these weights outside the run's folder."""
-    push: str = ""
-    """OWNER/NAME: also create this repository on the hub, with your token (hf auth login, or
-    HF_TOKEN). It must not exist yet."""
-    private: bool = False
-    """With --push: only you and people you invite can see it."""
 
     def run(self) -> None:
         from unicl_fast.conversion import hugging_face
         from unicl_fast.conversion.card import collect_facts
         from unicl_fast.conversion.export import write_export
 
-        if self.private and not self.push:
-            raise ValueError("--private is for a repository: add --push OWNER/NAME")
-        if self.push:  # 0.2 s to import
-            from unicl_fast.checkpoints.hub import check_upload, upload
-
-            check_upload(self.push)
         model = self.load()
         facts, left_out = collect_facts(
             self.model, weights=self.weights, evaluations=self.evaluations
@@ -263,27 +252,17 @@ class ToHub(ModelConversion):
         for reason in left_out:
             print(f"left out of the card: {reason}")
         print(f"figures of evaluations on the card: {len(facts.figures)}")
-        name = f"hf-hub:{self.push}" if self.push else "FOLDER"
-        difference = write_export(model, self.out, facts=facts, name=name, license=self.license)
+        difference = write_export(model, self.out, facts=facts, license=self.license)
         _print_written(self.out, difference=difference)
         layout = hugging_face.layout_of(model)
         if layout != "unicl" and difference is None:
             print("not checked with transformers, which is not installed: pip install transformers")
-        if self.push:
-            try:
-                address = upload(self.out, self.push, private=self.private)
-            except (OSError, ValueError) as error:
-                raise RuntimeError(
-                    f"{error}. {self.out} is complete: hf upload {self.push} {self.out} tries again"
-                ) from error
-            print(f"uploaded to {address}")
-        checkpoint = shlex.quote(name if self.push else str(self.out))
-        print(f"next: unicl-eval zero-shot --checkpoint {checkpoint} --data DIR")
+        print(f"next: unicl-eval zero-shot --checkpoint {shlex.quote(str(self.out))} --data DIR")
         if layout != "unicl":
-            load = f"transformers.AutoModel.from_pretrained({self.push or str(self.out)!r})"
+            load = f"transformers.AutoModel.from_pretrained({str(self.out)!r})"
             print(f"  or: import transformers; {load}")
-        if not self.push:
-            print(f"to publish it: hf upload OWNER/NAME {self.out}")
+        place = f"OWNER/{self.out.absolute().name} {shlex.quote(str(self.out))}"
+        print(f"to publish it: write your name for OWNER in its README.md, then hf upload {place}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,14 @@
-"""Downloads files and exports from the Hugging Face hub, through its cache, and uploads exports."""
+"""Downloads files and exports from the Hugging Face hub, through its cache."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
-    HfApi,
     errors,
     get_token,
     hf_hub_download,
@@ -22,8 +21,6 @@ from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger("unicl_fast")
-
-_LOG_IN = "log in with hf auth login, or set HF_TOKEN"
 
 
 class NotOnHubError(FileNotFoundError):
@@ -65,7 +62,8 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
         except errors.EntryNotFoundError:
             continue
         except errors.HFValidationError as error:
-            raise _no_name(repository, error) from error
+            text = f"hf-hub:{repository}: expected hf-hub:OWNER/NAME ({_first_line(error)})"
+            raise ValueError(text) from error
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
             raise FileNotFoundError(
                 f"{place}: no such repository or revision, or it is not public: check the name, "
@@ -105,77 +103,6 @@ def download_export(repository: str) -> Path:
             with contextlib.suppress(NotOnHubError):
                 download(at_commit, [name])
     return download(at_commit, [WEIGHTS_FILE]).parent
-
-
-def check_upload(repository: str) -> None:
-    """Refuses an upload that would fail, before minutes are spent on a model.
-
-    Raises:
-        ValueError: not a valid name, no token, or the repository exists.
-        OSError: the hub cannot be reached or refuses the token.
-    """
-    place = f"hf-hub:{repository}"
-    if "/" not in repository:
-        raise ValueError(f"{place}: expected OWNER/NAME; OWNER is you or an organization of yours")
-    if get_token() is None:
-        raise ValueError(f"{place}: no token to write with: {_LOG_IN}")
-    with _one_sentence(repository):
-        if HfApi().repo_exists(repository):
-            raise _there_already(repository)
-
-
-def upload(folder: Path, repository: str, *, private: bool) -> str:
-    """Creates a repository with all files of a folder in one commit; returns its URL.
-
-    Raises:
-        ValueError: the repository exists.
-        OSError: the hub cannot be reached, refuses the token, or broke off.
-    """
-    with _one_sentence(repository):
-        address = HfApi().create_repo(repository, private=private)
-        message = "Add a model of unicl_fast"
-        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    return str(address)
-
-
-@contextlib.contextmanager
-def _one_sentence(repository: str) -> Iterator[None]:
-    """Turns huggingface_hub's errors during an upload into one sentence each."""
-    place = f"hf-hub:{repository}"
-    try:
-        with _silent_retries():
-            yield
-    except errors.HFValidationError as error:
-        raise _no_name(repository, error) from error
-    except ValueError:
-        raise
-    except errors.OfflineModeIsEnabled as error:
-        text = f"{place}: HF_HUB_OFFLINE is set, which allows no upload: unset it"
-        raise OSError(text) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 409:
-            raise _there_already(repository) from error
-        if status in (401, 403):
-            raise OSError(
-                f"{place}: the hub refuses the token, which must be valid and allowed to write to "
-                f"{repository.partition('/')[0]}: {_LOG_IN} ({_first_line(error)})"
-            ) from error
-        raise OSError(f"{place}: the hub refused: {_first_line(error)}") from error
-    except Exception as error:  # of the HTTP library, or of the one for large files
-        reason = _first_line(error.__cause__ or error)
-        raise OSError(f"{place}: the hub cannot be reached, or broke off: {reason}") from error
-
-
-def _there_already(repository: str) -> ValueError:
-    return ValueError(
-        f"hf-hub:{repository} is there already: name a new one, or replace its files with "
-        f"hf upload {repository} OUT"
-    )
-
-
-def _no_name(repository: str, error: Exception) -> ValueError:
-    return ValueError(f"hf-hub:{repository}: expected hf-hub:OWNER/NAME ({_first_line(error)})")
 
 
 def _silent_retries() -> contextlib.AbstractContextManager[None]:

@@ -46,8 +46,8 @@ class Facts(NamedTuple):
 def model_card(model: UniCL, facts: Facts, *, layout: Layout, name: str, license: str) -> str:
     """Formats the README.md of an exported model, which the hub shows.
 
-    `name` is the argument of `load_model`, `license` the hub's identifier or empty, `layout` the
-    class of transformers that loads the model.
+    `name` is its OWNER/NAME on the hub, `license` the hub's identifier or empty, `layout` the class
+    of transformers that loads the model.
     """
     results = [
         EvalResult(
@@ -66,7 +66,7 @@ def model_card(model: UniCL, facts: Facts, *, layout: Layout, name: str, license
         license=license or None,
         pipeline_tag=_TASK,
         tags=_TAGS,
-        model_name=name.removeprefix("hf-hub:"),
+        model_name=name,
         eval_results=results or None,
     )
     card = ModelCard.from_template(

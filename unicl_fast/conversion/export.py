@@ -38,14 +38,13 @@ def write_export(
     folder: Path,
     *,
     facts: Facts = Facts(),  # noqa: B008  (it cannot change)
-    name: str = "FOLDER",
     license: str = "",
 ) -> float | None:
     """Writes a model in fp32 and evaluation mode, without its run, into a new folder.
 
-    The card shows the facts, `name` as the argument of `load_model`, and a license by the hub's
-    identifier (empty for none). Returns the largest difference between coordinates of transformers'
-    features and ours; None if transformers has no such model or is not installed.
+    The card shows the facts and a license by the hub's identifier (empty for none). Returns the
+    largest difference between coordinates of transformers' features and ours; None if transformers
+    has no such model or is not installed.
 
     Raises:
         ValueError: the folder exists.
@@ -70,6 +69,7 @@ def write_export(
         write_own_tokenizer(model, aside)
         if layout in ("clip", "vision-text-dual-encoder") and not model.config.model.tokenizer:
             hugging_face.write_tokenizer(aside, context_length=model.config.model.context_length)
+        name = f"OWNER/{folder.absolute().name}"
         card = model_card(model, facts, layout=layout, name=name, license=license)
         (aside / "README.md").write_text(card, encoding="utf-8")
         if layout == "unicl" or not hugging_face.is_installed():
