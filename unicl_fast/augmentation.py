@@ -24,7 +24,7 @@ from unicl_fast.system.checked_fields import (
     require,
 )
 
-Policy = Literal["none", "rand", "trivial", "auto"]
+Policy = Literal["none", "rand"]
 
 LARGEST_MAGNITUDE = 10.0  # randAugment's magnitudes run from 0 to this, as in timm
 
@@ -41,7 +41,7 @@ class Augmentation:
     flip: Fraction | None = None
     """Probability of a horizontal flip; None uses data.flip_probability."""
     policy: Policy = "none"
-    """RandAugment (rand), TrivialAugment Wide (trivial) or AutoAugment for ImageNet (auto)."""
+    """RandAugment (rand) or none."""
     policy_ops: Annotated[int, Meta(ge=1, le=8)] = 2
     """Operations that RandAugment draws for an image."""
     policy_probability: Fraction = 0.5
@@ -99,7 +99,7 @@ class Augmentation:
     @property
     def stages(self) -> int:
         """The most operations of its policy that follow each other on an image."""
-        return {"none": 0, "rand": self.policy_ops, "trivial": 1, "auto": 2}[self.policy]
+        return self.policy_ops if self.policy == "rand" else 0
 
     @property
     def changes_pixels(self) -> bool:

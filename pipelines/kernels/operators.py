@@ -26,7 +26,7 @@ from nvidia.dali.plugin.numba import NumbaFunction
 from unicl_fast.augmentation import Augmentation
 from unicl_fast.system.kernels import c_function, kernel
 
-from ..plan.augment import OPERATIONS, STAGE_WIDTH, Column, Operator, num_stages
+from ..plan.augment import RAND, STAGE_WIDTH, Column, Operator, num_stages
 from .augment import augment_image
 from .resample import resample_region
 
@@ -53,10 +53,10 @@ def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> G
     if not any(each.changes_pixels for each in augmentations):
         return None
     red, green, blue = (round(255 * min(max(level, 0.0), 1.0)) for level in mean)
-    operators = {op.operator for each in augmentations for op in OPERATIONS[each.policy]}
+    stages = num_stages(augmentations)
     return GraphParts(
-        operators=tuple(sorted(operators - {Operator.IDENTITY})),
-        stages=num_stages(augmentations),
+        operators=tuple(sorted({one.operator for one in RAND})) if stages else (),
+        stages=stages,
         twists=any(each.changes_colours for each in augmentations),
         blurs=any(each.blur > 0 for each in augmentations),
         erases=any(each.erase > 0 for each in augmentations),

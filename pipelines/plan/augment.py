@@ -110,20 +110,15 @@ def draw_rows(
     _draw_rectangles(rows, draws, key, np.array(erase), image_size)
     if augmentation.policy == "none":
         return rows
-    strength = (
-        augmentation.policy_probability if augmentation.policy == "rand" else 1.0,
-        augmentation.magnitude,
-        augmentation.magnitude_std,
-    )
     _draw_stages(
         rows[:, Column.STAGES :],
         draws,
         key,
         augmentation.stages,
-        table_of(OPERATIONS[augmentation.policy]),
-        auto_pairs() if augmentation.policy == "auto" else np.empty((0, 2, 3)),
-        np.array(strength),
-        augmentation.policy == "trivial",
+        table_of(RAND),
+        augmentation.policy_probability,
+        augmentation.magnitude,
+        augmentation.magnitude_std,
         image_size,
     )
     return rows
@@ -143,139 +138,48 @@ class _Kind(enum.IntEnum):
     """How many of the upper bits are kept."""
 
 
-class _Rounding(enum.IntEnum):
-    """How slope * level is rounded before it is added."""
-
-    NONE = 0
-    DOWN = 1
-    NEAREST = 2
-
-
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of a policy: value = start + slope * level, level in 0 to 1, then a sign."""
+    """An operation of RandAugment: value = start + slope * level, level in 0 to 1, then a sign."""
 
     name: str
     operator: Operator
     kind: _Kind = _Kind.PLAIN
     start: float = 0.0
     slope: float = 0.0
-    rounding: _Rounding = _Rounding.NONE
+    whole: bool = False
+    """Whether slope * level is rounded down before it is added."""
     signed: bool = False
     """Whether half of all values are negated; of a factor, its distance from 1 is."""
-    relative: bool = False
-    """Whether the value is a part of the image's side."""
     least: float = -math.inf
     """Lower values are raised to this."""
 
 
-def _moves(shear: float, translate: float, rotate: float, *, relative: bool) -> list[Operation]:
-    shifts: dict[str, Any] = {"slope": translate, "signed": True, "relative": relative}
-    warp = Operator.WARP
-    return [
-        Operation("ShearX", warp, _Kind.SHEAR_X, slope=shear, signed=True),
-        Operation("ShearY", warp, _Kind.SHEAR_Y, slope=shear, signed=True),
-        Operation("TranslateX", warp, _Kind.TRANSLATE_X, **shifts),
-        Operation("TranslateY", warp, _Kind.TRANSLATE_Y, **shifts),
-        Operation("Rotate", warp, _Kind.ROTATE, slope=rotate, signed=True),
-    ]
-
-
-def _factors(slope: float, *, least: float = 0.0) -> list[Operation]:
-    rule: dict[str, Any] = {"slope": slope, "signed": True, "least": least}
-    operators = Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR, Operator.SHARPNESS
-    return [Operation(op.name.capitalize(), op, _Kind.FACTOR, **rule) for op in operators]
-
-
-def _posterize(
-    start: float, slope: float, rounding: _Rounding, *, least: float = -math.inf
-) -> Operation:
-    kind = _Kind.BITS
-    return Operation("Posterize", Operator.POSTERIZE, kind, start, slope, rounding, least=least)
-
-
-_AUTO_CONTRAST = Operation("AutoContrast", Operator.AUTO_CONTRAST)
-_EQUALIZE = Operation("Equalize", Operator.EQUALIZE)
-_INVERT = Operation("Invert", Operator.INVERT)
-
+_FACTORS = Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR, Operator.SHARPNESS
+# timm's "increasing" set of 15; translations are parts of the image's side
 RAND = (
-    # timm's "increasing" set of 15. The least is 1 bit: with none, images would be black.
-    *_moves(0.3, 0.45, 30.0, relative=True),
-    *_factors(0.9, least=0.1),
-    _posterize(4, -4, _Rounding.DOWN, least=1),
-    Operation("Solarize", Operator.SOLARIZE, start=256, slope=-256, rounding=_Rounding.DOWN),
-    Operation("SolarizeAdd", Operator.SOLARIZE_ADD, slope=110, rounding=_Rounding.DOWN),
-    _AUTO_CONTRAST,
-    _EQUALIZE,
-    _INVERT,
-)  # fmt: skip
-
-TRIVIAL = (
-    # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels at any image size.
-    *_moves(0.99, 32.0, 135.0, relative=False),
-    *_factors(0.99),
-    _posterize(8, -6, _Rounding.NEAREST),
-    Operation("Solarize", Operator.SOLARIZE, start=255, slope=-255),
-    _AUTO_CONTRAST,
-    _EQUALIZE,
-    Operation("Identity", Operator.IDENTITY),
-)
-TRIVIAL_LEVELS = 31  # strengths that TrivialAugment draws from
-
-_AUTO_FACTOR: dict[str, Any] = {"kind": _Kind.PLAIN, "start": 0.1, "slope": 1.8}
-AUTO = (
     Operation("ShearX", Operator.WARP, _Kind.SHEAR_X, slope=0.3, signed=True),
+    Operation("ShearY", Operator.WARP, _Kind.SHEAR_Y, slope=0.3, signed=True),
+    Operation("TranslateX", Operator.WARP, _Kind.TRANSLATE_X, slope=0.45, signed=True),
+    Operation("TranslateY", Operator.WARP, _Kind.TRANSLATE_Y, slope=0.45, signed=True),
     Operation("Rotate", Operator.WARP, _Kind.ROTATE, slope=30.0, signed=True),
-    Operation("Contrast", Operator.CONTRAST, **_AUTO_FACTOR),
-    Operation("Color", Operator.COLOR, **_AUTO_FACTOR),
-    Operation("Sharpness", Operator.SHARPNESS, **_AUTO_FACTOR),
-    _posterize(4, 4, _Rounding.DOWN),
-    Operation("Solarize", Operator.SOLARIZE, slope=256, rounding=_Rounding.DOWN),
-    _AUTO_CONTRAST,
-    _EQUALIZE,
-    _INVERT,
-)
-# The 25 pairs for ImageNet, Table 9 of arXiv 1805.09501: operation, chance, magnitude of 10.
-_AUTO_PAIRS = """
-    Posterize 0.4 8 Rotate 0.6 9    Solarize 0.6 5 AutoContrast 0.6 5  Equalize 0.8 8 Equalize 0.6 3
-    Posterize 0.6 7 Posterize 0.6 6 Equalize 0.4 7 Solarize 0.2 4      Equalize 0.4 4 Rotate 0.8 8
-    Solarize 0.6 3 Equalize 0.6 7   Posterize 0.8 5 Equalize 1.0 2     Rotate 0.2 3 Solarize 0.6 8
-    Equalize 0.6 8 Posterize 0.4 6  Rotate 0.8 8 Color 0.4 0           Rotate 0.4 9 Equalize 0.6 2
-    Equalize 0.0 7 Equalize 0.8 8   Invert 0.6 4 Equalize 1.0 8        Color 0.6 4 Contrast 1.0 8
-    Rotate 0.8 8 Color 1.0 2        Color 0.8 8 Solarize 0.8 7         Sharpness 0.4 7 Invert 0.6 8
-    ShearX 0.6 5 Equalize 1.0 9     Color 0.4 0 Equalize 0.6 3         Equalize 0.4 7 Solarize 0.2 4
-    Solarize 0.6 5 AutoContrast 0.6 5  Invert 0.6 4 Equalize 1.0 8     Color 0.6 4 Contrast 1.0 8
-    Equalize 0.8 8 Equalize 0.6 3
-"""
-
-OPERATIONS: dict[str, tuple[Operation, ...]] = {
-    "none": (),
-    "rand": RAND,
-    "trivial": TRIVIAL,
-    "auto": AUTO,
-}
+    *(Operation(op.name.capitalize(), op, _Kind.FACTOR, slope=0.9, signed=True, least=0.1)
+      for op in _FACTORS),
+    # at least 1 bit: with none, images would be black
+    Operation("Posterize", Operator.POSTERIZE, _Kind.BITS, 4, -4, whole=True, least=1),
+    Operation("Solarize", Operator.SOLARIZE, start=256, slope=-256, whole=True),
+    Operation("SolarizeAdd", Operator.SOLARIZE_ADD, slope=110, whole=True),
+    Operation("AutoContrast", Operator.AUTO_CONTRAST),
+    Operation("Equalize", Operator.EQUALIZE),
+    Operation("Invert", Operator.INVERT),
+)  # fmt: skip
 
 
 @functools.cache
 def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
-    """The operations as a table [operations 8] for `write_operation`."""
-    rows = [
-        (o.operator, o.kind, o.start, o.slope, o.rounding, o.signed, o.relative, o.least)
-        for o in operations
-    ]
-    return np.array(rows, dtype=np.float64).reshape(-1, 8)
-
-
-@functools.cache
-def auto_pairs() -> NDArray[np.float64]:
-    """AutoAugment's pairs [25 2 3]: an operation's index in `AUTO`, chance, level in 0 to 1."""
-    words = _AUTO_PAIRS.split()
-    numbers = {operation.name: number for number, operation in enumerate(AUTO)}
-    rows = [
-        (numbers[name], float(chance), int(magnitude) / 10)
-        for name, chance, magnitude in zip(words[::3], words[1::3], words[2::3], strict=True)
-    ]
-    return np.array(rows, dtype=np.float64).reshape(-1, 2, 3)
+    """The operations as a table [operations 7] for `write_operation`."""
+    rows = [(o.operator, o.kind, o.start, o.slope, o.whole, o.signed, o.least) for o in operations]
+    return np.array(rows, dtype=np.float64)
 
 
 @kernel
@@ -286,19 +190,15 @@ def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -
     `negate` negates the value, if the operation is signed.
     """
     step = abs(row[3]) * level
-    if row[4] == 1:
+    if row[4] != 0:
         step = math.floor(step)
-    elif row[4] == 2:
-        step = np.rint(step)
     value = row[2] + (step if row[3] >= 0 else -step)
     if negate and row[5] != 0:
         value = -value
-    if row[6] != 0:
-        value *= side
     kind = row[1]
     if kind == 1:
         value += 1.0
-    value = max(value, row[7])
+    value = max(value, row[6])
     out[:] = 0.0
     out[0] = row[0]
     if kind == 7:
@@ -312,9 +212,9 @@ def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -
     elif kind == 3:
         d = value
     elif kind == 4:
-        c = value
+        c = value * side
     elif kind == 5:
-        f = value
+        f = value * side
     else:  # counter-clockwise about the centre, in degrees
         middle = side / 2
         cosine, sine = math.cos(math.radians(value)), math.sin(math.radians(value))
@@ -331,7 +231,6 @@ _BLUR_COIN = 6
 _BLUR_SIGMA = 7
 _ERASE_COIN = 8
 _ERASE_TRIES = 16  # 4 each
-_PAIR = 60
 _STAGES = 64  # 8 each: operation, coin, two for the strength, sign
 _TRIES = 10
 
@@ -379,29 +278,22 @@ def _draw_rectangles(rows: Any, draws: Any, key: Any, erase: Any, side: int) -> 
 
 @kernel
 def _draw_stages(
-    rows: Any, draws: Any, key: Any, num_stages: int, table: Any, pairs: Any, strength: Any,
-    is_trivial: bool, side: int,
+    rows: Any, draws: Any, key: Any, num_stages: int, table: Any, chance: float, mean: float,
+    deviation: float, side: int,
 ) -> None:  # fmt: skip
-    """Draws an operation for each stage of a policy; its strength comes from `pairs`, if any."""
+    """Draws an operation and its strength for each stage of RandAugment."""
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
-        pair = random_below(stream, _PAIR, pairs.shape[0])
         for stage in range(num_stages):
             draw = _STAGES + 8 * stage
-            chance = pairs[pair, stage, 1] if pairs.shape[0] else strength[0]
             if random_unit(stream, draw + 1) >= chance:
                 continue
             number = random_below(stream, draw, table.shape[0])
-            if pairs.shape[0]:
-                number, level = np.int64(pairs[pair, stage, 0]), pairs[pair, stage, 2]
-            elif is_trivial:
-                level = random_below(stream, draw + 2, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1)
-            else:
-                # Box and Muller; the first number lies in [0, 1), so that its logarithm exists.
-                radius = math.sqrt(-2.0 * math.log(1.0 - random_unit(stream, draw + 2)))
-                normal = radius * math.cos(2.0 * math.pi * random_unit(stream, draw + 3))
-                magnitude = strength[1] + strength[2] * normal
-                level = min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
+            # Box and Muller; the first number lies in [0, 1), so that its logarithm exists.
+            radius = math.sqrt(-2.0 * math.log(1.0 - random_unit(stream, draw + 2)))
+            normal = radius * math.cos(2.0 * math.pi * random_unit(stream, draw + 3))
+            magnitude = min(max(mean + deviation * normal, 0.0), LARGEST_MAGNITUDE)
+            level = magnitude / LARGEST_MAGNITUDE
             write_operation(
                 rows[i, stage * STAGE_WIDTH : (stage + 1) * STAGE_WIDTH],
                 table[number],

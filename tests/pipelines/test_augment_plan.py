@@ -1,4 +1,4 @@
-"""What is drawn for an image: the laws of timm, torchvision and the papers."""
+"""The numbers drawn for an image have timm's distributions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from timm.data import auto_augment as timm_augment
-from torchvision.transforms import v2
 
 from unicl_fast.augmentation import Augmentation, parse_augmentation
 from unicl_fast.pipelines.plan.augment import (
-    AUTO,
     RAND,
     STAGE_WIDTH,
-    TRIVIAL,
     Column,
     Operation,
     Operator,
-    auto_pairs,
     draw_rows,
     neutral_rows,
     row_width,
@@ -120,33 +116,6 @@ def test_randaugment_draws_each_operation_equally_often_with_timm_s_strength():
     assert 0.01 < (magnitude > 9.99).mean() < 0.04  # one in 44 lies two deviations above
 
 
-def test_autoaugment_takes_the_pairs_of_the_paper():
-    policies = timm_augment.auto_augment_policy_original({})
-    theirs = [[(op.name, op.prob, op.magnitude) for op in pair] for pair in policies]
-    ours = [
-        [(AUTO[int(number)].name, chance, round(10 * level)) for number, chance, level in pair]
-        for pair in auto_pairs().tolist()
-    ]
-    assert [[(n.replace("PosterizeOriginal", "Posterize"), p, m) for n, p, m in pair]
-            for pair in theirs] == ours  # fmt: skip
-    rows = drawn("none,policy=auto")
-    wanted = Counter()
-    for pair in auto_pairs():
-        wanted[int(AUTO[int(pair[0, 0])].operator)] += pair[0, 1] / 25
-    for operator, chance in wanted.items():
-        assert_chance(stage(rows, 0)[:, 0] == operator, chance)
-
-
-def test_trivialaugment_draws_one_operation_of_31_strengths():
-    rows = drawn("none,policy=trivial")
-    assert rows.shape[1] == Column.STAGES + STAGE_WIDTH
-    operators = stage(rows, 0)[:, 0]
-    assert_chance(operators == 0, 1 / len(TRIVIAL))
-    assert_chance(operators == Operator.WARP, 5 / len(TRIVIAL))
-    factors = stage(rows, 0)[operators == Operator.SHARPNESS, 1]
-    assert len(np.unique(factors)) == 61  # 0 has no sign
-
-
 TIMM_NAMES = {
     **{name: f"{name}Increasing" for name in ("Brightness", "Contrast", "Color", "Sharpness")},
     **{name: f"{name}Increasing" for name in ("Posterize", "Solarize")},
@@ -183,26 +152,6 @@ def test_randaugment_s_strengths_are_timm_s(operation, level, negate, monkeypatc
         assert row[1] == 256 - 2 ** (8 - max(theirs, 1))  # with no bit left images are black
     else:
         assert row[1] == pytest.approx(theirs, abs=1e-5)
-
-
-@pytest.mark.parametrize("number", [0, 1, 15, 30])
-@pytest.mark.parametrize("operation", TRIVIAL, ids=lambda operation: operation.name)
-def test_trivialaugment_s_strengths_are_torchvision_s(operation, number):
-    strengths, signed = v2.TrivialAugmentWide._AUGMENTATION_SPACE[operation.name]
-    table = strengths(31, SIDE, SIDE)
-    theirs = 0.0 if table is None else float(table[number])
-    row = row_of(operation, level=number / 30, negate=False)
-    assert row[0] == operation.operator
-    assert signed == operation.signed
-    if operation.operator == Operator.WARP:
-        value = theirs / SIDE if operation.name.startswith("Translate") else theirs
-        assert np.allclose(row[1:], matrix_of(operation.name, value), atol=2e-4)
-    elif operation.operator == Operator.POSTERIZE:
-        assert row[1] == 256 - 2 ** (8 - theirs)
-    elif signed:
-        assert row[1] == pytest.approx(1 + theirs, abs=1e-5)
-    else:  # of 255 levels
-        assert row[1] == pytest.approx(255 * theirs, abs=1e-3)
 
 
 def test_rows_are_functions_of_key_and_draw():
