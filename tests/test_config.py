@@ -18,6 +18,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.config_json import (
+    REMOVED,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -172,6 +173,17 @@ def test_what_is_settled_for_ce_is_kept_as_differences_without_threads():
 
 def test_settings_that_a_file_lacks_take_their_defaults():
     assert config_from_dict({"run": {"seed": 3}}) == TrainConfig(run=RunConfig(seed=3))
+
+
+def test_removed_options_are_read_at_their_default_and_refused_at_others():
+    values = json.loads(json.dumps(CONFIG))
+    old = {group: values[group] | names for group, names in REMOVED.items()}
+    assert config_from_dict(values | old) == config_from_dict(values)
+    for group, names in REMOVED.items():
+        for name in names:
+            said = f"^config: {group}.{name}=0.5 is not a field of this version, which no longer"
+            with pytest.raises(ValueError, match=f"{said} .*the version that wrote it$"):
+                config_from_dict({group: {name: 0.5}})
 
 
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])

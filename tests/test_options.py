@@ -48,7 +48,6 @@ CHANGES: dict[str, str] = {
     ),
     "model.image_encoder": VIT,
     "model.drop_path": f"0.9 --model.image-encoder {VIT}",
-    "model.token_drop": f"0.5 --model.image-encoder {VIT}",
     "model.text_width": "32",
     "model.text_layers": "1",
     "model.text_heads": "1",
@@ -172,7 +171,6 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 # Values that differ from the tiny config's.
 ALTERNATES: list[tuple[str, str, Any]] = [
-    ("model", "token_drop", 0.5),
     ("model", "text_causal", False),
     ("model", "text_pool", "last"),
     ("model", "image_projection", "biased"),
@@ -196,7 +194,7 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("efficiency", "micro_batch_size", 5),
     ("efficiency", "loss", "tiled"),
     ("run", "max_bad_steps", 1),
-    ("run", "stages", ("0.5:token_drop=0.25",)),
+    ("run", "stages", ("0.5:context_length=6",)),
 ]
 
 

@@ -14,7 +14,7 @@ from unicl_fast.config_json import config_from_dict, config_to_dict
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.stages import lay_out, span_at
 
-LOW = "0.8:image_size=32,crop_scale=0.4..1,global_batch_size=100,token_drop=0.5"
+LOW = "0.8:image_size=32,crop_scale=0.4..1,global_batch_size=100,context_length=40"
 
 
 def config_of(*stages: str, samples: int = 10_000, **groups: object) -> TrainConfig:
@@ -26,7 +26,7 @@ def test_a_stage_replaces_settings_and_the_last_one_has_the_runs_own():
     config = config_of(LOW, "1000:image_size=48,context_length=32,micro_batch_size=8")
     low, middle, last = config.stages
     assert (low.config.data.image_size, low.config.data.crop_scale) == (32, (0.4, 1.0))
-    assert (low.config.run.global_batch_size, low.config.model.token_drop) == (100, 0.5)
+    assert (low.config.run.global_batch_size, low.config.model.context_length) == (100, 40)
     assert middle.config.model.context_length == 32
     assert middle.config.efficiency.micro_batch_size == 8
     assert middle.config.run.global_batch_size == 512
@@ -105,7 +105,6 @@ def test_spans_follow_each_other_in_steps_and_draws(entries, samples, size):
         ("0.8:global_batch_size=x", "global_batch_size must be a whole number"),
         ("0.8:crop_scale=0.4", r"crop_scale must be a range LOW\.\.HIGH"),
         ("0.8:crop_scale=0.9..0.1", "data.crop_scale must not fall"),
-        ("0.8:token_drop=1", r"model.token_drop must be a number in \[0, 1\)"),
         ("0.8:image_size=65", "image_size must not be larger than the run's own, 64"),
         ("0.8:context_length=78", "context_length must not be larger than the run's own, 77"),
         ("10000:image_size=32", "takes 10,240 of the run's 10,000 samples, and the last stage"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.config import INITIAL_WEIGHTS, DataConfig, TrainConfig
-from unicl_fast.config_json import config_to_dict, load_config
+from unicl_fast.config_json import config_to_dict, load_config, without_removed
 from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, build_preset
 from unicl_fast.system.checked_fields import with_values
 from unicl_fast.system.machine import choose_environment
@@ -177,4 +177,6 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold groups of settings such as run:, not {shorten(values)}")
     if not isinstance(values.get("preset", ""), str):
         raise ValueError(f"{path}: preset must be a text, not {shorten(values['preset'])}")
-    return values
+    with _naming(path):
+        found: dict[str, Any] = without_removed(values)
+    return found

@@ -188,10 +188,6 @@ class ModelConfig:
     drop_path: FractionBelowOne = 0.0
     """Stochastic depth of the image encoder: the probability that the last residual branch is
     dropped. Earlier branches are dropped less often."""
-    token_drop: FractionBelowOne = 0.0
-    """Part of a ViT's tokens that is left out in training, drawn anew for each image and step, as
-    in FLIP. 0.5 halves the time; the lost accuracy returns if the end of a run sees all tokens, as
-    by run.stages 0.9:token_drop=0.5."""
     text_width: Width = 512
     """Width of the text encoder."""
     text_layers: Layers = 12
@@ -458,7 +454,7 @@ class RunConfig:
     empty, has the run's own. Each is LENGTH:NAME=VALUE,NAME=VALUE, such as
     0.8:image_size=112,global_batch_size=1024. LENGTH is a part of the run's samples (0.8) or a
     number of them (1000000). NAME is image_size, crop_scale (LOW..HIGH), context_length,
-    token_drop, global_batch_size or micro_batch_size. See docs/training.md."""
+    global_batch_size or micro_batch_size. See docs/training.md."""
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -530,11 +526,6 @@ class TrainConfig:
             f"data.prompts=levels contrasts the classes of one level in a batch, and {name} with "
             "these options looks at others: take data.prompts=labels, or objective.name=unicl with "
             "objective.positives=text",
-        )
-        require(
-            not self.model.token_drop or "image" not in self.optim.freeze,
-            "model.token_drop leaves out no token of an image encoder that is frozen "
-            "(optim.freeze): set it to 0",
         )
         require(
             efficiency.loss in objective.forms,

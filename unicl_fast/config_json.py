@@ -13,7 +13,14 @@ from typing import Any
 from unicl_fast.config import TrainConfig
 from unicl_fast.system.checked_fields import from_json_values
 from unicl_fast.system.untrusted_files import read_json
-from unicl_fast.system.wording import without_secrets
+from unicl_fast.system.wording import shorten, without_secrets
+
+REMOVED: dict[str, dict[str, Any]] = {
+    "data": {"prefetch": 0},
+    "objective": {"mixup": 0.0, "cutmix": 0.0},
+    "model": {"token_drop": 0.0},
+}
+"""Options of earlier versions by group, with the values at which configs still load."""
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -53,14 +60,33 @@ def with_settled(given: Any, changes: Any) -> TrainConfig:
 def config_from_dict(values: Any) -> TrainConfig:
     """Rebuilds a config from `config_to_dict`'s result or its JSON.
 
-    Raises ValueError: a group or field that this version does not know, or a value out of range.
+    Raises ValueError: a group or field that this version does not know, a removed option that was
+    in use, or a value out of range.
     """
     try:
-        return from_json_values(TrainConfig, values)
+        return from_json_values(TrainConfig, without_removed(values))
     except ValueError as error:
         unknown = "not a field of this version" in str(error)
         hint = ". Resume or export it with the version that wrote it" * unknown
         raise ValueError(f"config: {error}{hint}") from error
+
+
+def without_removed(values: Any) -> Any:
+    """Leaves out the removed options of a config's JSON; ValueError if one was in use."""
+    if not isinstance(values, dict):
+        return values
+    found = dict(values)
+    for group, unused in REMOVED.items():
+        if not isinstance(given := values.get(group), dict):
+            continue
+        found[group] = {name: one for name, one in given.items() if name not in unused}
+        for name in unused.keys() & given.keys():
+            if given[name] != unused[name]:
+                raise ValueError(
+                    f"{group}.{name}={shorten(given[name])} is not a field of this version, which "
+                    "no longer has that option"
+                )
+    return found
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -16,7 +16,6 @@ STAGE_SETTINGS = {
     "image_size": "data",
     "crop_scale": "data",
     "context_length": "model",
-    "token_drop": "model",
     "global_batch_size": "run",
     "micro_batch_size": "efficiency",
 }
@@ -82,9 +81,6 @@ def _parse_value(name: str, value: str, *, where: str) -> Any:
             expected = "a range LOW..HIGH"
             low, high = value.split("..")
             return plain_number(low, float), plain_number(high, float)
-        if name == "token_drop":
-            expected = "a number"
-            return plain_number(value, float)
         number = plain_number(value, int)
         require(number >= least, "")
         return number

@@ -72,7 +72,6 @@ KNOWN = {
         r"several|all_labels|image_classes|Membership|ImageLabels|gather_labels|_count_positives"
     ),
     "stored features": re.compile(r"image_features|[Ff]eature_?[Ff]ile|FeatureLoader|stored_feat"),
-    "token drop": re.compile(r"token_drop"),
 }
 
 

@@ -185,7 +185,7 @@ def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unb
     settings = [
         *(*SMALL, "--run.steps", "0", "--run.samples", "500", "--run.global-batch-size", "12"),
         *("--run.stages", "240:image_size=16,global_batch_size=24,context_length=8"),
-        "120:token_drop=0.5,crop_scale=0.5..1",
+        "120:crop_scale=0.5..1",
         *("--data.flip-probability", "0.5", "--efficiency.precision", "fp64", "--ledger"),
         *("--resume", "auto", *sources(data)),
     ]

@@ -23,10 +23,10 @@ from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.mfu import flops_of_step
 from unicl_fast.training.optim import build_optimizer, build_schedule, set_rates, steps_of_samples
 
-# 3 steps of 8 images of 16 pixels, 2 of 12 without half of their tokens, and the rest as it is
+# 3 steps of 8 images of 16 pixels, 2 of 12 with shorter texts, and the rest as it is
 STAGES = (
     "0.4:image_size=16,global_batch_size=8,context_length=6,micro_batch_size=5",
-    "0.4:token_drop=0.5",
+    "0.4:context_length=7",
 )
 
 
@@ -62,8 +62,6 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
 ):
     """The order in which DDP's buckets are added up shows from three ranks on."""
     stages = ("12:image_size=16,global_batch_size=6,context_length=6", "12:crop_scale=0.5..1")
-    if "vit" in settings["image_encoder"]:
-        stages = (stages[0], stages[1] + ",token_drop=0.5")
     plain = config_of(*stages, samples=36, **settings).changed(checkpoint={"every_steps": 1})
     shards = ("off", "optimizer", "full")
     config = {shard: plain.changed(efficiency={"shard": shard}) for shard in shards}
@@ -96,7 +94,7 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
     images, tmp_path, image_encoder, ema_decay
 ):
     stages = STAGES
-    if image_encoder == "unicl_swin6_small":  # BatchNorm takes no micro-batches, Swin drops none
+    if image_encoder == "unicl_swin6_small":  # BatchNorm takes no micro-batches
         stages = ("0.4:image_size=16,global_batch_size=8", "0.4:image_size=24,context_length=7")
     config = config_of(*stages, image_encoder=image_encoder)
     config = config.changed(
@@ -127,8 +125,8 @@ def test_every_stage_trains_and_shows_what_it_says(images, tmp_path):
     )
     trainer.fit()
     prefix = trainer.model.image_encoder.num_prefix_tokens
-    # twice the micro-batches of 5 and 3 images: one patch of 16 pixels; then half of 4; then all
-    assert [count - prefix for count in tokens] == 3 * 4 * [1] + 2 * [2] + [4]
+    # twice the micro-batches of 5 and 3 images: one patch of 16 pixels; then all four
+    assert [count - prefix for count in tokens] == 3 * 4 * [1] + 3 * [4]
     assert trainer.model.image_encoder.pos_embed.shape[1] == 4 + prefix
 
 
@@ -179,7 +177,7 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(images, t
     said = r"run\.stages shows 48 samples before step 4, .* after 36"
     with pytest.raises(ValueError, match=said):
         trainer_in(None, config_of(), images).resume(after_4)
-    longer = config_of(STAGES[0].replace("0.4", "24"), "24:token_drop=0.5", samples=120)
+    longer = config_of(STAGES[0].replace("0.4", "24"), "24:context_length=7", samples=120)
     trainer_in(None, longer, images).resume(after_4)
 
 
@@ -189,5 +187,5 @@ def test_work_of_a_stage_is_its_own(images):
     for stage, size in zip(config.stages, (8, 12, 12), strict=True):
         batch = staged_batch(images, config=config, step=stage.span.first_step)
         work.append(flops_of_step(stage.config, batch) / size)
-    low, dropped, full = work
-    assert low < dropped < full
+    low, short, full = work
+    assert low < short < full

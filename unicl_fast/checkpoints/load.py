@@ -230,13 +230,11 @@ def find_model(path: str | Path) -> Path:
 
 def build_model(config: TrainConfig) -> UniCL:
     """Builds a run's model, with fresh weights drawn from `run.seed`; raises as `UniCL`."""
-    stages = config.settings_of_stages
     model = UniCL(
         config.model,
         config.objective,
         image_size=config.data.image_size,
-        other_sizes=[stage.data.image_size for stage in stages],
-        drops_tokens=any(stage.model.token_drop for stage in stages),
+        other_sizes=[stage.data.image_size for stage in config.settings_of_stages],
         seed=config.run.seed,
     )
     model.config = config

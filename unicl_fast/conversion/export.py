@@ -29,7 +29,7 @@ from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.version import __version__
 from unicl_fast.text.file_tokenizer import CANONICAL
 
-_OF_TRAINING = (*INITIAL_WEIGHTS, "drop_path", "token_drop")
+_OF_TRAINING = (*INITIAL_WEIGHTS, "drop_path")
 """Fields of `ModelConfig` that a trained model does not have."""
 
 

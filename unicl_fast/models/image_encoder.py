@@ -1,8 +1,7 @@
-"""timm's image encoders without classifier; drop path and token drop use no random state.
+"""timm's image encoders without classifier; drop path uses no random state.
 
-The drop-path mask (Huang et al., arXiv 1603.09382) and the tokens that a ViT leaves out (Li et al.,
-arXiv 2212.00794) are functions of (seed, step, layer, global index): the same on any rank and in
-each recomputation.
+Its mask (Huang et al., arXiv 1603.09382) is a function of (seed, step, layer, global index): the
+same on any rank and in each recomputation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import unicl_fast.models.small  # noqa: F401  registers the small networks with 
 from unicl_fast.models import vits
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, uniform_tensor
 
-_PURPOSE, _TOKENS = 0xD409, 0x70C3
+_PURPOSE = 0xD409
 _NOT_BUILT = (TypeError, ValueError, AssertionError, RuntimeError)
 _TRIED_SIZES = 12
 _FEW_PRODUCTS = 3 * 10**11
@@ -39,14 +38,12 @@ def build_image_encoder(
     image_size: int,
     drop_path: float,
     key: DropPathKey,
-    drops_tokens: bool = False,
     other_sizes: Collection[int] = (),
 ) -> nn.Module:
     """A timm model that maps images [b 3 image_size image_size] to features [b num_features].
 
-    With `drops_tokens` it leaves out tokens in training, chosen by `key`. It accepts images of
-    `other_sizes` after `set_image_size`. Raises ValueError if timm knows no such model, or the
-    model cannot use these sizes or drop tokens.
+    `key` decides its drop path. It accepts images of `other_sizes` after `set_image_size`. Raises
+    ValueError if timm knows no such model, or the model cannot use these sizes.
     """
     vits.register(name)
     if not timm.is_model(name):
@@ -72,14 +69,6 @@ def build_image_encoder(
             ) from error
     set_image_size(encoder, image_size)
     _replace_drop_path(encoder, key)
-    if drops_tokens:
-        if not isinstance(getattr(encoder, "patch_drop", None), nn.Module):
-            raise ValueError(
-                f"model.token_drop leaves out tokens of timm's ViTs, and {name} is none: set it to "
-                "0; other encoders save by a smaller data.image_size"
-            )
-        prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
-        key.tokens = encoder.patch_drop = KeyedTokenDrop(num_prefix_tokens=prefix)
     return encoder
 
 
@@ -215,13 +204,10 @@ class DropPathKey:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.layers: list[KeyedDropPath] = []
-        self.tokens: KeyedTokenDrop | None = None
         self._keep_probs: Tensor | None = None
 
     def set(self, *, step: int, global_index: Tensor) -> None:
         """Sets the masks for samples `global_index` (int64 [b]) at `step`."""
-        if self.tokens is not None:
-            self.tokens.keys = fold_key_tensor(fold_key(self.seed, _TOKENS, step), global_index)
         if not self.layers:
             return
         device = global_index.device
@@ -255,28 +241,6 @@ class KeyedDropPath(nn.Module):
                 "global_index=...) before the forward pass"
             )
         return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-
-class KeyedTokenDrop(nn.Module):
-    """Leaves out tokens [b t w] in training: the same number in each image, chosen by its key."""
-
-    def __init__(self, part: float = 0.0, *, num_prefix_tokens: int) -> None:
-        """Leaves out the fraction `part` of the patch tokens, which follow the prefix tokens."""
-        super().__init__()
-        self.part, self.num_prefix_tokens = part, num_prefix_tokens
-        self.keys: Tensor | None = None
-        """int64 [b], one for each image of this forward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.part or self.keys is None:
-            return x
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        count = max(1, round(patches.shape[1] * (1 - self.part)))
-        numbers = torch.arange(patches.shape[1], device=x.device)
-        order = uniform_tensor(self.keys.unsqueeze(1), numbers.unsqueeze(0)).argsort(dim=1)
-        kept = order[:, :count].sort(dim=1).values  # in order, so that sums round the same
-        index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return torch.cat([prefix, patches.gather(1, index)], dim=1)
 
 
 def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:

@@ -98,7 +98,6 @@ class UniCL(nn.Module, Configured):
         *,
         image_size: int = 224,
         other_sizes: Sequence[int] = (),
-        drops_tokens: bool = False,
         seed: int = 0,
     ) -> None:
         """Builds the model with initial weights.
@@ -108,7 +107,6 @@ class UniCL(nn.Module, Configured):
             objective: says whether there are texts and a space; adds its own parameters.
             image_size: side of the square images, in pixels.
             other_sizes: further image sizes, from `run.stages`.
-            drops_tokens: whether image tokens are ever dropped (`model.token_drop`).
             seed: of the initial weights and of drop path.
 
         Raises:
@@ -133,7 +131,6 @@ class UniCL(nn.Module, Configured):
                 image_size=image_size,
                 drop_path=config.drop_path,
                 key=self.drop_path_key,
-                drops_tokens=drops_tokens,
                 other_sizes=other_sizes,
             )
             self.text_encoder: Any = build_text_encoder(config) if objective.uses_texts else None
@@ -213,8 +210,6 @@ class UniCL(nn.Module, Configured):
         set_image_size(self.image_encoder, data.image_size)
         if self.text_encoder is not None:
             self.text_encoder.longest = model.context_length
-        if self.drop_path_key.tokens is not None:
-            self.drop_path_key.tokens.part = model.token_drop
 
     @property
     def encoders(self) -> list[nn.Module]:

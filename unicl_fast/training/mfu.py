@@ -72,9 +72,6 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         model.to_empty(device="cpu").eval()
-        if (tokens := model.drop_path_key.tokens) is not None:  # drops some in training only
-            model.set_drop_path_key(step=batch.step, global_index=torch.zeros(num_rows).long())
-            tokens.train()
         side = config.data.image_size
         shape = (3, side, side) if batch.images.ndim == 4 else batch.images.shape[1:]
         weight_type = Precision(config.efficiency.precision).weight_type

@@ -67,8 +67,6 @@ def describe_stage(stage: Stage) -> str:
     ]
     if config.objective.uses_texts:
         parts.append(f"texts of up to {count_of(config.model.context_length, 'token')}")
-    if config.model.token_drop:
-        parts.append(f"without {config.model.token_drop:.0%} of the image tokens")
     if size := config.efficiency.micro_batch_size:
         parts.append(f"{count_of(size, 'image')} at once")
     return ", ".join(parts)
