@@ -64,7 +64,7 @@ _COMMON = {
     "model": ("image_encoder", "drop_path", "text_width", "text_layers", "context_length",
               "init", "init_image", "init_text"),
     "optim": ("name", "lr", "lr_batch_size", "warmup_fraction", "weight_decay", "clip_norm",
-              "ema_decay", "freeze", "lora"),
+              "freeze", "lora"),
     "efficiency": ("precision", "micro_batch_size", "compile"),
     "checkpoint": ("every_steps", "keep"),
     "run": ("global_batch_size", "samples", "steps", "seed", "evaluate_every_steps",

@@ -325,9 +325,6 @@ class OptimConfig:
     """Decoupled weight decay, except of 1-D parameters, biases, logit_scale and position tables."""
     clip_norm: NonNegative = 5.0
     """Global norm to which gradients are clipped; 0 clips none."""
-    ema_decay: FractionBelowOne = 0.0
-    """Decay of the weights' moving average, for example 0.9999; 0 keeps none. The average is
-    evaluated instead of the weights, and stored next to them."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: image, text, image:K, text:K, image_projection, text_projection.
     image:6 is the image encoder up to its 6th block. They keep their weights and BatchNorm's

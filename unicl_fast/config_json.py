@@ -19,6 +19,7 @@ REMOVED: dict[str, dict[str, Any]] = {
     "data": {"prefetch": 0},
     "objective": {"mixup": 0.0, "cutmix": 0.0},
     "model": {"token_drop": 0.0},
+    "optim": {"ema_decay": 0.0},
 }
 """Options of earlier versions by group, with the values at which configs still load."""
 

@@ -201,13 +201,13 @@ def test_positions_for_another_context_are_open_clip_s(length, causal):
     torch.testing.assert_close(found, state["positional_embedding"])
 
 
-def test_a_run_starts_from_the_average_of_another(tmp_path):
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
     config = tiny_config()
-    average = write_run(tmp_path / "run", tiny_config(precision="fp32"))
+    weights = write_run(tmp_path / "run", tiny_config(precision="fp32"))
     for start in ("fp64", "fp32"):
         model = started(with_model(tiny_config(precision=start), init=str(tmp_path / "run")))
         for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, average[name].to(tensor.dtype)), name
+            assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
     assert model.image_projection.dtype == torch.float32
     with pytest.raises(ValueError, match=r"expected a run folder.*open-clip:NAME"):
         started(with_model(config, init=str(tmp_path / "nowhere")))
@@ -215,13 +215,13 @@ def test_a_run_starts_from_the_average_of_another(tmp_path):
 
 def test_towers_come_from_different_sources(like_clip, tmp_path, caplog):
     config = config_for(like_clip)
-    average = write_run(tmp_path / "run", with_model(config, embed_dim=12, init=""))
+    weights = write_run(tmp_path / "run", with_model(config, embed_dim=12, init=""))
     caplog.set_level(logging.INFO, logger="unicl_fast")
     model = started(with_model(config, init_text=str(tmp_path / "run")))
     theirs = load_file(like_clip / "open_clip_model.safetensors")
     assert torch.equal(model.image_encoder.norm.bias, theirs["visual.trunk.norm.bias"])
     assert torch.equal(model.image_projection, theirs["visual.head.proj.weight"].T)
-    assert torch.equal(model.text_encoder.ln_final.weight, average["text_encoder.ln_final.weight"])
+    assert torch.equal(model.text_encoder.ln_final.weight, weights["text_encoder.ln_final.weight"])
     assert torch.equal(model.text_projection, build_model(config).text_projection)
     assert "text_projection, since the source has [32, 12] and [32, 24] is needed" in caplog.text
 
@@ -232,14 +232,14 @@ def test_an_objective_without_texts_takes_what_it_has(like_clip, tmp_path, caplo
     classes = make_objective("ce", num_classes=(3,))
     model = started(dataclasses.replace(config, objective=classes))
     assert "class_rows, which the source lacks" in caplog.text
-    average = write_run(tmp_path / "ce", dataclasses.replace(model.config, objective=classes))
+    weights = write_run(tmp_path / "ce", dataclasses.replace(model.config, objective=classes))
     from_run = with_model(config, init=str(tmp_path / "ce"))
     again = started(dataclasses.replace(from_run, objective=classes))
-    assert torch.equal(again.class_rows, average["class_rows"])
+    assert torch.equal(again.class_rows, weights["class_rows"])
     unicl = started(from_run)
     assert "the text encoder and its projection, which the source lacks" in caplog.text
     assert unicl.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
-    assert torch.equal(unicl.image_encoder.norm.bias, average["image_encoder.norm.bias"])
+    assert torch.equal(unicl.image_encoder.norm.bias, weights["image_encoder.norm.bias"])
     with pytest.raises(ValueError, match="has no text encoder"):
         started(with_model(config, init="", init_text=str(tmp_path / "ce")))
 
@@ -471,11 +471,10 @@ def test_rank_0_alone_reads_and_all_ranks_start_from_it(like_clip, images, tmp_p
     config = config_for(like_clip, image_size=32)
     base = tiny_config(shard=shard, steps=1)
     config = dataclasses.replace(base, data=config.data, model=config.model)
-    config = config.changed(optim={"ema_decay": 0.9})
     run_on_ranks(train_from_initial_weights, 2, images, config, tmp_path)
     expected = started(config).state_dict()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for found in (first["model"], first["average"], second["model"]):
+    for found in (first["model"], second["model"]):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert first["refusal"] == second["refusal"]

@@ -36,7 +36,7 @@ OBJECTIVES = ["unicl", "clip", "supcon", "ce"]
 # What makes a step another one, by the name of its budget: objective, precision, settings.
 STEPS = [
     pytest.param("unicl", "bf16", {}, id="unicl bf16"),
-    pytest.param("ce", "fp32", {"ema_decay": 0.99}, id="ce fp32 ema"),
+    pytest.param("ce", "fp32", {}, id="ce fp32"),
     pytest.param(
         *("unicl", "fp16", {"micro_batch_size": 6, "activation_checkpointing": True}),
         id="unicl fp16 micro-batches checkpointing",
@@ -45,7 +45,7 @@ STEPS = [
         pytest.param(objective, precision, {}, id=f"{objective} {precision}", marks=slow)
         for objective in OBJECTIVES
         for precision in ("fp32", "bf16", "fp16")
-        if (objective, precision) != ("unicl", "bf16")
+        if (objective, precision) not in (("unicl", "bf16"), ("ce", "fp32"))
     ),
     *(
         pytest.param("unicl", "bf16", settings, id=f"unicl bf16 {name}", marks=slow)
@@ -53,7 +53,6 @@ STEPS = [
             "checkpointing": {"activation_checkpointing": True},
             "micro-batches": {"micro_batch_size": 6},
             "tiled": {"loss": "tiled"},
-            "ema": {"ema_decay": 0.99},
             "convnet": {"image_encoder": "unicl_convnet7_small", "max_bad_steps": 3},
         }.items()
     ),
@@ -62,9 +61,9 @@ STEPS = [
 
 def config_of(objective: str, precision: str, settings: dict) -> TrainConfig:
     settings = dict(settings)
-    ema_decay, max_bad_steps = settings.pop("ema_decay", 0.0), settings.pop("max_bad_steps", 0)
+    max_bad_steps = settings.pop("max_bad_steps", 0)
     config = objective_config(objective, precision=precision, **settings)
-    return config.changed(optim={"ema_decay": ema_decay}, run={"max_bad_steps": max_bad_steps})
+    return config.changed(run={"max_bad_steps": max_bad_steps})
 
 
 def tiny_batch(objective: str = "unicl") -> Batch:
@@ -128,7 +127,6 @@ def test_steps_of_other_objectives_never_wait(stand_in, objective):
         ("bf16", {"loss": "tiled"}),
         ("bf16", {"loss": "triton"}),
         ("bf16", {"micro_batch_size": 5}),
-        ("bf16", {"ema_decay": 0.99}),
     ],
 )
 def test_a_step_on_a_gpu_never_waits_for_it(precision, settings):

@@ -109,7 +109,7 @@ def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
         mock.patch("torch.utils._foreach_utils._foreach_supported_types", [Tensor, FakeTensor]),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
         mock.patch("torch.nn.Module._apply", _apply),
-        # the average of the weights begins as a copy, which is to be of the same mode
+        # copies of a model are of the same mode
         mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True),
     ]
     with contextlib.ExitStack() as stack:

@@ -305,11 +305,8 @@ def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path
         except SharedRefusal as error:
             refusal = str(error)
     trainer = trainer_of(ranks, images, config, model=model)
-    tensors = {
-        what: {name: whole(tensor) for name, tensor in module.state_dict().items()}
-        for what, module in (("model", trainer.model), ("average", trainer.ema.module))
-    }
-    torch.save(tensors | {"refusal": refusal}, folder / f"{ranks.rank}.pt")
+    tensors = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    torch.save({"model": tensors, "refusal": refusal}, folder / f"{ranks.rank}.pt")
     trainer.train_step(next(trainer.loader.batches(0)))
 
 
@@ -341,7 +338,7 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
             found = [trainer.step, trainer.run_id, trainer.scaler.state_dict()]
         except ValueError as error:
             found = str(error)
-        tensors = collect_tensors(model=trainer.model, ema=trainer.ema, optimizer=trainer.optimizer)
+        tensors = collect_tensors(model=trainer.model, optimizer=trainer.optimizer)
         torch.save((found, tensors), checkpoint.parent / f"{checkpoint.name}-{ranks.rank}.pt")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.checkpoints.files import write_checkpoint
-from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
+from unicl_fast.checkpoints.load import MODEL_FILE, OPTIMIZER_FILE
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.objectives.registry import make_objective
@@ -50,14 +50,14 @@ def model_with_weights_that_matter(config: TrainConfig) -> UniCL:
 
 
 def write_run(folder: Path, config: TrainConfig, **state: object) -> dict[str, torch.Tensor]:
-    """A run as training leaves it; returns the average, which differs from the last weights."""
-    own = build_model(config).state_dict()
-    average = {name: one * 0.9 if one.is_floating_point() else one for name, one in own.items()}
+    """A run as training leaves it; returns its weights, which no fresh model has."""
+    fresh = build_model(config).state_dict()
+    own = {name: one * 0.9 if one.is_floating_point() else one for name, one in fresh.items()}
     write_checkpoint(
         folder / "checkpoints",
         step=2,
-        files={MODEL_FILE: own, EMA_FILE: average, OPTIMIZER_FILE: {}},
+        files={MODEL_FILE: own, OPTIMIZER_FILE: {}},
         state={"config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
                "run_id": "a"} | state,
     )  # fmt: skip
-    return average
+    return own

@@ -35,7 +35,7 @@ from unicl_fast.training.data import describe_datasets
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as training leaves it, with a moving average that differs from its last weights."""
+    """A run as training leaves it."""
     folder = tmp_path_factory.mktemp("run")
     write_run(folder, tiny_config(image_encoder="unicl_convnet7_small", precision="fp32"))
     return folder
@@ -144,7 +144,7 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
         started = build_model(config.changed(model={"init": "hf-hub:us/first"}))
         initialise(started)
         assert torch.equal(started.text_projection, expected.encoders.text_projection)
-        facts, _ = collect_facts("hf-hub:us/first", weights="auto", evaluations=())
+        facts, _ = collect_facts("hf-hub:us/first", evaluations=())
         assert facts.data[0]["license"] == "CC|BY 4.0"
         assert facts.figures[0]["value"] == 2 / 3
         use = card.split("```python\n")[1].split("```")[0].replace("OWNER", "us")
@@ -164,16 +164,6 @@ def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(documented, tmp
     damaged.write_text(json.dumps(values))
     said = refusal_of(convert, *arguments, damaged)
     assert "damaged.json is damaged: top1 must be a number in 0 to 1, not 7" in said
-
-
-def test_the_given_weights_are_converted(trained, tmp_path):
-    for weights in ("ema", "model", "auto"):
-        call(convert, "hf", trained, tmp_path / weights, "--weights", weights)
-    ema, last, auto = (
-        load_encoders(tmp_path / one).image_projection for one in ("ema", "model", "auto")
-    )
-    assert torch.equal(auto, ema)
-    assert not torch.equal(last, ema)
 
 
 def test_models_that_cannot_be_converted_are_refused(trained, tmp_path):

@@ -32,11 +32,9 @@ from unicl_fast.training.trainer import Trainer
 BOTH = "image:4,text:2"
 
 
-def config_of(
-    lora: str, *, init: Path | str = "", ema_decay: float = 0.0, **settings: object
-) -> TrainConfig:
+def config_of(lora: str, *, init: Path | str = "", **settings: object) -> TrainConfig:
     return tiny_config(**({"steps": 3} | settings)).changed(
-        optim={"lora": lora, "ema_decay": ema_decay},
+        optim={"lora": lora},
         model={"init": str(init), "drop_path": 0.3 * ("image_encoder" not in settings)},
         checkpoint={"every_steps": 1},
     )
@@ -141,7 +139,7 @@ def test_batchnorm_below_adapters_keeps_its_averages(images):
 @pytest.mark.parametrize(
     ("lora", "settings"),
     [
-        (BOTH, {"ema_decay": 0.9}),
+        (BOTH, {}),
         pytest.param(f"{BOTH},dora", {"precision": "bf16", "micro_batch_size": 5},
                      marks=pytest.mark.slow),
         pytest.param("image:4,rslora", {"image_encoder": "unicl_convnet7_small",
@@ -168,7 +166,7 @@ def test_a_run_resumes_bit_for_bit_from_checkpoints_without_its_base(
         assert (found / file.name).read_bytes()[2000:] == file.read_bytes()[2000:], file.name
     assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[1:]
     merge(unbroken.model.eval())
-    loaded = load_encoders(last, weights="model")
+    loaded = load_encoders(last)
     assert_equal(loaded.state_dict(), unbroken.model.state_dict())
 
 

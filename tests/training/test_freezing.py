@@ -32,14 +32,13 @@ TOWER = ("image", "image_projection")
 
 def config_of(
     *frozen: str,
-    ema_decay: float = 0.0,
     drop_path: float | None = None,
     every_steps: int = 1,
     **settings: object,
 ) -> TrainConfig:
     config = tiny_config(**settings)
     return config.changed(
-        optim={"freeze": frozen, "ema_decay": ema_decay},
+        optim={"freeze": frozen},
         model={} if drop_path is None else {"drop_path": drop_path},
         checkpoint={"every_steps": every_steps},
     )
@@ -81,7 +80,7 @@ ENTRIES = {
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(images, name):
     entries, prefixes = ENTRIES[name]
-    trainer = trainer_of(images, config_of(*entries, ema_decay=0.9))
+    trainer = trainer_of(images, config_of(*entries))
     before = copy_of(trainer.model)
     frozen = {name for name in before if name.startswith(prefixes)}
     train(trainer, steps=3)
@@ -89,8 +88,6 @@ def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(images, name):
     parameters = dict(trainer.model.named_parameters())
     assert all(parameters[name].grad is None for name in frozen)
     assert all(parameters[name] not in trainer.optimizer.state for name in frozen)
-    averages = trainer.ema.module.state_dict()
-    assert all(torch.equal(averages[name], before[name]) for name in frozen)
 
 
 @pytest.mark.parametrize(("entry", "last"), [("image", 3), ("image:2", 2)])
@@ -176,11 +173,11 @@ def test_batchnorm_that_is_frozen_may_see_micro_batches(images):
 @pytest.mark.parametrize(
     ("optimizer", "precision", "settings"),
     [
-        ("adamw", "fp32", {"ema_decay": 0.9}),
+        ("adamw", "fp32", {}),
         pytest.param("lamb", "fp64", {}, marks=pytest.mark.slow),
         pytest.param("adamw", "bf16", {"micro_batch_size": 5}, marks=pytest.mark.slow),
         pytest.param(
-            *("adamw", "fp32", {"image_encoder": "unicl_convnet7_small", "ema_decay": 0.9}),
+            *("adamw", "fp32", {"image_encoder": "unicl_convnet7_small"}),
             marks=pytest.mark.slow,
         ),
     ],
@@ -206,24 +203,21 @@ def test_a_run_with_frozen_parts_resumes_bit_for_bit(
 
 
 def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(images, tmp_path):
-    """And the average, which is not the weights, moves towards them and is not taken for them."""
-    trainer_of(images, config_of(ema_decay=0.9, steps=3), tmp_path / "all").fit()
-    trainer = trainer_of(images, config_of("image", ema_decay=0.9, steps=5), tmp_path / "some")
+    trainer_of(images, config_of(steps=3), tmp_path / "all").fit()
+    trainer = trainer_of(images, config_of("image", steps=5), tmp_path / "some")
     trainer.resume(last_of(tmp_path / "all"))
     weight = trainer.model.image_encoder.blocks[0].attn.qkv.weight
-    average = trainer.ema.module.image_encoder.blocks[0].attn.qkv.weight
-    before, apart = weight.clone(), (average - weight).abs().max()
+    before = weight.clone()
     trainer.fit()
     assert torch.equal(weight, before)
     assert weight not in trainer.optimizer.state
-    assert 0 < (average - weight).abs().max() < apart
 
 
 def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(images, tmp_path):
-    locked = trainer_of(images, config_of("image", ema_decay=0.9, steps=2), tmp_path / "locked")
+    locked = trainer_of(images, config_of("image", steps=2), tmp_path / "locked")
     first = copy_of(locked.model)
     locked.fit()
-    config = config_of(ema_decay=0.9, steps=4)
+    config = config_of(steps=4)
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
     unbroken.resume(last_of(tmp_path / "locked"))
     weight = unbroken.model.image_encoder.blocks[0].attn.qkv.weight
@@ -236,26 +230,6 @@ def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(images,
     resumed.resume(middle)
     resumed.fit()
     assert_equal(state_of(last_of(tmp_path / "resumed")), state_of(last))
-
-
-def test_frozen_weights_are_their_own_average(images, tmp_path):
-    config = config_of("image", ema_decay=0.9, steps=3)
-    trainer = trainer_of(images, config, tmp_path)
-    places = []
-    step_of = trainer.train_step
-
-    def train_step(batch):
-        result = step_of(batch)
-        pair = trainer.model.image_encoder.pos_embed, trainer.ema.module.image_encoder.pos_embed
-        places.append(len({one.data_ptr() for one in pair}))
-        return result
-
-    trainer.train_step = train_step
-    trainer.fit()
-    assert places == [1, 1, 1]
-    plain = trainer_of(images, config)
-    train(plain, steps=3)  # without `fit`, which shares them
-    assert_equal(plain.ema.module.state_dict(), trainer.ema.module.state_dict())
 
 
 def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(images, tmp_path):
@@ -307,8 +281,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 def test_three_ranks_with_frozen_parts_resume_bit_for_bit_and_equal_one(images, tmp_path):
     """The order in which DDP's buckets are summed shows from three ranks on."""
     shards = ("off", "optimizer", "full")
-    frozen = {"ema_decay": 0.9, "steps": 3}
-    config = {shard: config_of("image", "text:1", shard=shard, **frozen) for shard in shards}
+    config = {shard: config_of("image", "text:1", shard=shard, steps=3) for shard in shards}
     runs = {shard: (config[shard], None) for shard in shards}
     run_on_ranks(train_each, 3, images, tmp_path, runs)
     first = {shard: list_checkpoints(tmp_path / shard / "checkpoints")[0] for shard in shards}

@@ -115,8 +115,6 @@ def test_parts_follow_the_settings():
     assert 0 < narrow.parts["parameters in the narrow type"] <= plain.parts["parameters"] // 2
     assert narrow.image_bytes < plain.image_bytes
     assert plan_on_cpu(config, precision="fp64").parts["optimizer"] == 2 * plain.parts["optimizer"]
-    averaged = config.changed(optim={"ema_decay": 0.9})
-    assert plan_on_cpu(averaged).parts["moving average"] == plain.parts["gradients"]
     on_cuda = plan(config, world_size=2, device_bytes=0, longest_text=20)
     assert on_cuda.parts["fixed"] == 3_000_000_000
     assert on_cuda.parts["gathered features"] == 2 * 12 * 8 * 4
@@ -125,7 +123,7 @@ def test_parts_follow_the_settings():
 
 @pytest.mark.slow
 def test_frozen_parts_take_their_weights_and_no_more():
-    config = tiny_config(precision="fp32").changed(optim={"ema_decay": 0.9})
+    config = tiny_config(precision="fp32")
 
     def freezing(*entries: str) -> TrainConfig:
         return config.changed(optim={"freeze": entries})
@@ -135,7 +133,7 @@ def test_frozen_parts_take_their_weights_and_no_more():
     frozen = 4 * sum(one.numel() for one in model.image_encoder.parameters())
     weights = 4 * sum(one.numel() for one in model.parameters())
     assert locked["parameters"] == plain["parameters"]
-    for name, copies in (("gradients", 1), ("optimizer", 2), ("moving average", 1)):
+    for name, copies in (("gradients", 1), ("optimizer", 2)):
         assert locked[name] == plain[name] - copies * frozen == copies * (weights - frozen)
     assert locked["checkpoint"] == plain["checkpoint"] - 2 * frozen
     assert locked["texts: activations"] == plain["texts: activations"]

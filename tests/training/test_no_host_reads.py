@@ -41,8 +41,8 @@ class WaitingOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def trainer_of(images: torch.Tensor, *, ema_decay: float = 0.0, **efficiency: object) -> Trainer:
-    config = tiny_config(**efficiency).changed(optim={"ema_decay": ema_decay})
+def trainer_of(images: torch.Tensor, **efficiency: object) -> Trainer:
+    config = tiny_config(**efficiency)
     return make_trainer(config, ListLoader([global_batch(images)]), progress=False)
 
 
@@ -61,9 +61,7 @@ def reads_of_a_step(trainer: Trainer) -> list[str]:
         *({}, {"precision": "fp32"}, {"precision": "bf16"}, {"precision": "fp16"}),
         *({"loss": "tiled"}, {"micro_batch_size": 5}),
         {"micro_batch_size": 5, "precision": "fp16", "activation_checkpointing": True},
-        {"ema_decay": 0.99},
-        {"ema_decay": 0.99, "micro_batch_size": 5, "precision": "fp32"},
-        {"ema_decay": 0.99, "image_encoder": "unicl_convnet7_small", "precision": "fp32"},
+        {"image_encoder": "unicl_convnet7_small", "precision": "fp32"},
     ],
     ids=lambda efficiency: ",".join(f"{k}={v}" for k, v in efficiency.items()) or "default",
 )

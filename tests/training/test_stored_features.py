@@ -216,8 +216,7 @@ def test_a_run_of_two_stored_towers_is_the_run_that_encodes(data, tmp_path):
 
 def test_heads_standardise_by_the_training_data_and_keep_the_statistics(data, tmp_path):
     config = both_frozen(data / "captions", features=tmp_path / "features", precision="fp32")
-    config = config.changed(model={"standardise": True}, optim={"ema_decay": 0.5})
-    config = config.changed(run={"steps": 5})  # three epochs
+    config = config.changed(model={"standardise": True}, run={"steps": 5})  # three epochs
     trainer = trainer_of(config, tmp_path / "run")
     (name,) = (tmp_path / "features").glob("*.npy")
     rows = torch.from_numpy(np.load(name)).double()
@@ -226,7 +225,6 @@ def test_heads_standardise_by_the_training_data_and_keep_the_statistics(data, tm
     deviation = rows.std(0, correction=0)
     torch.testing.assert_close((1 / head.factor).double(), deviation, rtol=1e-4, atol=1e-6)
     assert trainer.model.head("text").factor.ndim == 0
-    assert torch.equal(trainer.ema.module.head("image").mean, head.mean)
     weights = trainer.model.state_dict()
     folded = copy.deepcopy(trainer.model).eval()
     fold_statistics(folded)

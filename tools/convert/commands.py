@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from unicl_fast.config import DataConfig
 from unicl_fast.system.wording import count_of
@@ -88,9 +88,6 @@ class ModelConversion(Conversion):
     timm:NAME, pypi:NAME."""
     out: Path
     """OUT: a new folder; for to-official a new file, ending in .pth."""
-    weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step, auto the
-    average if there is one."""
 
     def load(self, *, needs_texts: bool = True) -> UniCL:
         """Loads the model in fp32 and evaluation mode, and prints its name and size.
@@ -106,7 +103,7 @@ class ModelConversion(Conversion):
 
         require_new(self.out)  # before minutes are spent
         with line(f"reading {self.model}"):
-            model = load_encoders(self.model, weights=self.weights).float()
+            model = load_encoders(self.model).float()
             fold_statistics(model)
         if needs_texts and model.text_encoder is None:
             raise ValueError(
@@ -246,9 +243,7 @@ class ToHub(ModelConversion):
         from unicl_fast.conversion.export import write_export
 
         model = self.load()
-        facts, left_out = collect_facts(
-            self.model, weights=self.weights, evaluations=self.evaluations
-        )
+        facts, left_out = collect_facts(self.model, evaluations=self.evaluations)
         for reason in left_out:
             print(f"left out of the card: {reason}")
         print(f"figures of evaluations on the card: {len(facts.figures)}")
@@ -285,7 +280,7 @@ class ToPeft(ModelConversion):
         from unicl_fast.conversion.adapter_folders import write_adapter
         from unicl_fast.conversion.initial import load_adapted
 
-        model = load_adapted(self.model, weights=self.weights).float()
+        model = load_adapted(self.model).float()
         base = self.base or model.config.model.init
         _print_written(self.out, difference=write_adapter(model, self.out, base=base))
         place = base.removeprefix("hf-hub:").partition("@")[0]

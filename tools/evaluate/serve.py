@@ -67,7 +67,7 @@ class Serve(ModelCommand):
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(self._listen())  # before a model is loaded
             with line(f"loading {self.checkpoint}"):
-                model = load_model(self.checkpoint, weights=self.weights, device=self.device)
+                model = load_model(self.checkpoint, device=self.device)
             index = None
             if self.data:
                 folder = self.features_folder(self.features)

@@ -1,7 +1,7 @@
 """Builds models; finds, checks and reads checkpoints and exports: safetensors and JSON, no pickle.
 
-A checkpoint `step-00001000/` holds `model.safetensors`, `optimizer.safetensors`, perhaps
-`ema.safetensors`, and `state.json`: the step, the config and the checksums of the other files.
+A checkpoint `step-00001000/` holds `model.safetensors`, `optimizer.safetensors` and `state.json`:
+the step, the config and the checksums of the other files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -48,13 +48,10 @@ from unicl_fast.system.wording import shorten
 
 logger = logging.getLogger(__name__)
 
-Weights = Literal["auto", "ema", "model"]
-
 _ALONE = Ranks()
 
 _MOST_HEADER_BYTES = 8 << 20  # 80,000 tensors; safetensors reads 100 MB, for half a minute
 MODEL_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -134,7 +131,8 @@ def _parse_state(path: Path) -> CheckpointState:
         for name, value in others.scaler.items():
             convert(value, NonNegative, name=f"the loss scaler's {name}")
         files = others.checksums.keys()
-        if not {MODEL_FILE, OPTIMIZER_FILE} <= files <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
+        # earlier versions also stored an average of the weights
+        if files - {"ema.safetensors"} != {MODEL_FILE, OPTIMIZER_FILE}:
             raise ValueError(f"checksums are of {', '.join(map(repr, files)) or 'no file'}")
     except ValueError as error:
         raise DamagedCheckpointError(
@@ -258,34 +256,19 @@ def refuse_another_base(model: UniCL, base: str, path: Path) -> None:
     )
 
 
-def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path, str]:
+def find_weights(path: str | Path) -> tuple[TrainConfig, Path, str]:
     """Returns a model's config and file, checked, and the checksum of weights below its adapters.
 
-    The checksum is "" if the file has all weights. `weights` is "ema" for the moving average of the
-    weights, "model" for the last step's, "auto" for the average if there is one.
-
-    Raises:
-        FileNotFoundError: no model there.
-        ValueError: it is damaged, or "ema" is required and it has no average.
+    The checksum is "" if the file has all weights. Raises FileNotFoundError if there is no model,
+    ValueError if it is damaged.
     """
     found, base = find_model(path), ""
     if is_export(found):
-        if weights == "ema":
-            raise ValueError(
-                f"{found} is an export, which has one set of weights: use weights auto, or export "
-                "the run's average"
-            )
         config, file = read_export(found)
     else:
         state = read_state(found)
-        has_average = EMA_FILE in state.checksums
-        if weights == "ema" and not has_average:
-            raise ValueError(
-                f"{found} has no average of the weights (optim.ema_decay was 0): use weights model "
-                "or auto"
-            )
         config, base = state.config.settings_of_stages[-1], state.base
-        file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
+        file = found / MODEL_FILE
     if base:
         _require_room(found, config)
     else:

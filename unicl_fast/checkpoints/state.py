@@ -1,4 +1,4 @@
-"""Collects and restores a run's state: weights, their average, optimizer and loss scaler.
+"""Collects and restores a run's state: weights, optimizer and loss scaler.
 
 Nothing else has state: batch, drop path and learning rate are functions of the step.
 """
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from unicl_fast.checkpoints.load import (
-    EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
     CheckpointState,
@@ -38,29 +36,25 @@ _GROUP_STEP = "group_step"
 
 
 def collect_tensors(
-    *, model: UniCL, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, ranks: Ranks = _ALONE
+    *, model: UniCL, optimizer: torch.optim.Optimizer, ranks: Ranks = _ALONE
 ) -> dict[str, dict[str, Tensor]]:
     """Collects the tensors of each file of a checkpoint, without copying them.
 
     Tensors that `efficiency.shard` divides are gathered on rank 0's host: all ranks must call it
     together, and only rank 0's result is complete.
     """
-    files = {MODEL_FILE: _without_base(model, model)}
-    if ema is not None:
-        files[EMA_FILE] = _without_base(ema.module, model)
-    files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
+    # adapters: without the weights that `model.init` provides again
+    in_base = model.frozen.in_base
+    files = {
+        MODEL_FILE: {name: one for name, one in model.state_dict().items() if name not in in_base},
+        OPTIMIZER_FILE: _optimizer_tensors(model, optimizer),
+    }
     if divides_optimizer(model.config.efficiency, ranks):
         files[OPTIMIZER_FILE] = tensors_to_rank_0(files[OPTIMIZER_FILE], ranks)
     return {
         file: {name: _whole_on_host(one, ranks) for name, one in tensors.items()}
         for file, tensors in files.items()
     }
-
-
-def _without_base(module: nn.Module, model: UniCL) -> dict[str, Tensor]:
-    """The tensors of a model or its average, except those that `model.init` provides again."""
-    in_base = model.frozen.in_base
-    return {name: one for name, one in module.state_dict().items() if name not in in_base}
 
 
 def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -134,10 +128,9 @@ def restore_checkpoint(
     model: UniCL,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    ema: ModelEmaV3 | None = None,
     ranks: Ranks = _ALONE,
 ) -> None:
-    """Restores weights, their average, optimizer and scaler; `state` comes from `read_state`.
+    """Restores weights, optimizer and scaler; `state` comes from `read_state`.
 
     All ranks call it together, and only rank 0 reads. Raises ValueError if the checkpoint is of
     another optimizer, or its tensors do not fit the model.
@@ -150,11 +143,6 @@ def restore_checkpoint(
         )
     refuse_another_base(model, state.base, checkpoint)
     load_weights(model, checkpoint / MODEL_FILE, ranks)
-    if ema is not None and EMA_FILE in state.checksums:
-        load_weights(ema.module, checkpoint / EMA_FILE, ranks)
-    elif ema is not None:
-        logger.warning("the checkpoint has no average of the weights: it starts with them")
-        ema.set(model)
     tensors = read_tensors(checkpoint / OPTIMIZER_FILE, ranks)
     try:
         _check_optimizer_tensors(model, optimizer, tensors)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from unicl_fast.checkpoints.export import LIBRARY, is_export, read_description
-from unicl_fast.checkpoints.load import CheckpointState, Weights, find_model, read_state
+from unicl_fast.checkpoints.load import CheckpointState, find_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.figures import figures_of
 from unicl_fast.conversion.hugging_face import Layout
@@ -84,16 +84,14 @@ def model_card(model: UniCL, facts: Facts, *, layout: Layout, name: str, license
     return f"{card}\n"
 
 
-def collect_facts(
-    path: str | Path, *, weights: Weights, evaluations: Sequence[Path]
-) -> tuple[Facts, list[str]]:
+def collect_facts(path: str | Path, *, evaluations: Sequence[Path]) -> tuple[Facts, list[str]]:
     """Collects the facts about a model, including all evaluations of exactly these weights.
 
     Evaluations come from the run's folder, with a sentence for each that is left out, and from
     `evaluations`; there, a file that is damaged or of other weights is a ValueError.
     """
-    checksum = weights_checksum(path, weights=weights)
-    if find_source(str(path), weights=weights).own is None:
+    checksum = weights_checksum(path)
+    if find_source(str(path)).own is None:
         name = str(path) if str(path).startswith(_PUBLIC) else "a model in a file"
         origin = {"converted from": name, "xxh3 of its weights": checksum}
         facts, run = Facts(origin=origin), None

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import (
-    Weights,
     build_model,
     load_weights,
     refuse_another_base,
@@ -53,21 +52,18 @@ _SHOWN = 6
 
 
 @torch.no_grad()
-def load_encoders(given: str | Path, *, weights: Weights = "auto") -> UniCL:
+def load_encoders(given: str | Path) -> UniCL:
     """Loads a model of any source (`sources`), in evaluation mode on the CPU; adapters are merged.
 
-    It is the module in the `Model` that `unicl_fast.load_model` returns. `weights` is "ema" for the
-    moving average of the weights, "model" for the last step's, "auto" for the average if there is
-    one. Raises as `find_source`, and ValueError if the weights below adapters have changed.
+    It is the module in the `Model` that `unicl_fast.load_model` returns. Raises as `find_source`,
+    and ValueError if the weights below adapters have changed.
     """
-    source = find_source(str(given), weights=weights)
+    source = find_source(str(given))
     if source.own is not None:
         model = _load_own(source)
         if source.own.optim.adapters is not None:
             merge(model)
         return model
-    if weights == "ema":
-        raise ValueError(f"{given} has one set of weights: use weights auto")
     config, file = source.config(), source.file
     if file is not None:
         require_sizes(file, config, source.outline().values())
@@ -80,9 +76,9 @@ def load_encoders(given: str | Path, *, weights: Weights = "auto") -> UniCL:
 
 
 @torch.no_grad()
-def load_adapted(given: str | Path, *, weights: Weights = "auto") -> UniCL:
+def load_adapted(given: str | Path) -> UniCL:
     """As `load_encoders`, with a run's adapters on its layers; ValueError if it has none."""
-    source = find_source(str(given), weights=weights)
+    source = find_source(str(given))
     if source.own is None or source.own.optim.adapters is None:
         raise ValueError(f"{given} has no adapters: it is not a run with optim.lora")
     return _load_own(source)

@@ -34,7 +34,7 @@ from torch import Tensor
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS
 from unicl_fast.checkpoints.hub import NotOnHubError, download, download_export
-from unicl_fast.checkpoints.load import Weights, read_shapes, read_stored
+from unicl_fast.checkpoints.load import read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import adapter_folders, hugging_face, official, preprocessing
@@ -194,14 +194,11 @@ def _naming_sources() -> Iterator[None]:
         ) from error
 
 
-def find_source(
-    given: str, *, image: bool = True, text: bool = True, weights: Weights = "auto"
-) -> Source:
+def find_source(given: str, *, image: bool = True, text: bool = True) -> Source:
     """Finds a model; encoders that are not wanted can be of any kind.
 
-    `weights` counts for models of ours, as for `load_encoders`. Raises FileNotFoundError if the
-    model does not exist or cannot be downloaded, ValueError if it is damaged, holds more than
-    tensors, or cannot be built here.
+    Raises FileNotFoundError if the model does not exist or cannot be downloaded, ValueError if it
+    is damaged, holds more than tensors, or cannot be built here.
     """
     scheme, _, rest = given.partition(":")
     towers = _Towers(image, text)
@@ -218,13 +215,13 @@ def find_source(
             return _official_source(given, Path(rest).expanduser())
         case "hf-hub":
             found = _described(given, functools.partial(download, rest), towers)
-            return found or _our_source(given, download_export(rest), weights)
+            return found or _our_source(given, download_export(rest))
     folder = Path(given).expanduser()
     find = functools.partial(_first_of, folder)
     if (folder / adapter_folders.CONFIG_FILE).is_file():
         return _adapted_source(given, find, towers)
     found = _described(given, find, towers) if _has_config(folder) else None
-    return found or _our_source(given, folder, weights)
+    return found or _our_source(given, folder)
 
 
 def find_initial(given: str, *, image: bool, text: bool) -> Source:
@@ -259,12 +256,12 @@ def find_own(given: str) -> Path | None:
         return load.find_model(folder)
 
 
-def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
+def weights_checksum(given: str | Path) -> str:
     """The xxh3 of a model's file, as its identity; empty for fresh weights.
 
     For adapters of peft it is "ADAPTERS on BASE". Raises as `find_source`.
     """
-    source = find_source(str(given), weights=weights)
+    source = find_source(str(given))
     files = [one.file for one in (source, source.below) if one is not None]
     checksums = [
         shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
@@ -334,10 +331,10 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
     return None
 
 
-def _our_source(given: str, path: Path, weights: Weights) -> Source:
-    """A run, checkpoint or export of ours, preferring the moving average of its weights."""
+def _our_source(given: str, path: Path) -> Source:
+    """A run, checkpoint or export of ours."""
     with _naming_sources():
-        config, file, base = load.find_weights(path, weights=weights)
+        config, file, base = load.find_weights(path)
     source = _source_of(given, config, file, rename=from_transformers)
     return dataclasses.replace(source, own=config, base=base)
 

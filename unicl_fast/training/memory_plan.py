@@ -131,7 +131,6 @@ def _bytes_of_state(
 ) -> dict[str, int]:
     """Weights, gradients, the optimizer's state and their copies, by part."""
     number_bytes = Precision(config.efficiency.precision).weight_type.itemsize
-    averages = bool(config.optim.ema_decay)
     shard = config.efficiency.shard if world_size > 1 else "off"
     weights = number_bytes * encoders.num_parameters
     trained = number_bytes * sum(encoders.trainable_sizes)
@@ -148,13 +147,11 @@ def _bytes_of_state(
         "gradients": gradients,
         # two averages of each parameter; the update's temporaries come after the activations
         "optimizer": 2 * updated,
-        # frozen parameters are their own average, unless they are divided
-        "moving average": averages * (divided if shard == "full" else gradients),
         "checkpoint": 0,
     }
     if device_type == "cpu":
         # checkpoints are written from a copy on the host; rank 0 joins divided tensors before it
-        copied = weights * (1 + averages) + 2 * trained
+        copied = weights + 2 * trained
         joined = {"off": 0, "optimizer": 2 * (trained - updated), "full": copied}
         parts["checkpoint"] = copied + joined[shard]
     if shard == "full":

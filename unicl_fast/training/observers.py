@@ -277,9 +277,7 @@ class Checkpoints(Observer):
         """Writes a checkpoint; all ranks help to collect tensors that are divided over them."""
         if self._writer is None and not run.parallel.is_divided:
             return
-        tensors = collect_tensors(
-            model=run.model, ema=run.ema, optimizer=run.optimizer, ranks=run.ranks
-        )
+        tensors = collect_tensors(model=run.model, optimizer=run.optimizer, ranks=run.ranks)
         if self._writer is None:
             return
         state = describe_state(

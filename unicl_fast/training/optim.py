@@ -1,8 +1,7 @@
-"""Parameter groups of the released recipe, an optimizer over them, its schedule, weight averages.
+"""Parameter groups of the released recipe, an optimizer over them, and its schedule.
 
 AdamW is torch's, LAMB (You et al., arXiv 1904.00962) timm's, Muon is in `muon.py`. The fused twins
-of the first two are NVIDIA apex's, imported only here and on demand. Warm-up, cosine and the moving
-average of the weights are timm's.
+of the first two are NVIDIA apex's, imported only here and on demand. Warm-up and cosine are timm's.
 """
 
 from __future__ import annotations
@@ -16,13 +15,10 @@ from typing import Any
 import torch
 from timm.optim import Lamb, param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, sum_over_ranks
-from unicl_fast.models.blocks import keep_activations_in_copy
 from unicl_fast.models.sharding import split_divided
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.stages import span_at
@@ -260,71 +256,3 @@ def scaled_lr(lr: float, config: TrainConfig) -> float:
     """Linear scaling of a rate for `lr_batch_size` samples to the run's global batch."""
     reference = config.optim.lr_batch_size
     return lr * config.run.global_batch_size / reference if reference else lr
-
-
-class WeightAverage(ModelEmaV3):  # type: ignore[misc]
-    """timm's average without copies of frozen parameters, which are their own average."""
-
-    _shared: frozenset[str] = frozenset()
-
-    @torch.no_grad()
-    def share_frozen(self, model: UniCL) -> None:
-        """Uses the model's frozen parameters as their own average, if the two are equal.
-
-        They can differ if a run resumes that did not freeze them before. Parameters that are
-        divided over ranks stay copies, which are no longer updated.
-        """
-        averages, shared = dict(self.module.named_parameters()), set()
-        for name, parameter in model.named_parameters():
-            if name not in model.frozen.names:
-                continue
-            both = averages[name], parameter
-            pair = [one.to_local() if isinstance(one, DTensor) else one for one in both]
-            if torch.equal(*pair):
-                shared.add(name)
-                if pair[1] is parameter:
-                    averages[name].data = parameter.data
-        self._shared = frozenset(shared)
-
-    @torch.no_grad()
-    def separate(self) -> None:
-        """Copies the shared parameters, before the model's change."""
-        for name, average in self.module.named_parameters():
-            if name in self._shared and not isinstance(average, DTensor):
-                average.data = average.data.clone()
-        self._shared = frozenset()
-
-    def apply_update_(self, model: UniCL, decay: float) -> None:
-        """Applies timm's update to all that is not shared."""
-        if not self._shared:
-            super().apply_update_(model, decay)
-            return
-        weights, moving = model.state_dict(), []
-        for name, average in self.module.state_dict().items():
-            if not average.is_floating_point():
-                average.copy_(weights[name])
-            elif name not in self._shared:
-                moving.append((average, weights[name]))
-        if self.foreach and moving:
-            averages, others = map(list, zip(*moving, strict=True))
-            torch._foreach_lerp_(averages, others, weight=1 - decay)
-            return
-        for average, weight in moving:
-            average.lerp_(weight, 1 - decay)
-
-
-def build_weight_average(model: UniCL, optim: OptimConfig) -> WeightAverage:
-    """The moving average of the weights, which begins as a copy of the model.
-
-    It depends only on the step and the weights after each step, so it is equal on all ranks.
-    BatchNorm's averages are averaged too, as in timm's own training script; counters are copied. It
-    is also updated after skipped steps: knowing which those are would mean waiting for the device.
-    The model is on its device by now; the average is not compiled, and keeps its activations.
-    """
-    # timm's defaults for the warm-up, named since they decide the result
-    average = WeightAverage(
-        model, decay=optim.ema_decay, use_warmup=True, warmup_gamma=1.0, warmup_power=2 / 3
-    )
-    average.module.requires_grad_(False)
-    keep_activations_in_copy(average.module)
-    return average

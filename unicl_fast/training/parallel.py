@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 from unicl_fast.config import EfficiencyConfig
@@ -33,9 +32,7 @@ _SYNC_BUFFERS = next(
 class Parallel:
     """A model on all ranks: encodes, joins gradients, sends updates."""
 
-    def __init__(
-        self, model: UniCL, ema: ModelEmaV3 | None, efficiency: EfficiencyConfig, ranks: Ranks
-    ) -> None:
+    def __init__(self, model: UniCL, efficiency: EfficiencyConfig, ranks: Ranks) -> None:
         """Compiles the encoders if the config says so, and divides or replicates the model.
 
         Raises ValueError: `efficiency.shard=full` cannot divide these encoders.
@@ -51,9 +48,6 @@ class Parallel:
         self.encode: Callable[..., Encoded] = model
         if divides_all:
             sharding.shard_encoders(model, ranks)
-            if ema is not None:
-                sharding.shard_encoders(ema.module, ranks)
-                ema.foreach = False  # no kernel mixes divided and whole tensors
         elif ranks.world_size > 1:
             self.encode = _build_ddp(model)
         if sharding.divides_optimizer(efficiency, ranks):
@@ -88,7 +82,7 @@ class Parallel:
     def begin_step(self) -> None:
         """Gives all ranks rank 0's averages of BatchNorm, as DDP does by itself."""
         if self._whole_copy is not None and has_batch_norm(self._model):
-            self._share_buffers(self._model)
+            self._share_buffers()
 
     def join_gradients(self) -> None:
         """Averages the gradients over ranks, as DDP and `fully_shard` do by themselves."""
@@ -105,17 +99,19 @@ class Parallel:
             self._owners.send_updates()
 
     @contextlib.contextmanager
-    def evaluated(self, model: UniCL) -> Iterator[UniCL]:
-        """The model, or its average, whole and equal on all ranks, which call it together."""
+    def evaluated(self) -> Iterator[UniCL]:
+        """The model, whole and equal on all ranks, which call it together."""
         if self._ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
-            self._share_buffers(model)
-        as_it_is = contextlib.nullcontext(model)
-        with as_it_is if self._whole_copy is None else self._whole_copy.filled(model) as whole:
+            self._share_buffers()
+        if self._whole_copy is None:
+            yield self._model
+            return
+        with self._whole_copy.filled(self._model) as whole:
             yield whole
 
-    def _share_buffers(self, model: UniCL) -> None:
+    def _share_buffers(self) -> None:
         with WaitingForRanks():
-            sharding.send_from(0, model.buffers(), rank=self._ranks.rank)
+            sharding.send_from(0, self._model.buffers(), rank=self._ranks.rank)
 
 
 def _build_ddp(model: UniCL) -> DistributedDataParallel:

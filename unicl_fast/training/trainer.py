@@ -1,8 +1,8 @@
 """The training loop (`Trainer.fit`): next batch, update, log, save, evaluate.
 
 The trainer accepts any `Loader`, such as a `ListLoader` on a laptop. A step's batch, drop path and
-learning rate are functions of the step, so a run's state is the step, the weights and their
-average, the optimizer and the loss scaler. `Observer`s write metrics, ledger and checkpoints.
+learning rate are functions of the step, so a run's state is the step, the weights, the optimizer
+and the loss scaler. `Observer`s write metrics, ledger and checkpoints.
 `assembly.make_trainer` puts the parts together.
 """
 
@@ -40,7 +40,6 @@ from unicl_fast.training.metrics import MEAN_METRIC, StepMeter, add_up, mean_of_
 from unicl_fast.training.optim import (
     build_optimizer,
     build_schedule,
-    build_weight_average,
     gradient_norm,
     set_rates,
     steps_of_samples,
@@ -145,8 +144,7 @@ class Trainer:
         """Set by an observer: the run ends with the present step."""
         self.compiled_from = 0
         """The step at which compilation last started afresh."""
-        self.ema = build_weight_average(model, config.optim) if config.optim.ema_decay else None
-        self.parallel = Parallel(model, self.ema, config.efficiency, ranks)
+        self.parallel = Parallel(model, config.efficiency, ranks)
         self.optimizer = build_optimizer(model, config)
         length = steps_of_samples(config, self.total_steps)
         self.schedule = build_schedule(self.optimizer, config, length)
@@ -166,11 +164,9 @@ class Trainer:
         """
         state = read_state(checkpoint, self.ranks)
         refuse_another_run(state, self.model, self.data)
-        if self.ema is not None:
-            self.ema.separate()
         restore_checkpoint(
-            checkpoint, state, model=self.model, ema=self.ema, optimizer=self.optimizer,
-            scaler=self.scaler, ranks=self.ranks,
+            checkpoint, state, model=self.model, optimizer=self.optimizer, scaler=self.scaler,
+            ranks=self.ranks,
         )  # fmt: skip
         self.step = self.saved_step = state.step
         self._enter_stage()
@@ -278,8 +274,6 @@ class Trainer:
         with torch.no_grad():
             self.config.objective.limit(self.model.learnt)
         self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
         return grad_norm
 
     def save(self, *, required: bool = True) -> None:
@@ -316,8 +310,6 @@ class Trainer:
     def _fitting(self) -> Iterator[tuple[StepMeter, Interruption]]:
         """Opens clock, observers and signals for `fit`, and closes them at the end."""
         self.start_step = self.compiled_from = self.step
-        if self.ema is not None:
-            self.ema.share_frozen(self.model)
         with contextlib.ExitStack() as stack:
             interruption = stack.enter_context(Interruption())
             for observer in self.observers:
@@ -480,8 +472,7 @@ class Trainer:
     def _evaluate_one(self, name: str) -> dict[str, float]:
         """Evaluates with the run's own sizes, in every stage."""
         self.mark(f"evaluation {name}", part="evaluation")
-        model = self.model if self.ema is None else self.ema.module
-        with self.parallel.evaluated(model) as evaluated:
+        with self.parallel.evaluated() as evaluated:
             evaluated.set_stage(self.config.data, self.config.model)
             try:
                 results = self.evaluations[name](evaluated.eval())
