@@ -22,7 +22,7 @@ from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.card import Facts
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_encoders
-from unicl_fast.conversion.libraries import write_exported_programs, write_onnx, write_timm
+from unicl_fast.conversion.libraries import write_onnx, write_timm
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.output import new_folder, require_equal
 from unicl_fast.evaluation.inference import Model
@@ -170,18 +170,6 @@ def test_an_export_that_is_not_what_was_written_is_refused(model, tmp_path):
         config.write_text(values.replace(old, new, 1))
         with pytest.raises(ValueError, match=message):
             find_weights(folder)
-
-
-@pytest.mark.slow
-@torch.inference_mode()
-def test_exported_programs_accept_any_number_of_samples(model, images, tokens, tmp_path):
-    folder = tmp_path / "out"
-    assert write_exported_programs(model, folder) < 1e-5
-    image, text = (torch.export.load(folder / f"{name}.pt2").module() for name in ("image", "text"))
-    for some in (images[:1], images):
-        torch.testing.assert_close(image(some), model.encode_image(some), rtol=0, atol=1e-5)
-    torch.testing.assert_close(text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
-    assert_preprocessing_is_said(folder, model)
 
 
 def assert_preprocessing_is_said(folder: Path, model: UniCL) -> None:

@@ -17,7 +17,7 @@ from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.load import MODEL_FILE, OPTIMIZER_FILE
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.conversion.initial import initialise, load_encoders
-from unicl_fast.conversion.libraries import write_exported_programs, write_onnx
+from unicl_fast.conversion.libraries import write_onnx
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import fold_statistics
@@ -99,7 +99,7 @@ def test_open_clip_has_no_mlp_for_these_texts(tmp_path):
 @pytest.mark.parametrize(
     ("image", "text"), [KINDS[2], pytest.param(*KINDS[0], marks=pytest.mark.long)]
 )
-def test_programs_and_our_own_export_have_the_same_heads(tmp_path, image, text):
+def test_onnx_and_our_own_export_have_the_same_heads(tmp_path, image, text):
     model = headed(image, text)
     expected = features_of(model)
     write_run(tmp_path / "run", model)
@@ -109,7 +109,6 @@ def test_programs_and_our_own_export_have_the_same_heads(tmp_path, image, text):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
     folded = copy.deepcopy(model)
     fold_statistics(folded)
-    assert write_exported_programs(folded, tmp_path / "programs") < 1e-5
     assert write_onnx(folded, tmp_path / "onnx") < 1e-4
 
 

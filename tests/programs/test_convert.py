@@ -48,10 +48,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "unicl-eval zero-shot --checkpoint"),
         ("open_clip", {"open_clip_config.json", "open_clip_model.safetensors"}, "local-dir:"),
         ("timm", {"config.json", "model.safetensors"}, "timm.create_model("),
-        pytest.param(
-            "export", {"image.pt2", "text.pt2", "preprocessing.json"}, "torch.export.load(",
-            marks=pytest.mark.slow,
-        ),
     ],
 )  # fmt: skip
 def test_each_format_says_what_it_read_wrote_and_what_is_next(

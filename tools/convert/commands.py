@@ -309,24 +309,6 @@ class ToOnnx(ModelConversion):
         print(f'next: onnxruntime.InferenceSession("{self.out / "image.onnx"}")')
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToExport(ModelConversion):
-    """Both encoders as programs of torch.export for any batch size, image.pt2 and text.pt2.
-
-    torch.export.load("image.pt2").module()(images) runs without this package or timm.
-
-    Example:
-      unicl-convert export runs/first models/first-pt2
-    """
-
-    def run(self) -> None:
-        from unicl_fast.conversion.libraries import write_exported_programs
-
-        difference = write_exported_programs(self.load(), self.out)
-        _print_written(self.out, difference=difference, sizes=_ANY_BATCH)
-        print(f'next: torch.export.load("{self.out / "image.pt2"}").module()(images)')
-
-
 COMMANDS: dict[str, type[Conversion]] = {
     "official": FromOfficial,
     "to-official": ToOfficial,
@@ -335,7 +317,6 @@ COMMANDS: dict[str, type[Conversion]] = {
     "hf": ToHub,
     "peft": ToPeft,
     "onnx": ToOnnx,
-    "export": ToExport,
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes folders for timm (the image encoder), ONNX runtimes and torch.export (two programs).
+"""Writes folders for timm (the image encoder) and ONNX runtimes.
 
 Each library reads its files, and its features are compared with ours, before the folder appears.
 """
@@ -108,34 +108,13 @@ class Tower(nn.Module):
         return F.normalize(head(self.encoder(inputs)), dim=-1)
 
 
-Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
-"""Traces a tower with inputs, writes it to a file, and returns a function that runs the file."""
-
-
+@torch.no_grad()
 def write_onnx(model: UniCL, folder: Path) -> float:
     """As `write_timm`, with both encoders for onnxruntime, compared at three batch sizes.
 
     Also raises ValueError if a package is missing, RuntimeError if an encoder cannot be exported.
     """
     require_packages()
-    return _write_towers(model, folder, ".onnx", export=_export_onnx)
-
-
-def require_packages() -> None:
-    """Raises ValueError if packages for exporting to ONNX and checking the result are missing."""
-    needed = ("onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        names = ", ".join(missing)
-        raise ValueError(f"converting to ONNX needs {names}: {install_command('convert')}")
-
-
-@torch.no_grad()
-def write_exported_programs(model: UniCL, folder: Path) -> float:
-    """As `write_onnx`, for torch.export."""
-    return _write_towers(model, folder, ".pt2", export=_export_program)
-
-
-def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) -> float:
     assert model.text_encoder is not None
     image = Tower(model.image_encoder, model.head("image")).eval()
     text = Tower(model.text_encoder, model.head("text")).eval()
@@ -146,7 +125,7 @@ def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) ->
             ("image", image, images, model.encode_image(images)),
             ("text", text, tokens, model.encode_text(tokens)),
         ):
-            run = export(tower, inputs, aside / f"{name}{suffix}")
+            run = _export_onnx(tower, inputs, aside / f"{name}.onnx")
             for size in (1, len(inputs), _OTHER_SIZE):
                 rows = torch.arange(size) % len(inputs)
                 found = run(inputs[rows])
@@ -157,11 +136,12 @@ def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) ->
     return max(differences)
 
 
-def _export_program(tower: Tower, inputs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(tower, (inputs,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
-    return torch.export.load(path).module()
+def require_packages() -> None:
+    """Raises ValueError if packages for exporting to ONNX and checking the result are missing."""
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        names = ", ".join(missing)
+        raise ValueError(f"converting to ONNX needs {names}: {install_command('convert')}")
 
 
 def _export_onnx(tower: Tower, inputs: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
