@@ -87,7 +87,7 @@ class ModelConversion(Conversion):
     open_clip, transformers or timm; or open-clip:NAME/TAG, hf-hub:OWNER/NAME, official:FILE,
     timm:NAME, pypi:NAME."""
     out: Path
-    """OUT: a new folder; for to-official a new file, ending in .pth."""
+    """OUT: a new folder."""
 
     def load(self, *, needs_texts: bool = True) -> UniCL:
         """Loads the model in fp32 and evaluation mode, and prints its name and size.
@@ -113,42 +113,6 @@ class ModelConversion(Conversion):
         found, name = find_own(str(self.model)) or self.model, model.config.model.image_encoder
         print(f"read {found}: {name}, {_size(model, model.state_dict())}")
         return model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToOfficial(ModelConversion):
-    """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
-
-    The reverse of official, entry for entry. Their code normalises images with ImageNet's mean and
-    deviation, ours by default with CLIP's: a note names the difference if there is one.
-
-    Example:
-      unicl-convert to-official runs/first first.pth
-    """
-
-    def run(self) -> None:
-        import numpy as np
-
-        from unicl_fast.conversion import official
-
-        model = self.load()
-        entries = official.official_entries(model)
-        official.write_official_file(self.out, entries)
-        _print_written(self.out)
-        print(_size(model, entries))
-        data = model.config.data
-        print(f"the file cannot hold it: this model needs {_view(data)}; set that in the config")
-        theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]
-        if not np.allclose([data.mean, data.std], theirs):
-            print(
-                f"note: this model needs images normalised with mean {data.mean} and deviation "
-                f"{data.std}; microsoft/UniCL's code uses ImageNet's: change them in its "
-                "data/build.py"
-            )
-        print(
-            "next, with a config of microsoft/UniCL of the same sizes: "
-            f"python -m torch.distributed.launch main.py --eval --cfg CONFIG --resume {self.out}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +275,6 @@ class ToOnnx(ModelConversion):
 
 COMMANDS: dict[str, type[Conversion]] = {
     "official": FromOfficial,
-    "to-official": ToOfficial,
     "open-clip": ToOpenClip,
     "timm": ToTimm,
     "hf": ToHub,

@@ -1,4 +1,4 @@
-"""Converts microsoft/UniCL's checkpoints to ours and back.
+"""Converts microsoft/UniCL's checkpoints to ours.
 
 Their image encoder is the original Swin: downsampling ends a stage, while in timm it begins the
 next one, and tables that depend on the window size are stored. Texts have the same names.
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.fitting import misfits, phrase
-from unicl_fast.conversion.output import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.unicl import UniCLObjective
@@ -37,11 +35,6 @@ _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _OTHER_TABLES = "tables of other windows than 7 x 7 patches in images of 224 pixels"
 _LAYERS = "image_encoder.layers."
 _DOWNSAMPLE = re.compile(rf"^{re.escape(_LAYERS)}(\d+)\.downsample\.")
-_OF_THE_PAPER = (
-    *("text_activation", "text_causal", "text_pool", "text_mlp_ratio", "text_norm_eps"),
-    *("image_projection", "text_projection"),
-)
-"""Settings that their code fixes to our defaults."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """The released models use ImageNet's statistics, ours CLIP's."""
 
@@ -77,27 +70,7 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
 
 
 def official_entries(model: UniCL) -> dict[str, Tensor]:
-    """Maps names in a released file to the model's tensors, without copies.
-
-    Raises ValueError if their code has no such image encoder, logit bias or text encoder.
-    """
-    config, defaults = model.config.model, ModelConfig()
-    known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
-    others = [
-        f"model.{name}={found}"
-        for name in _OF_THE_PAPER
-        if (found := getattr(config, name)) != getattr(defaults, name)
-    ]
-    reason = ""
-    if config.image_encoder not in known:
-        found = config.image_encoder
-        reason = f"files hold {' or '.join(known)}, but this model's image encoder is {found}"
-    elif "logit_bias" in model.learnt:
-        reason = "code has no bias of the logits, which the sigmoid form trains"
-    elif others:
-        reason = f"code does not know {', '.join(others)}"
-    if reason:
-        raise ValueError(f"microsoft/UniCL's {reason}: convert it to open_clip, hf or onnx")
+    """Maps names in a released file to the tensors of our Swin-T or Swin-B, without copies."""
 
     def official_name(name: str) -> str:
         return _DOWNSAMPLE.sub(lambda match: f"{_LAYERS}{int(match[1]) - 1}.downsample.", name)
@@ -163,13 +136,3 @@ def _fresh_model(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
 def read_official_file(path: Path) -> dict[str, Tensor]:
     """Reads the entries of a checkpoint; raises as `read_torch_file`."""
     return read_torch_file(path, expected="a file of microsoft/UniCL, such as in1k.pth")
-
-
-def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
-    """Writes `{"model": entries}` to a new file; raises ValueError if the path exists."""
-    copies = {name: tensor.detach().clone().contiguous() for name, tensor in entries.items()}
-    with new_file(path) as aside:
-        torch.save({"model": copies}, aside)
-        again = read_official_file(aside)
-        assert again.keys() == entries.keys()
-        assert all(torch.equal(again[name], entries[name]) for name in entries)

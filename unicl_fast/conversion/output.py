@@ -41,8 +41,8 @@ def require_new(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path that is renamed to `path`, which must be new, if the block raises nothing."""
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder that is renamed to `path`, which must be new, if the block raises nothing."""
     require_new(path)
     make_folder(path.parent)
     with (
@@ -50,18 +50,11 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary_folder(f".{path.name}.partial-", root=path.parent) as folder,
     ):
         aside = folder / path.name
+        aside.mkdir()
         yield aside
         if path.is_dir():
             path.rmdir()
         aside.rename(path)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """As `new_file`, for a folder."""
-    with new_file(path) as aside:
-        aside.mkdir()
-        yield aside
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
