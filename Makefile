@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo notebook figures test test-slow test-triton faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
+	$(BIN)/python examples/demo.py --out demo-run
 
 # examples/first_run.ipynb with what it shows when it is run now.
 notebook: $(VENV)/dev.stamp

@@ -37,7 +37,7 @@ FLOORS = [
     {"tools"},
 ]
 # What only some rooms may import, whatever the floor.
-OUTSIDE = {"nvidia": {"pipelines"}, "tyro": {"tools"}, "argparse": {"tools"}, "mlxtend": {"tools"}}
+OUTSIDE = {"nvidia": {"pipelines"}, "tyro": {"tools"}, "argparse": {"tools"}}
 
 
 def room_of(module: str) -> str | None:

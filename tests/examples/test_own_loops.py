@@ -15,10 +15,10 @@ from packed_sets import Sample, pack
 from PIL import Image
 from small_runs import tiny_config
 
+from examples.own_loop.torch_dataset import TorchDataset
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.torch_dataset import TorchDataset
 from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
 from unicl_fast.text.tokenizer import Tokenizer

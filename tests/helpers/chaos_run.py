@@ -38,9 +38,9 @@ from program_runs import SMALL, losses, processes_of
 from safetensors.numpy import load_file
 from waiting import wait_until
 
+from examples.demo import write_images
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.tools import demo
 from unicl_fast.tools.pack import __main__ as pack_dataset
 
 GLOBAL_BATCH_SIZE = 48  # 1, 2, 3 and 4 ranks share it
@@ -119,7 +119,7 @@ class Chaos:
 
     def pack(self) -> None:
         images = self.out / "images"
-        demo.write_images(images)
+        write_images(images)
         labelled = ["labelled", "--templates", images / "templates.txt"]
         for name, (source, *more) in zip(
             SOURCES, (labelled, ["captioned/captions.jsonl"]), strict=True

@@ -181,7 +181,7 @@ ALLOWED = {
         tools/ledger.py
     """,
     "made by this process or a peer": """
-        tools/demo.py tools/run_settings.py unicl_fast/checkpoints/files.py
+        tools/run_settings.py unicl_fast/checkpoints/files.py
         unicl_fast/conversion/export.py unicl_fast/conversion/hugging_face.py
         unicl_fast/conversion/output.py
         unicl_fast/dataset/files.py unicl_fast/dataset/other_tokens.py

@@ -8,25 +8,22 @@ learns from both kinds together; then prompts alone classify the held-out digits
 from __future__ import annotations
 
 import argparse
-import functools
+import importlib
 import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from unicl_fast.system.checked_fields import plain_number
-from unicl_fast.system.program import begin_program
-
-from . import pretrain
-from .evaluate import __main__ as evaluate
-from .pack import __main__ as pack_dataset
-
 _MARK = ".unicl-demo"
+_MODULES = {
+    "unicl-pack": "pack.__main__",
+    "unicl-pretrain": "pretrain",
+    "unicl-eval": "evaluate.__main__",
+}
 _Words = list[str | Path]  # arguments of a program
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -47,9 +44,8 @@ CAPTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
-    number = functools.partial(plain_number, kind=int)
-    parser.add_argument("--samples", type=number, default=25_600, help="samples seen: 200 steps")
-    arguments = parser.parse_args(begin_program())
+    parser.add_argument("--samples", type=int, default=25_600, help="samples seen: 200 steps")
+    arguments = parser.parse_args()
     out: Path = arguments.out
     started = time.perf_counter()
     make_anew(out)
@@ -62,20 +58,20 @@ def main() -> None:
     print("2. Packing them")
     for name in ("labelled", "held-out"):
         source: _Words = [images / name, *templates]
-        run(pack_dataset.main, "unicl-pack", "build", *source, "--out", packed / name)
+        run("unicl-pack", "build", *source, "--out", packed / name)
     captions = images / "captioned" / "captions.jsonl"
-    run(pack_dataset.main, "unicl-pack", "build", captions, "--out", packed / "captioned")
+    run("unicl-pack", "build", captions, "--out", packed / "captioned")
 
     print("\n3. Training on labels and captions together")
     data: _Words = ["--data.train", packed / "labelled", packed / "captioned"]
     data += ["--data.evaluate", packed / "held-out"]
     settings = ["--preset", "digits-small", "--run.samples", str(arguments.samples)]
-    run(pretrain.main, "unicl-pretrain", *settings, *data, "--out", trained)
+    run("unicl-pretrain", *settings, *data, "--out", trained)
 
     print("\n4. Classifying the held-out digits by their prompts")
     result = out / "zero-shot.json"
     held_out: _Words = ["--checkpoint", trained, "--data", packed / "held-out", "--json", result]
-    run(evaluate.main, "unicl-eval", "zero-shot", *held_out)
+    run("unicl-eval", "zero-shot", *held_out)
 
     print_next_steps(trained, seconds=time.perf_counter() - started)
     print(f"zero-shot top-1: {100 * json.loads(result.read_text(encoding='utf-8'))['top1']:.1f}")
@@ -91,11 +87,10 @@ def make_anew(out: Path) -> None:
     (out / _MARK).touch()
 
 
-def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:
-    """Prints and runs a command line of this package."""
-    name, *arguments = map(str, words)
-    print(f"\n$ {shlex.join([name, *arguments])}", flush=True)
-    program(arguments)
+def run(program: str, *words: str | Path) -> None:
+    """Prints and runs a command line of this package, in this process, which has imported torch."""
+    print(f"\n$ {shlex.join([program, *map(str, words)])}", flush=True)
+    importlib.import_module(f"unicl_fast.tools.{_MODULES[program]}").main(list(map(str, words)))
 
 
 def write_images(folder: Path) -> None:
