@@ -50,9 +50,13 @@ def test_no_module_imports_one_that_imports_it():
     assert [group for group in groups if len(group) > 1] == []
 
 
+def test_few_files_know_the_whole_config():
+    assert len(trunk_table.knowing_the_config()) <= 21
+
+
 def test_there_are_few_options():
     count = sum(map(len, trunk_table.options().values()))
-    assert count <= 87, trunk_table.options()
+    assert count <= 85, trunk_table.options()
 
 
 @pytest.mark.slow

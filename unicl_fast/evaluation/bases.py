@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_from_dict
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.conversion.packages import PACKAGES, bases_at_hand
 from unicl_fast.conversion.sources import find_source, settings_of
@@ -50,7 +50,6 @@ from unicl_fast.evaluation.probes import require_scikit_learn
 from unicl_fast.evaluation.zero_shot import classify
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
-from unicl_fast.system.checked_fields import with_values
 from unicl_fast.system.wording import markdown_table
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.training.data import tokenizer_of
@@ -195,7 +194,7 @@ def _text_model(name: str) -> UniCL:
     """A model with the text encoder of that name; its image encoder is small and unused."""
     values = settings_of({"init_text": name})
     values["model"] |= {"init_text": name, "image_encoder": "unicl_convnet7_small"}
-    model = build_model(with_values(TrainConfig(), values))
+    model = build_model(config_from_dict(values))
     initialise(model)
     return model.eval()
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_from_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.blocks import find_blocks
@@ -39,15 +38,15 @@ def try_out(device: torch.device, precision: str, settings: str, *_: str) -> Non
 
     `settings` is a part of a config as JSON; further arguments only name versions.
     """
-    config = config_from_dict(json.loads(settings))
     torch.manual_seed(0)
-    model = build_model(config)
+    model = build_model(config_from_dict(json.loads(settings)))
+    config = model.config
     freeze(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
     place(model.train(), config, device, Ranks())
-    calls = _calls_of_distinct_blocks(model, config, device)
+    calls = _calls_of_distinct_blocks(model, device)
     compile_encoders(model, "blocks")
     rounding = Precision(config.efficiency.precision).autocast
     for block, given, named in calls:
@@ -68,10 +67,9 @@ def try_out(device: torch.device, precision: str, settings: str, *_: str) -> Non
             check_close(found[name], right.double(), what=what, tolerance=tolerance)
 
 
-def _calls_of_distinct_blocks(
-    model: UniCL, config: TrainConfig, device: torch.device
-) -> list[Call]:
+def _calls_of_distinct_blocks(model: UniCL, device: torch.device) -> list[Call]:
     """Each block that is unlike those before it, and its arguments in a forward pass."""
+    config = model.config
     count, size = _SAMPLES[device.type], config.data.image_size
     calls: dict[str, Call] = {}
 
