@@ -69,7 +69,6 @@ _TEXT_POOL = re.compile(
 )
 _FREEZABLE = re.compile(r"(image|text)(:[1-9][0-9]{0,3}|_projection)?")
 _ADAPTED = re.compile(r"(image|text):([1-9][0-9]{0,3})(?:@last([1-9][0-9]{0,3}))?")
-_ADAPTER_FLAGS = ("dora", "rslora")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,22 +283,19 @@ class Adapters:
 
     ranks: Mapping[str, int]  # by tower, image or text
     last_blocks: Mapping[str, int]  # by tower, if only its last blocks have adapters
-    dora: bool
-    rslora: bool
 
     @classmethod
     def parse(cls, text: str) -> Adapters:
-        """Reads `image:16@last4,text:16,dora`; raises ValueError for anything else."""
-        entries = [entry for entry in text.split(",") if entry not in _ADAPTER_FLAGS]
-        found = [_ADAPTED.fullmatch(entry) for entry in entries]
+        """Reads `image:16@last4,text:16`; raises ValueError for anything else."""
+        found = [_ADAPTED.fullmatch(entry) for entry in text.split(",")]
         ranks = {one[1]: int(one[2]) for one in found if one is not None}
-        if not ranks or len(ranks) < len(entries):
+        if len(ranks) < len(found):
             raise ValueError(
-                "optim.lora takes image:RANK, text:RANK or both, each perhaps with @lastK for its "
-                f"last K blocks, and perhaps dora, rslora, parted by commas, not {text!r}"
+                "optim.lora takes image:RANK, text:RANK or both, parted by a comma, each perhaps "
+                f"with @lastK for its last K blocks, not {text!r}"
             )
         last = {one[1]: int(one[3]) for one in found if one is not None and one[3] is not None}
-        return cls(ranks, last, *(flag in text.split(",") for flag in _ADAPTER_FLAGS))
+        return cls(ranks, last)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,9 +327,9 @@ class OptimConfig:
     averages bit for bit, without gradients or optimizer state. See docs/training.md."""
     lora: str = ""
     """LoRA: adapters on frozen encoders, of TOWER:RANK each, such as image:16,text:16. They are on
-    all linear layers and dense convolutions of blocks; image:16@last4: of the last 4 blocks. dora
-    or rslora in the list chooses that variant. Projections are trained as before. Checkpoints leave
-    out weights that model.init names. Needs the package peft."""
+    all linear layers and dense convolutions of blocks; image:16@last4: of the last 4 blocks.
+    Projections are trained as before. Checkpoints leave out weights that model.init names. Needs
+    the package peft."""
     layer_decay: PositiveFraction = 1.0
     """Factor of the learning rate from a layer of an encoder to the one below it; 1 changes
     nothing. The last layers are one below the projections. Layers are timm's groups."""

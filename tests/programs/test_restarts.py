@@ -220,7 +220,7 @@ def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(
 ):
     settings = [
         *(*SMALL, "--efficiency.precision", "fp64", "--init", unbroken, *sources(data)),
-        *("--optim.lora", "image:4,text:2,rslora", "--resume", "auto"),
+        *("--optim.lora", "image:4,text:2", "--resume", "auto"),
     ]
     whole, out = tmp_path / "whole", tmp_path / "run"
     call(pretrain, *settings, "--out", whole)

@@ -17,7 +17,7 @@ from torch import nn
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import Adapters, TrainConfig
+from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.adapters import add_adapters, check_adapters
@@ -73,10 +73,9 @@ def base(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("variant", ["", ",dora", ",rslora"])
 @pytest.mark.parametrize("encoder", ["test_vit", "unicl_convnet7_small"])
-def test_merged_features_are_those_of_the_adapters(encoder, variant):
-    config = config_of(f"{BOTH}{variant}", image_encoder=encoder)
+def test_merged_features_are_those_of_the_adapters(encoder):
+    config = config_of(BOTH, image_encoder=encoder)
     plain = build_model(config).double().eval()
     model = adapted(config)
     before = features(model)
@@ -140,9 +139,9 @@ def test_batchnorm_below_adapters_keeps_its_averages(images):
     ("lora", "settings"),
     [
         (BOTH, {}),
-        pytest.param(f"{BOTH},dora", {"precision": "bf16", "micro_batch_size": 5},
+        pytest.param(BOTH, {"precision": "bf16", "micro_batch_size": 5},
                      marks=pytest.mark.slow),
-        pytest.param("image:4,rslora", {"image_encoder": "unicl_convnet7_small",
+        pytest.param("image:4", {"image_encoder": "unicl_convnet7_small",
                                         "precision": "fp32"}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -244,7 +243,7 @@ class ReadsPast(nn.Module):
 
 def test_an_encoder_that_reads_weights_past_their_layers_is_refused():
     encoder = ReadsPast()
-    add_adapters(encoder, [encoder], Adapters.parse("image:2"), rank=2)
+    add_adapters(encoder, [encoder], rank=2)
     with pytest.raises(ValueError, match="reads the weights of 1 layers past .* such as qkv"):
         check_adapters(encoder, "it", torch.zeros(1, 4))
 

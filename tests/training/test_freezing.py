@@ -268,7 +268,7 @@ def test_missing_parts_and_a_run_with_nothing_to_train_are_refused(
         ({"lora": "image"}, "optim.lora takes image:RANK, .* not 'image'"),
         ({"lora": "image:0"}, "not 'image:0'"),
         ({"lora": "image:2,image:4"}, "optim.lora takes"),
-        ({"lora": "dora"}, "optim.lora takes"),
+        ({"lora": "image:2,dora"}, "optim.lora takes"),
         ({"lora": "image:2", "freeze": ("image:1",)}, "optim.freeze names it too"),
     ],
 )

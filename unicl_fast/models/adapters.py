@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unicl_fast.config import Adapters
 from unicl_fast.models.blocks import KNOWN_BLOCKS
 from unicl_fast.models.text_encoder import TextAttention
 from unicl_fast.system.installation import install_command
@@ -20,9 +19,7 @@ from unicl_fast.system.installation import install_command
 ALPHA = 16  # fixed, so that a learning rate keeps its meaning when the rank changes
 
 
-def add_adapters(
-    encoder: nn.Module, blocks: Sequence[nn.Module], adapters: Adapters, *, rank: int
-) -> None:
+def add_adapters(encoder: nn.Module, blocks: Sequence[nn.Module], *, rank: int) -> None:
     """Freezes an encoder; adapts the linear layers and dense convolutions of `blocks`.
 
     Raises ValueError if there are none, or peft is not installed.
@@ -47,8 +44,6 @@ def add_adapters(
         r=rank,
         lora_alpha=ALPHA,
         target_modules="|".join(map(re.escape, names)),  # a list would match ends of names too
-        use_dora=adapters.dora,
-        use_rslora=adapters.rslora,
     )
     peft.inject_adapter_in_model(config, encoder)
     for module in filter(is_adapted, encoder.modules()):

@@ -91,8 +91,6 @@ def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
         return obstacle
     if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
         return "blocks with BatchNorm are recomputed"
-    if _has_dora(model):
-        return "torch cannot trace the layers of peft's DoRA"
     if not all(map(find_blocks, model.encoders)):
         return "an encoder has no known blocks"
     return ""
@@ -109,16 +107,11 @@ def _fault_of_blocks(config: TrainConfig, device: torch.device) -> str:
     return fault_in_trial("unicl_fast.training.block_trial", device, *arguments)
 
 
-def _has_dora(model: UniCL) -> bool:
-    adapters = model.config.optim.adapters
-    return adapters is not None and adapters.dora
-
-
 def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inductor") -> None:
     """Makes encoders, or their blocks, compile at their next call; weight names stay the same.
 
-    Raises ValueError without a C++ compiler or known blocks, for blocks with BatchNorm under
-    activation checkpointing, and for DoRA.
+    Raises ValueError without a C++ compiler or known blocks, and for blocks with BatchNorm under
+    activation checkpointing.
     """
     if backend == "inductor" and not has_compiler():
         raise ValueError(
@@ -131,11 +124,6 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
             "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
             "choose an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
             "efficiency.activation_checkpointing=False or efficiency.compile=off"
-        )
-    if _has_dora(model):
-        raise ValueError(
-            "efficiency.compile cannot trace the layers of peft's DoRA: leave dora out of "
-            "optim.lora, or set efficiency.compile=off"
         )
     if what == "encoders":
         for encoder in model.encoders:

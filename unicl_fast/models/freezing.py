@@ -115,7 +115,7 @@ def _adapt(model: UniCL, found: FrozenParts) -> FrozenParts:
             whole = _first_blocks(encoder, first, "")[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            add_adapters(encoder, blocks[first:], adapters, rank=rank)
+            add_adapters(encoder, blocks[first:], rank=rank)
         within = {child for module in whole for child in module.modules()}
         modules += whole
         modules += [m for m in encoder.modules() if isinstance(m, _BatchNorm) and m not in within]
