@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from importlib import metadata
 from math import inf
@@ -119,20 +118,6 @@ def test_the_program_runs_here_and_without_a_home(monkeypatch):
     assert [name for name in (one.name for one in doctor.CHECKS) if name not in shown] == []
     assert "WARNING Numba kernels" in shown
     assert "WARNING disks" in shown
-
-
-def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch):
-    other = "spacy 3.8 requires thinc, which is not installed."
-    ours = "unicl-fast 0.2.0 has requirement timm>=1.0.15, but you have timm 0.9."
-    for code, lines, state, said in (
-        (0, ["No broken requirements found."], "ok", "no conflict"),
-        (1, [other], "warning", "thinc"),
-        (1, [other, ours], "fault", ours),
-        (1, [], "ok", "uv pip check"),
-    ):
-        done = SimpleNamespace(returncode=code, stdout="".join(f"{line}\n" for line in lines))
-        monkeypatch.setattr(subprocess, "run", mock.Mock(return_value=done))
-        assert_found(software.check_requirements(), state, said)
 
 
 def test_torch_that_cannot_be_imported_is_a_fault(monkeypatch):

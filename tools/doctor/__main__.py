@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     left_out = ", ".join(check.name for check in CHECKS if check.name not in rows)
     counts = [count_of(states.count(state), state) for state in ("fault", "warning")]
     print(f"\n{', '.join(counts)}" + (f"; not checked: {left_out}" if left_out else ""))
-    print("versions for a bug report: python -m torch.utils.collect_env")
+    print("see also: pip check; for a bug report: python -m torch.utils.collect_env")
     sys.exit("fault" in states)
 
 

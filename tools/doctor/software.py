@@ -1,12 +1,10 @@
-"""Checks of installed packages: pip's own, torch and its devices, compiled kernels, DALI."""
+"""Checks of installed packages: torch and its devices, compiled kernels, DALI."""
 
 from __future__ import annotations
 
 import functools
 import io
 import os
-import subprocess
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -26,19 +24,6 @@ _TORCH_AGAIN = (
     "https://pytorch.org/get-started/locally says; python -m torch.utils.collect_env has the facts"
 )
 _OLDEST_FOR_TRITON = (8, 0)  # an A100, as efficiency.loss and efficiency.window_attention
-
-
-def check_requirements() -> Found:
-    """Asks pip whether the installed packages are compatible."""
-    command = [sys.executable, "-m", "pip", "check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 or not lines:  # uv makes environments without pip
-        found = "pip check finds no conflict" if lines else "pip is not installed here"
-        return Found("ok", found if lines else f"{found}: `uv pip check` compares the packages")
-    ours = [line for line in lines if line.startswith(("unicl_fast", "unicl-fast"))]
-    fix = "pip install the versions that pip check names, or uv sync in a checkout"
-    return Found("fault" if ours else "warning", "; ".join(ours or lines), fix)
 
 
 def check_torch() -> Found:
@@ -143,7 +128,6 @@ def _decode(graph: Any, running: Any, name: str) -> None:
 
 
 CHECKS = [
-    Check("requirements", check_requirements),
     Check("torch", check_torch),
     Check("Numba kernels", check_kernels),
     Check("DALI", check_dali, needs=("torch", "Numba kernels")),
