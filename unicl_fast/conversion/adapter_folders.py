@@ -107,8 +107,6 @@ def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
         lora_alpha=ALPHA,
         target_modules=sorted(ranks),
         modules_to_save=saved,
-        use_dora=adapters.dora,
-        use_rslora=adapters.rslora,
         inference_mode=True,
     )
     with new_folder(folder) as aside:
@@ -120,15 +118,10 @@ def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
 def _by_their_names(path: str, layer: Any, layout: str) -> dict[str, dict[str, Tensor]]:
     """The tensors of an adapter, by the layers of transformers that our layer corresponds to."""
     weight = f"{path}_weight" if path.endswith(".in_proj") else f"{path}.weight"
-    rows = {"lora_B.weight": layer.lora_B.default.weight}
-    if layer.lora_magnitude_vector:
-        rows["lora_magnitude_vector"] = layer.lora_magnitude_vector.default.weight
     found: dict[str, dict[str, Tensor]] = {}
-    for kind, values in rows.items():
-        for name, part in to_transformers({weight: values}, layout=layout).items():
-            name = of_version_5(name).removesuffix(".weight")
-            own = found.setdefault(name, {"lora_A.weight": layer.lora_A.default.weight})
-            own[kind] = part
+    for name, part in to_transformers({weight: layer.lora_B.default.weight}, layout=layout).items():
+        name = of_version_5(name).removesuffix(".weight")
+        found[name] = {"lora_A.weight": layer.lora_A.default.weight, "lora_B.weight": part}
     return found
 
 
