@@ -14,6 +14,7 @@ no tensor alive. DDP's own waiting, which is C++, is at the end of the backward 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -158,11 +159,10 @@ class Checker(TorchDispatchMode):
 
     def _read(self, function: Callable[[Tensor], Any], tensor: Tensor) -> Any:
         """The host reads a number: one that was followed or is constant, or else 0."""
-        if tensor.device.type == "cuda":
-            self._launch(self.stream.name, "item", reads=[tensor])
+        self._launch(self.stream.name if tensor.is_cuda else HOST, "item", reads=[tensor])
+        if tensor.is_cuda:
             self.learn(HOST, self.clocks[self.stream.name])
             return 0
-        self._launch(HOST, "item", reads=[tensor])
         if (number := self._of(tensor).number) is not None:
             return number
         with contextlib.suppress(DataDependentOutputException):
@@ -270,15 +270,17 @@ class Checker(TorchDispatchMode):
         received.pinned |= name == "_to_copy" and kinds == ("cuda", "cpu") and not waits
         if "cuda" not in kinds:
             self._launch(HOST, name, reads=[source], writes=[target])
-        elif kinds == ("cuda", "cuda") or (not waits and (sent.pinned or received.pinned)):
-            self._launch(stream, name, reads=[source], writes=[target])
-        elif kinds == ("cpu", "cuda"):  # the host reads its memory before the call returns
+            return
+        if kinds == ("cpu", "cuda") and not sent.pinned:  # read before the call returns
             self._launch(HOST, name, reads=[source])
-            self._launch(stream, name, writes=[target])
-        else:
-            self._launch(stream, name, reads=[source])
+        self._launch(
+            stream,
+            name,
+            reads=[source] if sent.owner != HOST or sent.pinned else [],
+            writes=[target],
+        )
+        if kinds == ("cuda", "cpu") and (waits or not received.pinned):
             self.learn(HOST, self.clocks[stream])
-            self._launch(HOST, name, writes=[target])
 
     def _collective(self, name: str, args: tuple) -> Any:
         first, second = (tensors_in(one) for one in (*args, ())[:2])
@@ -300,10 +302,10 @@ class _Stream:
     """A CUDA stream."""
 
     checker: Checker
-    device = GPU
+    device, numbers = GPU, itertools.count(1)
 
     def __init__(self, *_: object, name: str = "", **options: object) -> None:
-        self.name = name or f"the stream of {_name(_callers()[0])}"
+        self.name = name or f"stream {next(self.numbers)}, of {_name(_callers()[0])}"
 
     def record_event(self, event: _Event | None = None) -> _Event:
         event = event or _Event()
@@ -330,10 +332,6 @@ class _Event:
     def record(self, stream: _Stream | None = None) -> _Event:
         self.clock = self.checker.clocks[(stream or self.checker.stream).name].copy()
         return self
-
-    def wait(self, stream: _Stream | None = None) -> None:
-        if self.checker.waits_for("event.wait"):
-            self.checker.learn((stream or self.checker.stream).name, self.clock)
 
     def synchronize(self) -> None:
         if self.checker.waits_for("synchronize"):
