@@ -160,8 +160,8 @@ def text_row() -> TokenRow:
 EXECUTED = {
     "swin, with timm's attention": ("image_encoder.layers.0.blocks.1", (2, 8, 8, 96)),
     "swin-tiny, 96 wide": ("image_encoder.layers.0.blocks.1", (2, 14, 14, 96)),
-    "swin-tiny, 192 wide": ("image_encoder.layers.1.blocks.1", (2, 14, 14, 192)),
-    "swin-tiny, 384 wide": ("image_encoder.layers.2.blocks.1", (2, 14, 14, 384)),
+    "swin-tiny, 192 wide": ("image_encoder.layers.1.blocks.1", (1, 14, 14, 192)),
+    "swin-tiny, 384 wide": ("image_encoder.layers.2.blocks.1", (1, 14, 14, 384)),
     "swin-tiny, 768 wide": ("image_encoder.layers.3.blocks.1", (2, 7, 7, 768)),
     "vit-base": ("image_encoder.blocks.1", (1, 197, 768)),
     "text": ("text_encoder.resblocks.1", (128, 512)),
