@@ -35,7 +35,7 @@ BAD: dict[str, tuple[Entry, str, str]] = {
 
 
 def options(**changes: float) -> ImageOptions:
-    known = {"short_side": 0, "quality": 90, "max_pixels": 10_000_000, "seconds": 60}
+    known = {"short_side": 0, "quality": 90, "max_pixels": 10_000_000, "seconds": 600}
     return ImageOptions(**(known | changes))
 
 

