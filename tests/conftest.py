@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -162,25 +163,33 @@ def _vocabulary_is_read_once() -> Tokenizer:
 
 @pytest.fixture(scope="session", autouse=True)
 def _work_of_others_is_done_once() -> Iterator[None]:
-    """Those of tyro and timm (1.0) for each program and model: each was a tenth of all CPU time."""
+    """Those of tyro and timm for each program and model: each was a tenth of all CPU time.
+
+    The names are private, so other versions may lack them, and are then only slower.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        if "tyro" in sys.modules:
-            from tyro import _docstrings, _unsafe_cache
-
-            # if pytest is imported, a tenth of what is cached is computed again, at random
-            patch.setattr(_unsafe_cache, "sys", SimpleNamespace(modules={}))
-            tokens = _docstrings._ClassTokenization
-            patch.setattr(tokens, "make", staticmethod(functools.cache(tokens.make)))
-        if "timm" in sys.modules:
-            from timm.layers import weight_init
-
-            draw = weight_init._trunc_normal_
-            patch.setattr(
-                weight_init,
-                "_trunc_normal_",  # by ten functions, of tensors that have no content, too
-                lambda tensor, *how: tensor if tensor.is_meta else draw(tensor, *how),
-            )
+        with contextlib.suppress(ImportError, AttributeError):
+            _patch(patch)
         yield
+
+
+def _patch(patch: pytest.MonkeyPatch) -> None:
+    if "tyro" in sys.modules:
+        from tyro import _docstrings, _unsafe_cache
+
+        # if pytest is imported, a tenth of what is cached is computed again, at random
+        patch.setattr(_unsafe_cache, "sys", SimpleNamespace(modules={}))
+        tokens = _docstrings._ClassTokenization
+        patch.setattr(tokens, "make", staticmethod(functools.cache(tokens.make)))
+    if "timm" in sys.modules:
+        from timm.layers import weight_init
+
+        draw = weight_init._trunc_normal_
+        patch.setattr(
+            weight_init,
+            "_trunc_normal_",  # by ten functions, of tensors that have no content, too
+            lambda tensor, *how: tensor if tensor.is_meta else draw(tensor, *how),
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -123,3 +123,11 @@ def test_another_collective_is_seen(monkeypatch):
     found = step_of(8)
     with pytest.raises(AssertionError, match="device allreduce of float32, calls rose from"):
         check_table("8 ranks", {"even": found})
+
+
+def test_figures_of_other_versions_are_neither_computed_nor_compared(monkeypatch):
+    """The reason names the file and both versions."""
+    monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
+    reason = r"collectives\.json is of torch .*; installed: torch 2\.15\.0"
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        compare("collectives.json", "8 ranks", lambda: 1 / 0, versions={"torch": "2.15.0"})

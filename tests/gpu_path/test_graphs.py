@@ -10,6 +10,7 @@ import dataclasses
 
 import pytest
 import torch
+from nvidia.dali import fn
 from nvidia.dali.backend import GetSchema
 from nvidia.dali.pipeline import Pipeline
 
@@ -78,3 +79,11 @@ def test_an_evaluation_graph_is_one_that_dali_can_build(interpolation):
     pipeline = build_evaluation_graph(no_inputs, data=data, batch_size=8, device=GPU)
     found = devices_of(pipeline)
     assert found.items() >= {"decoders__Image": "mixed", "Resize": "gpu"}.items()
+
+
+def test_an_output_on_the_host_is_seen():
+    with Pipeline(batch_size=2, num_threads=1, device_id=0) as pipeline:
+        (images,) = fn.external_source(no_inputs, num_outputs=1, batch=True)
+        pipeline.set_outputs(fn.flip(images))
+    with pytest.raises(AssertionError, match="cpu"):
+        devices_of(pipeline)
