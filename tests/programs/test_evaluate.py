@@ -24,7 +24,6 @@ from pyarrow import parquet
 
 from unicl_fast import load_model
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.checkpoints.load import Weights
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.dataset.reader import PackedDataset
@@ -59,8 +58,8 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
     first, last = list_checkpoints(run_folder / "checkpoints")
     last.rename(aside)
 
-    def load_meanwhile(path: Path, *, weights: Weights) -> UniCL:
-        model = load_encoders(path, weights=weights)
+    def load_meanwhile(path: Path) -> UniCL:
+        model = load_encoders(path)
         aside.rename(last)
         return model
 
