@@ -192,7 +192,7 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("efficiency", "micro_batch_size", 5),
     ("efficiency", "loss", "tiled"),
     ("run", "max_bad_steps", 1),
-    ("run", "stages", ("0.5:context_length=6",)),
+    ("run", "stages", ("0.5:micro_batch_size=4",)),
 ]
 
 
