@@ -19,13 +19,11 @@ figures: $(VENV)/dev.stamp
 	$(BIN)/python docs/site/figures.py --test-data $(UNICL_TEST_DATA) --work build/figures \
 		$(if $(ONLY),--only $(ONLY))
 
-# A process of tests for each core, and one more for the slow ones, many of which wait for others:
-# what a process imports takes it 13 CPU s. Tests of a file stay together, since they share what they
-# made. A process that crashes ends the run and its test is named: with another in its place, xdist
-# (3.8) waits for ever at the end.
-JOBS ?= $$(nproc)
-test-slow: JOBS = $$(($$(nproc) + 1))
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile \
+# A process of tests for each core and one more, since many tests wait for others; those of a file
+# stay together, since they share what they made. A process that crashes ends the run and its test
+# is named: with another in its place, xdist (3.8) waits for ever at the end.
+JOBS ?= $$(($$(nproc) + 1))
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile \
 	--max-worker-restart 0
 
 test: $(VENV)/dev.stamp
