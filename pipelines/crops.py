@@ -178,9 +178,8 @@ class CropResizer:
 
     Small batches are made several at a time, each such group by one thread from its plan to its
     crops: handing work to another thread costs a wakeup and Python's lock, which with batches of 64
-    took two thirds of the time. A large batch is split among all threads; two are
-    made at a time, so that one is resampled while the other is read, at the price of one more in
-    memory.
+    took two thirds of the time. A large batch is split among all threads; two are made at a time,
+    so that one is resampled while the other is read, at the price of one more in memory.
     """
 
     def __init__(self, data: DataConfig, *, batch_size: int, image_bytes: int) -> None:

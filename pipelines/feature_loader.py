@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unicl_fast.batch import Batch, ReadingTime, copied_ahead
+from unicl_fast.batch import Batch, OneIterator, ReadingTime
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
 from unicl_fast.text.token_rows import TokenArray
@@ -20,7 +20,7 @@ from .steps import PlannedStep, RankSteps, TrainMetadata
 _JOINED = 64  # parts of texts that are kept apart
 
 
-class FeatureLoader:
+class FeatureLoader(OneIterator):
     """One rank's batches of stored features; implements `unicl_fast.batch.Loader`.
 
     Samples, texts and targets are those of the `TrainLoader` with the same steps, bit for bit.
@@ -46,7 +46,6 @@ class FeatureLoader:
         self._end_step = end_step
         self._dtype: torch.dtype = getattr(torch, features[0].dtype)
         self._unreadable = [np.array(sorted(one.unreadable), np.int64) for one in features]
-        self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of the steps `start_step`, `start_step + 1`, ...
@@ -55,17 +54,8 @@ class FeatureLoader:
             TooManyBadSamplesError: so many samples have no features that none can be fed.
             DamagedDatasetError: a data set's arrays were cut short meanwhile.
         """
-        self.close()
-        self._running = self._batches(start_step)
-        if self._device.type != "cpu":
-            self._running = copied_ahead(self._running, self._device)
-        return self._running
-
-    def close(self) -> None:
-        """Ends the iterator of `batches`, and its thread if there is one."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        copies_to = None if self._device.type == "cpu" else self._device
+        return self._begin(self._batches(start_step), copies_to=copies_to)
 
     def _batches(self, start_step: int) -> Generator[Batch, None, None]:
         for planned in self._planned(start_step):

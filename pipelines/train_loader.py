@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import Batch, ReadingTime, copied_ahead
+from unicl_fast.batch import Batch, OneIterator, ReadingTime
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.stages import Span
@@ -36,7 +36,7 @@ from .steps import LoaderSettings, RankSteps, TrainMetadata
 from .trial import try_decoder
 
 
-class TrainLoader:
+class TrainLoader(OneIterator):
     """One rank's batches of a run; implements `unicl_fast.batch.Loader`.
 
     A batch is the same whichever step iterating begins at, and the batches of all ranks join to the
@@ -45,8 +45,6 @@ class TrainLoader:
     Other libraries' loops iterate over it and save its `state_dict` with the model's: iterating
     continues after the last batch handed out, or where `load_state_dict` says, to the run's end.
     """
-
-    _running: Generator[Batch, None, None] | None = None
 
     def __init__(
         self,
@@ -141,11 +139,8 @@ class TrainLoader:
             TooManyBadSamplesError: so many samples are bad that none can be fed.
             DamagedDatasetError: a data set's arrays were cut short meanwhile.
         """
-        self.close()
-        self._running = self._iterate(start_step)
-        if self._device != self._decode_device:
-            self._running = copied_ahead(self._running, self._device)
-        return self._running
+        copies_to = None if self._device == self._decode_device else self._device
+        return self._begin(self._iterate(start_step), copies_to=copies_to)
 
     def __iter__(self) -> Iterator[Batch]:
         """The run's remaining batches; without end if the run has no length."""
@@ -181,12 +176,6 @@ class TrainLoader:
                     f"{own[name]}: resume with the data and settings that the run began with"
                 )
         self._next_step = int(state_dict["next_step"])
-
-    def close(self) -> None:
-        """Stops decoding and frees its buffers; batches that are still held stay valid."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
 
     def _iterate(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from a step on; after a failure, again from the failed one with substitutes."""

@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Files of slow tests alone are not imported for nothing: each process pays for each import."""
+    """Files with only slow tests are not imported: each process would pay for each import."""
     if collection_path.suffix != ".py" or "not slow" not in config.option.markexpr:
         return None
     return _ALL_SLOW.search(collection_path.read_text(encoding="utf-8")) is not None or None

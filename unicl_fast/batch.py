@@ -266,3 +266,23 @@ def copied_ahead(
             del found, tensor
             yield batch
             del batch  # held here, its memory could not be reused
+
+
+class OneIterator:
+    """The part of a loader that has one iterator of batches at a time, and ends it."""
+
+    _running: Generator[Batch, None, None] | None = None
+
+    def close(self) -> None:
+        """Ends the iterator, its threads and buffers; batches that are still held stay valid."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _begin(
+        self, batches: Generator[Batch, None, None], *, copies_to: torch.device | None
+    ) -> Iterator[Batch]:
+        """Ends the last iterator and returns the next, whose batches are copied to a GPU if any."""
+        self.close()
+        self._running = batches if copies_to is None else copied_ahead(batches, copies_to)
+        return self._running

@@ -2,7 +2,7 @@
 
 The large ones are the paper's encoders with the released recipe's optimizer, schedule and
 augmentation (RandAugment, colour jitter, random erasing). The small ones train on two CPU cores,
-with crops and flips alone, by Muon at two to four times AdamW's rate, which learns more per
+with only crops and flips, by Muon at two to four times AdamW's rate, which learns more per
 image (docs/results.md).
 """
 

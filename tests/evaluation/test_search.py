@@ -101,7 +101,7 @@ def test_images_are_encoded_once_and_found_by_texts_and_images(model, data, tmp_
 
 @pytest.mark.dali
 def test_of_a_product_s_images_only_the_best_is_found(model, tmp_path):
-    """Also after the packed data set is packed again; images without a key are alone."""
+    """Also after the packed data set is packed again; images without a key form no group."""
     names = ["tan", "grey", "red", "plum", "blue", "teal", "pink", "navy", "lime", "gold", "black"]
     keys = [*["7", 7, "\uff17 "], *["8"] * 5, None, "", "9"]
     rows = []

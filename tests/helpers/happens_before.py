@@ -293,7 +293,7 @@ class Checker(TorchDispatchMode):
         return args[0], self._begin(self.clocks[queue].copy(), first)
 
     def _begin(self, clock: Clock, tensors: list[Tensor]) -> Any:
-        self._works.append(_Work(self, clock))  # C++ alone would not keep it
+        self._works.append(_Work(self, clock))  # C++ would not keep it
         self.sent = tensors
         return self._works[-1].boxed()
 

@@ -262,7 +262,7 @@ class Block:
             self.fault("ends before what is asynchronous")
 
     def branch(self, position: int, target: int) -> int:
-        """Where the block goes on: of threads that part, those that are furthest behind."""
+        """Where the block continues: of threads that part, those that are furthest behind."""
         taken = self.mask
         if taken.all():
             return target

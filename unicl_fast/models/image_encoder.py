@@ -29,7 +29,7 @@ _NOT_BUILT = (TypeError, ValueError, AssertionError, RuntimeError)
 _TRIED_SIZES = 12
 _FEW_PRODUCTS = 3 * 10**11
 """Up to this number of pixels times parameters (EfficientNet-Lite0 and ViT-Ti at 224 pixels have 2
-and 3), a real forward pass is 3 to 10 times as fast as one of shapes alone."""
+and 3), a real forward pass is 3 to 10 times as fast as one of only shapes."""
 
 
 def build_image_encoder(
