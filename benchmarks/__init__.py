@@ -1,7 +1,5 @@
 """Benchmarks against other libraries, started by `unicl-bench`; README.md explains the results."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -7,8 +7,6 @@ network are enough. Each part runs in its own process, because a kernel that cra
 device away from its process, and a stage ends after nine minutes.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

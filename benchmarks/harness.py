@@ -3,8 +3,6 @@
 The figure is the median over rounds of the ratio within a round; README.md has the rules.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import dataclasses

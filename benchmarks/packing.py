@@ -7,8 +7,6 @@ and settings; `CONTESTANTS` says what each leaves out. The start of their proces
 one image each, and left out of the ratios that say so.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

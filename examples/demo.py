@@ -5,8 +5,6 @@ two fifths images with captions in several wordings, and a fifth is held out. On
 learns from both kinds together; then prompts alone classify the held-out digits.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -1,7 +1,5 @@
 """From one packed data set to batches for evaluation: each sample once over all ranks."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Batches of stored features instead of images and texts: a step then runs no encoder, no DALI."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 

@@ -6,8 +6,6 @@ every number that shapes an image is an input (see plan/). Images leave as uint8
 float32's bytes; `unicl_fast.models.precision` normalises them. `running.py` runs the graphs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Two views are a batch of twice the images: all first views, then all second ones.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Runs DALI graphs: feeds them from a thread, lets them take turns, and finds what they refuse."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

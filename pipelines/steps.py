@@ -4,8 +4,6 @@ Plans and texts of many steps are made together, because calling NumPy costs mor
 does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import threading

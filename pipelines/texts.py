@@ -1,7 +1,5 @@
 """Token rows and labels of planned batches, gathered from packed data and from class prompts."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 (`graph.py`, `running.py`), or `crops.py` does if images are small or stored decoded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence

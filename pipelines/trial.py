@@ -4,8 +4,6 @@ In a run the decoder is part of the process that trains: if it crashes, the run 
 message.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The text form of augmentations, and which data set gets which."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -1,7 +1,5 @@
 """Batches on their way to a GPU: nothing is read before it is there, and the host never waits."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Generator

@@ -1,7 +1,5 @@
 """Settings: their ranges, their JSON, and the sentences that refuse them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """What the pages say of the tests is so."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex

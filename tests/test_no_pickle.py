@@ -3,8 +3,6 @@
 Checkpoints of others exist as pickles only. Their module reads tensors and nothing else.
 """
 
-from __future__ import annotations
-
 import ast
 import pickle
 import subprocess

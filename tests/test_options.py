@@ -1,7 +1,5 @@
 """Each option has an effect, and what the config accepts can be trained."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """Stages of a run: settings, steps and samples as functions of `run.stages`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

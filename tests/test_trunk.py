@@ -1,7 +1,5 @@
 """The trunk knows no feature, and its parts stay few and small."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

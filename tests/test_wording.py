@@ -4,8 +4,6 @@ The field's words are in CONTRIBUTING.md. A few lines here keep the retired ones
 messages, help and documentation.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The preset auto: it chooses by the data, the machine, and the encoders at hand."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

@@ -4,8 +4,6 @@
 checkout, where this program finds them.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

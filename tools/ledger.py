@@ -1,7 +1,5 @@
 """`unicl-ledger`: proves from a run's ledger that no step is missing and no sample was left out."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """How options are read: as numbers, since `int` takes "\u0663" and "1_0", and as a data set."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Annotated, Any
 

@@ -5,8 +5,6 @@ YAML or JSON with any settings; then the command line. The preset auto depends o
 machine; it is chosen once, and config.json keeps it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

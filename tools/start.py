@@ -4,8 +4,6 @@ A KeyboardInterrupt in the middle of an import is a traceback, and some librarie
 error of it. Nothing is to be cleaned up yet.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import signal

@@ -3,8 +3,6 @@
 Written as a preset's name and changes to it (`unicl,blur=0.5`). See docs/augmentation.md.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Given and settled settings are stored apart, since a run that resumes settles its kernels anew.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

@@ -6,8 +6,6 @@ with only crops and flips, by Muon at two to four times AdamW's rate, which lear
 image (docs/results.md).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

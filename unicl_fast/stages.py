@@ -3,8 +3,6 @@
 A stage is a part of a run with other settings, such as smaller images in larger batches.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

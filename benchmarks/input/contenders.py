@@ -5,8 +5,6 @@ comparisons decide who is timed: the pixels of squares that are shown whole, wit
 means and deviations of images with random crops, with ours.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 from pathlib import Path

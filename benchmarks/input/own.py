@@ -4,8 +4,6 @@ Whole loaders yield normalised float32 [b c h w]; limits take their input from m
 numbers of images. Decoding uses `threads` threads, reading and writing one, as in the loader.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

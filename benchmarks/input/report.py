@@ -1,7 +1,5 @@
 """The report of `unicl-bench input`: verdict and table of a result, also one that is committed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ Images are compared first (contenders.py); then each contestant runs by itself f
 all take turns with the limits, which do a part of the work.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -3,8 +3,6 @@
 An epoch is read without decoding for each window of the order and each size of the cache.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import tempfile

@@ -3,8 +3,6 @@
 All are compared with each other before they are timed: RuntimeError if they differ.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import timeit

@@ -4,8 +4,6 @@ All classes are distinct: ClipLoss handles nothing else. The floor is four matri
 loss's size at the rate measured in the same round. Memory is above the inputs, in a fresh process.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec

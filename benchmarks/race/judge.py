@@ -5,8 +5,6 @@
 Pillow, torchvision and open_clip's tokenizer prepare the data, and a model encodes it in fp32.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence

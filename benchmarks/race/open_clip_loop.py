@@ -1,7 +1,5 @@
 """Trains by open_clip's own program, as a job of `race.py` says."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -7,8 +7,6 @@ sample once, so that lost and doubled samples mean the same for all. Each functi
 packages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Counts the samples that were lost and doubled; the table of `unicl-bench resume`."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,6 @@ those and 1 worker a rank in turn; on one data set, and on its mix of three. Whe
 state of its own, a rank of more than before takes that of its number modulo theirs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import multiprocessing

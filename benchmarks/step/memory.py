@@ -3,8 +3,6 @@
 `unicl-pretrain` takes one step of each; the figure is the largest resident size of its process.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

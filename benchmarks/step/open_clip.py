@@ -5,8 +5,6 @@ compared. unicl-pretrain keeps freed memory (unicl_fast/system/machine.py) and o
 does not, though it gains more by it; without --tune-contender ours does not keep it here either.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 

@@ -4,8 +4,6 @@ The parts must give the gradients of the whole step. The floor of a part is the 
 products and convolutions at the rate of one large square product of the same type.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType

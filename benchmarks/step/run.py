@@ -5,8 +5,6 @@
 The file of each part says how it is measured.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -4,8 +4,6 @@ Two trainers take turns on the same batch: one as `unicl-pretrain` runs it here,
 changed. Memory is that of the first step above the model, at most, in a fresh process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -8,8 +8,6 @@ An item has one text, drawn anew for each epoch: a caption, with label -1, or a 
 torchdata's StatefulDataLoader resumes exactly.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping
 from typing import Any

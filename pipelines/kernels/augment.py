@@ -5,8 +5,6 @@ more than decoding and resampling together. This does the same arithmetic (opera
 twin) in place, while the image lies in the second-level cache, in loops that LLVM vectorises.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

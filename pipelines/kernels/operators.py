@@ -4,8 +4,6 @@ On the CPU our kernels run inside the graph on DALI's threads, one call a sample
 lock. On a GPU, and on the CPU with `data.resample=dali`, DALI's operators are used instead.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

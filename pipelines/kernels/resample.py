@@ -7,8 +7,6 @@ twice as many values of 16 bits as floats. A line has 128 steps a level, so that
 one level from torchvision, which rounds between its two passes; the cubic filter equals it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

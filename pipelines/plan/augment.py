@@ -5,8 +5,6 @@ move pixels are one operator, an affine warp, with a matrix each. `kernels/augme
 `kernels/operators.py` (DALI's operators) do it to pixels.
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 import math

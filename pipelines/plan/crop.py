@@ -3,8 +3,6 @@
 Both follow torchvision to the rounding, since published accuracies rest on it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ The draws of a run are numbered: step * n + global index, for global batches of 
 the end of the one before). `assign_sources` says which source a draw uses, `permute` which sample.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import functools

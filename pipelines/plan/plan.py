@@ -5,8 +5,6 @@ augmentation. Nothing is drawn from a generator, so resuming is knowing the step
 computes only its local batch. order.py, crop.py and augment.py have the formulas.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import functools

@@ -1,7 +1,5 @@
 """Fetches blocks of data sets under URLs into the local cache before their samples are read."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import queue

@@ -5,8 +5,6 @@ than `data.max_pixels`, or are refused by the decoder. The plan says which sampl
 so a process that has not met a bad sample yet feeds the same batches.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import threading

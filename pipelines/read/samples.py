@@ -1,7 +1,5 @@
 """Reads the images of planned batches, as encoded files or as pixels, with substitutes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

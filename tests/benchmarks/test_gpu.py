@@ -1,7 +1,5 @@
 """`unicl-bench gpu` without a GPU: its checks on a CPU, and its refusals."""
 
-from __future__ import annotations
-
 import subprocess
 
 import pytest

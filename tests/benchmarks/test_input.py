@@ -3,8 +3,6 @@
 Most tests use the contestants of tests/helpers/fake_contenders.py, whose processes start quickly.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

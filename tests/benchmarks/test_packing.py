@@ -1,7 +1,5 @@
 """`unicl-bench pack`: other writers get the same images, and one that is missing is named."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

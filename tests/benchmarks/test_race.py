@@ -1,7 +1,5 @@
 """The race: its arithmetic, the list that open_clip gets, and one of a few steps."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

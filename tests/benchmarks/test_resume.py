@@ -1,7 +1,5 @@
 """`unicl-bench resume`: each kind of fault is counted, ranks die whole, ours has no fault."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

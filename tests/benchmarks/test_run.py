@@ -1,7 +1,5 @@
 """Each program of `unicl-bench` once, small: it compares, measures, writes. No figure is judged."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

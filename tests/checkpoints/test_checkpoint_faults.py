@@ -1,7 +1,5 @@
 """Checkpoints when disks and files fail: sound ones are found, and none is harmed."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """A damaged checkpoint or config is a clear error for all readers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import struct

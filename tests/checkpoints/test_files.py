@@ -1,7 +1,5 @@
 """The best checkpoint stays at any cadence, however many follow, and after resuming."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """A checkpoint holds the state of a run, and nothing of the data path."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Checkpoints are written while training continues: when tensors are copied, and who waits."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Converted models give equal features in other libraries, at any batch size."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

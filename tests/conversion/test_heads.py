@@ -1,7 +1,5 @@
 """Standardised heads on frozen features: exported exactly, read back, trained on."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from pathlib import Path

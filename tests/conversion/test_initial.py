@@ -1,7 +1,5 @@
 """Runs that start from existing weights: open_clip's, timm's and our own."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

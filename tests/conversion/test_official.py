@@ -1,7 +1,5 @@
 """microsoft/UniCL's files: features against a plain forward pass, both ways, and refusals."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import pickle

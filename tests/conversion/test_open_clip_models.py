@@ -3,8 +3,6 @@
 Weights are drawn by open_clip, so nothing is downloaded; `pytest -s` shows the table.
 """
 
-from __future__ import annotations
-
 import gc
 
 import open_clip

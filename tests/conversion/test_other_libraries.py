@@ -1,7 +1,5 @@
 """Exports load in transformers, open_clip and timm without this package."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys

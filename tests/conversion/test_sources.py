@@ -1,7 +1,5 @@
 """Models of other libraries by one name: loaded, trained and exported without more settings."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Text encoders of transformers: their features, and runs that train, freeze and adapt them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A damaged data set is an error that says so: no other exception, no crash, no wrong sample."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of features: what a killed process leaves is continued, and never changed."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

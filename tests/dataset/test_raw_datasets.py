@@ -1,7 +1,5 @@
 """Raw data sets (format version 2): written, read, damaged."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -1,7 +1,5 @@
 """Data sets under URLs: the same samples as from a folder, whatever the store and the cache do."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import errno

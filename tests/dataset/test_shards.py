@@ -1,7 +1,5 @@
 """The packed format: what is written is what is read, by us and by others."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import errno

@@ -1,7 +1,5 @@
 """How a launcher ends, given how its ranks end; and the log file."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

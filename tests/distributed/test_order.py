@@ -1,7 +1,5 @@
 """All ranks call the same collectives in the same order, under random delays."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Ranks agree on who runs now, in a store with keys of earlier attempts; SLURM names ranks."""
 
-from __future__ import annotations
-
 import datetime
 import operator
 import os

@@ -1,7 +1,5 @@
 """Signals that stop a run: all ranks stop after the same step, and it can resume."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

@@ -1,7 +1,5 @@
 """A rank that hangs is ended and named with its phase; slow work is left alone."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

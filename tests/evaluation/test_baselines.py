@@ -1,7 +1,5 @@
 """Trivial baselines against scikit-learn's own, and their place beside a model's figures."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

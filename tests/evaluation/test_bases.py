@@ -1,7 +1,5 @@
 """The comparison of encoders: which are compared, what is measured, and that it is encoded once."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

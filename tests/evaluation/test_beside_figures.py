@@ -1,7 +1,5 @@
 """Trivial baselines beside the figures of a run: by `unicl-eval`, and at the end of training."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

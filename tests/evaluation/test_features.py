@@ -1,7 +1,5 @@
 """Features of labelled images: kept only while they would be the same, put together."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A trained model for use: the same features as an evaluation's, from whatever is given."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

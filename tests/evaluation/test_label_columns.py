@@ -1,7 +1,5 @@
 """Label columns are measured each by itself, among their own classes: against plain twins."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """German and Japanese titles, from packing to search, by a text encoder of many languages."""
 
-from __future__ import annotations
-
 import csv
 import json
 import unicodedata

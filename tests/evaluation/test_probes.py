@@ -1,7 +1,5 @@
 """Linear probe, its splits, and nearest neighbours, on features with known answers."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Intervals, confusions and tables of results."""
 
-from __future__ import annotations
-
 import json
 import math
 

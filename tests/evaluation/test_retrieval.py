@@ -1,7 +1,5 @@
 """Caption retrieval against a sort, and the captions that its figures show."""
 
-from __future__ import annotations
-
 import math
 import re
 from unittest.mock import Mock

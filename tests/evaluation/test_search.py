@@ -1,7 +1,5 @@
 """Search by texts and images: by several signals, bounded in memory, and encoded once."""
 
-from __future__ import annotations
-
 import json
 import sys
 from types import ModuleType

@@ -1,7 +1,5 @@
 """The page of `unicl-eval serve`: what it answers, to whom, and how a browser shows it."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import http.client

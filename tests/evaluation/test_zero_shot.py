@@ -1,7 +1,5 @@
 """Zero-shot classification of images whose answers are known."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator

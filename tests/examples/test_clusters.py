@@ -1,7 +1,5 @@
 """The examples and the Dockerfile: read as their programs would, and run on stand-ins."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """examples/detect: an exported encoder in torchvision's detector, on objects of known boxes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

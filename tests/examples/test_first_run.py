@@ -1,7 +1,5 @@
 """The notebook of a first run: it runs, and what is committed of it is fit to be read."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Loops of other libraries with our loader, target map and loss, beside our trainer."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 from pathlib import Path

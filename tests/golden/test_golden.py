@@ -6,8 +6,6 @@ curve is right. The images are drawn here, so that the curves need no data and t
 under test: packing, order of samples, text of each sample, crops, loss, optimizer.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

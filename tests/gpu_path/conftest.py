@@ -1,7 +1,5 @@
 """Checks of the GPU's path on a machine without a GPU."""
 
-from __future__ import annotations
-
 import ctypes
 
 import pytest

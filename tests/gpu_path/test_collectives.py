@@ -5,8 +5,6 @@ images and 5 distinct texts; in "ragged" the other ranks have 1 to 9 texts. DDP 
 of a tiny model; bytes of texts and sizes grow with the ranks.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

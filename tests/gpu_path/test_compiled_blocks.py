@@ -4,8 +4,6 @@ tests/golden/compiled_blocks.json has their kernels and the traffic of memory, f
 UNICL_WRITE_BUDGETS=1 writes it anew. Some blocks are executed: their PTX by `helpers/ptx.py`.
 """
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import dataclasses

@@ -3,8 +3,6 @@
 `helpers/ptx.py` runs their PTX. `make test-triton` does so with other versions of Triton, too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections import Counter

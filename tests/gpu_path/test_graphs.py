@@ -4,8 +4,6 @@ DALI's schemas know each operator's devices and arguments. What they do not know
 tests marked `gpu` compare images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

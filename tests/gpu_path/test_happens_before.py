@@ -4,8 +4,6 @@ Whole runs of a few steps with a logging step, on fake tensors of a GPU, under a
 happens before what; see `happens_before`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections import Counter

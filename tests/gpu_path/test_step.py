@@ -5,8 +5,6 @@ UNICL_WRITE_BUDGETS=1 writes it anew. Operators are counted, not kernels of a de
 an eager step costs beside its arithmetic.
 """
 
-from __future__ import annotations
-
 import ctypes
 import traceback
 from collections.abc import Callable, Iterator

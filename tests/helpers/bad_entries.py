@@ -1,7 +1,5 @@
 """Entries that do to a packing worker what a broken decoder does; importable in the worker."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

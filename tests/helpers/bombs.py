@@ -1,7 +1,5 @@
 """Images that would cost a careless program its memory, and honest ones just below a limit."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Opens a page in headless Chromium and tells what it made of it."""
 
-from __future__ import annotations
-
 import html
 import json
 import shutil

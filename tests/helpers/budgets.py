@@ -4,8 +4,6 @@ A change that alters them on purpose writes them anew with `UNICL_WRITE_BUDGETS=
 environment, and says in its commit why.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

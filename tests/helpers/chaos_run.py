@@ -13,8 +13,6 @@ data (where the damage was there from the start), and that nothing is left behin
 what happened; a check that fails ends the program with 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv

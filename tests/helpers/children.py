@@ -1,7 +1,5 @@
 """A child of the tests' process: it has all that was imported, and its changes end with it."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

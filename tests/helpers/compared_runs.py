@@ -1,7 +1,5 @@
 """Runs are compared by their losses and by the tensors of their models and checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Triton kernels, compiled ahead of time for GPUs that are not there."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

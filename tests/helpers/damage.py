@@ -1,7 +1,5 @@
 """Spoils packed data sets in the ways that storage and bad luck do."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Ways in which files go wrong, as hypothesis strategies: bytes, JSON, .npy and safetensors."""
 
-from __future__ import annotations
-
 import json
 import struct
 import subprocess

@@ -1,7 +1,5 @@
 """Diagnoses of made-up numbers, for tests of their sentences and their report."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Drawings of patterns in colours, packed with labels and with captions: data that tests make."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each function makes one in an empty folder and reads it; a child runs it under limits.
 """
 
-from __future__ import annotations
-
 import base64
 import http.server
 import json

@@ -4,8 +4,6 @@ They need only NumPy and Pillow. Their crops are whole images squashed to a squa
 task's distribution: on squares every contestant makes the same.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

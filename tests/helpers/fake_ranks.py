@@ -5,8 +5,6 @@ Torch's fake process group answers every collective at once and leaves the resul
 is found.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

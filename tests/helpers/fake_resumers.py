@@ -1,7 +1,5 @@
 """Loaders for tests of `unicl-bench resume`: they count, and some forget, skip, refuse or stop."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from typing import Any

@@ -1,7 +1,5 @@
 """Trials of kernels that crash, or whose module has a fault."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

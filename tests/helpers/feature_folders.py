@@ -1,7 +1,5 @@
 """Folders of stored features, written as a process that stores a whole data set does."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A small tokenizer of SigLIP's family in a folder, as it is published."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small sources as other programs write them, and the items that they are read as."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 import zipfile

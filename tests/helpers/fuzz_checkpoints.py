@@ -8,8 +8,6 @@ behind them is tried too. A crash of the interpreter ends this process with a si
 that started it sees.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

@@ -6,8 +6,6 @@ FOLDER holds the data set; it is damaged in place, file by file, and mended agai
 interpreter ends this process with a signal, which the test that started it sees.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from pathlib import Path

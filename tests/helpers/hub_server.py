@@ -4,8 +4,6 @@
 file of a commit; a file or a repository that is not there with the hub's error codes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Images and tables read in this process, for tests that build often and not of what workers do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import pytest

@@ -4,8 +4,6 @@ Triton reads TRITON_INTERPRET as it is imported, and torch imports triton: a pro
 without the variable cannot turn to it.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

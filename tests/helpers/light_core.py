@@ -3,8 +3,6 @@
 A model is trained from a list of batches, loaded, used, and converted. The argument is a folder.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import sys

@@ -1,7 +1,5 @@
 """Batches of loaders, compared with those of sound data."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Features and labels for tests of the losses, and how much memory an operation takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

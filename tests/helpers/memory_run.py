@@ -1,7 +1,5 @@
 """Prints the peak memory of training steps beside the plan of them, as JSON. Run as a program."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

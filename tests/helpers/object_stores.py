@@ -1,7 +1,5 @@
 """Stores for tests: one in memory that fails when told to, and S3 with a faulty line to it."""
 
-from __future__ import annotations
-
 import io
 import os
 import socket

@@ -1,7 +1,5 @@
 """Models of open_clip with weights that open_clip draws, in folders as it publishes them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

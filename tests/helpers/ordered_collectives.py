@@ -1,7 +1,5 @@
 """The collectives of each rank, in order, under random delays."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

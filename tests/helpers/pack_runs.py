@@ -1,7 +1,5 @@
 """unicl-pack called in this process, small images for it to pack, and a look at what it wrote."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import os

@@ -1,7 +1,5 @@
 """Packs a few samples without a program, for tests of what reads them."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The programs started as a user starts them, and small settings to train with."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

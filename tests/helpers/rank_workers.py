@@ -1,7 +1,5 @@
 """Functions that several processes run together; here so that child processes can import them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import datetime

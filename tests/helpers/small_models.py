@@ -1,7 +1,5 @@
 """Small models for conversions, whose settings and weights all matter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """A tiny configuration and real images with texts, for tests that train."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

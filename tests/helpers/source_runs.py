@@ -1,7 +1,5 @@
 """Runs that start from a source of which only the name is given."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 SIGUSR1 is passed on to the tasks, as by `--signal=USR1@SECONDS`. The code is the largest one.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

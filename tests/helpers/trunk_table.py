@@ -3,8 +3,6 @@
 `python tests/helpers/trunk_table.py` prints a table.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """One image is checked strictly and normalised, or made into a file of one format."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

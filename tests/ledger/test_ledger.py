@@ -1,7 +1,5 @@
 """A ledger's proof, and when it must fail: holes, doubles, superseded steps, damage."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

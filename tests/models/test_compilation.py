@@ -1,7 +1,5 @@
 """Compiled encoders and blocks: the eager step's result, and no new graph for each batch."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import importlib.util

@@ -4,8 +4,6 @@ With every matrix at a deviation of 0.02, as released UniCL code draws them, a r
 much from the same images (docs/results.md). These tests failed on such weights.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import pytest

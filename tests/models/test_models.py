@@ -1,7 +1,5 @@
 """Encoders: causality, padding, drop path by key, presets that run."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 import types

@@ -1,7 +1,5 @@
 """Bytes to the encoder's input, by the one function."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as V

@@ -1,7 +1,5 @@
 """Swin's window attention in Triton against timm's: interpreted, compiled, and within a model."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from typing import Any

@@ -1,7 +1,5 @@
 """The loss against its formula in NumPy, and its edges."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

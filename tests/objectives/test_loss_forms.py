@@ -3,8 +3,6 @@
 The tiles of torch are computed here; those of Triton where its kernels are interpreted, or a GPU.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The sigmoid form against its formula in NumPy, open_clip's SigLipLoss, and its edges."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The loss in Triton, beyond what it computes: compiled for three GPUs, and where it is taken."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

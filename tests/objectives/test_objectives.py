@@ -1,7 +1,5 @@
 """Each objective is its textbook formula, on any number of ranks, and refuses what it cannot do."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The objective of docs/objectives.md, as it stands there: a file and a line in the registry."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys

@@ -1,7 +1,5 @@
 """The target map follows its rules for any labels and texts, and agrees with the plain oracle."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`unicl-pack build`, from files to a data set."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

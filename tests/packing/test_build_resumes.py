@@ -1,7 +1,5 @@
 """`unicl-pack build` killed at any moment resumes, and the data set shows no trace of it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

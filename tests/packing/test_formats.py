@@ -1,7 +1,5 @@
 """`unicl-pack build --format`: files, and pixels (raw); the other sub-commands on what it makes."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,7 +1,5 @@
 """Packing what was made to break decoders: what is taken, what is left out, and at what price."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Zips, lists and folders that lie, lead outside, or hold what is no file."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Data sets whose images stay in the tars and files that they came in."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

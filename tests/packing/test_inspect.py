@@ -1,7 +1,5 @@
 """`unicl-pack inspect`: its numbers, and its page as a browser shows it."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

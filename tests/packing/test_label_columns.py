@@ -1,7 +1,5 @@
 """Which label column a class belongs to is recorded, and kept by what packs data sets again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

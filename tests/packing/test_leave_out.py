@@ -1,7 +1,5 @@
 """`unicl-pack build --leave-out`."""
 
-from __future__ import annotations
-
 import json
 import os
 import zipfile

@@ -1,7 +1,5 @@
 """Images that look alike are found, all of them, and others are not."""
 
-from __future__ import annotations
-
 import io
 import time
 from pathlib import Path

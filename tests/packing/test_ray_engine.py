@@ -1,7 +1,5 @@
 """`unicl-pack build --engine ray`: the bytes of a local build, also when Ray's processes die."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """A shop's export is packed as it is; each guess is said, and an option switches it off."""
 
-from __future__ import annotations
-
 import csv
 import json
 import time

@@ -1,7 +1,5 @@
 """COCO's JSON files, Karpathy's splits, JSON arrays as lists, maps of zips, and JSON in pieces."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

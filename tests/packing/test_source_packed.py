@@ -1,7 +1,5 @@
 """Packed data sets as sources: a build of them is the build that all their sources would have."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

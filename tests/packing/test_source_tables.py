@@ -1,7 +1,5 @@
 """Parquet lists, also those of Hugging Face."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """WebDataset tars and what img2dataset writes."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

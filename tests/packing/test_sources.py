@@ -1,7 +1,5 @@
 """What a user may have is read as it stands, and nothing of it is lost in silence."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`unicl-pack build --split`: each class is divided, and no image is on both sides."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """Items on the disk are equal to those in memory, and memory does not grow with them."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What the packing tool does and says of URLs: file:// stands for all stores, also for folders."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

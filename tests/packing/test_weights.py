@@ -1,7 +1,5 @@
 """Weights of samples: read, stored, checked and shown."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An image that crashes, hangs or devours memory costs a build itself and nothing else."""
 
-from __future__ import annotations
-
 import dataclasses
 import signal
 import time

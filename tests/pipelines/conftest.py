@@ -1,7 +1,5 @@
 """Small packed data sets of real images, made once a session."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import json

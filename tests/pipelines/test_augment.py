@@ -12,8 +12,6 @@ apart where both round. What is known to differ from Pillow (levels of 255):
   YIQ where torchvision takes HSV; brightness, saturation and grey are torchvision's to 2 levels.
 """
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The numbers drawn for an image have timm's distributions."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """Bad samples of a run are replaced, and nothing else changes."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import itertools

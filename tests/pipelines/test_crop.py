@@ -1,7 +1,5 @@
 """Crop windows follow torchvision's RandomResizedCrop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

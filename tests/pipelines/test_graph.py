@@ -18,8 +18,6 @@ What is known to differ, and by how much (levels of 255; the limits below are th
   in wider ones. Up to 5 levels, in windows that no crop law makes of an image of any size.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import io

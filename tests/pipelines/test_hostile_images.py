@@ -1,7 +1,5 @@
 """What packing accepts of the hostile files, DALI's graphs decode: all of it, in every window."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator

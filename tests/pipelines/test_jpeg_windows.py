@@ -1,7 +1,5 @@
 """A JPEG cut down to its window's part gives the same pixels; what cannot be cut stays as it is."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The loaders on real packed data: what a batch holds, and that nothing is lost or doubled."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Order and weights: every sample once an epoch, every source its part, at any step."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """The plan is a pure function of seed and step, whatever the number of ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Raw data sets past the decoder: the same batches as of the same images in files."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import os

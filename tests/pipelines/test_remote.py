@@ -1,7 +1,5 @@
 """Training and evaluating from a URL: the batches of a local copy, each byte fetched as planned."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The fused resampling kernel against an oracle in fp64 and against torchvision's."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

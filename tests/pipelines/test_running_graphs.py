@@ -1,7 +1,5 @@
 """A running graph: order, ends, errors, and how long its tensors live."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path

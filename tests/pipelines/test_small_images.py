@@ -1,7 +1,5 @@
 """Small images are decoded without DALI: the same batches, and the same substitutes of bad ones."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """`unicl-pretrain` on spoilt data, as a user runs it."""
 
-from __future__ import annotations
-
 import csv
 import os
 import stat

@@ -1,7 +1,5 @@
 """The chaos run as a test: short among the slow ones, in full among the long ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`unicl-convert` as a user calls it: output, refusals, and programs that read its files."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The demo, shortened, and what it must never do."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The diagnosis of a run: its sentences by made-up numbers, its turns, its end, and a whole one."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The report of a diagnosis: its page in a browser, and its files."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

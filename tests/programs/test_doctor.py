@@ -1,7 +1,5 @@
 """`unicl-doctor`: its rows, its output, and each check."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`unicl-eval` as a user runs it, on real images: several data sets, probes, retrieval, ranks."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

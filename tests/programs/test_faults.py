@@ -1,7 +1,5 @@
 """A run and all its processes when it is stopped, crashes or hangs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """What comes from others has a bound in memory and time, at every entrance."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """`unicl-pretrain` under each objective, on real images: what it feeds, writes and refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

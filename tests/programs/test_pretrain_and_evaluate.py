@@ -1,7 +1,5 @@
 """The programs as a user runs them, on real images: train, kill, resume, two ranks, evaluate."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -1,7 +1,5 @@
 """The programs on S3: moto's server, over a line that is slow, is cut, or answers with errors."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections import Counter

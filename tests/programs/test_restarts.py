@@ -1,7 +1,5 @@
 """Runs whose ranks die and come back, or change in number; ledgers prove what they were fed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Settings of a run: preset or the run's own, then a file, then the command line; and as YAML."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

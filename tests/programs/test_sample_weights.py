@@ -1,7 +1,5 @@
 """Runs on samples with weights: what these multiply, and what they leave alone."""
 
-from __future__ import annotations
-
 import csv
 import shutil
 from pathlib import Path

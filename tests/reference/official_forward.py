@@ -6,8 +6,6 @@ encoder is Swin (Liu et al., arXiv 2103.14030): windows are gone through one by 
 for use would.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The losses written out with loops and NumPy, in fp64."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

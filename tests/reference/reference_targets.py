@@ -1,7 +1,5 @@
 """The target map written as its rules are spoken: dictionaries and sets, one sample at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 Row = tuple[int, ...]

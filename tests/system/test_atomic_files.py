@@ -1,7 +1,5 @@
 """Files are replaced completely or not at all; locks and temporary folders end with a process."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The progress bar: only long work is shown, also if the clock is set back."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import sys

@@ -1,7 +1,5 @@
 """Risky work in a child: limits of memory and time, and how a child that died is described."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

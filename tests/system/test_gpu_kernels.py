@@ -1,7 +1,5 @@
 """Trials of kernels, in a child that can crash: here by Triton's interpreter."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

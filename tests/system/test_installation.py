@@ -1,7 +1,5 @@
 """Versions that nobody tried are named; the command of an extra suits the installation."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Kernels that are kept on disk are used as long as all that they are made of is the same."""
 
-from __future__ import annotations
-
 import ast
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Keyed numbers have the distributions they claim, and are the same on host and device."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy import stats

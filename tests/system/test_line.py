@@ -1,7 +1,5 @@
 """The line about work that cannot be counted, on a terminal and in a log."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """How many cores a rank has, which device decodes, and how much memory is free."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import subprocess

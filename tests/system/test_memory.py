@@ -1,7 +1,5 @@
 """Freed memory is used again, and never while somebody looks at it."""
 
-from __future__ import annotations
-
 import gc
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Pages: texts from anywhere are shown as they are, and a template misses no value."""
 
-from __future__ import annotations
-
 import jinja2
 import pytest
 

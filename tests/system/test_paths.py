@@ -1,7 +1,5 @@
 """A mistyped path is refused at once, with the name that was probably meant."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Programs mean the same bytes under every locale, and end quietly when their reader leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util

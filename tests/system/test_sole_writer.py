@@ -1,7 +1,5 @@
 """One process at a time writes into a folder, and the next one is told which."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Files that others have made: no link is written through, no pipe waited for, no bomb unpacked."""
 
-from __future__ import annotations
-
 import ast
 import logging
 import os

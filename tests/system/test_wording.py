@@ -1,7 +1,5 @@
 """Counts, shortened values and differences of two configs, as messages show them."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokenizers of other models: ids as their libraries give them, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 

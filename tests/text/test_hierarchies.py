@@ -1,7 +1,5 @@
 """Hierarchies of classes are read from three kinds of files, and refused where they are none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

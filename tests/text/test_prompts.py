@@ -1,7 +1,5 @@
 """The prompt table: which row a label and template have, and which class a row has."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """The tokenizer gives open_clip's ids for every text, fast and without importing torch."""
 
-from __future__ import annotations
-
 import json
 import pickle
 

@@ -1,7 +1,5 @@
 """`optim.lora`: adapters on frozen encoders, whose base is in no checkpoint."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

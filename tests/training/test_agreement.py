@@ -1,7 +1,5 @@
 """Ranks that do not run the same thing are found, and said by what differs."""
 
-from __future__ import annotations
-
 import copy
 import json
 

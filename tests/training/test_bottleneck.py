@@ -1,7 +1,5 @@
 """What limits a run: the rule from numbers to a sentence, and when a run says it."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from typing import Any

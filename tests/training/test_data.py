@@ -1,7 +1,5 @@
 """Packed data sets are checked against the tokenizer before a model sees their tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 from typing import Any

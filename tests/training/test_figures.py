@@ -1,7 +1,5 @@
 """Figures show texts as they are, and cannot end what they are drawn for."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 

@@ -1,7 +1,5 @@
 """`optim.freeze`: what is frozen stays as it is and costs nothing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compared_runs import (

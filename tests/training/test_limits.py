@@ -1,7 +1,5 @@
 """Limits: steps that are not finite do no harm up to one, nor do replaced samples."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """The memory planner: against what steps really take, for every preset, and what it advises."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Lines of metrics.jsonl: when the disk fails, and the numbers about each data set of a mix."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

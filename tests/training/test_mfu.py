@@ -1,7 +1,5 @@
 """Model FLOP/s utilisation: the FLOPs counted, the peak, and the run's lines of metrics."""
 
-from __future__ import annotations
-
 import logging
 from unittest.mock import Mock
 

@@ -1,7 +1,5 @@
 """Micro-batches give the plain step's loss, gradients and runs; one of them at a time is alive."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

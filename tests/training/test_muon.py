@@ -1,7 +1,5 @@
 """Muon is timm's in exact arithmetic, and AdamW where it is asked for that."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A step that logs nothing waits for no device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from small_runs import OBJECTIVES, global_batch, labelled_batch, objective_config, tiny_config

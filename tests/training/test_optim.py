@@ -1,7 +1,5 @@
 """Parameter groups, the optimizers by name, and whose apex is installed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

@@ -1,7 +1,5 @@
 """The progress bar in a terminal: every line is whole, whatever is logged beside it."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

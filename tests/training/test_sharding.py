@@ -3,8 +3,6 @@
 Under `optimizer` bit for bit, under `full` within rounding; checkpoints hold whole tensors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from pathlib import Path

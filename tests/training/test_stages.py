@@ -1,7 +1,5 @@
 """Training in stages: what a step shows, rates, exact resumes, and the order over a boundary."""
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two to four ranks equal one process, and each efficiency switch leaves the result alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from compared_runs import assert_equal

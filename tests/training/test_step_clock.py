@@ -1,7 +1,5 @@
 """The parts of a step: they sum to the time that passes, and noting them waits for nothing."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """`efficiency.stored_features`: each is encoded once, and the run is that which encodes."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """Trackers get each line of metrics, continue when a run resumes, and cannot harm it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Runs in memory: resuming, run folders, what is refused, what stops a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

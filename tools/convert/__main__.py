@@ -3,8 +3,6 @@
 Reads the arguments and sets the exit code; `commands` has the commands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import tyro

@@ -1,7 +1,5 @@
 """Compares open_clip's own preprocessing with our evaluations', by a model's image features."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterator

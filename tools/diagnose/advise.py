@@ -1,7 +1,5 @@
 """From the numbers of a diagnosis to sentences: the limit, useful and useless changes."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass

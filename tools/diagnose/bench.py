@@ -4,8 +4,6 @@ A changed setting is a `Contestant` with another loader or trainer on the same d
 share the run's observers, trackers and evaluations.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

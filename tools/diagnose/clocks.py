@@ -1,7 +1,5 @@
 """Clocks of a diagnosis: the trainer's loop in turns, its parts, and other processes."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

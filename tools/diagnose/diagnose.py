@@ -3,8 +3,6 @@
 All ranks do the same at the same time, so rank 0 decides what depends on measurements.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

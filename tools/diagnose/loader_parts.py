@@ -1,7 +1,5 @@
 """Times the parts of a run's loader: reading, checking, planning, decoding."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Turns, clocks, and results with their machine; benchmarks/ uses them too."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

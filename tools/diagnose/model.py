@@ -1,7 +1,5 @@
 """The numbers of a diagnosis: plain data for limits, advice, reports and pages."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections.abc import Iterable

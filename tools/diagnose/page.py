@@ -3,8 +3,6 @@
 The template is page.html; report.json has all numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A diagnosis in plain text; page.py makes the page."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The work of `unicl-bench run` on each rank: from a config to its diagnosis."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

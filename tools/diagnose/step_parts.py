@@ -1,7 +1,5 @@
 """Times the parts of a training step, split at the features: encoders, loss, update."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Settings that can make a run faster, and the data that some of them need."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -3,8 +3,6 @@
 Needs neither torch nor tyro, since it has to run if they are broken.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """Checks of cores, threads, shared memory and disks."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

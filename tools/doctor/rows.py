@@ -4,8 +4,6 @@ A library for another processor crashes the process that imports it, and a missi
 for ever. Such a check is a fault, and the others still run.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Checks of installed packages: torch and its devices, compiled kernels, DALI."""
 
-from __future__ import annotations
-
 import functools
 import io
 import os

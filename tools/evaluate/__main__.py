@@ -1,7 +1,5 @@
 """`unicl-eval`: evaluates a trained model, or uses it on images."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

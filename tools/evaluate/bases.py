@@ -1,7 +1,5 @@
 """`unicl-eval bases`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from ..numbers import OneDataSet

@@ -1,7 +1,5 @@
 """The commands of `unicl-eval` by name. A new one needs a file in this folder and a line here."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

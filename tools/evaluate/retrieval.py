@@ -1,7 +1,5 @@
 """`unicl-eval retrieval`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """`unicl-eval serve`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

@@ -3,8 +3,6 @@
 Each sub-command is a dataclass of its arguments; `run` returns its report and the exit code.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

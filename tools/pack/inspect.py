@@ -1,7 +1,5 @@
 """`unicl-pack inspect` as a sub-command: its arguments, its report and its files."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """`unicl-pack verify` as a sub-command: its arguments, its report, JSON and CSV."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -5,8 +5,6 @@ model, its objective and its pixels. It has none of the run's, so later versions
 as they can build the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 another file system. The link `RUN/best` follows it, for people and programs other than ours.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

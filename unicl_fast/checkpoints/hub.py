@@ -1,7 +1,5 @@
 """Downloads files and exports from the Hugging Face hub, through its cache."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Sequence

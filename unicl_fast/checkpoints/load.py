@@ -4,8 +4,6 @@ A checkpoint `step-00001000/` holds `model.safetensors`, `optimizer.safetensors`
 the step, the config and the checksums of the other files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

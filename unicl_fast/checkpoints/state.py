@@ -3,8 +3,6 @@
 Nothing else has state: batch, drop path and learning rate are functions of the step.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 An export that one of these classes can hold has the names of that class, for `AutoModel`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

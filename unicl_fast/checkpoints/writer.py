@@ -4,8 +4,6 @@ Training waits for the copy to the host (0.3 s for 1.5 GB, on one core) and for 
 checkpoint: none is skipped, and only one copy needs memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

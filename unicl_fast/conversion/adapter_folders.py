@@ -6,8 +6,6 @@ third each of the rows of B and of DoRA's magnitudes, which is equivalent. Proje
 whole, as `modules_to_save`. Reading merges adapters into the weights of their base, without peft.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ huggingface_hub fills in card.md and adds metadata for the hub. Facts are stored
 config.json, so an export of an export keeps them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

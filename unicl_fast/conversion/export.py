@@ -4,8 +4,6 @@ It holds weights, config, preprocessing and a model card. `unicl_fast.checkpoint
 and so does transformers if it has such a model (`hugging_face`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from math import inf
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reads a model's figures from files of `unicl-eval --json`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Compares tensors of other libraries with our models' tensors, by name, shape and content."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor

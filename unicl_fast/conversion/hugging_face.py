@@ -5,8 +5,6 @@ any encoder of timm. None supports other objectives or text encoders, or the sma
 that only this package registers with timm.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import re

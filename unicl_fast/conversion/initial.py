@@ -5,8 +5,6 @@ activation or mask would load and give wrong features. Only tables of positions 
 differ in size. The log lists the weights that were loaded and, with reasons, those that were not.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import re

@@ -3,8 +3,6 @@
 Each library reads its files, and its features are compared with ours, before the folder appears.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

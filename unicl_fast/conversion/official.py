@@ -4,8 +4,6 @@ Their image encoder is the original Swin: downsampling ends a stage, while in ti
 next one, and tables that depend on the window size are stored. Texts have the same names.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Our image encoders are timm's: open_clip's own (CLIP's ViT and ResNet) are read 
 same architecture, for which timm renames the tensors, and every encoder is written as timm's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn

@@ -3,8 +3,6 @@
 The same tensors are encoded, without preprocessing, since libraries resize differently.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping

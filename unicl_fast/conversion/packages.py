@@ -1,7 +1,5 @@
 """Models that need no network: those in Python packages, and those in the hub's cache."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Final
 

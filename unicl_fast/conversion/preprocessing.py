@@ -3,8 +3,6 @@
 It must accompany the weights: a wrong mean costs accuracy and raises no error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """Weights in several safetensors files and the index that lists them, in transformers' format."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

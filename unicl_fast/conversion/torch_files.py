@@ -4,8 +4,6 @@ No other file of the project unpickles weights: many published checkpoints exist
 torch's restricted unpickler (`weights_only`) reads only tensors and containers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import warnings

@@ -4,8 +4,6 @@ Compiled code without bounds checks follows their numbers into other arrays and 
 compared with its target at opening: about a second for ten million samples.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import struct

@@ -5,8 +5,6 @@ lock, and renamed; its bytes are counted before, so the limit holds even after c
 caches have no limit and are not shared while they fill (96 requests for our 32).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -8,8 +8,6 @@ preprocessing are never found. A row is stored once KEY.json says so, and is nev
 what a killed process leaves is continued, and a run that needs more rows adds them.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import errno

@@ -1,7 +1,5 @@
 """Source files of a data set in place: tars or single images, all in folders or all under URLs."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Iterator, Sequence

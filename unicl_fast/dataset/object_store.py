@@ -1,7 +1,5 @@
 """Objects under one URL, by fsspec, with time limits, retries and complete error messages."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

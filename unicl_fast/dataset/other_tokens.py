@@ -5,8 +5,6 @@ beside the data (for a URL beside its arrays in the cache), or in the cache if t
 The folder is named by a hash of tokenizer and shards; checksums tell whether it is complete.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

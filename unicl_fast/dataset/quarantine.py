@@ -1,7 +1,5 @@
 """A run's `quarantine.csv`, which several ranks append to (`writer.py` has a build's)."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -1,7 +1,5 @@
 """A sample with all its shard's data, byte by byte, for programs that check or copy data sets."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ never changed: who needs texts that no file has encodes them and adds a file, so
 process loses the last file at most, and processes need not wait for each other.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ advances by the golden ratio, which spreads its values so evenly that a sample's
 few of its share of all epochs so far. It costs 8 bytes of memory a sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Every rank differentiates the same global loss with respect to its own images an
 gradients are then summed over ranks. So a text's gradient is a reduce-scatter over ranks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -5,8 +5,6 @@ its peers' old addresses. Ranks first agree on a name for each attempt, since re
 between nodes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

@@ -1,7 +1,5 @@
 """The choices of evaluations. This module imports nothing heavy, since `--help` shows them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 Metric = Literal["top1", "mean_per_class"]

@@ -8,8 +8,6 @@ known rows from older ones of its family. An older state is removed once a newer
 tenths of it, or a shop that changes each day would fill the disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ from the deeper of the two classes up to the lowest one that both are under: for
 classes, the height of the lowest common ancestor of Bertinetto et al. (arXiv 1912.09393).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence

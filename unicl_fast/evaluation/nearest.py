@@ -4,8 +4,6 @@ Exact ones read all rows, block by block. If that takes more than 50 ms, faiss (
 looks into some of sqrt(n) cells instead, and its recall is measured.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from pathlib import Path

@@ -4,8 +4,6 @@ A text finds the images whose predicted words are most similar to its own. This 
 retrieval, and a signal of search, since it errs elsewhere than a model does.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ The k nearest training images vote as in DINO (Caron et al., arXiv 2104.14294, a
 for its label with the weight exp(cosine / temperature). The search is exact.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import logging

@@ -4,8 +4,6 @@ Zero-shot, linear probe and nearest neighbours rank classes in different ways an
 that one table can hold their numbers.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ only pages of this host: no other site can reach the model or show an image thro
 error has its status and {"error": "a sentence"}.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import itertools

@@ -5,8 +5,6 @@ of titles that are nearly equal, such as a product's sizes, the query is half of
 left out, as somebody types who half remembers it.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import logging

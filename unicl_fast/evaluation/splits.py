@@ -1,7 +1,5 @@
 """Splits labelled samples into those that fit a probe and those that choose its C."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ encoder is frozen is then evaluated again in the time of its head, and of a chan
 new images are encoded.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ A plural, a part of a word (chair in armchair) and a typing error find the word,
 score. This needs neither a stemmer, which knows one language, nor a model.
 """
 
-from __future__ import annotations
-
 import difflib
 import unicodedata
 from collections.abc import Sequence

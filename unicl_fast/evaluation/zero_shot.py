@@ -4,8 +4,6 @@ A class's row is the mean of its normalised prompt embeddings, normalised again 
 arXiv 2103.00020, section 3.1.4).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ are decoded, and sizes are checked as soon as they are known. Encoding is determ
 time, profile or text, in the simplest form of each format.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -5,8 +5,6 @@ Decoders stop after the last pixel, so they miss a lost tail replaced by zeros. 
 of AVIF (ISO/IEC 14496-12) reveal it.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator
 

@@ -17,8 +17,6 @@ start on. A step is missing if it does not count but precedes a step that does, 
 start, or the newest checkpoint.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools

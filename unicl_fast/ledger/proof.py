@@ -5,8 +5,6 @@ no sample came twice; if they are drawn by weight, if each came as often as its 
 is one byte per sample (more beyond 255 draws of one in an epoch), for any length of run.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools

@@ -4,8 +4,6 @@ All ranks flush their records before a checkpoint of the same steps begins, so r
 crash belong to steps that the next start repeats.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

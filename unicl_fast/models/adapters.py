@@ -4,8 +4,6 @@ A layer W becomes W + (16 / rank) B A (Hu et al., arXiv 2106.09685); peft draws 
 zero. Merging restores the original architecture, which needs no peft.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Both encoders use this one mechanism: timm's own switch covers only the image si
 BatchNorm's statistics twice. An architecture without known blocks is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -4,8 +4,6 @@ Text counts and lengths are rounded up to a few sizes, to reuse compiled graphs
 (docs/architecture.md). Padding follows the end-of-text token, and added texts have count 0.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -4,8 +4,6 @@ Frozen parameters need no gradient, so torch keeps no graph before the first tra
 modules stay in evaluation mode: no drop path, and BatchNorm's averages stay.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal, NoReturn
 

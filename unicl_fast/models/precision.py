@@ -1,7 +1,5 @@
 """Number formats and memory layout of the encoders."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

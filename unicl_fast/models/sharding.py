@@ -6,8 +6,6 @@ this package never reads, and hides the attributes that a fused kernel needs to 
 `full` is torch's `fully_shard`, by block; parameters outside the encoders stay whole on every rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import heapq

@@ -12,8 +12,6 @@ your own can be added in the same way.
   (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, ClassVar
 

@@ -4,8 +4,6 @@ The module is transformers' own, without dropout. Its input is token rows padded
 are replaced by the kind's padding id and masked.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any

@@ -3,8 +3,6 @@
 The name spells out all sizes: `unicl_vit_clip_patch16_w384_d12_h6_m1536_gelu_224`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

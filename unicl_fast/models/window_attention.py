@@ -6,8 +6,6 @@ sums the table's gradient in a fixed order. docs/architecture.md says why not to
 Importing this module imports triton.
 """
 
-from __future__ import annotations
-
 import math
 import types
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ the kernels are the ones of training. On a GPU the number of programs is too: th
 ptxas 12.8 produced for other kernels failed only now and then, among thousands of programs.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

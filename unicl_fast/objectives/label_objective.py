@@ -1,7 +1,5 @@
 """Objectives with labels: several for each image."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from dataclasses import dataclass

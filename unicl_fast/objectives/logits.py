@@ -1,7 +1,5 @@
 """The loss for objectives that compute logits themselves, if no form of `loss.py` fits."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from unicl_fast.objectives.loss import dense_statistics, mean_loss, positive_weights

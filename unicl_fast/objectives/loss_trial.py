@@ -4,8 +4,6 @@
 of a block; a GPU gets some hundred programs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -5,8 +5,6 @@ would recompute each logit for every 128 or 256 values of a feature, as no more 
 registers; atomic additions would make sums depend on their order. Importing this imports triton.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

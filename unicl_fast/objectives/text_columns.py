@@ -4,8 +4,6 @@ They are sent as soon as they are encoded, and arrive while images are encoded. 
 texts to the largest number with texts of count 0, so that all send and compute the same shapes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator

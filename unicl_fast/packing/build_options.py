@@ -1,7 +1,5 @@
 """The options of `unicl-pack build`, their help, and their checks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args

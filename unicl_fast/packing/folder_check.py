@@ -3,8 +3,6 @@
 `verify` does this before it opens a shard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat

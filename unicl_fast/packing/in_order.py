@@ -1,7 +1,5 @@
 """Results of futures in the order of their tasks."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future

@@ -4,8 +4,6 @@ A file's samples stay together, in its order, so that training reads each stored
 files are shuffled. With a known index, unchanged images are not checked again.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections import Counter

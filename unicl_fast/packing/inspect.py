@@ -4,8 +4,6 @@ Numbers come from the arrays, texts from the shards; images are only read for th
 hashes, in worker processes (`near_duplicates`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import math

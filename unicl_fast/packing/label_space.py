@@ -3,8 +3,6 @@
 Sources spell a label as a key (a folder name, a WordNet id), a class name, or a number.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

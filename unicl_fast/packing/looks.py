@@ -1,7 +1,5 @@
 """Looks: the facts about an image by which `near_duplicates` finds its copies."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -6,8 +6,6 @@ bits agree in at least m blocks, so for each choice of m blocks the hashes are s
 only neighbours with equal blocks are compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """An inspection as one HTML page: fills page.html with numbers, plots and images."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

@@ -4,8 +4,6 @@ A source is known only by its last name, so samples of `a/train` and `b/train` c
 name; a list that cannot distinguish them is refused.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 from collections import Counter

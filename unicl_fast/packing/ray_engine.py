@@ -5,8 +5,6 @@ decides which machine checks an image, so an image that a machine cannot read is
 a difference stops the build.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

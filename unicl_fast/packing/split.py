@@ -4,8 +4,6 @@ Samples of one value of `--group-column`, equal images and near copies stay on o
 an evaluation would reward memory. The same fraction of each class is held out.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from array import array

@@ -5,8 +5,6 @@ A copy's modification time encodes its object's version: a copy with the right s
 reused, and a resumed build sees that its sources are unchanged.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

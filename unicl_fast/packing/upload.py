@@ -3,8 +3,6 @@
 An interrupted upload resumes: files that are there already are compared, not sent again.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from unicl_fast.dataset.in_place import SourceFiles

@@ -1,7 +1,5 @@
 """Files that are complete or absent whatever is killed: atomic writes, locks, temporary folders."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno

@@ -3,8 +3,6 @@
 A terminal shows it live, after two seconds; a log gets a line every 30 seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

@@ -3,8 +3,6 @@
 The messages are our own. (With pydantic, importing the config took 100 ms of CPU, not 30.)
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import sys

@@ -3,8 +3,6 @@
 A JSON object carries its own in the field `seal`; white space and order do not matter.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

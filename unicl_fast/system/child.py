@@ -6,8 +6,6 @@ described. (concurrent.futures reports neither exit code nor task of a worker th
 end one that hangs.)
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Autograd functions without a second derivative, which say so."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Names versions that nobody has tried, and the pip command that adds an extra."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shlex

@@ -5,8 +5,6 @@ of other modules. So the cache folder's name is a hash of all files of this pack
 imports, directly or not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

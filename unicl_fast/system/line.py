@@ -4,8 +4,6 @@ On a terminal it counts seconds behind the last line, which can be a `bar`, and 
 anything else is printed. A log gets it once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

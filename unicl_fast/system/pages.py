@@ -3,8 +3,6 @@
 Jinja escapes every value, and the page's policy forbids scripts should one slip through.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

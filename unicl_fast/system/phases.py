@@ -1,7 +1,5 @@
 """The present phase of this process, for its watchdog, and requests to stop an evaluation."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """How every program begins, before it reads its arguments."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import inspect

@@ -1,7 +1,5 @@
 """Values in messages and tables: counts, shortened values, URLs without secrets, differences."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import unicodedata

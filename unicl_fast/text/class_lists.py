@@ -4,8 +4,6 @@ ImageNet's names and templates are open_clip's, its wnids timm's; lists of CLIP'
 data sets come from the package clip-benchmark, if installed.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

@@ -4,8 +4,6 @@ A hierarchy is a forest: a class has at most one parent (of WordNet's several, t
 Ancestors that are no labels of the data set have names too, for prompts.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Prompts are tokenised once at the start of a run; drawing one then reads a row. 
 captions that are prompts, and merges classes that share a prompt.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

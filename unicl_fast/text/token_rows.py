@@ -5,8 +5,6 @@ check that. Zeros at the end of a row are padding: rows are equal, and have the 
 are equal after padding to the same length.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -5,8 +5,6 @@ descriptions are compared before the first step of every start, and a fingerprin
 and then. That costs a hash of the package's files and a small gather.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Puts a trainer together: settings settled, model placed, observers in order."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

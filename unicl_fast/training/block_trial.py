@@ -5,8 +5,6 @@ Inductor has been silently wrong under bf16 autocast (pytorch 191433). Blocks ge
 they have in the model, of fewer images than in training.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable

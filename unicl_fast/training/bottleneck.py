@@ -4,8 +4,6 @@
 logs each sentence once; `unicl-bench run` consults the same table.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

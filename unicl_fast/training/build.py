@@ -3,8 +3,6 @@
 Loader, evaluation and weight loading are passed in: no need for DALI, evaluation/, conversion/.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence

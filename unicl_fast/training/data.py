@@ -1,7 +1,5 @@
 """Packed data sets for training: opened with their weights, checked, described."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

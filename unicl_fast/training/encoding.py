@@ -1,7 +1,5 @@
 """A local batch on its way into the encoders: images, texts, classes."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """Lets a run whose encoders are frozen feed their stored features instead of images and texts."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence

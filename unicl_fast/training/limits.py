@@ -5,8 +5,6 @@ no other step waits for the device or another rank. A `Batch` has the ids of the
 holds, and of the planned ones, on the host.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import json

@@ -4,8 +4,6 @@ Only rank 0 writes. Tensors are kept until a logging step reads them, so that no
 for the device. A disk that fails costs lines, not the run.
 """
 
-from __future__ import annotations
-
 import collections
 import itertools
 import json

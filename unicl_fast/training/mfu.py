@@ -6,8 +6,6 @@ torch's counter watches a copy of the model on fake tensors (shapes without cont
 model and results are not touched.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 

@@ -12,8 +12,6 @@ global index, so both forward passes drop the same branches. The price is one mo
 about 4/3 of the time. Gao et al., arXiv 2101.06983.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -6,8 +6,6 @@ Elsewhere that costs no more than bf16, since all steps but the last work on the
 a convolution's matrix is nine times as wide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 `limits.py` has those that end a run, for bad steps and bad samples.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import logging

@@ -4,8 +4,6 @@ AdamW is torch's, LAMB (You et al., arXiv 1904.00962) timm's, Muon is in `muon.p
 of the first two are NVIDIA apex's, imported only here and on demand. Warm-up and cosine are timm's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 the whole model; under `full` none has.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A training run on this rank, from its ranks and its checkpoint to its report."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -5,8 +5,6 @@ choice is logged. config.json and checkpoints hold the given config, and checkpo
 settled one: a run that resumes keeps its precision and its decoder, and chooses kernels anew.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Sequence

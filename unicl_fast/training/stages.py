@@ -1,7 +1,5 @@
 """Stages of a run (`run.stages`) in training: their loaders, one after the other, and a summary."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol

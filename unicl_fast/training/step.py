@@ -10,8 +10,6 @@ with the same scalar. Its gradient with respect to a rank's own features is exac
 gradients summed over ranks equal the gradient of one process on the global batch.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

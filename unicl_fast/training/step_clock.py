@@ -6,8 +6,6 @@ can wait for one while the device computes. On a CPU a border is the host's cloc
 other without a gap, so they sum to the elapsed time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

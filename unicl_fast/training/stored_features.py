@@ -7,8 +7,6 @@ model. They are stored unrounded, and found by a hash of all that they depend on
 would have encoded the same; a run shorter than its data encodes only the images and texts it draws.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

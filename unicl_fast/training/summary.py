@@ -1,7 +1,5 @@
 """The summary that a run logs before its first step: data, model, length, device, files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

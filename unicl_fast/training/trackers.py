@@ -9,8 +9,6 @@ Servers, projects and keys are set by the packages' own environment variables, s
 WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import queue

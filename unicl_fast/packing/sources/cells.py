@@ -5,8 +5,6 @@ makes of each row one as other lists have it. Guesses are counted in `notes`; wi
 nothing is guessed, and a cell is one value.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

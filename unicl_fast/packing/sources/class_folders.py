@@ -3,8 +3,6 @@
 A split's name, such as train, is no class: several splits, or images directly in one, are refused.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """COCO's JSON files: captions, instances, or both; one image's annotations are one sample."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

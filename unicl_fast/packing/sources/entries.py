@@ -4,8 +4,6 @@ A worker process reads an entry with one seek, without its archive's directory. 
 entries of zips.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import operator

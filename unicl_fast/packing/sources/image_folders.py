@@ -4,8 +4,6 @@ As class folders, `train/1.jpg` with `train/metadata.jsonl` would become an imag
 "train" without its caption, so class folders refuse such a list.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

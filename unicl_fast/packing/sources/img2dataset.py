@@ -1,7 +1,5 @@
 """img2dataset's folders of files: 00000/000000000.jpg, .txt and .json; `tars` reads its tars."""
 
-from __future__ import annotations
-
 import functools
 
 from unicl_fast.packing.sources.rows import ListOptions

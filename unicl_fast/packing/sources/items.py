@@ -1,7 +1,5 @@
 """Samples to pack, as every reader makes them: images with texts and labels, or a problem."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

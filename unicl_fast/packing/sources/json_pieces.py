@@ -1,7 +1,5 @@
 """Large JSON files, read element by element."""
 
-from __future__ import annotations
-
 import json
 import mmap
 import re

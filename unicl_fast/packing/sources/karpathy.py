@@ -1,7 +1,5 @@
 """Karpathy and Fei-Fei's splits (CVPR 2015): dataset_coco.json, dataset_flickr8k.json, ..."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

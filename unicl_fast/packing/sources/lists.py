@@ -3,8 +3,6 @@
 Rows that name the same image become one sample, with all their captions and labels.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import sys

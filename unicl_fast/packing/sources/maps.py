@@ -1,7 +1,5 @@
 """Maps of zips, as Swin and UniCL use them: `train_map.txt` lists the images in `train.zip`."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Finds the images that lists name by paths, and advises if none exists."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

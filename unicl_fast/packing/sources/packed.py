@@ -5,8 +5,6 @@ differ, the shard's checksum says whether it was damaged, or packed with another
 tokenizer's packages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -4,8 +4,6 @@ Nothing is dropped silently: skipped files are counted by kind, and images that 
 become items with a problem and end up in quarantine.csv.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 

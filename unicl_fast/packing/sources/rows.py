@@ -3,8 +3,6 @@
 Readers of all formats make a row a dict, whose fields are one value or a list.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence

@@ -3,8 +3,6 @@
 Each kind is one file in this folder, listed in `read_sources.SOURCES`, with a `KIND`.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Parquet lists and folders of them as on Hugging Face's hub; `parquet_rows` reads the files."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import importlib.util

@@ -5,8 +5,6 @@ member, reads extended headers of any size, and treats a broken header as the ar
 is ever written under a name found in a tar.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

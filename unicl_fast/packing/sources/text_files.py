@@ -1,7 +1,5 @@
 """A folder of images with texts beside them: x.txt has the caption of x.jpg."""
 
-from __future__ import annotations
-
 import os
 
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry

@@ -1,7 +1,5 @@
 """Reads sources under URLs in place, through the size-limited cache of remote data sets."""
 
-from __future__ import annotations
-
 import functools
 import io
 import os
