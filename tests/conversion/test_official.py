@@ -66,6 +66,7 @@ def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_and_settings_of_a_released_model(model, entries):
     assert len(entries) == 339
     assert num_parameters(model) == 91_340_667
@@ -96,6 +97,7 @@ def test_each_older_name_has_its_present_one(entries, text_encoder):
     assert all(present[name] is tensor for name, tensor in entries.items())
 
 
+@pytest.mark.slow
 def test_all_names_that_do_not_fit_are_said(entries):
     changed = dict(entries)
     missing = ["image_encoder.layers.2.blocks.5.mlp.fc1.bias", "text_encoder.ln_final.weight"]

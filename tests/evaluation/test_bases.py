@@ -47,6 +47,7 @@ def compared(out: Path, *words: str | Path) -> dict[str, Any]:
     return json.loads((out / "found.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.dali
 def test_each_base_is_measured_by_all_that_the_data_can_and_encodes_once(
     data, given, tmp_path, monkeypatch, capsys

@@ -68,8 +68,9 @@ def test_a_word_or_a_part_of_one_finds_its_title(query, found):
     assert Words(others).scores(query).tolist() == scores.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.parametrize("kind", ["xlm-roberta", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["xlm-roberta", "bert"])
 def test_titles_are_packed_trained_on_by_heads_and_searched(kind, tmp_path, monkeypatch):
     check_inline(monkeypatch)
     forms = ("NFC", "NFD", "NFKC")

@@ -74,6 +74,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.parametrize("library", ["accelerate", "lightning", "dcp"])
 @pytest.mark.filterwarnings("ignore::UserWarning")

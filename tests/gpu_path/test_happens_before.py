@@ -89,22 +89,18 @@ def checked(stand_in, path: str, *, without: str = "") -> Checker:
     return checker
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=[] if p == "texts among images" else slow) for p in PATHS]
-)
+@slow
+@pytest.mark.parametrize("path", PATHS)
 def test_streams_and_communicators_of_a_run_are_ordered(stand_in, path):
     checker = checked(stand_in, path)
     assert not checker.faults
     assert {*PATHS[path][3]} <= {*checker.waits} <= ALL_WAITS  # a new one is to be tried below
 
 
+@slow
 @pytest.mark.parametrize(
     ("path", "wait"),
-    [
-        pytest.param(path, wait, id=wait, marks=[] if "_Send" in wait else slow)
-        for path, (*_, waits) in PATHS.items()
-        for wait in waits
-    ],
+    [pytest.param(path, wait, id=wait) for path, (*_, waits) in PATHS.items() for wait in waits],
 )
 def test_a_wait_that_is_left_out_is_noticed(stand_in, path, wait):
     assert checked(stand_in, path, without=wait).faults

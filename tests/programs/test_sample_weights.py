@@ -45,6 +45,7 @@ def train(out: Path, *data: Path, use: str, more: tuple[str | Path, ...] = ()) -
     return losses(out)
 
 
+@pytest.mark.slow
 def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(packed, tmp_path, capsys):
     plain = train(tmp_path / "plain", packed / "none", use="none")
     for use in ("loss", "draws"):

@@ -68,6 +68,7 @@ def test_what_was_found_right_is_tried_once_on_a_machine(cache, monkeypatch, cap
     assert [starts(), starts()] == [6, 7]
 
 
+@pytest.mark.slow
 def test_a_crash_or_a_hang_is_a_fault(cache, monkeypatch):
     fault = fault_after_a_start("faulty_trials", CPU, "crashes")
     assert fault == "faulty_trials crashes: the trial crashed (SIGSEGV)"
@@ -76,6 +77,7 @@ def test_a_crash_or_a_hang_is_a_fault(cache, monkeypatch):
     assert not list(cache.rglob("right-*"))
 
 
+@pytest.mark.slow
 def test_a_gpu_for_one_process_only_is_no_fault_of_kernels():
     """In compute mode EXCLUSIVE_PROCESS the trial's child gets no context."""
     found = fault_after_a_start("faulty_trials", CPU, "has no GPU")

@@ -44,6 +44,7 @@ def test_padding_is_part_of_a_row_only_where_it_is_not_0(pad, tmp_path):
     assert tokenizer.decode(tokenizer.encode(["a photo of a dog"])[0]) == "a photo of a dog"
 
 
+@pytest.mark.slow
 def test_ids_beyond_16_bits_are_those_of_transformers(tmp_path):
     """SigLIP 2 has 256,000 tokens, XLM-R 250,002; ids that a file leaves out count."""
     folder = write_tokenizer(tmp_path, pad=PAD, unused=70_000)
@@ -60,7 +61,7 @@ def test_ids_beyond_16_bits_are_those_of_transformers(tmp_path):
     assert FileTokenizer(str(folder), 16).vocab_size == 80_001
 
 
-@pytest.mark.parametrize("unused", [0, 70_000])
+@pytest.mark.parametrize("unused", [0, pytest.param(70_000, marks=pytest.mark.slow)])
 def test_equal_rows_and_prompts_are_found_in_any_vocabulary(unused, tmp_path):
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path, pad=PAD, unused=unused)), 16)
     prompts = ClassPrompts([(["dog", "cat"], ["a photo of a {}"])], tokenizer)

@@ -49,7 +49,7 @@ def test_the_products_are_those_of_a_real_step(images, objective, settings):
         pytest.param({"freeze": ("text",)}, marks=pytest.mark.slow),
         pytest.param({"freeze": ("image", "image_projection")}, marks=pytest.mark.slow),
         pytest.param({"freeze": ("image:3", "text:1")}, marks=pytest.mark.slow),
-        {"lora": "image:2@last4,text:2"},
+        pytest.param({"lora": "image:2@last4,text:2"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
