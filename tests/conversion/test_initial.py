@@ -117,6 +117,7 @@ def test_what_is_loaded_and_what_is_not_is_said(tmp_path, caplog):
         assert part in line
     assert line.endswith("Left out: logit_bias, which objective.name=unicl does not learn")
     assert "Fresh" not in line
+    assert "--objective.name siglip (pairs) or sigmoid (labels too) keeps both" in caplog.text
     assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
     assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
     assert "evaluation_resize: add --data.evaluation-resize squash" in caplog.text

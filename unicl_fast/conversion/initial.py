@@ -243,6 +243,13 @@ class _Loading:
             for name in ("logit_scale", "logit_bias", "class_rows")
             if name in given and name not in own
         ]
+        if "logit_bias" in given and "logit_bias" not in own and "logit_scale" in own:
+            logger.warning(
+                "%s was trained by a sigmoid of each pair; objective.name=%s is a softmax over the "
+                "batch, under which its probabilities change and its bias is lost: "
+                "--objective.name siglip (pairs) or sigmoid (labels too) keeps both",
+                self._label, self._model.config.objective.name,
+            )  # fmt: skip
 
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or keeps the fresh one if the source's has another shape."""
