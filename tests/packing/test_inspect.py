@@ -4,10 +4,8 @@ import base64
 import csv
 import io
 import json
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from inline_checks import check_inline
 from pack_runs import build_set
 from PIL import Image
 
-from unicl_fast.packing.inspect import Inspection, count_concepts, inspect_dataset
+from unicl_fast.packing.inspect import Inspection, inspect_dataset
 from unicl_fast.tools.pack.__main__ import main
 
 HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
@@ -84,7 +82,6 @@ def test_the_numbers_are_those_of_the_data(inspection):
     }
     assert text.num_concepts == len(words)
     assert "words" in text.kind
-    assert "spaCy" in text.kind
 
 
 def test_copies_are_found_by_bytes_and_by_eye(inspection):
@@ -94,41 +91,6 @@ def test_copies_are_found_by_bytes_and_by_eye(inspection):
     assert group.labels_differ
     assert len(group.samples) == 2
     assert 0 < max(group.distances) <= 4 or group.distances == (0, 0)
-
-
-def test_concepts_are_noun_phrases_where_spacy_can_find_them(monkeypatch):
-    """A stand-in for spaCy: noun phrases are what stands between commas."""
-
-    def word(text: str) -> SimpleNamespace:
-        return SimpleNamespace(text=text, pos_="DET" if text.lower() in ("a", "the") else "NOUN")
-
-    class Language:
-        def pipe(self, texts: Any, batch_size: int) -> Any:
-            for text in texts:
-                chunks = [[word(one) for one in part.split()] for part in text.split(",")]
-                yield SimpleNamespace(noun_chunks=chunks)
-
-    def load(name: str, exclude: list[str]) -> Language:
-        assert name == "en_core_web_sm"
-        return Language()
-
-    installed = {"en_core_web_sm"}
-    spacy = SimpleNamespace(
-        load=load, util=SimpleNamespace(is_package=installed.__contains__), __spec__=object()
-    )
-    monkeypatch.setitem(sys.modules, "spacy", spacy)
-    texts = ["a Red bird,the tree"] * 4 + ["red bird, it"] * 2 + ["the"] * 9
-    found = count_concepts(texts)
-    assert found.most_frequent == (("red bird", 6),)
-    assert "noun phrases" in found.kind
-    assert "en_core_web_sm" in found.kind
-    words = count_concepts(texts, how="words")  # "the" comes 13 times
-    assert words.most_frequent == (("bird", 6), ("red", 6))
-    assert "without stop words" in words.kind
-    installed.clear()
-    assert "spaCy's model en_core_web_sm is not installed" in count_concepts(texts).kind
-    with pytest.raises(ValueError, match="spacy download en_core_web_sm"):
-        count_concepts(texts, how="noun-phrases")
 
 
 class Tags(HTMLParser):
@@ -198,7 +160,7 @@ def test_a_browser_shows_all_parts(written, tmp_path):
 
 
 def test_the_program_prints_table_1(packed, pack):
-    code, text = pack("inspect", packed, "--no-near", "--concepts", "words")
+    code, text = pack("inspect", packed, "--no-near")
     assert code == 0
     rows = [line for line in text.splitlines() if line.startswith("| image-")]
     table = [line.replace("|", "").split() for line in rows]

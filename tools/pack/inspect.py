@@ -18,7 +18,6 @@ from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.inspect import (
     DEFAULT_DISTANCE,
     Copies,
-    HowToCount,
     Inspection,
     Spread,
     inspect_dataset,
@@ -40,11 +39,8 @@ class Inspect:
     """Describe a packed data set: counts, classes, captions, sizes, copies, concepts.
 
     The table of concepts is the paper's Table 1: images, concepts, images for each concept. The
-    concepts of labels are categories; of captions, noun phrases that spaCy finds more than 5 times,
-    or words if it or its English model is not installed.
-
-    Near copies are found by perceptual hashes (the extra `inspect`). Without that package they are
-    skipped with a note, or refused if an option needs them.
+    concepts of labels are categories; of captions, words that occur more than 5 times (the paper
+    counts noun phrases). Near copies are found by perceptual hashes.
 
     Examples:
       unicl-pack inspect packed/photos --html photos.html
@@ -67,8 +63,6 @@ class Inspect:
     near_distance: int = DEFAULT_DISTANCE
     """How many of 64 bits of a perceptual hash can differ: 4 finds copies in another size, quality,
     aspect or in grey, 8 also copies cut by a twentieth; beyond 10 unrelated photographs match."""
-    concepts: HowToCount = "auto"
-    """Count noun-phrases in captions, words, or auto, the first if spaCy can do it."""
     sheet: int = 48
     """Images on the contact sheet."""
     workers: int = 0
@@ -90,7 +84,6 @@ class Inspect:
             folder,
             near=self.near,
             near_distance=self.near_distance,
-            concepts=self.concepts,
             workers=self.workers,
         )
         if is_url(self.folder):  # the copy will be removed

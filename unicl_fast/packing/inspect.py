@@ -5,7 +5,6 @@ hashes, in worker processes (`near_duplicates`).
 """
 
 import contextlib
-import importlib.util
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +34,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 DEFAULT_DISTANCE = 4
 """In bits of 64: includes copies in another size, quality, aspect or in grey, and none of 200,000
 pairs of unrelated photographs (docs/data.md)."""
-_MODEL = "en_core_web_sm"
-"""spaCy's English model."""
 MORE_THAN = 5  # A concept occurs more often than this
-HowToCount = Literal["auto", "words", "noun-phrases"]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _STOP_WORDS = frozenset(
@@ -51,20 +47,9 @@ _STOP_WORDS = frozenset(
     to together too toward towards under until up upon us very was we were what when where which
     while who whose why will with within without would you your""".split()  # noqa: SIM905 - as a list it would take 160 lines
 )
-"""English words that name nothing visible, which noun phrases do not have either."""
+"""English words that name nothing visible."""
 _BINS = 30
 _FAR = 3  # histograms end at the 99th percentile if the largest value lies this many times as far
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Concepts:
-    """The concepts that captions name."""
-
-    num_concepts: int
-    kind: str
-    """How they were counted, in words."""
-    most_frequent: tuple[tuple[str, int], ...]
-    """The first 30, with the number of their occurrences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +168,6 @@ def inspect_dataset(
     *,
     near: bool = True,
     near_distance: int = DEFAULT_DISTANCE,
-    concepts: HowToCount = "auto",
     workers: int = 0,
     progress: bool = True,
 ) -> Inspection:
@@ -193,7 +177,7 @@ def inspect_dataset(
 
     Raises:
         FileNotFoundError: not a data set.
-        ValueError: it is damaged, or spaCy is requested and not installed.
+        ValueError: it is damaged.
     """
     started = time.perf_counter()
     with PackedDataset(folder) as dataset:
@@ -203,10 +187,11 @@ def inspect_dataset(
             dataset.folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined
         )
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
-        found = per_image = lengths = None
+        per_image = lengths = None
+        found: list[tuple[str, int]] = []
         if len(dataset.captions):
             texts = _captions(dataset, progress=progress)
-            found = count_concepts(texts, how=concepts)
+            found = count_concepts(texts)
             per_image = _spread(rows["captions_count"][has_captions])
             lengths = _spread(dataset.captions["tokens_length"].astype(int) - 2)
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
@@ -232,7 +217,7 @@ def inspect_dataset(
             labels_per_image=dict(sorted(labels_per_image.items())),
             captions_per_image=per_image,
             caption_tokens=lengths,
-            frequent_concepts=() if found is None else found.most_frequent,
+            frequent_concepts=tuple(found[:30]),
             heights=_spread(rows["height"]),
             widths=_spread(rows["width"]),
             aspects=_spread(rows["width"] / rows["height"], unit=0.05),
@@ -241,7 +226,9 @@ def inspect_dataset(
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,
-            concepts=_table_1(class_counts, found, int(has_labels.sum()), int(has_captions.sum())),
+            concepts=_table_1(
+                class_counts, len(found), int(has_labels.sum()), int(has_captions.sum())
+            ),
             **_look_at_captions(dataset),
             seconds=time.perf_counter() - started,
         )
@@ -255,69 +242,29 @@ def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
             yield from reader.read_description(int(index)).captions
 
 
-def count_concepts(texts: Iterable[str], *, how: HowToCount = "auto") -> Concepts:
-    """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
-
-    The paper counts spaCy's noun phrases. If spaCy or its English model is missing, `auto` counts
-    words instead, and the result says so; `noun-phrases` raises ValueError.
-    """
-    missing = "" if how == "words" else _missing_for_phrases()
-    if missing and how == "noun-phrases":
-        raise ValueError(
-            f"noun phrases need spaCy with an English model, and {missing} is not installed: "
-            f"pip install spacy && python -m spacy download {_MODEL}; or count words by "
-            "--concepts words"
-        )
-    if how == "words" or missing:
-        kind = f"distinct words, without stop words, that occur more than {MORE_THAN} times"
-        if missing:
-            kind += f" (no noun phrases as in the paper, since {missing} is not installed)"
-        words = (word for text in texts for word in _WORD.findall(text.lower()))
-        counts = Counter(word for word in words if word not in _STOP_WORDS)
-    else:
-        kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {_MODEL}"
-        counts = Counter(_noun_phrases(texts))
-    frequent = [(text, count) for text, count in counts.items() if count > MORE_THAN]
-    frequent.sort(key=lambda entry: (-entry[1], entry[0]))
-    return Concepts(num_concepts=len(frequent), kind=kind, most_frequent=tuple(frequent[:30]))
-
-
-def _missing_for_phrases() -> str:
-    if importlib.util.find_spec("spacy") is None:
-        return "spaCy"
-    import spacy
-
-    return "" if spacy.util.is_package(_MODEL) else f"spaCy's model {_MODEL}"
-
-
-def _noun_phrases(texts: Iterable[str]) -> Iterator[str]:
-    """Noun phrases in lower case, without the articles and pronouns at their beginning."""
-    import spacy
-
-    language: Any = spacy.load(_MODEL, exclude=["ner", "lemmatizer"])
-    for document in language.pipe(texts, batch_size=512):
-        for chunk in document.noun_chunks:
-            words = list(chunk)
-            while words and words[0].pos_ in ("DET", "PRON"):
-                words.pop(0)
-            if words:
-                yield " ".join(word.text.lower() for word in words)
+def count_concepts(texts: Iterable[str]) -> list[tuple[str, int]]:
+    """The words that occur more than 5 times, with their counts, most frequent first."""
+    words = (word for text in texts for word in _WORD.findall(text.lower()))
+    counts = Counter(word for word in words if word not in _STOP_WORDS)
+    frequent = [(word, count) for word, count in counts.items() if count > MORE_THAN]
+    return sorted(frequent, key=lambda entry: (-entry[1], entry[0]))
 
 
 def _table_1(
     class_counts: Sequence[tuple[str, int]],
-    found: Concepts | None,
+    num_words: int,
     num_labelled: int,
     num_captioned: int,
 ) -> tuple[ConceptRow, ...]:
-    """The paper's rows for labelled images and for captioned ones."""
+    """Rows as in the paper for labelled images, and for captioned ones, whose words are counted."""
     rows: list[tuple[str, int, int, str]] = []
     if num_labelled:
         used = sum(count > 0 for _, count in class_counts)
         named = f", of {len(class_counts):,} named" if used < len(class_counts) else ""
         rows.append(("image-label", num_labelled, used, f"categories with images{named}"))
-    if found is not None:
-        rows.append(("image-text", num_captioned, found.num_concepts, found.kind))
+    if num_captioned:
+        kind = f"distinct words, without stop words, that occur more than {MORE_THAN} times"
+        rows.append(("image-text", num_captioned, num_words, kind))
     return tuple(
         ConceptRow(data, images, concepts, images / concepts if concepts else 0.0, kind)
         for data, images, concepts, kind in rows
