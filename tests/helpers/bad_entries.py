@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.workers import ImageOptions
 
 
-@dataclass(frozen=True)
-class Crashing:
+class BadEntry(msgspec.Struct, kw_only=True):
+    path: str = ""
+    num_bytes: int = 1
+
+
+class Crashing(BadEntry):
     """Ends the process by a signal, as a segmentation fault or the kernel's OOM killer does."""
 
     signal: int
-    num_bytes: int = 1
 
     def read(self, *, max_bytes: int = 0) -> bytes:
         os.kill(os.getpid(), self.signal)
@@ -43,40 +48,41 @@ def _start(folder: str, times: int) -> ImageOptions:
     return ImageOptions(short_side=0, quality=90, max_pixels=10_000_000, seconds=60)
 
 
-@dataclass(frozen=True)
-class Hanging:
+class Hanging(BadEntry):
     """Stays in C code that holds the interpreter's lock: no Python runs here any more."""
-
-    num_bytes: int = 1
 
     def read(self, *, max_bytes: int = 0) -> bytes:
         ctypes.PyDLL(None).sleep(1000)
         raise AssertionError
 
 
-@dataclass(frozen=True)
-class Hungry:
+class Hungry(BadEntry):
     """Asks for memory and touches all of it."""
 
     gigabytes: int
-    num_bytes: int = 1
 
     def read(self, *, max_bytes: int = 0) -> bytes:
         return bytes(np.ones(self.gigabytes << 30, np.uint8)[:1])
 
 
-@dataclass(frozen=True)
-class Faulty:
+class Faulty(BadEntry):
     """Raises what nobody has thought of."""
-
-    num_bytes: int = 1
 
     def read(self, *, max_bytes: int = 0) -> bytes:
         raise KeyError("surprise")
 
 
-@dataclass(frozen=True)
-class CrashingOnce:
+class Refused(BadEntry):
+    """Raises a problem, as a damaged file does."""
+
+    kind: str
+    message: str
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        raise EntryError(self.kind, self.message)
+
+
+class CrashingOnce(msgspec.Struct):
     """Kills the first process that reads it; sound from then on."""
 
     path: str
@@ -94,7 +100,6 @@ class CrashingOnce:
         return os.getpid()
 
 
-@dataclass(frozen=True)
 class KillsParentOnce(CrashingOnce):
     """Kills the process that started the one which reads it first; sound from then on."""
 

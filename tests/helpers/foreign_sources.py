@@ -51,7 +51,7 @@ def outcome(item: Item) -> str:
     try:
         return "read" if item.entry.read() else "empty"
     except EntryError as error:
-        return error.kind
+        return error.problem.kind
 
 
 def texts(source: Source) -> dict[str, tuple[list[str], list[str | int]]]:

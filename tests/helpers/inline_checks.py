@@ -7,7 +7,7 @@ import pytest
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing import near_duplicates
 from unicl_fast.packing.sources import tables
-from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         checker._tokenizer = tokenizer
         for task in tasks:
             names.append(task.name)
-            yield checker.check(task.entry, task.captions, task.size)
+            yield checker.check(task)
 
     tokenizer = Tokenizer()
     for module in (build_module, near_duplicates):

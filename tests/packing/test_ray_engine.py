@@ -17,8 +17,7 @@ from pack_runs import build_set, jpeg
 
 from unicl_fast.packing import ray_engine
 from unicl_fast.packing.ray_engine import check_on_ray
-from unicl_fast.packing.sources.entries import FileEntry
-from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.entries import FileEntry, Problem
 from unicl_fast.packing.workers import Checked, ImageOptions, Task
 from unicl_fast.system.installation import install_command
 

@@ -22,8 +22,8 @@ from unicl_fast.packing.label_space import (
     refuse_numbers,
 )
 from unicl_fast.packing.sources import read_sources as registry
-from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, EntryError, FileEntry
-from unicl_fast.packing.sources.items import Item, Problem
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, EntryError, FileEntry, Problem
+from unicl_fast.packing.sources.items import Item
 from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 

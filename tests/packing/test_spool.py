@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unicl_fast.packing.samples import Samples
-from unicl_fast.packing.sources.entries import FileEntry, RefusedEntry, Span
-from unicl_fast.packing.sources.items import Item, Problem, require_text
+from unicl_fast.packing.sources.entries import FileEntry, Problem, Span, ZipEntry
+from unicl_fast.packing.sources.items import Item, require_text
 from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
-from unicl_fast.packing.sources.trees import ZipEntry, open_tree
+from unicl_fast.packing.sources.trees import open_tree
 
 COLUMNS = Columns((), ("caption",), ("label",))
 texts = st.sampled_from(["a", "b", "\udcff is no UTF-8", "", 3.5, None, ["c", "d"], "x" * 5000])
@@ -74,7 +74,6 @@ def test_all_kinds_of_entries_come_back(tmp_path):
         FileEntry("a/\udcff.jpg", 5, 17),
         Span("b", 3, 8),
         ZipEntry("c.zip", 1, 2, 3, 8, 5, 0),
-        RefusedEntry("outside", "no"),
         None,
     ]
     spool = Spool(tmp_path / "a spool? of\udcff #1")
@@ -153,7 +152,7 @@ def test_folders_are_listed_in_the_order_of_whole_names(tmp_path):
     found = dict(open_tree(root).entries())
     names = ["0/9", "a b/c", "a-b/1", "a.b", "a/-", "a/1", "a/z/2", "a0/1", "b/1", "self"]
     assert list(found) == names == sorted(names)
-    assert isinstance(found["self"], RefusedEntry)
+    assert isinstance(found["self"], Problem)
     entry = found["a/1"]
     assert isinstance(entry, FileEntry)
     assert entry.mtime_ns == os.stat(root / "a/1").st_mtime_ns

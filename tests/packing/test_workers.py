@@ -3,20 +3,17 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, KillingAtStart
+from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, KillingAtStart, Refused
 from pack_runs import build_set, jpeg, left_out, write_photos
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing import build as build_module
-from unicl_fast.packing.sources.entries import Entry, RefusedEntry
-from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.sources.spool import Source, Spool
+from unicl_fast.packing.sources.entries import Entry
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 
 # expected of each: what stands in quarantine.csv
@@ -54,19 +51,11 @@ def build(
     workers: int,
 ) -> dict[str, bytes]:
     """Packs `folder` with other entries under some names; returns the files made."""
-    read = build_module.read_sources
 
-    def replaced(places: Sequence[str], lists: ListOptions, spool: Spool) -> list[Source]:
-        sources = read(places, lists, spool)
-        for number, source in enumerate(sources):
-            items = spool.new_items()
-            for item in source.items:
-                item.entry = entries.get(item.name, item.entry)
-                items.append(item)
-            sources[number] = dataclasses.replace(source, items=items)
-        return sources
+    def task(name: str, entry: Entry, *others: object) -> Task:
+        return Task(name, entries.get(name, entry), *others)
 
-    monkeypatch.setattr(build_module, "read_sources", replaced)
+    monkeypatch.setattr(build_module, "Task", task)
     build_set([folder], out, workers=workers, image_seconds=8)
     monkeypatch.undo()
     (out / MADE_OF_NAME).unlink()  # which knows the entries, and is no part of the data set
@@ -80,7 +69,7 @@ def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
 ):
     bad = {name: entry for name, (entry, _, _) in BAD.items()}
     refused: dict[str, Entry] = {
-        name: RefusedEntry(kind, message) for name, (_, kind, message) in BAD.items()
+        name: Refused(kind, message) for name, (_, kind, message) in BAD.items()
     }
     found = build(monkeypatch, folder, tmp_path / "bad", bad, workers)
     assert found == build(monkeypatch, folder, tmp_path / "refused", refused, 1)
@@ -102,7 +91,7 @@ def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path):
     for number, result in enumerate(results):
         assert isinstance(result, Checked)
         assert result.data == jpeg(number)
-        assert [len(ids) for ids in result.tokens] == [4]
+        assert [len(ids) for ids in result.tokens] == [2 * 4]
 
 
 @pytest.mark.parametrize("times", [1, 99])

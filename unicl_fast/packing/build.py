@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -40,7 +41,8 @@ from unicl_fast.packing.label_space import (
 from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import Samples, shuffled_order
-from unicl_fast.packing.sources.items import PATH, Item, Label, Problem
+from unicl_fast.packing.sources.entries import Problem
+from unicl_fast.packing.sources.items import PATH, Item, Label
 from unicl_fast.packing.sources.packed import (
     PackedSource,
     count_in_both,
@@ -501,7 +503,7 @@ def _check(
             Task(
                 item.name,
                 item.entry if known is None else known.replace(item.entry),
-                tuple(item.captions),
+                item.captions,
                 None if one_size is None else one_size.size,
                 0 if one_size is None else one_size.answer_bytes(images),
             )
@@ -515,8 +517,8 @@ def _check(
     with contextlib.closing(results):
         for source, item in behind:
             result = next(results) if item.problem is None else item.problem
-            if item.problem is None and isinstance(result, Problem) and result.kind == "unreadable":
-                require_there(item.entry, source, result.message)
+            if isinstance(result, Problem) and item.entry is not None and item.problem is None:
+                require_there(item.entry, source, result)
             yield source, item, result
 
 
@@ -530,7 +532,7 @@ def _write(
     """Writes sound samples, and lists the others in quarantine.csv."""
     for source, item, result in checked:
         if isinstance(result, Problem):
-            writer.quarantine(source=source, name=item.name, **asdict(result))
+            writer.quarantine(source=source, name=item.name, **msgspec.structs.asdict(result))
             continue
         place = None
         if places is not None and not result.data:
@@ -547,7 +549,7 @@ def _write(
                 width=result.width,
                 xxh3=result.xxh3,
                 captions=item.captions,
-                tokens=result.tokens,
+                tokens=[np.frombuffer(ids, np.uint16) for ids in result.tokens],
                 labels=labels if len(labels) < 2 else list(dict.fromkeys(labels)),
                 source=source,
                 name=item.name,

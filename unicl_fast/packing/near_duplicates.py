@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.looks import LOOK
-from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.packed import image_entry
 from unicl_fast.packing.workers import ImageOptions, Task, check_in_order
 from unicl_fast.system.bar import Bar

@@ -5,7 +5,6 @@ decides which machine checks an image, so an image that a machine cannot read is
 a difference stops the build.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -14,10 +13,11 @@ import platform
 from collections.abc import Generator, Iterable
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.in_order import in_order
-from unicl_fast.packing.sources.entries import EntryError
-from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.entries import EntryError, Problem
 from unicl_fast.packing.workers import (
     CHUNKS_AHEAD,
     Checked,
@@ -95,13 +95,11 @@ def _join(ray: Any, workers: int) -> None:
 
 def _with_whole_paths(task: Task) -> Task:
     """The task with absolute paths: Ray's processes run in other folders."""
-    entry: Any = task.entry
-    paths = {
-        name: os.path.abspath(path)
-        for name in ("path", "archive")
-        if (path := getattr(entry, name, "")) and not is_url(path)
-    }
-    return dataclasses.replace(task, entry=dataclasses.replace(entry, **paths)) if paths else task
+    path = task.entry.path
+    if is_url(path):
+        return task
+    entry = msgspec.structs.replace(task.entry, path=os.path.abspath(path))
+    return msgspec.structs.replace(task, entry=entry)
 
 
 def _require_unreadable_here(
@@ -112,9 +110,8 @@ def _require_unreadable_here(
         task.entry.read(max_bytes=options.max_file_bytes)
     except EntryError:
         return
-    path = getattr(task.entry, "path", "") or getattr(task.entry, "archive", "")
     raise RuntimeError(
-        f"{task.name}: {machine} could not read {path or 'it'} ({problem.message}), and "
+        f"{task.name}: {machine} could not read {task.entry.path} ({problem.message}), and "
         f"{platform.node()}, which runs the build, can. All machines of the Ray cluster must see "
         "the sources, --out and --work under the same paths: put them on a file system that all "
         "share, or build with --engine local"

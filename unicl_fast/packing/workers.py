@@ -26,10 +26,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+import msgspec
 import xxhash
 
 from unicl_fast.images.check import (
@@ -46,9 +45,9 @@ from unicl_fast.packing.sources.entries import (
     Entry,
     EntryError,
     PackedFile,
-    fields_getter,
+    Problem,
 )
-from unicl_fast.packing.sources.items import Problem, problem_of
+from unicl_fast.packing.sources.items import problem_of
 from unicl_fast.system.child import OUT_OF_MEMORY, Child, describe_death, enter
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
@@ -68,20 +67,19 @@ _GROWTH = {"png": 8, "ppm": 16}
 """A photograph in such a format has up to this many times the bytes of its JPEG."""
 
 
-@dataclass(slots=True)  # frozen would be three times as slow to make
-class Task:
+class Task(msgspec.Struct):
     """One sample to check; `name` is for messages."""
 
     name: str
     entry: Entry
-    captions: tuple[str, ...] = ()
+    captions: Sequence[str] = ()
     size: tuple[int, int] | None = None
     """Required height and width; the pixels of other images are not sent back."""
     answer_bytes: int = 0
     """Most bytes of the checked image, if they can exceed its file's."""
 
 
-class Checked(NamedTuple):
+class Checked(msgspec.Struct):
     """A sound image, as `CheckedImage` has it, and the tokens of its captions."""
 
     data: bytes
@@ -91,7 +89,9 @@ class Checked(NamedTuple):
     width: int
     reencoded: bool
     xxh3: int
-    tokens: list[npt.NDArray[np.uint16]]
+    tokens: list[bytes]
+    """The uint16 token ids of each caption as bytes: pickling arrays costs as much as decoding a
+    small image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,9 +261,9 @@ class ImageWorker:
         self._num_finished[0] = 0
         process = self._running()
         try:
-            process.connection.send([_spell(task) for task in tasks])
+            process.connection.send(tasks)
             while len(results) < len(tasks):
-                results += map(_unpack, process.connection.recv())
+                results += process.connection.recv()
             return results, None
         except (EOFError, OSError):
             self._process = None
@@ -295,35 +295,6 @@ def _shared_count(descriptor: int) -> memoryview:
     return memoryview(mmap.mmap(descriptor, 8)).cast("q")
 
 
-# Tasks and results travel as plain values: pickling the classes would cost as much as decoding.
-
-
-def _spell(task: Task) -> tuple[Any, ...]:
-    """The values of a task that a worker needs."""
-    kind = type(task.entry)
-    return kind, fields_getter(kind)(task.entry), task.captions, task.size
-
-
-def _pack(result: Checked | Problem) -> tuple[Any, ...]:
-    """The values of a result."""
-    if isinstance(result, Problem):
-        return result.kind, result.message
-    if result.tokens:
-        return (*result[:-1], [ids.tobytes() for ids in result.tokens])
-    return tuple(result)
-
-
-def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
-    """Restores a result from its values."""
-    if len(answer) == 2:
-        return Problem(*answer)
-    result = Checked._make(answer)
-    if result.tokens:
-        ids = [np.frombuffer(each, np.uint16) for each in answer[-1]]
-        return result._replace(tokens=ids)
-    return result
-
-
 # From here on: what runs inside the process.
 
 
@@ -337,15 +308,15 @@ def _serve(
     gc.freeze()  # imported objects need no scanning
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
-            answers: list[tuple[Any, ...]] = []
+            answers: list[Checked | Problem] = []
             num_bytes = 0
             tasks = connection.recv()
-            if any(captions for *_, captions, _ in tasks):
+            if any(task.captions for task in tasks):
                 checker.load_tokenizer()
-            for kind, fields, captions, size in tasks:
+            for task in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                result = checker.check(kind(*fields), captions, size)
-                answers.append(_pack(result))
+                result = checker.check(task)
+                answers.append(result)
                 num_finished[0] += 1
                 num_bytes += len(result.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
@@ -370,13 +341,13 @@ class ImageChecker:
         if self._tokenizer is None:  # labels need none
             self._tokenizer = Tokenizer(self._context_length)
 
-    def check(
-        self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
-    ) -> Checked | Problem:
+    def check(self, task: Task) -> Checked | Problem:
         """Returns the image and its tokens, or its problem; raises nothing."""
         try:
-            return self._check(entry, captions, size)
-        except (EntryError, ImageError) as error:
+            return self._check(task)
+        except EntryError as error:
+            return error.problem
+        except ImageError as error:
             if isinstance(error.__cause__, MemoryError):
                 os._exit(OUT_OF_MEMORY)
             return Problem(error.kind, str(error))
@@ -385,18 +356,17 @@ class ImageChecker:
         except Exception as error:  # a bug of ours or of a library must cost one sample only
             return Problem("failed", f"{type(error).__name__}: {error}")
 
-    def _check(
-        self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
-    ) -> Checked | Problem:
-        options, image = self._options, self._check_image(entry)
+    def _check(self, task: Task) -> Checked | Problem:
+        options, entry = self._options, task.entry
+        image = self._check_image(entry)
         data, height, width = image.data, image.height, image.width
-        if size is not None and (height, width) != size:
+        if task.size is not None and (height, width) != task.size:
             data = b""
-        tokens: list[npt.NDArray[np.uint16]] = []
-        if captions:
+        tokens: list[bytes] = []
+        if task.captions:
             assert self._tokenizer is not None
             try:
-                tokens = self._tokenizer.encode(list(captions))
+                tokens = [ids.tobytes() for ids in self._tokenizer.encode(task.captions)]
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem("bad caption", f"cannot be tokenised: {error}")
         if options.in_place and isinstance(entry, PackedFile) and not image.reencoded:

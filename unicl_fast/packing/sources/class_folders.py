@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources.entries import RefusedEntry
+from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.image_folders import METADATA_NAMES, NOT_IMAGES, is_metadata
 from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.rows import ListOptions
@@ -41,8 +41,8 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         *folders, file_name = parts
         _, dot, extension = file_name.rpartition(".")  # `splitext` would be a tenth of the loop
         suffix = f".{extension.lower()}" if dot else ""
-        if isinstance(entry, RefusedEntry):
-            items.append(refused(name, entry.kind, entry.message))
+        if isinstance(entry, Problem):
+            items.append(Item(name, problem=entry))
         elif name[0] == "." or "/." in name or "__MACOSX" in parts:
             passed_over["hidden files"] += 1
         elif name in beside:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from unicl_fast.packing.sources.entries import Entry
-from unicl_fast.packing.sources.items import Item, Problem, refused
+from unicl_fast.packing.sources.entries import Entry, Problem
+from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements, object_head
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts

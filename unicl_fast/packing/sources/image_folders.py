@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from unicl_fast.packing.sources.entries import Entry, EntryError, FileEntry
+from unicl_fast.packing.sources.entries import EntryError, FileEntry, Found, Problem
 from unicl_fast.packing.sources.lists import read_list
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
@@ -32,9 +32,9 @@ _NAMES_FILES = re.compile(rb"\bfile_name\b")
 _HEAD_BYTES = 65_536
 
 
-def is_metadata(name: str, entry: Entry) -> bool:
+def is_metadata(name: str, entry: Found) -> bool:
     """Whether a file is ImageFolder's metadata, by its name and a column `file_name`."""
-    if os.path.basename(name) not in METADATA_NAMES:
+    if os.path.basename(name) not in METADATA_NAMES or isinstance(entry, Problem):
         return False
     try:
         if isinstance(entry, FileEntry):  # it can be larger than any image

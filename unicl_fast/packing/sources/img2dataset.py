@@ -2,6 +2,7 @@
 
 import functools
 
+from unicl_fast.packing.sources.entries import Found, Problem
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -37,13 +38,16 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             if at:
                 maker.add(at, group)
             at, group = key, Group()
-        read = functools.partial(entry.read, max_bytes=MAX_TEXT_BYTES)
-        maker.add_file(group, extension, entry, read)
+        maker.add_file(group, extension, entry, functools.partial(_read_text, entry))
     if at:
         maker.add(at, group)
     for shard in sorted(each for each in path.iterdir() if each.is_dir()):
         count_failures(shard, maker)
     return maker.source(place.name, "images")
+
+
+def _read_text(entry: Found) -> bytes:
+    return b"" if isinstance(entry, Problem) else entry.read(max_bytes=MAX_TEXT_BYTES)
 
 
 KIND = SourceKind(recognises=_recognises, read=_read)

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from unicl_fast.packing.sources.entries import Entry
+import msgspec
+
+from unicl_fast.packing.sources.entries import Entry, Found, Problem
 from unicl_fast.system.child import Death
 
 MAX_TEXTS = 65_535
@@ -18,14 +19,6 @@ PATH = "\x1f"
 """Stands between the names of a label that is a path of a hierarchy, from the top down."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why an item cannot be packed: a short `kind` to count by, and a sentence."""
-
-    kind: str
-    message: str
-
-
 def problem_of(death: Death) -> Problem:
     """The problem of an item whose reading process died."""
     if death.kind == "memory":
@@ -33,24 +26,28 @@ def problem_of(death: Death) -> Problem:
     return Problem("too slow" if death.kind == "time" else "crash", f"a decoder {death.how}")
 
 
-@dataclass(slots=True)
-class Item:
+class Item(msgspec.Struct, array_like=True):
     """A sample to pack: an image, and its texts and labels as the source spells them."""
 
     name: str
     """The image's name inside its source."""
     entry: Entry | None = None
-    captions: list[str] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
+    captions: list[str] = []
+    labels: list[Label] = []
     problem: Problem | None = None
-    groups: list[str] = field(default_factory=list)
+    groups: list[str] = []
     """Values of --group-column: `--split` keeps samples with one value together; the first is
     packed, by which search groups them."""
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] = []
     """Values of --weight-column, one a row."""
     source: str = ""
     """The name of its source, if not the SOURCE that was read: a packed data set knows its samples'
     origin."""
+
+
+def item_of(name: str, found: Found) -> Item:
+    """The item of an image without texts so far."""
+    return Item(name, problem=found) if isinstance(found, Problem) else Item(name, found)
 
 
 def refused(name: str, kind: str, message: str) -> Item:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.packing.sources.cells import Cells, study_cells
-from unicl_fast.packing.sources.items import Item, Problem, refused
+from unicl_fast.packing.sources.entries import Problem
+from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import (

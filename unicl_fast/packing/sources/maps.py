@@ -4,7 +4,8 @@ import functools
 from pathlib import Path
 
 from unicl_fast.packing.sources.cells import Cells
-from unicl_fast.packing.sources.items import Item, Problem, refused
+from unicl_fast.packing.sources.entries import Problem
+from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.lists import Rows, collect_rows
 from unicl_fast.packing.sources.rows import Columns, ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
+from unicl_fast.packing.sources.entries import Problem
+from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, join_rows
 from unicl_fast.system.checked_fields import plain_number
 from unicl_fast.system.wording import shorten
 

@@ -22,16 +22,15 @@ from urllib.parse import quote
 import msgspec
 import xxhash
 
-from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fields_getter
-from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows, require_text
+from unicl_fast.packing.sources.entries import Entry, FileEntry
+from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, join_rows, require_text
 from unicl_fast.system.wording import count_of
 
 _CACHE_KILOBYTES = 16_000  # memory of the database for any number of samples; 64 MB are not faster
 READ_ITEMS = 256  # items read at once; SQLite below 3.32 allows 999 values in a statement
 _WRITE_ROWS = 64
 _MOST_PENDING_BYTES = 1_000_000
-_pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
-Values = tuple[Any, ...]
+_pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Item | str).decode
 
 
 class Spool:
@@ -46,7 +45,6 @@ class Spool:
         """
         self._folder = folder
         self.takes_loose = takes_loose
-        self._prefix = f"{folder}/"
         self._num_files = self._num_stores = 0
         self._database: sqlite3.Connection | None = None
         self.origins: list[str] = []
@@ -58,10 +56,6 @@ class Spool:
     def __exit__(self, *_: object) -> None:
         if self._database is not None:
             self._database.close()
-
-    def locate(self, path: str) -> str | None:
-        """Returns a file's name in the spool, equal in every build; None for files elsewhere."""
-        return path.removeprefix(self._prefix) if path.startswith(self._prefix) else None
 
     def new_file(self) -> Path:
         """Returns the path for one more file, which the caller makes."""
@@ -88,7 +82,7 @@ class Spool:
         if self._database is None:
             self._database = _open_database(self._folder)
         self._num_stores += 1
-        return ItemStore(self._database, self._num_stores, self.locate)
+        return ItemStore(self._database, self._num_stores, f"{self._folder}/")
 
 
 def stamp(path: str) -> tuple[str, int, int]:
@@ -100,18 +94,17 @@ def stamp(path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
-def _encode(record: Values) -> bytes:
-    """A record as MessagePack, five times as fast as JSON; equal records give equal bytes."""
+def _encode(item: Item) -> bytes:
+    """An item as MessagePack, five times as fast as JSON; equal items give equal bytes."""
     try:
-        return _pack(record)
+        return _pack(item)
     except (UnicodeEncodeError, OverflowError):  # a name that is not UTF-8, an integer of 65 bits
-        return _pack(json.dumps(record))
+        return _pack(json.dumps(msgspec.to_builtins(item)))
 
 
-def _decode(data: bytes) -> list[Any]:
-    record = _unpack(data)
-    found: list[Any] = json.loads(record) if isinstance(record, str) else record
-    return found
+def _decode(data: bytes) -> Item:
+    found = _unpack(data)
+    return msgspec.convert(json.loads(found), Item) if isinstance(found, str) else found
 
 
 def _open_database(folder: Path | None) -> sqlite3.Connection:
@@ -141,20 +134,17 @@ class ItemStore:
     are written and read many at a time: one statement costs as much as reading a small image.
     """
 
-    def __init__(
-        self, database: sqlite3.Connection, number: int, locate: Callable[[str], str | None]
-    ) -> None:
-        """Makes the store's two tables in a database; `locate` is the spool's."""
-        self._database = database
-        self._locate = locate
+    def __init__(self, database: sqlite3.Connection, number: int, spool: str) -> None:
+        """Makes the store's two tables in a database; `spool` begins paths of unpacked files."""
+        self._database, self._spool = database, spool
         self._count = 0
         self._num_rows = self._num_sound = self._num_captioned = self._num_labelled = 0
         self.has_weights = False
         """Whether any item has a weight."""
         self._last = ("", -1)
         """Name and number of the last item found: an image's rows are mostly consecutive."""
-        self._kinds: list[type[Entry]] = []
-        """Classes of entries; a record has the index of its entry's class."""
+        self.kinds: set[type[Entry]] = set()
+        """Classes of the items' entries."""
         rows, names = f"rows_{number}", f"names_{number}"
         self._rows = rows
         self._pending: list[tuple[int, bytes]] = []
@@ -170,11 +160,6 @@ class ItemStore:
         """Files with images whose entries do not know the file's size and time."""
         self._labels: dict[Label, None] = {}
         self._execute(f"CREATE TABLE {names} (name BLOB PRIMARY KEY, item INTEGER) WITHOUT ROWID")
-
-    @property
-    def kinds(self) -> set[type[Entry]]:
-        """Classes of the items' entries."""
-        return set(self._kinds)
 
     def __len__(self) -> int:
         return self._count
@@ -201,18 +186,15 @@ class ItemStore:
 
     def append(self, item: Item) -> int:
         """Adds an item; returns its number."""
-        number, entry, kind = self._count, item.entry, -1
-        fields: Values = ()
-        spelled: Values = ()
+        number, entry = self._count, item.entry
+        is_unpacked = False
         if entry is not None:
-            if type(entry) not in self._kinds:
-                self._kinds.append(type(entry))
-            kind = self._kinds.index(type(entry))
-            fields = spelled = fields_getter(type(entry))(entry)
+            self.kinds.add(type(entry))
             if not isinstance(entry, FileEntry):  # a FileEntry knows its time
-                spelled = self._spell(entry, fields)
-        head = (item.name, item.source, kind)
-        self._write(number, item, head, fields, spelled)
+                is_unpacked = entry.path.startswith(self._spool)
+                if not is_unpacked:
+                    self._holders[entry.path] = None
+        self._write(number, item, is_unpacked=is_unpacked)
         self._count += 1
         return number
 
@@ -238,7 +220,7 @@ class ItemStore:
 
     def add_row(self, number: int, row: Item) -> None:
         """Adds another row to an item: captions, labels, a problem."""
-        self._write(number, row, ())
+        self._write(number, row)
 
     def labels(self) -> dict[Label, None]:
         """All labels, in the order of their first item."""
@@ -263,30 +245,14 @@ class ItemStore:
         """
         digest = self._digest.copy()
         stamps = [stamp(path) for path in self._holders]
-        digest.update(ascii([[kind.__name__ for kind in self._kinds], stamps]).encode("ascii"))
+        digest.update(ascii(stamps).encode("ascii"))
         return f"{count_of(self._count, 'sample')}, checksum {digest.hexdigest()}"
 
-    def _spell(self, entry: Entry, fields: Values) -> Values:
-        """The fields, equal in every build; notes the file that holds the image."""
-        spelled = list(fields)
-        for place, name in enumerate(field_names(type(entry))):
-            if name in ("path", "archive"):
-                inside = self._locate(fields[place])
-                if inside is None:
-                    self._holders[fields[place]] = None
-                else:
-                    spelled[place] = f"unpacked {inside}"
-        return tuple(spelled)
-
-    def _write(
-        self, number: int, item: Item, head: Values, fields: Values = (), spelled: Values = ()
-    ) -> None:
-        """Writes a row: an item's texts and problem, and in its first row its other fields."""
-        problem = item.problem and (item.problem.kind, item.problem.message)
-        texts = item.captions, item.labels
-        record = (number, *texts, problem, item.groups, item.weights, *head)
-        data = _encode((*record, *fields))
-        self._digest.update(data if spelled is fields else _encode((*record, *spelled)))
+    def _write(self, number: int, item: Item, *, is_unpacked: bool = False) -> None:
+        """Writes a row; for the checksum, an unpacked image is known by its name."""
+        data = _encode(item)
+        spelled = _encode(msgspec.structs.replace(item, entry=None)) if is_unpacked else data
+        self._digest.update(number.to_bytes(8, "big") + spelled)
         for label in item.labels:
             self._labels[label] = None
         self._pending.append(((number << 32) + self._num_rows, data))
@@ -308,20 +274,12 @@ class ItemStore:
         """Makes items of their rows, which are sorted; by number."""
         items: dict[int, Item] = {}
         for number, data in rows:
-            _, captions, labels, problem, groups, weights, *others = _decode(data)
-            if problem is not None:
-                problem = Problem(*problem)
-            if number not in items:
-                name, source, kind, *fields = others
-                entry = None if kind < 0 else self._kinds[kind](*fields)
-                texts = captions, labels, problem, groups, weights
-                items[number] = Item(name, entry, *texts, source)
-            else:
-                item = items[number]  # as if `add_texts` had been called with it
-                if item.problem is None or item.problem.kind != TOO_MANY:
-                    item.problem = problem or item.problem
-                    item.weights += weights
-                    join_rows(item, captions, labels, groups)
+            row = _decode(data)
+            item = items.setdefault(number, row)
+            if item is not row and (item.problem is None or item.problem.kind != TOO_MANY):
+                item.problem = row.problem or item.problem
+                item.weights += row.weights
+                join_rows(item, row.captions, row.labels, row.groups)
         for item in items.values():
             require_text(item)
         return items

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.packing.sources.entries import Span
-from unicl_fast.packing.sources.items import Item, Label, Problem, problem_of, refused
+from unicl_fast.packing.sources.entries import Problem, Span
+from unicl_fast.packing.sources.items import Item, Label, problem_of, refused
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, TableResult, TableTask, add_texts

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, cast
 
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.sources.cells import Cells, key_in_group, wanted_labels
-from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
-from unicl_fast.packing.sources.items import Item, Problem, refused
+from unicl_fast.packing.sources.entries import EntryError, Found, Problem, Span
+from unicl_fast.packing.sources.items import Item, item_of, refused
 from unicl_fast.packing.sources.rows import (
     CAPTION_COLUMNS,
     FAILED_DOWNLOADS,
@@ -127,7 +127,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 class Group:
     """The files of one sample."""
 
-    images: list[tuple[str, Entry]] = field(default_factory=list)
+    images: list[tuple[str, Found]] = field(default_factory=list)
     """(extension, entry)."""
     row: dict[str, Any] = field(default_factory=dict)
     """Its texts, as fields of a row."""
@@ -164,7 +164,7 @@ class SampleMaker:
         )  # fmt: skip
 
     def add_file(
-        self, group: Group, extension: str, entry: Entry, read: Callable[[], bytes]
+        self, group: Group, extension: str, entry: Found, read: Callable[[], bytes]
     ) -> None:
         """Keeps an image, or the used fields of a .txt, .cls or .json; counts other files."""
         if extension not in IMAGES and extension not in _TEXTS:
@@ -178,6 +178,8 @@ class SampleMaker:
             group.images.append((extension, entry))
             return
         try:
+            if isinstance(entry, Problem):
+                raise EntryError(entry.kind, entry.message)
             data = read()
             if extension == "json":
                 fields = json.loads(data)
@@ -189,7 +191,7 @@ class SampleMaker:
                 is_number = extension == "cls" and len(text) < 10 and text.isdecimal()
                 group.row[extension] = int(text) if is_number else text
         except EntryError as error:
-            group.problem = Problem(error.kind, f".{extension}: {error}")
+            group.problem = Problem(error.problem.kind, f".{extension}: {error}")
         except (ValueError, RecursionError) as error:
             group.problem = Problem("bad row", f".{extension}: {error!s:.300}")
 
@@ -205,16 +207,12 @@ class SampleMaker:
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
             return
-        problem = group.problem or too_low(group.row, self._scores)
-        item = Item(key, problem=problem)
-        _, image = group.images[0]
-        if len(group.images) > 1 and item.problem is None:
+        item = item_of(key, group.images[0][1])
+        if (problem := group.problem or too_low(group.row, self._scores)) is not None:
+            item.problem = problem
+        elif len(group.images) > 1:
             names = " and ".join(f".{name}" for name, _ in group.images)
             item.problem = Problem("ambiguous", f"several images: {names}")
-        elif isinstance(image, RefusedEntry):
-            item.problem = Problem(image.kind, image.message)
-        else:
-            item.entry = image
         if item.problem is None:
             texts = self._cells.texts_of(group.row, ())
             add_texts(item, texts, self._cells.columns, "the sample")
@@ -240,9 +238,9 @@ def _read_tar(path: str, maker: SampleMaker) -> None:
                     maker.passed_over[NO_SAMPLE] += 1
                     continue
                 group = groups.setdefault(key, Group())
-                entry: Entry = Span(path, member.offset_data, member.size)
-                if reason := _why_refused(member):
-                    entry = RefusedEntry("unreadable", reason)
+                reason = member.pax_headers.get(_REFUSED, "" if is_plain(member) else _NOT_REGULAR)
+                span = Span(path, member.offset_data, member.size)
+                entry = Problem("unreadable", reason) if reason else span
                 read = functools.partial(_read_text, file, member)
                 maker.add_file(group, extension, entry, read)
     except DamagedTarError as error:
@@ -261,16 +259,10 @@ def _read_tar(path: str, maker: SampleMaker) -> None:
 
 
 def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    if reason := _why_refused(member):
-        raise EntryError("unreadable", reason)
     if member.size > MAX_TEXT_BYTES:
         raise EntryError("bad row", f"a text of {member.size:,} bytes")
     file.seek(member.offset_data)
     return file.read(member.size)
-
-
-def _why_refused(member: tarfile.TarInfo) -> str:
-    return member.pax_headers.get(_REFUSED, "" if is_plain(member) else _NOT_REGULAR)
 
 
 def count_failures(stem: Path, maker: SampleMaker) -> None:

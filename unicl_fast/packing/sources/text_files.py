@@ -2,9 +2,9 @@
 
 import os
 
-from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry
+from unicl_fast.packing.sources.entries import EntryError, Found, Problem
 from unicl_fast.packing.sources.image_folders import is_image
-from unicl_fast.packing.sources.items import Item, Problem, require_text
+from unicl_fast.packing.sources.items import Item, item_of, require_text
 from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -36,16 +36,15 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     return Source(name=place.name, items=items, labels_are_names=False, passed_over=passed_over)
 
 
-def _with_caption(name: str, image: Entry, text: Entry | None) -> Item:
-    item = Item(name, image)
-    if isinstance(image, RefusedEntry):
-        item.problem = Problem(image.kind, image.message)
-    if text is not None:
-        try:
-            caption = text.read(max_bytes=MAX_CAPTION_BYTES).decode("utf-8-sig").strip()
-            item.captions = [caption] if caption else []
-        except (EntryError, UnicodeDecodeError) as error:
-            item.problem = Problem("bad row", f"its .txt: {error}")
+def _with_caption(name: str, image: Found, text: Found | None) -> Item:
+    item = item_of(name, image)
+    try:
+        if isinstance(text, Problem):
+            raise EntryError(text.kind, text.message)
+        caption = text.read(max_bytes=MAX_CAPTION_BYTES).decode("utf-8-sig").strip() if text else ""
+        item.captions = [caption] if caption else []
+    except (EntryError, UnicodeDecodeError) as error:
+        item.problem = Problem("bad row", f"its .txt: {error}")
     require_text(item)
     return item
 

@@ -1,8 +1,6 @@
 """Folders, zips and URLs as trees of named files; nothing is ever written under a name found there.
 
-A zip can lie, so its sizes and checksums are compared with the data, and nothing is inflated beyond
-its declared size. `zipfile` reads its directory once, and workers read members by offset and size:
-opening ImageNet's zip in each worker would cost 6 s and 0.9 GB.
+Names lead to entries, or to the problem that is known from the listing.
 """
 
 from __future__ import annotations
@@ -10,32 +8,27 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
 
 from unicl_fast.dataset.object_store import ObjectStore, is_url
 from unicl_fast.packing.sources.entries import (
-    MAX_FILE_BYTES,
+    LOCAL_HEADER_BYTES,
     Entry,
-    EntryError,
     FileEntry,
-    RefusedEntry,
+    Found,
+    Problem,
     Span,
-    check_file_size,
+    ZipEntry,
 )
-from unicl_fast.packing.sources.items import Item, refused
+from unicl_fast.packing.sources.items import Item, item_of, refused
 from unicl_fast.system.paths import nearest_name
-from unicl_fast.system.untrusted_files import open_file
 
 _MAX_PATH_BYTES = 4096
 """Linux's PATH_MAX. Longer names cannot exist, and resolving them costs quadratic time."""
-_LOCAL_HEADER_BYTES = 30
-_ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3  # only then do the upper 16 bits of a member's attributes tell its kind of file
 
 
@@ -50,14 +43,14 @@ class FolderTree:
         self.root = root
         self._real_root = os.path.realpath(root)
 
-    def entries(self) -> Iterator[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, Found]]:
         """Yields all files, sorted by name; a folder that several links point to comes once.
 
         Only the names in one folder, and in the folders above it, are in memory.
         """
         seen = set[str]()
         # not recursive: folders can be nested deeper than Python's stack
-        waiting: list[tuple[str, Entry | _Folder]] = [("", _Folder(self.root, self._real_root))]
+        waiting: list[tuple[str, Found | _Folder]] = [("", _Folder(self.root, self._real_root))]
         while waiting:
             name, found = waiting.pop()
             if not isinstance(found, _Folder):
@@ -66,24 +59,21 @@ class FolderTree:
                 seen.add(found.real)
                 waiting += sorted(_list_folder(found, name), reverse=True, key=itemgetter(0))
 
-    def find(self, name: str) -> Entry:
-        """Returns the file called `name`, or raises `EntryError`."""
+    def find(self, name: str) -> Found:
+        """Returns the file called `name`, or why there is none."""
         try:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
-                raise EntryError("missing", "the path is longer than any file's")
+                return Problem("missing", "the path is longer than any file's")
             path = os.path.realpath(self.root / name)
             # `..` after a link is not the folder before it, and absolute paths have many spellings
             if not self._names_inside(name) and not _is_under(path, self._real_root):
-                raise EntryError(
-                    "outside", f"the path leaves {self.root}; --image-root says where images are"
-                )
+                message = f"the path leaves {self.root}; --image-root says where images are"
+                return Problem("outside", message)
             status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise EntryError("unreadable", "not a regular file")
-        except (OSError, ValueError) as error:  # ValueError: a zero byte, or half a character
-            if isinstance(error, EntryError):
-                raise
-            raise EntryError("missing", f"no such file in {self.root}") from error
+        except (OSError, ValueError):  # ValueError: a zero byte, or half a character
+            return Problem("missing", f"no such file in {self.root}")
+        if not stat.S_ISREG(status.st_mode):
+            return Problem("unreadable", "not a regular file")
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
     def _names_inside(self, name: str) -> bool:
@@ -104,7 +94,7 @@ class _Folder:
     """The path without links."""
 
 
-def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _Folder]]:
+def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Found | _Folder]]:
     """Yields a folder's direct contents: files, and folders with a slash after their names."""
     with os.scandir(folder.path) as listing:
         for child in listing:
@@ -121,57 +111,7 @@ def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _F
             except FileNotFoundError:  # a dangling link; reading it will say so
                 yield name, FileEntry(child.path, 0)
             except OSError as error:  # a link to itself
-                yield name, RefusedEntry("unreadable", error.strerror or str(error))
-
-
-@dataclass(frozen=True, slots=True)
-class ZipEntry:
-    """A file inside a zip, by the zip's directory."""
-
-    archive: str
-    header_offset: int
-    packed_bytes: int
-    num_bytes: int
-    method: int
-    crc: int
-    flags: int
-
-    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        if self.flags & _ENCRYPTED:
-            raise EntryError("unreadable", "encrypted inside the zip")
-        if self.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise EntryError("unreadable", f"zip compression method {self.method} is not known")
-        check_file_size(self.num_bytes, max_bytes)
-        check_file_size(self.packed_bytes, max_bytes)
-        try:
-            with open_file(self.archive) as file:
-                packed = self._read_packed(file)
-        except OSError as error:
-            raise EntryError("unreadable", error.strerror or str(error)) from error
-        data = packed if self.method == zipfile.ZIP_STORED else self._inflate(packed)
-        if len(data) != self.num_bytes or zlib.crc32(data) != self.crc:
-            raise EntryError("damaged", "the zip's checksum does not fit the file inside it")
-        return data
-
-    def _read_packed(self, file: BinaryIO) -> bytes:
-        # the data follow the local header, which repeats the name and has an extra field whose
-        # length can differ from the directory's (APPNOTE.TXT 4.3.7)
-        file.seek(self.header_offset)
-        header = file.read(_LOCAL_HEADER_BYTES)
-        if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
-            raise EntryError("damaged", "the zip has no file where its directory says")
-        name_bytes = int.from_bytes(header[26:28], "little")
-        extra_bytes = int.from_bytes(header[28:30], "little")
-        file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
-        return file.read(self.packed_bytes)
-
-    def _inflate(self, packed: bytes) -> bytes:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            # never more than the directory declares, even if the stream holds more
-            return inflater.decompress(packed, self.num_bytes + 1)
-        except zlib.error as error:
-            raise EntryError("damaged", f"the zip's compressed data are broken: {error}") from error
+                yield name, Problem("unreadable", error.strerror or str(error))
 
 
 class ZipTree:
@@ -186,12 +126,12 @@ class ZipTree:
             name for name, n in Counter(member.filename for member in members).items() if n > 1
         }
         overlapping = _find_overlapping(members)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Found] = {}
         for member in members:
             if member.filename.startswith(prefix):
                 refused = _refuse(member, archive_bytes, overlapping=overlapping, repeated=repeated)
                 self._entries[member.filename.removeprefix(prefix)] = refused or ZipEntry(
-                    archive=str(archive),
+                    path=str(archive),
                     header_offset=member.header_offset,
                     packed_bytes=member.compress_size,
                     num_bytes=member.file_size,
@@ -206,16 +146,14 @@ class ZipTree:
                 f"{', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
             )
 
-    def entries(self) -> Iterator[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, Found]]:
         """Yields all files, sorted by name."""
         return ((name, self._entries[name]) for name in sorted(self._entries))
 
-    def find(self, name: str) -> Entry:
-        """Returns the file called `name`, or raises `EntryError`."""
-        entry = self._entries.get(name.removeprefix("./"))
-        if entry is None:
-            raise EntryError("missing", f"no such file in {self._archive}")
-        return entry
+    def find(self, name: str) -> Found:
+        """Returns the file called `name`, or why there is none."""
+        missing = Problem("missing", f"no such file in {self._archive}")
+        return self._entries.get(name.removeprefix("./"), missing)
 
 
 def _read_directory(archive: Path) -> list[zipfile.ZipInfo]:
@@ -229,21 +167,21 @@ def _read_directory(archive: Path) -> list[zipfile.ZipInfo]:
 
 def _refuse(
     member: zipfile.ZipInfo, archive_bytes: int, *, overlapping: set[int], repeated: set[str]
-) -> RefusedEntry | None:
+) -> Problem | None:
     """The reason, from the directory, not to read a member; None if it can be read."""
     name = member.filename
     if name.startswith("/") or ".." in name.split("/"):
-        return RefusedEntry("outside", "the name leaves the zip")
+        return Problem("outside", "the name leaves the zip")
     if name in repeated:
-        return RefusedEntry("ambiguous", "the zip holds several files of this name")
+        return Problem("ambiguous", "the zip holds several files of this name")
     kind = stat.S_IFMT(member.external_attr >> 16)
     if member.create_system == _MADE_ON_UNIX and kind not in (0, stat.S_IFREG):
-        return RefusedEntry("unreadable", "not a regular file but a link or a device")
-    end = member.header_offset + _LOCAL_HEADER_BYTES + member.compress_size
+        return Problem("unreadable", "not a regular file but a link or a device")
+    end = member.header_offset + LOCAL_HEADER_BYTES + member.compress_size
     if member.header_offset < 0 or end > archive_bytes:
-        return RefusedEntry("damaged", "the zip's directory says it lies beyond the zip's end")
+        return Problem("damaged", "the zip's directory says it lies beyond the zip's end")
     if member.header_offset in overlapping:
-        return RefusedEntry("damaged", "it shares its bytes with another file of the zip")
+        return Problem("damaged", "it shares its bytes with another file of the zip")
     return None
 
 
@@ -255,20 +193,22 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
     for start, size in spans:
         if start < reach:
             overlapping |= {start, reached_by}
-        end = start + _LOCAL_HEADER_BYTES + size
+        end = start + LOCAL_HEADER_BYTES + size
         if end > reach:
             reach, reached_by = end, start
     return overlapping
 
 
-def require_there(entry: Entry | None, source: str, reason: str) -> None:
+def require_there(entry: Entry, source: str, problem: Problem) -> None:
     """Raises FileNotFoundError if an image's source has vanished, as a dropped mount does.
 
     A single file can be gone. If its folder is missing or empty, or its archive is missing, all
-    other images are gone too. A store that does not answer, for a `reason`, is no image's fault.
+    other images are gone too. A store that does not answer is no image's fault.
     """
-    if is_url(getattr(entry, "path", "")):
-        raise FileNotFoundError(f"{source} cannot be read: {reason}")
+    if problem.kind != "unreadable":
+        return
+    if is_url(entry.path):
+        raise FileNotFoundError(f"{source} cannot be read: {problem.message}")
     if isinstance(entry, FileEntry):
         place = os.path.dirname(entry.path)
         try:
@@ -279,8 +219,8 @@ def require_there(entry: Entry | None, source: str, reason: str) -> None:
         except OSError:
             is_there = False
     else:
-        place = entry.archive if isinstance(entry, ZipEntry) else getattr(entry, "path", "")
-        is_there = not place or os.path.exists(place)
+        place = entry.path
+        is_there = os.path.exists(place)
     if not is_there:
         raise FileNotFoundError(
             f"the source {source} has vanished while it was packed: {place} was there when it was "
@@ -309,7 +249,7 @@ class UrlTree:
     def url_of(self, name: str) -> str:
         return f"{self._url}/{name}"
 
-    def entries(self) -> Iterator[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, Found]]:
         """Yields all files, sorted by name."""
         return (
             (name, Span(self.url_of(name), 0, size)) for name, size in sorted(self.sizes.items())
@@ -343,10 +283,4 @@ def find_image(tree: Tree, name: str) -> Item:
     """Returns the item of an image; an absolute path must lead into the tree."""
     if ".." in name.split("/"):
         return refused(name, "outside", "paths must stay inside the image root")
-    try:
-        entry = tree.find(name)
-        if isinstance(entry, RefusedEntry):
-            raise EntryError(entry.kind, entry.message)
-        return Item(name, entry)
-    except EntryError as error:
-        return refused(name, error.kind, str(error))
+    return item_of(name, tree.find(name))
