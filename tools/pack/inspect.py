@@ -36,11 +36,9 @@ _IMAGES_OF_A_GROUP = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Describe a packed data set: counts, classes, captions, sizes, copies, concepts.
+    """Describe a packed data set: counts, classes, captions, sizes, copies.
 
-    The table of concepts is the paper's Table 1: images, concepts, images for each concept. The
-    concepts of labels are categories; of captions, words that occur more than 5 times (the paper
-    counts noun phrases). Near copies are found by perceptual hashes.
+    Near copies are found by perceptual hashes.
 
     Examples:
       unicl-pack inspect packed/photos --html photos.html
@@ -154,17 +152,10 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
 
 
 def _in_words(inspection: Inspection) -> str:
-    concepts = [
-        (row.data, f"{row.num_images:,}", f"{row.num_concepts:,}", f"{row.images_per_concept:,.2f}")
-        for row in inspection.concepts
-    ]
     lines = [
         f"{inspection.folder}: "
         f"{contents_of(inspection, num_classes=len(inspection.class_counts))}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
-        "",
-        markdown_table(("data", "images", "concepts", "images/concept"), concepts),
-        *(f"concepts of {row.data}: {row.kind}" for row in inspection.concepts),
         "",
     ]
     spreads = [

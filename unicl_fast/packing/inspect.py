@@ -4,13 +4,10 @@ Numbers come from the arrays, texts from the shards; images are only read for th
 hashes, in worker processes (`near_duplicates`).
 """
 
-import contextlib
 import math
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
-from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
+from unicl_fast.dataset.stored_samples import equal_images, image_sizes
 from unicl_fast.packing.near_duplicates import (
     Hashes,
     Indices,
@@ -28,26 +25,12 @@ from unicl_fast.packing.near_duplicates import (
     hash_images,
 )
 from unicl_fast.packing.quarantine import count_left_out
-from unicl_fast.system.bar import Bar
 from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_DISTANCE = 4
 """In bits of 64: includes copies in another size, quality, aspect or in grey, and none of 200,000
 pairs of unrelated photographs (docs/data.md)."""
-MORE_THAN = 5  # A concept occurs more often than this
 
-_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
-_STOP_WORDS = frozenset(
-    """a about above after again against all along also am among an and another any are around as at
-    away back be because been before behind being below beside between both but by can could did do
-    does down during each either else ever every few for from front had has have having he her here
-    hers him his how i if in inside into is it its itself just like many me more most much my near
-    next no nor not of off on once only onto or other others our out outside over own per she
-    should so some something such than that the their them then there these they this those through
-    to together too toward towards under until up upon us very was we were what when where which
-    while who whose why will with within without would you your""".split()  # noqa: SIM905 - as a list it would take 160 lines
-)
-"""English words that name nothing visible."""
 _BINS = 30
 _FAR = 3  # histograms end at the 99th percentile if the largest value lies this many times as far
 
@@ -87,19 +70,6 @@ class Copies:
     num_labels_differ: int
     """Groups whose labelled images do not all have the same labels."""
     groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ConceptRow:
-    """A row of the paper's Table 1."""
-
-    data: str
-    num_images: int
-    num_concepts: int
-    images_per_concept: float
-    """0 without concepts."""
-    kind: str
-    """The things counted as concepts, in words."""
 
 
 _OF_MANIFEST = (
@@ -147,7 +117,6 @@ class Inspection:
     """Captions with distinct tokens."""
     repeated_captions: tuple[tuple[str, int], ...]
     """The most frequent captions that occur more than once."""
-    frequent_concepts: tuple[tuple[str, int], ...]
     heights: Spread
     widths: Spread
     aspects: Spread
@@ -159,7 +128,6 @@ class Inspection:
     near_distance: int
     near_copies: Copies | None
     """Near copies that are not exact ones; None without a search."""
-    concepts: tuple[ConceptRow, ...]
     seconds: float
 
 
@@ -188,10 +156,7 @@ def inspect_dataset(
         )
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
         per_image = lengths = None
-        found: list[tuple[str, int]] = []
         if len(dataset.captions):
-            texts = _captions(dataset, progress=progress)
-            found = count_concepts(texts)
             per_image = _spread(rows["captions_count"][has_captions])
             lengths = _spread(dataset.captions["tokens_length"].astype(int) - 2)
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
@@ -217,7 +182,6 @@ def inspect_dataset(
             labels_per_image=dict(sorted(labels_per_image.items())),
             captions_per_image=per_image,
             caption_tokens=lengths,
-            frequent_concepts=tuple(found[:30]),
             heights=_spread(rows["height"]),
             widths=_spread(rows["width"]),
             aspects=_spread(rows["width"] / rows["height"], unit=0.05),
@@ -226,49 +190,9 @@ def inspect_dataset(
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,
-            concepts=_table_1(
-                class_counts, len(found), int(has_labels.sum()), int(has_captions.sum())
-            ),
             **_look_at_captions(dataset),
             seconds=time.perf_counter() - started,
         )
-
-
-def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
-    """All captions, read from the shards."""
-    with_captions = np.flatnonzero(dataset.samples["captions_count"])
-    with contextlib.closing(SampleReader(dataset)) as reader:
-        for index in Bar(with_captions, desc="reading captions", unit=" images", shown=progress):
-            yield from reader.read_description(int(index)).captions
-
-
-def count_concepts(texts: Iterable[str]) -> list[tuple[str, int]]:
-    """The words that occur more than 5 times, with their counts, most frequent first."""
-    words = (word for text in texts for word in _WORD.findall(text.lower()))
-    counts = Counter(word for word in words if word not in _STOP_WORDS)
-    frequent = [(word, count) for word, count in counts.items() if count > MORE_THAN]
-    return sorted(frequent, key=lambda entry: (-entry[1], entry[0]))
-
-
-def _table_1(
-    class_counts: Sequence[tuple[str, int]],
-    num_words: int,
-    num_labelled: int,
-    num_captioned: int,
-) -> tuple[ConceptRow, ...]:
-    """Rows as in the paper for labelled images, and for captioned ones, whose words are counted."""
-    rows: list[tuple[str, int, int, str]] = []
-    if num_labelled:
-        used = sum(count > 0 for _, count in class_counts)
-        named = f", of {len(class_counts):,} named" if used < len(class_counts) else ""
-        rows.append(("image-label", num_labelled, used, f"categories with images{named}"))
-    if num_captioned:
-        kind = f"distinct words, without stop words, that occur more than {MORE_THAN} times"
-        rows.append(("image-text", num_captioned, num_words, kind))
-    return tuple(
-        ConceptRow(data, images, concepts, images / concepts if concepts else 0.0, kind)
-        for data, images, concepts, kind in rows
-    )
 
 
 def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:

@@ -87,6 +87,7 @@ def make_page(
         (inspection.num_samples, "images"),
         (inspection.num_captions, "captions"),
         (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
+        *([(both, "with labels and captions")] if (both := inspection.num_with_both) else ()),
         (inspection.exact_copies.num_surplus, "exact copies"),
         *([(near_copies.num_surplus, "look like another")] if near_copies is not None else ()),
         (inspection.num_quarantined, "left out when packed"),
@@ -97,16 +98,6 @@ def make_page(
         data=inspection,
         name=Path(inspection.folder).resolve().name,  # works for a URL too
         tiles=tiles,
-        concept_rows=[
-            (
-                row.data,
-                f"{row.num_images:,}",
-                f"{row.num_concepts:,}",
-                _number(row.images_per_concept) if row.num_concepts else "-",
-                row.kind,
-            )
-            for row in inspection.concepts
-        ],
         sheet=sheet,
         classes=_classes(inspection) if inspection.class_counts else None,
         caption_plots=caption_plots,
