@@ -1,7 +1,6 @@
 """Data sets whose images stay in the tars and files that they came in."""
 
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(shared: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil; times are kept, and paths are written anew."""
     shutil.copytree(shared / "tars", tmp_path / "tars")
-    build(tmp_path / "tars", tmp_path / "index", known=str(shared / "index"))
+    build(tmp_path / "tars", tmp_path / "index")
     return tmp_path
 
 
@@ -149,14 +148,8 @@ def test_a_changed_source_is_found_and_named(place):
         flip_byte(place / "index", number)
         with pytest.raises(DamagedSampleError) as caught:
             dataset.image_bytes(number, verify=True)
-    words = (str(tar), "checksum", "expected", "put it back as it was", "--known")
+    words = (str(tar), "checksum", "expected", "put it back as it was", "--out NEW")
     assert all(word in str(caught.value) for word in words), caught.value
-    # of the same time too, --known would bring the same index again
-    with PackedDataset(place / "index") as dataset:
-        version = int(dataset.sources.rows[dataset.source_place(number).file]["version"])
-        os.utime(tar, ns=(version, version))
-        with pytest.raises(DamagedSampleError, match="--out NEW; without --known, which would"):
-            dataset.image_bytes(number, verify=True)
     assert [fault.kind for fault in faults_of(place / "index", decode=True)].count("source") == 1
     with tar.open("ab") as file:
         file.write(bytes(512))
@@ -171,40 +164,22 @@ def test_a_changed_source_is_found_and_named(place):
         dataset.image_bytes(number)
 
 
-def test_a_grown_source_is_looked_at_where_it_is_new(place, looked_at):
-    write_shard(place / "tars", 3)
-    looked_at.clear()
-    with pytest.raises(
-        ValueError, match="Name another folder and --known .*skips images checked before"
-    ):
-        build(place / "tars", place / "index")
-    grown = build(place / "tars", place / "grown", known=str(place / "index"))
-    assert list(grown.notes.values()) == [3 * (PER_TAR - 2)]
-    # six of the new tar, and of the others what was turned or cut
-    assert len(looked_at) == PER_TAR + 3 * 2
-    build(place / "tars", place / "anew")
-    assert contents(place / "grown") == contents(place / "anew")
-    # a tar that was written again is read again
-    looked_at.clear()
-    os.utime(place / "tars/00000.tar", (1, 1))
-    build(place / "tars", place / "again", known=str(place / "index"))
-    assert len(looked_at) == 2 * PER_TAR + 2 * 2
-
-
-def test_an_index_is_a_source_of_indexes_and_of_packed_data_sets(place):
+def test_an_index_and_new_tars_are_a_source_of_indexes_and_of_packed_data_sets(place, looked_at):
     write_shard(place / "more", 5)
     build(place / "more", place / "second")
-    both = [str(place / "index"), str(place / "second")]
     expected = sorted(samples_of(place / "index") + samples_of(place / "second"))
     for name, in_place in (("merged", True), ("copied", False)):
         out = place / name
-        build_set(both, out, in_place=in_place)
+        looked_at.clear()
+        build_set([str(place / "index"), str(place / "more")], out, in_place=in_place)
+        if in_place:  # only the new tar
+            assert len(looked_at) == PER_TAR
         assert samples_of(out) == expected
         assert faults_of(out, decode=True) == []
         assert (PackedDataset(out).sources is None) != in_place
 
 
-def test_what_is_no_file_as_it_is_is_refused(shared, place, pack):
+def test_what_is_no_file_as_it_is_is_refused(place, pack):
     (place / "photos/cat").mkdir(parents=True)
     (place / "photos/cat/1.jpg").write_bytes(jpeg(1))
     zipped = shutil.make_archive(str(place / "photos"), "zip", place / "photos")
@@ -215,8 +190,6 @@ def test_what_is_no_file_as_it_is_is_refused(shared, place, pack):
         ((gzipped,), ".tar first: gunzip"),
         (("https://user:word@host/a.tar",), "https://host/a.tar: a URL with a password"),
         ((place / "tars", "--resize", "short:16"), "--resize"),
-        ((place / "tars", "--known", place / "tars"), "not a packed data set"),
-        ((place / "tars", "--known", shared / "packed"), "needs a data set of build --in-place"),
     ):
         code, printed = pack("build", "--in-place", *arguments, "--out", place / "out")
         assert code == 2, printed

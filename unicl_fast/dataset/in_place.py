@@ -31,11 +31,8 @@ class Place(NamedTuple):
 class SourceFiles(Sequence[str]):
     """Paths or URLs of source files by number, built on access."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, cache: CacheOptions | None, *, location: str
-    ) -> None:
-        """Opens the arrays in `folder`, as `open_array`; `location` names it in messages."""
-        self._location = location
+    def __init__(self, folder: Path, manifest: Manifest, cache: CacheOptions | None) -> None:
+        """Opens the arrays in `folder`, as `open_array`."""
         self.arrays = {
             # plain arrays, whose rows cost a third of the time
             name: np.asarray(open_array(folder / f"{name}.npy", dtype, length_of(manifest, name)))
@@ -111,17 +108,11 @@ class SourceFiles(Sequence[str]):
         """Says how a source file has changed, and what to do; it has `found` bytes now."""
         expected = int(self.rows[number]["num_bytes"])
         now = "it is missing" if found is None else f"it has {found} bytes"
-        known = f" --known {self._location}"
         if found == expected:
             now = "its size is the same, its content is not"
-            if (
-                self.cache is None
-                and os.stat(self[number]).st_mtime_ns == self.rows[number]["version"]
-            ):
-                known = "; without --known, which would take it for unchanged: so is its time"
         return (
             f"{self[number]} is not what was indexed, of {expected} bytes: {now}; put it back as "
-            f"it was, or index it again: unicl-pack build --in-place SOURCE --out NEW{known}"
+            f"it was, or index it again: unicl-pack build --in-place SOURCE --out NEW"
         )
 
     def size_now(self, number: int) -> int | None:

@@ -531,7 +531,7 @@ class PackedDataset:
     def _open_sources(self, cache: CacheOptions | None) -> SourceFiles | None:
         if self.manifest.in_place is None:
             return None
-        sources = SourceFiles(self.folder, self.manifest, cache, location=self.location)
+        sources = SourceFiles(self.folder, self.manifest, cache)
         if self.remote is not None and len(sources) and sources.cache is None:
             raise ValueError(
                 f"{self.location} holds no images: they are in files of the machine that it was "

@@ -29,7 +29,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.in_place import KnownImages, Places, require_in_place, shuffled_files
+from unicl_fast.packing.in_place import Places, require_in_place, shuffled_files
 from unicl_fast.packing.label_space import (
     LabelSpace,
     collect_label_space,
@@ -313,7 +313,6 @@ def _pack(
         return dict(work.record["summary"])
     images = options.check()
     places = Places(work.out) if options.in_place else None
-    known = KnownImages(options.known, work.out) if options.known else None
     # samples that were left out before cannot be packed now; the first side lists them
     packed = contents.packed if side == 0 else ()
     with DatasetWriter(
@@ -335,7 +334,7 @@ def _pack(
         )
         left = samples.at(order[num_done:])
         # closed here: an error keeps it, and the exit of the program would meet its closed pipes
-        with contextlib.closing(_check(left, images, one_size, options, known)) as checked:
+        with contextlib.closing(_check(left, images, one_size, options)) as checked:
             bar = Bar(
                 checked,
                 total=len(order),
@@ -349,7 +348,7 @@ def _pack(
             summary = {
                 "num_reencoded": writer.notes.get("num_reencoded", 0),
                 "passed_over": dict(contents.passed_over),
-                "notes": dict(contents.notes if known is None else contents.notes + known.notes),
+                "notes": dict(contents.notes),
             }
             writer.finish(
                 tokenizer=Tokenizer.name,
@@ -491,7 +490,6 @@ def _check(
     images: ImageOptions,
     one_size: OneSize | None,
     options: BuildOptions,
-    known: KnownImages | None,
 ) -> Generator[tuple[str, Item, Checked | Problem], None, None]:
     """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order
@@ -502,7 +500,7 @@ def _check(
         (
             Task(
                 item.name,
-                item.entry if known is None else known.replace(item.entry),
+                item.entry,
                 item.captions,
                 None if one_size is None else one_size.size,
                 0 if one_size is None else one_size.answer_bytes(images),

@@ -19,7 +19,7 @@ from unicl_fast.packing.workers import ImageOptions
 
 DEFAULT_IMAGE_SECONDS = 30.0  # A hundred times as long as the largest ordinary photograph needs
 
-_FREE_TO_CHANGE = {"restart", "workers", "engine", "known"}
+_FREE_TO_CHANGE = {"restart", "workers", "engine"}
 """Options that can change when a build resumes: they leave no trace in the data set."""
 
 
@@ -71,9 +71,6 @@ class BuildOptions(ListOptions):
     """Leave images in the tars and files of SOURCE, in folders or under URLs: they are checked and
     indexed, but not copied. Only files unsafe for training's decoders are converted and kept in
     --out. Sources must not change: see docs/data.md."""
-    known: str = ""
-    """A data set of --in-place: images that it lists, in files that have not changed, are not
-    checked again."""
     license: str = ""
     """The license of the data, such as CC-BY-4.0: kept in the manifest, for cards of models trained
     on it."""
@@ -124,8 +121,6 @@ class BuildOptions(ListOptions):
             raise ValueError(
                 f"--split is the fraction for training, such as 0.9, not {self.split:g}"
             )
-        if self.known and not self.in_place:
-            raise ValueError("--known needs --in-place")
         if self.in_place and (self.resize or self.format != "keep" or is_url(self.image_root)):
             raise ValueError(
                 "--in-place leaves images as they are, and reads lists of files in folders only: "

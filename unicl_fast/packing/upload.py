@@ -24,7 +24,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     """
     manifest, checksums = Manifest.load(folder), _checksums_of(folder)
     if manifest.in_place is not None:
-        sources = SourceFiles(folder, manifest, None, location=str(folder))
+        sources = SourceFiles(folder, manifest, None)
         if len(sources) and sources.cache is None:
             raise ValueError(
                 f"the images of {folder} are in files of this machine, such as {sources[0]}: "

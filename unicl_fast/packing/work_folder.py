@@ -130,12 +130,9 @@ class WorkFolder:
             more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
             differences = "".join(f"\n  {line}" for line in found[:_SHOWN] + more)
             if self.is_complete:
-                known = ""
-                if self.record["options"].get("--in-place"):
-                    known = f" and --known {self.out}, which skips images checked before"
                 raise ValueError(
                     f"{self.out} already holds a packed data set, made with other {what}:"
-                    f"{differences}\nName another folder{known}, or remove it"
+                    f"{differences}\nName another folder, or remove it"
                 )
             raise ValueError(
                 f"{self.path} holds {_describe_finished(self._finished)} of a build with other "
