@@ -278,9 +278,10 @@ def test_any_damage_to_a_table_is_named(tmp_path_factory, data):
     assert isinstance(result, TableResult)
     rows = folder / "rows"
     for line in rows.read_bytes().splitlines() if rows.exists() else ():
-        row = json.loads(line)
-        if "offset" in row:
-            assert row["offset"] + row["size"] <= (folder / "images").stat().st_size
+        _, item, _ = source_tables._decode_row(line)
+        if item.entry is not None:
+            end = item.entry.offset + item.entry.num_bytes
+            assert end <= (folder / "images").stat().st_size
 
 
 def test_a_build_with_where_remembers_what_it_left_out(tmp_path, spool):

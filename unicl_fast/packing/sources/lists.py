@@ -18,7 +18,6 @@ from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import (
     LEFT_OUT,
-    Columns,
     ListOptions,
     add_texts,
     meets,
@@ -80,7 +79,9 @@ def collect_rows(
         else:
             texts = cells.texts_of(row, names)
             for name in names:
-                add_named(items, name, texts, columns, line, find)
+                item = Item(name)
+                add_texts(item, texts, columns, line)
+                add_named(items, item, find)
     for item in low_rows:
         (name,), low = item.captions, item.problem
         if items.find(name) is None:
@@ -98,17 +99,15 @@ def collect_rows(
     )  # fmt: skip
 
 
-def add_named(
-    items: ItemStore, name: str, row: dict[str, Any], columns: Columns, where: str, find: Find
-) -> None:
-    """Adds a row, called `where`, to the item of its image, which `find` makes if it is new."""
-    number = items.find(name)
-    item = find(name) if number is None else Item(name)
-    add_texts(item, row, columns, where)
-    if number is None:
-        items.append_named(item)
-    else:
+def add_named(items: ItemStore, item: Item, find: Find) -> None:
+    """Adds an image's row; `find` makes the item of an image that is new."""
+    number = items.find(item.name)
+    if number is not None:
         items.add_row(number, item)
+        return
+    found = find(item.name)
+    item.entry, item.problem = found.entry, item.problem or found.problem
+    items.append_named(item)
 
 
 def _csv_rows(path: Path) -> Rows:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unicl_fast.packing.sources.cells import Cells, study_cells
-from unicl_fast.packing.sources.entries import MAX_FILE_BYTES
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Problem, Span
+from unicl_fast.packing.sources.items import Item
 from unicl_fast.packing.sources.rows import (
     FAILED_DOWNLOADS,
-    GROUP,
     LEFT_OUT,
     TableResult,
     TableTask,
+    add_texts,
     meets,
     too_low,
 )
@@ -62,15 +65,11 @@ def convert(task: TableTask) -> TableResult:
     columns = cells.columns
     names = _class_names(table.schema, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
-    conditions, scores = task.options.conditions(), task.options.scores()
     texts = [name for name in header if name in cells.sources]
     texts += ["status"] if set(header) >= _IMG2DATASET else []
     wanted = list(dict.fromkeys((*columns.images, *texts)))
-    with (
-        open(task.rows_file, "w", encoding="ascii") as rows,
-        open(task.images_file, "wb") as images,
-    ):
-        writer = _RowWriter(cells, texts, names, conditions, scores, rows, images)
+    with open(task.rows_file, "wb") as rows, open(task.images_file, "wb") as images:
+        writer = _RowWriter(task, cells, texts, names, rows, images)
         for first, batch in table.batches(wanted, result.damaged):
             try:
                 writer.write(first, batch)
@@ -148,22 +147,22 @@ class _ParquetTable:
 class _RowWriter:
     """Writes batches as rows."""
 
+    task: TableTask
     cells: Cells
     texts: Sequence[str]
-    """Columns of texts, `conditions`, `scores`, group and weight, and img2dataset's `status`."""
+    """Columns of texts, conditions, scores, group and weight, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
-    conditions: Sequence[tuple[str, str]]
-    scores: Sequence[tuple[str, float]]
-    rows: TextIO
+    rows: BinaryIO
     images: BinaryIO
-    num_written: int = 0
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def write(self, first: int, batch: pa.RecordBatch) -> None:
         """Writes the rows of a batch, or raises before any if one cannot be read."""
         if batch.num_rows == 0:
             return
-        lines: list[str] = []
+        file_name, options = os.path.basename(self.task.path), self.task.options
+        conditions, scores = options.conditions(), options.scores()
+        lines: list[bytes] = []
         passed_over: Counter[str] = Counter()
         fields = {name: batch.column(name).to_pylist() for name in self.texts}
         images = [_Images(batch.column(name)) for name in self.cells.columns.images]
@@ -173,46 +172,50 @@ class _RowWriter:
             if "status" in row and row["status"] not in (None, "success"):
                 passed_over[FAILED_DOWNLOADS] += 1
                 continue
-            if not meets(row, self.conditions):
+            if not meets(row, conditions):
                 passed_over[LEFT_OUT] += 1
                 continue
-            low = too_low(row, self.scores)
             listed = zip(self.cells.columns.images, images, strict=True)
             paths = self.cells.images_of({name: each.path_at(number) for name, each in listed})
-            found = {"problem": [low.kind, low.message]} if low else self._texts_of(row, paths)
-            if "problem" not in found:  # a bad row needs no image
-                found |= self._image(images[0], number, paths)
-            lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
+            item = Item(f"{file_name}:{first + number}", problem=too_low(row, scores))
+            named: Sequence[str] = ()
+            if item.problem is None:
+                row = self.cells.texts_of(row, paths)
+                item.problem = self._name_labels(row)
+            if item.problem is None:
+                add_texts(item, row, self.cells.columns, f"{file_name}, row {first + number}")
+                named = self._add_image(item, images[0], number, paths)
+            lines.append(msgspec.json.encode((first + number, item, named)) + b"\n")
         self.rows.writelines(lines)
         self.passed_over += passed_over
 
-    def _texts_of(self, row: dict[str, Any], images: Sequence[str]) -> dict[str, Any]:
-        """The row's texts, with names for numbers; or its problem."""
-        row, columns = self.cells.texts_of(row, images), self.cells.columns
-        labels: list[Any] = []
-        for column in columns.labels:
-            names, own = self.names.get(column, ()), columns.found.setdefault(column, {})
-            for value in _as_list(row.get(column)):
+    def _name_labels(self, row: dict[str, Any]) -> Problem | None:
+        """Replaces numbers by class names; a number without a name is a problem."""
+        for column, names in self.names.items():
+            found = row[column] if isinstance(row[column], list) else [row[column]]
+            row[column] = []
+            for value in found:
                 is_number = isinstance(value, int) and not isinstance(value, bool)
-                if names and is_number and not -1 <= value < len(names):
+                if is_number and not -1 <= value < len(names):
                     message = f"{column} {value}, where there are {len(names)} class names"
-                    return {"problem": ["bad row", message]}
-                labels.append(names[value] if names and is_number and value >= 0 else value)
-                own |= {labels[-1]: None} if is_number or isinstance(value, str) else {}
-        captions = [text for column in columns.captions for text in _as_list(row.get(column))]
-        found = {"captions": captions, "labels": labels, GROUP: row.get(GROUP)}
-        return found | ({"weight": row.get(columns.weight)} if columns.weight else {})
+                    return Problem("bad row", message)
+                row[column].append(names[value] if is_number and value >= 0 else value)
+        return None
 
-    def _image(self, images: _Images, number: int, paths: Sequence[str]) -> dict[str, Any]:
-        """Copies the image and returns its location; or returns its paths, or its problem."""
+    def _add_image(
+        self, item: Item, images: _Images, number: int, paths: Sequence[str]
+    ) -> Sequence[str]:
+        """Copies the row's image, and returns nothing; or returns its paths."""
         buffer = images.bytes_at(number)
         if buffer is None:
-            return {"paths": paths} if paths else {"problem": ["missing", "no image in the row"]}
+            item.problem = item.problem if paths else Problem("missing", "no image in the row")
+            return paths
         if buffer.size > MAX_FILE_BYTES:
-            return {"problem": ["too large", f"an image of {buffer.size:,} bytes"]}
-        offset = self.num_written
-        self.num_written += self.images.write(buffer)
-        return {"offset": offset, "size": buffer.size}
+            item.problem = Problem("too large", f"an image of {buffer.size:,} bytes")
+        elif item.problem is None:
+            item.entry = Span("", self.images.tell(), buffer.size)
+            self.images.write(buffer)
+        return ()
 
 
 class _Images:
@@ -248,14 +251,5 @@ class _Images:
         return None if self._paths is None else self._paths[number].as_py()
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _is_bytes(kind: pa.DataType) -> bool:
     return kind in _BYTES or bool(pa.types.is_fixed_size_binary(kind))
-
-
-def _other_type(value: Any) -> dict[str, str]:
-    """Encodes dates, bytes and the like, which cannot be captions or labels."""
-    return {type(value).__name__: repr(value)[:100]}

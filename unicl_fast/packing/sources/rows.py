@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+import msgspec
+
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, join_rows
 from unicl_fast.system.checked_fields import plain_number
@@ -320,20 +322,19 @@ class TableTask:
     path: str
     options: ListOptions
     rows_file: str
-    """Receives a JSON object for each row: `row`, and `problem`, or `captions` and `labels` with
-    `offset` and `size`, or with `paths`."""
+    """Receives a JSON array for each row: its number, its `Item` and the paths that it names; the
+    entry's path is `images_file`."""
     images_file: str
 
 
-@dataclass(kw_only=True, slots=True)
-class TableResult:
+class TableResult(msgspec.Struct):
     """Facts about a file that are not in its rows."""
 
     labels_are_names: bool = True
     """Whether the file names all labels that are numbers."""
-    passed_over: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
-    columns: dict[str, list[Label]] = field(default_factory=dict)
+    passed_over: dict[str, int] = {}
+    notes: dict[str, int] = {}
+    columns: dict[str, list[Label]] = {}
     """The labels of each label column."""
-    damaged: list[tuple[int, int, str]] = field(default_factory=list)
+    damaged: list[tuple[int, int, str]] = []
     """Rows that cannot be read: the first, the end or -1, and why."""

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import importlib.util
-import json
 import os
 import re
 from collections import Counter
@@ -11,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.packing.sources.entries import Problem, Span
+import msgspec
+
+from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import Item, Label, problem_of, refused
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
-from unicl_fast.packing.sources.rows import Columns, ListOptions, TableResult, TableTask, add_texts
+from unicl_fast.packing.sources.rows import ListOptions, TableResult, TableTask
 from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool, stamp
 from unicl_fast.packing.sources.trees import open_tree
@@ -28,6 +29,7 @@ from unicl_fast.system.untrusted_files import read_file
 _PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
 """A limit, for a page of up to 2 GB, packed and unpacked; usually 16 MB are in use."""
+_decode_row = msgspec.json.Decoder(tuple[int, Item, list[str]]).decode
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 
 
@@ -136,7 +138,7 @@ def _remember(task: TableTask, result: TableResult) -> None:
     files = Path(task.rows_file), Path(task.images_file)
     for file in files:
         flush_to_disk(file)
-    note = _facts_of(task) | {"result": dataclasses.asdict(result)}
+    note = _facts_of(task) | {"result": msgspec.to_builtins(result)}
     write_text_atomically(_note_of(task), dump_checksummed_json(note))
 
 
@@ -145,7 +147,7 @@ def _recall(task: TableTask) -> TableResult | None:
     try:
         note = parse_checksummed_json(read_file(_note_of(task)))
         result = note.pop("result", None)
-        return TableResult(**result) if note == _facts_of(task) else None
+        return msgspec.convert(result, TableResult) if note == _facts_of(task) else None
     except (ValueError, OSError):
         return None
 
@@ -162,9 +164,7 @@ def _note_of(task: TableTask) -> Path:
 
 def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> int:
     """Adds the rows that were written; returns the number after the last."""
-    file_name, number = Path(task.path).name, -1
-    weight = "weight" if task.options.weight_column else ""
-    columns = Columns((), ("captions",), ("labels",), weight)
+    number = -1
 
     def find(name: str) -> Item:
         if named is None:  # the same path in two folders would be one sample
@@ -181,20 +181,13 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
         for line in rows:
             if not line.endswith(b"\n"):  # the process died in the middle
                 break
-            row = json.loads(line)
-            number = row["row"]
-            where = f"{file_name}, row {number}"
-            for path in (paths := row.get("paths", ())):  # rows with one path are one sample
-                add_named(items, path, row, columns, where, find)
-            if paths:
-                continue
-            item = Item(f"{file_name}:{number}")
-            if "problem" in row:
-                item.problem = Problem(*row["problem"])
-            else:
-                item.entry = Span(task.images_file, row["offset"], row["size"])
-                add_texts(item, row, columns, where)
-            items.append(item)
+            number, item, paths = _decode_row(line)
+            if item.entry is not None:
+                item.entry = msgspec.structs.replace(item.entry, path=task.images_file)
+            for item.name in paths:  # rows with one path are one sample
+                add_named(items, item, find)
+            if not paths:
+                items.append(item)
     return number + 1
 
 
