@@ -265,14 +265,12 @@ def test_the_program_prints_some_and_lists_all(packed, copy, tmp_path, pack):
     code, text = pack("verify", packed, "--no-decode")
     assert code == 0
     assert f"{packed}: sound; 9 images (0 decoded), 9 captions" in text
-    words = "--show", 1, "--list", tmp_path / "all.csv", "--json", tmp_path / "all.json"
+    words = "--show", 1, "--list", tmp_path / "all.csv"
     with Damaged(copy, "samples.npy", 520, 255), Damaged(copy, "shard-000000.tar", 600, 1):
         code, text = pack("verify", copy, "--no-decode", *words)
     assert code == 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open(newline="")))
-    found = json.loads((tmp_path / "all.json").read_text())
-    assert found["num_faults"] == len(rows) == len(found["first_faults"]) > 2
-    assert not found["sound"]
+    assert len(rows) > 2
     assert {"samples.npy", "shard-000000.tar"} <= {row["file"] for row in rows}
     assert f"and {len(rows) - 1} more, listed in {tmp_path / 'all.csv'}" in text
     assert "FAULTS FOUND" in text

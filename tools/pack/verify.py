@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +15,10 @@ from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.verify import VerifySummary, verify_dataset
-from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
 from ..numbers import OneDataSet
 
-_MOST_IN_JSON = 10_000  # faults that are kept in memory; --list has them all
 # advice for faults of a data set at {0}
 _IN_A_FOLDER = (
     "copy the named files again; damaged images can be left out by: unicl-pack build {0} --out DIR"
@@ -51,7 +48,7 @@ class Verify:
 
       unicl-pack verify packed/photos --no-decode      # everything else
 
-      unicl-pack verify packed/photos --list faults.csv --json verify.json
+      unicl-pack verify packed/photos --list faults.csv
     """
 
     folder: Annotated[OneDataSet, tyro.conf.Positional]
@@ -63,8 +60,6 @@ class Verify:
     """Faults to print; the others are counted."""
     list: Path | None = None
     """Write all faults into this file: CSV with the columns file, sample, kind, message."""
-    json: Path | None = None
-    """Write the outcome into this file, with the first 10,000 faults."""
     max_pixels: int = MAX_PIXELS
     """The build's value: an image with more pixels is a fault."""
     image_seconds: float = DEFAULT_IMAGE_SECONDS
@@ -87,7 +82,7 @@ class Verify:
             folder = stack.enter_context(local_copy(self.folder))
 
             def note(fault: Fault) -> None:
-                if len(first) < max(self.show, _MOST_IN_JSON):
+                if len(first) < self.show:
                     first.append(fault)
                 if rows is not None:
                     key = "" if fault.sample is None else sample_key(fault.sample)
@@ -98,15 +93,7 @@ class Verify:
                 max_pixels=self.max_pixels, image_seconds=self.image_seconds,
             )  # fmt: skip
         summary = dataclasses.replace(summary, folder=self.folder)
-        if self.json is not None:
-            outcome = {
-                "sound": not summary.num_faults,
-                **dataclasses.asdict(summary),
-                "num_faults": summary.num_faults,
-                "first_faults": [dataclasses.asdict(fault) for fault in first[:_MOST_IN_JSON]],
-            }
-            write_text_atomically(self.json, json.dumps(outcome, indent=1) + "\n")
-        return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
+        return _in_words(summary, first, self.list), int(summary.num_faults > 0)
 
 
 def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -> str:
