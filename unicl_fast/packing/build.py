@@ -46,7 +46,6 @@ from unicl_fast.packing.sources.items import PATH, Item, Label
 from unicl_fast.packing.sources.packed import (
     PackedSource,
     count_in_both,
-    count_shared,
     join_licenses,
     join_parents,
     join_templates,
@@ -396,7 +395,7 @@ def _read(
     hierarchy = _choose_hierarchy(options, space, packed, numbers)
     columns = _join_columns(read, space, numbers, are_named=bool(options.label_column))
     passed_over = sum((source.passed_over for source in read), Counter[str]())
-    notes = sum((source.notes + source.items.notes() for source in read), count_shared(packed))
+    notes = sum((source.notes + source.items.notes() for source in read), Counter[str]())
     uses = Counter(itertools.chain(*columns.values()))
     if shared := [space.names[number] for number, count in uses.items() if count > 1]:
         what = f"classes of several label columns, counted in each, such as {shared[0]}"

@@ -6,9 +6,7 @@ tokenizer's packages.
 """
 
 import contextlib
-import itertools
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,15 +222,6 @@ def count_in_both(folder: Path, other: Path) -> int:
     """How many images of `other` are also in the data set `folder`."""
     with PackedDataset(folder, verify=False) as one, PackedDataset(other, verify=False) as two:
         return shared_images(one, two)
-
-
-def count_shared(sources: Sequence[PackedSource]) -> Counter[str]:
-    """How many images each packed data set shares with each one before it, in words."""
-    shared = Counter[str]()
-    for one, two in itertools.combinations(sources, 2):
-        words = f"images of {two.folder} that are in {one.folder} too"
-        shared[words] = count_in_both(one.folder, two.folder)
-    return shared
 
 
 def join_licenses(sources: Sequence[Source]) -> str:
