@@ -105,6 +105,8 @@ class Build(BuildOptions, _SourcesAndOut):
     min_score: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=NUMBER")
     ] = ()
+    takes_loose: tyro.conf.Suppress[bool] = False
+    progress: tyro.conf.Suppress[bool] = True
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""

@@ -125,8 +125,6 @@ def build_dataset(
     out: str | os.PathLike[str],
     *,
     work: str = "",
-    takes_loose: bool = False,
-    progress: bool = True,
     **options: Any,
 ) -> BuildSummary:
     """Packs sources into one data set.
@@ -138,9 +136,6 @@ def build_dataset(
         sources: class folders, lists, archives, ... (docs/sources.md), or their URLs.
         out: folder to make, or URL.
         work: folder for data to upload; empty for one in the user's cache.
-        takes_loose: put images outside class folders into a class named after their folder,
-            instead of leaving them out.
-        progress: show progress bars.
         **options: fields of `BuildOptions`.
 
     Raises:
@@ -163,7 +158,7 @@ def build_dataset(
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     require_utf8_names()
     if not is_url(out):
-        return _build(paths, Path(out), chosen, takes_loose=takes_loose, progress=progress)
+        return _build(paths, Path(out), chosen)
     if chosen.split is not None:
         raise ValueError("--split needs a folder as --out; unicl-pack upload copies both sides")
     url, shown = str(out), without_secrets(str(out)).rstrip("/")
@@ -171,13 +166,13 @@ def build_dataset(
     folder = holder / shown.rpartition("/")[2]
     require_free_url(url, folder)
     try:
-        summary = _build(paths, folder, chosen, takes_loose=takes_loose, progress=progress)
+        summary = _build(paths, folder, chosen)
     except BaseException:
         with contextlib.suppress(OSError):  # it holds finished shards, or is not there
             holder.rmdir()
         raise
     try:
-        upload_dataset(folder, url, progress=progress)
+        upload_dataset(folder, url, progress=chosen.progress)
     except (RuntimeError, OSError) as error:
         resume = upload_command(folder, without_secrets(url))
         raise RuntimeError(f"packed, but not uploaded: {error}. Resume by: {resume}") from error
@@ -185,9 +180,7 @@ def build_dataset(
     return replace(summary, out=without_secrets(url))
 
 
-def _build(
-    sources: list[str], out: Path, options: BuildOptions, *, takes_loose: bool, progress: bool
-) -> BuildSummary:
+def _build(sources: list[str], out: Path, options: BuildOptions) -> BuildSummary:
     """Packs sources into a folder, or into one for each side of a split."""
     started = time.perf_counter()
     outs = [out] if options.split is None else [out / side for side in SIDES]
@@ -199,12 +192,9 @@ def _build(
         with contextlib.ExitStack() as stack:
             stack.enter_context(_frozen_garbage())
             works = [stack.enter_context(work_folder(one, restart=options.restart)) for one in outs]
-            outcomes = _pack_all(
-                sources, works, options, takes_loose=takes_loose, progress=progress
-            )
             summaries = [
                 _summarize(work, outcome, started=started)
-                for work, outcome in zip(works, outcomes, strict=True)
+                for work, outcome in zip(works, _pack_all(sources, works, options), strict=True)
             ]
             for work in works:
                 work.remove()
@@ -230,12 +220,7 @@ def _frozen_garbage() -> Iterator[None]:
 
 
 def _pack_all(
-    sources: list[str],
-    works: Sequence[WorkFolder],
-    options: BuildOptions,
-    *,
-    takes_loose: bool,
-    progress: bool,
+    sources: list[str], works: Sequence[WorkFolder], options: BuildOptions
 ) -> list[dict[str, Any]]:
     """Reads the sources once and packs each side; returns what the data sets do not record."""
     if options.in_place:
@@ -254,12 +239,9 @@ def _pack_all(
         if not options.in_place:
             staged.fetch()
             options = replace(options, image_root=staged.image_root)
-        with Spool(place.spool, takes_loose=takes_loose) as spool:
-            contents = _read(paths, options, spool, works, progress=progress)
-            return [
-                _pack(contents, side, work, options, progress=progress)
-                for side, work in enumerate(works)
-            ]
+        with Spool(place.spool) as spool:
+            contents = _read(paths, options, spool, works)
+            return [_pack(contents, side, work, options) for side, work in enumerate(works)]
     return [dict(work.record["summary"]) for work in works]
 
 
@@ -305,7 +287,7 @@ class _Contents:
 
 
 def _pack(
-    contents: _Contents, side: int, work: WorkFolder, options: BuildOptions, *, progress: bool
+    contents: _Contents, side: int, work: WorkFolder, options: BuildOptions
 ) -> dict[str, Any]:
     """Writes a data set, or the rest of one; returns what it does not record."""
     if work.is_complete:
@@ -335,13 +317,9 @@ def _pack(
         # closed here: an error keeps it, and the exit of the program would meet its closed pipes
         with contextlib.closing(_check(left, images, one_size, options)) as checked:
             bar = Bar(
-                checked,
-                total=len(order),
-                initial=num_done,
-                desc="packing",
-                unit=" images",
-                shown=progress,
-            )
+                checked, total=len(order), initial=num_done, desc="packing", unit=" images",
+                shown=options.progress,
+            )  # fmt: skip
             _write(bar, writer, contents.numbers, one_size, places)
         if writer.num_samples:
             summary = {
@@ -367,12 +345,7 @@ def _pack(
 
 
 def _read(
-    paths: list[str],
-    options: BuildOptions,
-    spool: Spool,
-    works: Sequence[WorkFolder],
-    *,
-    progress: bool,
+    paths: list[str], options: BuildOptions, spool: Spool, works: Sequence[WorkFolder]
 ) -> _Contents:
     """Reads all sources, numbers their labels, chooses the samples and splits them."""
     unwanted = LeaveOut(options.leave_out)
@@ -407,15 +380,7 @@ def _read(
         samples = wanted
     sides: Sequence[Samples] = [samples]
     if options.split is not None:
-        *sides, counts = split_samples(
-            samples,
-            numbers,
-            train_fraction=options.split,
-            seed=options.seed,
-            images=options.check(),
-            workers=options.workers,
-            progress=progress,
-        )
+        *sides, counts = split_samples(samples, numbers, options)
         notes += counts
     facts = {
         "class_names": space.names, "label_columns": columns, "hierarchy": hierarchy,

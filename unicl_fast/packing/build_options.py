@@ -19,7 +19,7 @@ from unicl_fast.packing.workers import ImageOptions
 
 DEFAULT_IMAGE_SECONDS = 30.0  # A hundred times as long as the largest ordinary photograph needs
 
-_FREE_TO_CHANGE = {"restart", "workers", "engine"}
+_FREE_TO_CHANGE = {"restart", "workers", "engine", "progress"}
 """Options that can change when a build resumes: they leave no trace in the data set."""
 
 
@@ -89,6 +89,9 @@ class BuildOptions(ListOptions):
     machines must see sources, --out and --work under the same paths. The data set is the same."""
     restart: bool = False
     """Discard an unfinished build in OUT.partial and start over."""
+
+    progress: bool = True
+    """Show progress bars. For callers in Python."""
 
     def repeated(self) -> dict[str, Any]:
         """The options that a build must repeat to resume, by name."""

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.near_duplicates import find_copies, look_at_images
 from unicl_fast.packing.samples import Samples, shuffled_order
 from unicl_fast.packing.sources.items import Label
-from unicl_fast.packing.workers import ImageOptions, Task
+from unicl_fast.packing.workers import Task
 
 SIDES = ("train", "held-out")
 """The folders in OUT."""
@@ -34,14 +35,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def split_samples(
-    samples: Samples,
-    numbers: Mapping[Label, int],
-    *,
-    train_fraction: float,
-    seed: int,
-    images: ImageOptions,
-    workers: int,
-    progress: bool,
+    samples: Samples, numbers: Mapping[Label, int], options: BuildOptions
 ) -> tuple[Samples, Samples, Counter[str]]:
     """Divides samples; `numbers` are the classes of their labels. Images are checked for it.
 
@@ -57,7 +51,7 @@ def split_samples(
     for number, (_, item) in enumerate(samples):
         if item.problem is None and item.entry is not None:
             strata[number] = numbers[item.labels[0]] if item.labels else len(numbers)
-    for number, first, kind in _copies(samples, strata >= 0, images, workers, notes, progress):
+    for number, first, kind in _copies(samples, strata >= 0, options, notes):
         notes[kind] += groups.join(number, first)
     for number, (_, item) in enumerate(samples):
         for key in item.groups if strata[number] >= 0 else ():
@@ -66,10 +60,11 @@ def split_samples(
                 spellings.add(key)
     notes[_SPELLINGS] = len(spellings) - len(of_key)
     leaders = groups.leaders()
-    held_out = _choose(strata, leaders, fraction=1 - train_fraction, seed=seed)
+    fraction = options.split or 0.0
+    held_out = _choose(strata, leaders, fraction=1 - fraction, seed=options.seed)
     if not held_out.any():
         raise ValueError(
-            f"--split {train_fraction:g} holds none of {len(samples):,} images out: give a smaller "
+            f"--split {fraction:g} holds none of {len(samples):,} images out: give a smaller "
             "number, or make two builds that select rows by --where"
         )
     notes[KEPT_TOGETHER] = int((np.bincount(leaders)[leaders] > 1).sum())
@@ -134,22 +129,17 @@ def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) ->
 
 
 def _copies(
-    samples: Samples,
-    is_sound: Mask,
-    images: ImageOptions,
-    workers: int,
-    notes: Counter[str],
-    progress: bool,
+    samples: Samples, is_sound: Mask, options: BuildOptions, notes: Counter[str]
 ) -> Iterator[tuple[int, int, str]]:
     """Yields each copy, what it is a copy of, and its kind; equal ones first."""
     asked = np.flatnonzero(is_sound)
     looks, problems = look_at_images(
         (Task(item.name, item.entry) for _, item in samples.at(asked) if item.entry is not None),
         len(asked),
-        images=images,
-        workers=workers,
+        images=options.check(),
+        workers=options.workers,
         doing="comparing",
-        progress=progress,
+        progress=options.progress,
     )
     sound = np.delete(np.arange(len(asked)), list(problems))  # the others will be left out
     asked, looks = asked[sound], looks[sound]

@@ -30,7 +30,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             "by itself has neither class nor caption. Name the folder that holds the class "
             "folders, or a list (.csv, .jsonl, ...)"
         )
-    if not spool.takes_loose:
+    if not options.takes_loose:
         _require_one_split(path, place.folders)  # before all files are listed
     beside = _files_beside(place)
     items = spool.new_items()
@@ -59,7 +59,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             tops.add(folders[0])
             classes.add(folders[-1])
             items.append(Item(name, entry, [], [folders[-1]]))
-        elif spool.takes_loose:
+        elif options.takes_loose:
             items.append(Item(name, entry, labels=[path.resolve().name]))
         else:
             message = "the image lies in no class folder; expected for example cat/1.jpg"
@@ -70,7 +70,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             message += f". Files such as {beside[0]} beside folders are not read: name the files, "
             message += "or move the folders away"
         raise ValueError(message)
-    if not spool.takes_loose:
+    if not options.takes_loose:
         _require_one_split(path, tops)
         _require_classes(path, classes)
     return Source(name=place.name, items=items, labels_are_names=True, passed_over=passed_over)

@@ -97,6 +97,9 @@ class ListOptions:
     for COCO's files the folder called images, or as they are (val2017)."""
     where: Sequence[str] = ()
     """COLUMN=VALUE: only read rows of lists with this value. Repeat it to add conditions."""
+    takes_loose: bool = False
+    """Put images outside class folders into a class named after their folder, instead of leaving
+    them out, and treat all folders as classes. For callers in Python."""
     min_score: Sequence[str] = ()
     """COLUMN=NUMBER: leave out rows of lists with a smaller value or none. Repeat it to add
     conditions."""

@@ -36,15 +36,13 @@ _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Item 
 class Spool:
     """The folder, made when first needed; it stays for a build that resumes."""
 
-    def __init__(self, folder: Path | None, *, takes_loose: bool = False) -> None:
+    def __init__(self, folder: Path | None) -> None:
         """Makes nothing yet.
 
         Without a folder there are no files, and items wait in the system's folder for temporary
-        files. `takes_loose` puts images outside class folders into a class named after their
-        folder, and treats all folders as classes.
+        files.
         """
         self._folder = folder
-        self.takes_loose = takes_loose
         self._num_files = self._num_stores = 0
         self._database: sqlite3.Connection | None = None
         self.origins: list[str] = []
