@@ -23,15 +23,12 @@ from unicl_fast.packing.inspect import (
     inspect_dataset,
 )
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE
-from unicl_fast.packing.page import ShownGroup, make_page, shown_images
+from unicl_fast.packing.page import make_page
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 
 from ..numbers import OneDataSet
-
-_GROUPS_SHOWN = 12
-_IMAGES_OF_A_GROUP = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +58,6 @@ class Inspect:
     near_distance: int = DEFAULT_DISTANCE
     """How many of 64 bits of a perceptual hash can differ: 4 finds copies in another size, quality,
     aspect or in grey, 8 also copies cut by a twentieth; beyond 10 unrelated photographs match."""
-    sheet: int = 48
-    """Images on the contact sheet."""
     workers: int = 0
     """Processes that hash images; 0 starts one for each core."""
 
@@ -71,8 +66,8 @@ class Inspect:
             raise ValueError(
                 f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
             )
-        if min(self.sheet, self.workers) < 0:
-            raise ValueError("--sheet and --workers must be 0 or more")
+        if self.workers < 0:
+            raise ValueError("--workers must be 0 or more")
         with local_copy(self.folder) as folder:
             return self._inspect(folder), 0
 
@@ -90,7 +85,7 @@ class Inspect:
             values = dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
             write_text_atomically(self.json, json.dumps(values, indent=1) + "\n")
         if self.html is not None:
-            write_text_atomically(self.html, _page(inspection, folder, num_sheet=self.sheet))
+            write_text_atomically(self.html, make_page(inspection, folder))
         lines = [_in_words(inspection)]
         if self.duplicates_list is not None and (
             num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
@@ -104,22 +99,6 @@ class Inspect:
         if written:
             lines.append(f"written: {', '.join(map(str, written))}")
         return "\n".join(lines)
-
-
-def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
-    with PackedDataset(folder, verify=False) as dataset:  # just verified
-
-        def shown(copies: Copies | None) -> list[ShownGroup]:
-            return [
-                ShownGroup(
-                    group=group, images=shown_images(dataset, group.samples[:_IMAGES_OF_A_GROUP])
-                )
-                for group in (copies.groups[:_GROUPS_SHOWN] if copies else ())
-            ]
-
-        sheet = shown_images(dataset, range(min(num_sheet, len(dataset))))
-        copies = shown(inspection.exact_copies), shown(inspection.near_copies)
-        return make_page(inspection, sheet, *copies)
 
 
 def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:

@@ -3,20 +3,21 @@
 import base64
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from unicl_fast.dataset.manifest import describe_columns
 from unicl_fast.dataset.reader import PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.packing.inspect import Group, Inspection, Spread
+from unicl_fast.packing.inspect import Inspection, Spread
 from unicl_fast.system.pages import fill_page
 from unicl_fast.system.wording import count_of
 
+_SHEET, _GROUPS_SHOWN, _IMAGES_OF_A_GROUP = 48, 12, 6
 _SIDE = 200
 _QUALITY = 80
 _MOST_CLASSES = 40
@@ -26,15 +27,8 @@ ShownImage = dict[str, Any]
 """A sample to show; `page.html` names the fields. Its texts are untrusted."""
 
 
-class ShownGroup(NamedTuple):
-    """A group of copies, and the first few of its images."""
-
-    group: Group
-    images: Sequence[ShownImage]
-
-
-def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
-    """Reads samples for a page; raises ValueError for a damaged one."""
+def _shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
+    """Reads samples for the page."""
     shown: list[ShownImage] = []
     with contextlib.closing(SampleReader(dataset)) as reader:
         for index in indices:
@@ -69,13 +63,23 @@ def _thumbnail(data: memoryview) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def make_page(
-    inspection: Inspection,
-    sheet: Sequence[ShownImage],
-    exact: Sequence[ShownGroup],
-    near: Sequence[ShownGroup],
-) -> str:
-    """The page as text, with a contact sheet and groups of exact and near copies."""
+def make_page(inspection: Inspection, folder: Path) -> str:
+    """The page of the data set in `folder` as text; raises ValueError for a damaged sample.
+
+    It has a contact sheet, and groups of exact and near copies with their first few images.
+    """
+    with PackedDataset(folder, verify=False) as dataset:  # just verified
+        sheet = _shown_images(dataset, range(min(_SHEET, len(dataset))))
+        exact, near = (
+            [
+                {
+                    "group": group,
+                    "images": _shown_images(dataset, group.samples[:_IMAGES_OF_A_GROUP]),
+                }
+                for group in (copies.groups[:_GROUPS_SHOWN] if copies else ())
+            ]
+            for copies in (inspection.exact_copies, inspection.near_copies)
+        )
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [
