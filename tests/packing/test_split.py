@@ -17,7 +17,7 @@ from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
-from unicl_fast.packing.split import _choose, _Groups, plain_key
+from unicl_fast.packing.split import SIDES, _choose, _Groups, plain_key
 
 pytestmark = pytest.mark.usefixtures("checked")
 
@@ -117,7 +117,6 @@ def test_the_seed_decides_what_is_held_out(shop, tmp_path):
         options = {**COLUMNS, "split": 0.9, "seed": seed}
         summary = build_set([shop], tmp_path / name, **options)
         assert summary.held_out is not None
-        assert summary.num_shared == 0
         found.append(contents(tmp_path / name / "held-out"))
     assert found[0] == found[1] != found[2]
 
@@ -127,8 +126,9 @@ def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
     summary = build_set([tmp_path / "whole"], tmp_path / "set", split=0.8)
     assert summary.num_samples + summary.held_out.num_samples == 120
     assert (summary.num_quarantined, summary.held_out.num_quarantined) == (1, 0)
-    assert summary.num_shared == 0
     assert summary.num_copies + summary.held_out.num_copies == 20
+    sides = [{one.image for one in samples_of(tmp_path / "set" / side)} for side in SIDES]
+    assert sides[0].isdisjoint(sides[1])
 
 
 @pytest.mark.parametrize(

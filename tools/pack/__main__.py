@@ -222,11 +222,6 @@ def _report_build(summary: BuildSummary, *, encoding: str) -> str:
                 f"has too, byte for byte: unicl-pack inspect {one.out} --duplicates-list FILE "
                 "lists them for --leave-out"
             )
-    if summary.num_shared:
-        lines.append(
-            f"WARNING: {count_of(summary.num_shared, 'image')} held out are in {summary.out} too, "
-            "once encoded"
-        )
     if summary.hierarchy:
         lines.append(f"hierarchy: {summary.hierarchy}")
     if summary.templates:

@@ -45,7 +45,6 @@ from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import PATH, Item, Label
 from unicl_fast.packing.sources.packed import (
     PackedSource,
-    count_in_both,
     join_licenses,
     join_parents,
     join_templates,
@@ -116,8 +115,6 @@ class BuildSummary:
     """Whether an earlier run had packed everything."""
     held_out: BuildSummary | None = None
     """The other data set of --split; this one is OUT/train."""
-    num_shared: int = 0
-    """Held-out images that OUT/train has too: their bytes became equal when they were encoded."""
 
 
 def build_dataset(
@@ -204,7 +201,7 @@ def _build(sources: list[str], out: Path, options: BuildOptions) -> BuildSummary
                 out.rmdir()
     if options.split is None:
         return summaries[0]
-    return replace(summaries[0], held_out=summaries[1], num_shared=count_in_both(*outs))
+    return replace(summaries[0], held_out=summaries[1])
 
 
 @contextlib.contextmanager

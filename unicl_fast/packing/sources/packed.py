@@ -17,7 +17,7 @@ import numpy.typing as npt
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
-from unicl_fast.dataset.stored_samples import Description, SampleReader, shared_images
+from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.packing.quarantine import LeftOut, count_left_out, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels, Problem
 from unicl_fast.packing.sources.items import Item, Label, refused, spell_classes
@@ -216,12 +216,6 @@ def join_parents(sources: Sequence[PackedSource]) -> dict[str, str]:
                     f"under {other!r}: say by --hierarchy which is right"
                 )
     return parents
-
-
-def count_in_both(folder: Path, other: Path) -> int:
-    """How many images of `other` are also in the data set `folder`."""
-    with PackedDataset(folder, verify=False) as one, PackedDataset(other, verify=False) as two:
-        return shared_images(one, two)
 
 
 def join_licenses(sources: Sequence[Source]) -> str:
