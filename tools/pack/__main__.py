@@ -55,46 +55,25 @@ class _SourcesAndOut:
 class Build(BuildOptions, _SourcesAndOut):
     """Pack images with labels, captions or both into one data set folder.
 
-    Each SOURCE is a folder of class folders (the class is the name of the folder that directly
-    holds the image), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
-    one image a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
-    captions and labels. In a folder, metadata.jsonl is such a list; in a flat folder, x.txt is the
-    caption of x.jpg. Other formats: WebDataset tars (FILE.tar, a folder of them, {000..123}.tar),
-    img2dataset's folders, folders of Parquet files as on Hugging Face's hub, COCO's captions and
-    instances (.json, both together), and a map of a zip (train_map.txt next to train.zip).
-    docs/sources.md says how each is read. Several sources become one data set; equal class names
-    become one class.
-
-    A packed data set is a source too: images keep their bytes and texts; its class names,
-    templates, hierarchy, license and quarantine.csv are kept. Damaged samples are left out.
+    A SOURCE is a folder of class folders, or a zip of them; a list (CSV, TSV, JSON lines, Parquet)
+    with an image a row and columns for its path, or itself, captions and labels; images with x.txt
+    beside x.jpg; tars; a packed data set; or another kind that docs/sources.md names. Several
+    become one data set, in which equal class names are one class.
 
     Every image is decoded once and strictly. OUT/quarantine.csv lists damaged images with the
-    reason; the others are packed. Plain JPEGs and PNGs keep their bytes.
-
-    An interrupted build keeps its finished shards in OUT.partial: the same command resumes after
-    them, and the data set is the same as without the break.
+    reason; the others are packed. Plain JPEGs and PNGs keep their bytes. An interrupted build keeps
+    its finished shards in OUT.partial: the same command resumes after them.
 
     Examples:
-      unicl-pack build photos/ --out packed/photos
+      unicl-pack build photos/ --split 0.9 --out packed/photos
 
-      unicl-pack build captions.csv --out packed/captions --where split=train
+      unicl-pack build imagenet/train --class-names imagenet --resize short:256 --out packed/in
 
-      unicl-pack build shop.parquet --out packed/shop --split 0.9 --caption-column title
-      --label-column category
-
-      unicl-pack build imagenet/train --out packed/imagenet --class-names imagenet
-
-      unicl-pack build images.zip/train --out packed/small --resize short:256
-
-      unicl-pack build photos/ --out packed/webp --resize short:256 --format webp --quality 80
-
-      unicl-pack build cifar10-train.zip --out packed/cifar10 --format raw
+      unicl-pack build shop.parquet --caption-column title --label-column category --out packed/shop
 
       unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
 
-      unicl-pack build packed/photos packed/pairs new-photos/ --out packed/all
-
-      unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs
+      unicl-pack build packed/photos new-photos/ --out s3://bucket/packed/all
 
       unicl-pack build --in-place laion/shards --out index
     """

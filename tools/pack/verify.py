@@ -35,19 +35,12 @@ _AT_A_URL = (
 class Verify:
     """Check that a packed data set is what was packed, down to the last byte.
 
-    Compares all files with checksums.txt and the manifest; references and counts in the arrays;
-    each sample's part of its shard with samples.npy, byte by byte; captions, tokenised again, with
-    the stored tokens; labels; the index for DALI. Decodes every image strictly, in worker processes
-    with limits, and compares its size; images kept as pixels (raw) are compared with their
-    checksums. Lists all faults, not only the first.
+    Compares files with their checksums, arrays with each other, and each sample with the arrays;
+    decodes every image strictly. Lists all faults, not only the first.
 
     Exit code: 0 sound, 1 faults found, 2 no data set there or wrong usage.
 
     Examples:
-      unicl-pack verify packed/photos
-
-      unicl-pack verify packed/photos --no-decode      # everything else
-
       unicl-pack verify packed/photos --list faults.csv
     """
 
