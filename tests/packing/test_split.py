@@ -17,7 +17,7 @@ from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
-from unicl_fast.packing.split import SIDES, _choose, _Groups, plain_key
+from unicl_fast.packing.split import SIDES, _choose, _join, plain_key
 
 pytestmark = pytest.mark.usefixtures("checked")
 
@@ -29,15 +29,14 @@ pytestmark = pytest.mark.usefixtures("checked")
 )
 @examples(100)
 def test_groups_stay_whole_and_each_class_keeps_its_fraction(strata, pairs, fraction):
-    groups = _Groups(len(strata))
-    for one, other in pairs:
-        if max(one, other) < len(strata):
-            groups.join(one, other)
-    leaders = groups.leaders()
+    pairs = [pair for pair in pairs if max(pair) < len(strata)]
+    leaders = np.arange(len(strata))
+    for some in (pairs[::2], pairs[1::2]):
+        leaders = _join(leaders, np.array(some, int).reshape(-1, 2))
     held_out = _choose(np.array(strata), leaders, fraction=fraction, seed=3)
     for one, other in pairs:
-        if max(one, other) < len(strata):
-            assert held_out[one] == held_out[other]
+        assert leaders[one] == leaders[other] <= min(one, other)
+        assert held_out[one] == held_out[other]
     if len(set(leaders)) < len(strata):
         return
     for stratum, count in Counter(strata).items():

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -83,8 +83,8 @@ def hash_images(dataset: PackedDataset, *, workers: int, progress: bool) -> Hash
     return hashes
 
 
-def find_copies(looks: npt.NDArray[np.void]) -> Iterator[tuple[int, int, bool]]:
-    """Yields near copies among `LOOK`s [n] as the later, the earlier, and whether it is mirrored.
+def find_copies(looks: npt.NDArray[np.void]) -> tuple[Indices, npt.NDArray[np.bool_]]:
+    """Pairs of near copies among `LOOK`s [n], int64 [pairs 2], and which of them are mirrored.
 
     Raises as `near_pairs`.
     """
@@ -95,17 +95,17 @@ def find_copies(looks: npt.NDArray[np.void]) -> Iterator[tuple[int, int, bool]]:
     equal = np.stack([first[index.reshape(-1)], np.arange(2 * count)], axis=1)
     pairs = np.concatenate([equal, first[near_pairs(distinct, _SPLIT_DISTANCE)]])
     pairs = pairs[(pairs[:, 0] % count != pairs[:, 1] % count) & (pairs.min(axis=1) < count)]
-    pairs = pairs[np.argsort((pairs >= count).sum(axis=1) == 1, kind="stable")]  # mirrored last
+    are_mirrored = (pairs >= count).sum(axis=1) == 1
+    pairs %= count
+    are_alike = np.zeros(len(pairs), np.bool_)
     for start in range(0, len(pairs), _COMPARED_AT_ONCE):
-        numbers = pairs[start : start + _COMPARED_AT_ONCE]
-        images, mirrored = numbers % count, (numbers[:, 0] >= count) != (numbers[:, 1] >= count)
-        one, other = (looks["thumbnail"][images[:, side]].astype(np.float32) for side in (0, 1))
-        one[mirrored] = one[mirrored, :, ::-1]
+        some = slice(start, start + _COMPARED_AT_ONCE)
+        one, other = (looks["thumbnail"][each].astype(np.float32) for each in pairs[some].T)
+        one[are_mirrored[some]] = one[are_mirrored[some], :, ::-1]
         difference = np.sqrt(np.square(one - other).mean(axis=(1, 2)))
         detail = np.minimum(one.std(axis=(1, 2)), other.std(axis=(1, 2)))
-        alike = (difference < _MOST_DIFFERENCE * detail) & (detail >= _LEAST_CONTRAST)
-        for (left, right), is_mirrored in zip(images[alike].tolist(), mirrored[alike], strict=True):
-            yield max(left, right), min(left, right), bool(is_mirrored)
+        are_alike[some] = (difference < _MOST_DIFFERENCE * detail) & (detail >= _LEAST_CONTRAST)
+    return pairs[are_alike], are_mirrored[are_alike]
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:

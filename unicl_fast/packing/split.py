@@ -46,20 +46,21 @@ def split_samples(
     raises ValueError if nothing would be held out.
     """
     strata = np.full(len(samples), -1)
-    groups, of_key, spellings = _Groups(len(samples)), dict[str, int](), set[str]()
-    notes = Counter[str]()
+    leaders, of_key, spellings = np.arange(len(samples)), dict[str, int](), set[str]()
+    keyed, notes = array("q"), Counter[str]()
     for number, (_, item) in enumerate(samples):
         if item.problem is None and item.entry is not None:
             strata[number] = numbers[item.labels[0]] if item.labels else len(numbers)
-    for number, first, kind in _copies(samples, strata >= 0, options, notes):
-        notes[kind] += groups.join(number, first)
+    for kind, pairs in _copies(samples, strata >= 0, options):
+        before, leaders = np.unique(leaders).size, _join(leaders, pairs)
+        notes[kind] = before - np.unique(leaders).size if kind != _NOT_COMPARED else len(pairs)
     for number, (_, item) in enumerate(samples):
         for key in item.groups if strata[number] >= 0 else ():
             if plain := plain_key(key):
-                groups.join(number, of_key.setdefault(plain, number))
+                keyed.extend((number, of_key.setdefault(plain, number)))
                 spellings.add(key)
     notes[_SPELLINGS] = len(spellings) - len(of_key)
-    leaders = groups.leaders()
+    leaders = _join(leaders, np.array(keyed).reshape(-1, 2))
     fraction = options.split or 0.0
     held_out = _choose(strata, leaders, fraction=1 - fraction, seed=options.seed)
     if not held_out.any():
@@ -80,28 +81,17 @@ def plain_key(key: str) -> str:
     return found[1] if (found := _WHOLE.fullmatch(key)) else key
 
 
-class _Groups:
-    """Groups of numbers: a forest in which each points to a smaller one of its group."""
-
-    def __init__(self, count: int) -> None:
-        self._parents = array("q", range(count))
-
-    def join(self, one: int, other: int) -> bool:
-        """Joins two numbers' groups; returns whether they were two."""
-        one, other = sorted((self._leader(one), self._leader(other)))
-        self._parents[other] = one
-        return one != other
-
-    def _leader(self, number: int) -> int:
-        parents = self._parents
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
-    def leaders(self) -> Indices:
-        """The smallest number of each number's group."""
-        return np.fromiter(map(self._leader, range(len(self._parents))), np.int64)
+def _join(leaders: Indices, pairs: Indices) -> Indices:
+    """Joins the groups of each pair; `leaders`, int64 [n], are the smallest numbers of groups."""
+    found = np.arange(len(leaders))
+    one, other = leaders[pairs].T
+    while True:  # in few rounds, since each halves the ways to the smallest
+        before, least = found.copy(), np.minimum(found[one], found[other])
+        for ends in (one, other, before[one], before[other]):
+            np.minimum.at(found, ends, least)
+        found = found[found]
+        if np.array_equal(found, before):
+            return found[leaders]
 
 
 def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) -> Mask:
@@ -129,9 +119,9 @@ def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) ->
 
 
 def _copies(
-    samples: Samples, is_sound: Mask, options: BuildOptions, notes: Counter[str]
-) -> Iterator[tuple[int, int, str]]:
-    """Yields each copy, what it is a copy of, and its kind; equal ones first."""
+    samples: Samples, is_sound: Mask, options: BuildOptions
+) -> Iterator[tuple[str, Indices]]:
+    """Yields copies and what they are copies of, int64 [n 2], by kind; equal ones first."""
     asked = np.flatnonzero(is_sound)
     looks, problems = look_at_images(
         (Task(item.name, item.entry) for _, item in samples.at(asked) if item.entry is not None),
@@ -145,11 +135,11 @@ def _copies(
     asked, looks = asked[sound], looks[sound]
     for field, kind in (("file", _SAME_BYTES), ("pixels", _SAME_PIXELS)):
         _, firsts, which = np.unique(looks[field], return_index=True, return_inverse=True)
-        first = firsts[which.reshape(-1)]
-        for place in np.flatnonzero(first != np.arange(len(first))).tolist():
-            yield int(asked[place]), int(asked[first[place]]), kind
+        yield kind, np.stack([asked, asked[firsts[which.reshape(-1)]]], axis=1)
     try:
-        for later, earlier, is_mirrored in find_copies(looks):
-            yield int(asked[later]), int(asked[earlier]), _MIRRORED if is_mirrored else _NEAR
+        pairs, are_mirrored = find_copies(looks)
     except ValueError:  # such as digits, of which millions of pairs have near hashes
-        notes[_NOT_COMPARED] = len(asked)
+        yield _NOT_COMPARED, np.stack([asked, asked], axis=1)
+        return
+    yield _NEAR, asked[pairs[~are_mirrored]]
+    yield _MIRRORED, asked[pairs[are_mirrored]]
