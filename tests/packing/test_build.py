@@ -170,7 +170,7 @@ def test_class_names_that_are_numbers_are_warned_of(tmp_path, pack, names, warns
         (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
         (["FOLDER", "--out", "NAMES"], "name another"),
         (["FOLDER", "--out", "NAMES/set"], "name another"),
-        (["FOLDER", "--out", "s3://bucket/set", "--engine", "ray"], "needs --work FOLDER"),
+        (["FOLDER", "--out", "s3://bucket/set", "--engine", "ray"], "--engine ray needs a folder"),
         (["--out", "OUT"], "at least one source"),
         (["FOLDER"], "--out"),
     ],

@@ -88,9 +88,6 @@ class Build(BuildOptions, _SourcesAndOut):
     progress: tyro.conf.Suppress[bool] = True
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
-    work: str = ""
-    """Folder for data packed for a URL, until they are uploaded; by default one in
-    ~/.cache/unicl_fast. --engine ray requires it."""
 
     def run(self) -> tuple[str, int]:
         options = dict(vars(self))

@@ -118,11 +118,7 @@ class BuildSummary:
 
 
 def build_dataset(
-    sources: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    work: str = "",
-    **options: Any,
+    sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], **options: Any
 ) -> BuildSummary:
     """Packs sources into one data set.
 
@@ -132,7 +128,6 @@ def build_dataset(
     Args:
         sources: class folders, lists, archives, ... (docs/sources.md), or their URLs.
         out: folder to make, or URL.
-        work: folder for data to upload; empty for one in the user's cache.
         **options: fields of `BuildOptions`.
 
     Raises:
@@ -143,11 +138,10 @@ def build_dataset(
         RuntimeError: packed, but not uploaded; the message says how to resume.
     """
     chosen = BuildOptions(**options)
-    if is_url(out) and chosen.engine == "ray" and not work:
+    if is_url(out) and chosen.engine == "ray":
         raise ValueError(
-            "--engine ray with a URL as --out needs --work FOLDER, on a file system that all "
-            "machines of the cluster see under the same path: copied and unpacked files lie there, "
-            f"and by default in {default_work_folder()} of this machine"
+            "--engine ray needs a folder as --out, on a file system that all machines of the "
+            "cluster see under the same path; unicl-pack upload copies it to a URL"
         )
     chosen.check()
     paths = [os.fspath(source) for source in sources]
@@ -159,7 +153,7 @@ def build_dataset(
     if chosen.split is not None:
         raise ValueError("--split needs a folder as --out; unicl-pack upload copies both sides")
     url, shown = str(out), without_secrets(str(out)).rstrip("/")
-    holder = Path(work or default_work_folder()) / xxhash.xxh3_64_hexdigest(shown.encode())
+    holder = default_work_folder() / xxhash.xxh3_64_hexdigest(shown.encode())
     folder = holder / shown.rpartition("/")[2]
     require_free_url(url, folder)
     try:

@@ -86,7 +86,7 @@ class BuildOptions(ListOptions):
     """Processes that read and check images; 0 starts one for each core, here or of the cluster."""
     engine: Engine = "local"
     """Check images in processes of this machine, or on a Ray cluster (the extra `ray`), whose
-    machines must see sources, --out and --work under the same paths. The data set is the same."""
+    machines must see sources and --out under the same paths. The data set is the same."""
     restart: bool = False
     """Discard an unfinished build in OUT.partial and start over."""
 

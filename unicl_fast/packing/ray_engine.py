@@ -113,7 +113,7 @@ def _require_unreadable_here(
     raise RuntimeError(
         f"{task.name}: {machine} could not read {task.entry.path} ({problem.message}), and "
         f"{platform.node()}, which runs the build, can. All machines of the Ray cluster must see "
-        "the sources, --out and --work under the same paths: put them on a file system that all "
+        "the sources and --out under the same paths: put them on a file system that all "
         "share, or build with --engine local"
     )
 
