@@ -439,7 +439,7 @@ def test_class_folders_with_other_things_in_them_stay_class_folders(tmp_path, ex
 
 OWN = """
 from unicl_fast.packing.sources.items import Item
-from unicl_fast.packing.sources.source_kind import SourceKind
+from unicl_fast.packing.sources.read_sources import SourceKind
 from unicl_fast.packing.sources.spool import Source
 from unicl_fast.packing.sources.trees import open_tree
 

@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.packing.in_order import in_order
 from unicl_fast.packing.sources.entries import EntryError, Problem
 from unicl_fast.packing.workers import (
     CHUNKS_AHEAD,
@@ -24,6 +23,7 @@ from unicl_fast.packing.workers import (
     ImageOptions,
     ImageWorker,
     Task,
+    in_order,
     make_chunks,
 )
 from unicl_fast.system.installation import install_command

@@ -22,11 +22,12 @@ import mmap
 import os
 import queue
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import xxhash
@@ -38,7 +39,6 @@ from unicl_fast.images.check import (
     ImageFormat,
     check_image,
 )
-from unicl_fast.packing.in_order import in_order
 from unicl_fast.packing.looks import look_at
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
@@ -65,6 +65,10 @@ _EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"P6": "ppm"}
 """The extensions of a data set's files, by their first two bytes."""
 _GROWTH = {"png": 8, "ppm": 16}
 """A photograph in such a format has up to this many times the bytes of its JPEG."""
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Task(msgspec.Struct):
@@ -197,6 +201,17 @@ def check_in_order(
         threads.shutdown(wait=True, cancel_futures=True)
         for worker in started:
             worker.reap()
+
+
+def in_order(submit: Callable[[T], Future[R]], tasks: Iterable[T], *, ahead: int) -> Iterator[R]:
+    """Yields results in the order of the tasks, with at most `ahead` tasks under way."""
+    under_way: deque[Future[R]] = deque()
+    for task in tasks:
+        under_way.append(submit(task))
+        if len(under_way) >= ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:

@@ -1,7 +1,8 @@
-"""Hugging Face's ImageFolder: images beside a list of them, metadata.jsonl or metadata.csv.
+"""Images beside their texts: x.txt has the caption of x.jpg, or a list those of all.
 
-As class folders, `train/1.jpg` with `train/metadata.jsonl` would become an image of the class
-"train" without its caption, so class folders refuse such a list.
+The list is metadata.jsonl or metadata.csv, as in Hugging Face's ImageFolder. As class folders,
+`train/1.jpg` with `train/metadata.jsonl` would become an image of the class "train" without its
+caption, so class folders refuse such a list.
 """
 
 import dataclasses
@@ -10,9 +11,10 @@ import re
 from pathlib import Path
 
 from unicl_fast.packing.sources.entries import EntryError, FileEntry, Found, Problem
+from unicl_fast.packing.sources.items import Item, item_of, require_text
 from unicl_fast.packing.sources.lists import read_list
-from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.sources.source_kind import Place, SourceKind
+from unicl_fast.packing.sources.read_sources import Place, SourceKind
+from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file
@@ -52,7 +54,7 @@ def _find_metadata(place: Place) -> list[Path]:
     return [path for path in paths if is_metadata(path.name, FileEntry(str(path), 0))]
 
 
-def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
+def _read_list(place: Place, options: ListOptions, spool: Spool) -> Source:
     """Reads the list of a folder's images, and counts images that it does not name."""
     path, *others = _find_metadata(place)
     if others:
@@ -75,4 +77,47 @@ def is_image(name: str) -> bool:
     return not is_hidden and os.path.splitext(name)[1].lower() not in NOT_IMAGES
 
 
-KIND = SourceKind(recognises=lambda place: bool(_find_metadata(place)), read=_read)
+def _has_texts(place: Place) -> bool:
+    """Whether a folder without subfolders has an image x.jpg with an x.txt."""
+    texts = {os.path.splitext(name)[0] for name in place.files if name.endswith(".txt")}
+    return place.folders == place.aside and any(
+        is_image(name) and os.path.splitext(name)[0] in texts for name in place.files
+    )
+
+
+def _read_texts(place: Place, options: ListOptions, spool: Spool) -> Source:
+    items, passed_over = spool.new_items(), place.count_aside()
+    entries = {each: entry for each, entry in open_tree(place.path).entries() if "/" not in each}
+    texts = {os.path.splitext(each)[0]: each for each in entries if each.endswith(".txt")}
+    used = set()
+    for each, entry in entries.items():
+        stem, suffix = os.path.splitext(each)
+        if is_image(each):
+            used.add(stem)
+            items.append(_with_caption(each, entry, entries.get(texts.get(stem, ""))))
+        elif suffix != ".txt":
+            passed_over["hidden files" if each.startswith(".") else f"{suffix.lower()} files"] += 1
+    if unused := len(texts.keys() - used):
+        passed_over[".txt files without an image"] += unused
+    return Source(name=place.name, items=items, labels_are_names=False, passed_over=passed_over)
+
+
+def _with_caption(name: str, image: Found, text: Found | None) -> Item:
+    item = item_of(name, image)
+    try:
+        if isinstance(text, Problem):
+            raise EntryError(text.kind, text.message)
+        caption = text.read(max_bytes=MAX_CAPTION_BYTES).decode("utf-8-sig").strip() if text else ""
+        item.captions = [caption] if caption else []
+    except (EntryError, UnicodeDecodeError) as error:
+        item.problem = Problem("bad row", f"its .txt: {error}")
+    require_text(item)
+    return item
+
+
+KIND = SourceKind(
+    recognises=lambda place: bool(_find_metadata(place)) or _has_texts(place),
+    read=lambda place, options, spool: (_read_list if _find_metadata(place) else _read_texts)(
+        place, options, spool
+    ),
+)

@@ -21,8 +21,8 @@ from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.packing.quarantine import LeftOut, count_left_out, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels, Problem
 from unicl_fast.packing.sources.items import Item, Label, refused, spell_classes
+from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of

@@ -16,8 +16,8 @@ from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import Item, Label, problem_of, refused
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
+from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.rows import ListOptions, TableResult, TableTask
-from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool, stamp
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically

@@ -20,6 +20,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.sources.cells import Cells, key_in_group, wanted_labels
 from unicl_fast.packing.sources.entries import EntryError, Found, Problem, Span
 from unicl_fast.packing.sources.items import Item, item_of, refused
+from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.rows import (
     CAPTION_COLUMNS,
     FAILED_DOWNLOADS,
@@ -32,7 +33,6 @@ from unicl_fast.packing.sources.rows import (
     names_of,
     too_low,
 )
-from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.urls import open_source
 from unicl_fast.system.untrusted_files import open_file
