@@ -152,7 +152,7 @@ def test_an_option_says_otherwise(export, tmp_path, kind):
     ("options", "message"),
     [
         ({"group_column": "sku=(", "split": 0.5}, "must be COLUMN or COLUMN=EXPRESSION: '[(]'"),
-        ({"cells": "some"}, "--cells is one of all, first, plain, not 'some'"),
+        ({"cells": "some"}, "--cells must be one of all, first, plain, not 'some'"),
     ],
 )
 def test_options_that_cannot_work_are_refused(export, tmp_path, options, message):

@@ -229,7 +229,7 @@ def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split", "1.5"], "--split is the fraction for training, such as 0.9, not 1.5"),
+        (["--split", "1.5"], "--split must be a number in (0, 1), not 1.5"),
         (["--split", "0.9999"], "--split 0.9999 holds none of 121 images out"),
         (["--split", "0.9", "--out", "s3://bucket/set"], "--split needs a folder as --out"),
         (["--split", "0.9", "--out", "."], "holds 0.jpg: name another --out for --split"),

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
+
+from msgspec import Meta
 
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
@@ -13,9 +15,10 @@ from unicl_fast.images.check import (
     RESIZE_QUALITY,
     ImageFormat,
 )
-from unicl_fast.packing.ray_engine import Engine, require_engine
-from unicl_fast.packing.sources.rows import CellsKind, ListOptions
+from unicl_fast.packing.ray_engine import Engine, require_installed
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.workers import ImageOptions
+from unicl_fast.system.checked_fields import Count, convert
 
 DEFAULT_IMAGE_SECONDS = 30.0  # A hundred times as long as the largest ordinary photograph needs
 
@@ -27,9 +30,9 @@ _FREE_TO_CHANGE = {"restart", "workers", "engine", "progress"}
 class BuildOptions(ListOptions):
     """The options of a build; the texts below are the help of `unicl-pack build`."""
 
-    seed: int = 0
+    seed: Count = 0
     """Decides the order of the samples, shuffled over all sources, and what --split holds out."""
-    split: float | None = None
+    split: Annotated[float, Meta(gt=0, lt=1)] | None = None
     """Make two data sets: OUT/train with this fraction of each class, such as 0.9, and OUT/held-out
     with the rest. Copies of an image, also saved again or mirrored, and images with the same
     --group-column stay together; how many is said. It reads and decodes all images once more."""
@@ -58,7 +61,7 @@ class BuildOptions(ListOptions):
     """short:PIXELS scales images down until their shorter side has this many pixels, and encodes
     them again; smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS
     scales down or up until the shorter side has this many, and cuts the longer one at both ends."""
-    quality: int | None = None
+    quality: Annotated[int, Meta(ge=1, le=100)] | None = None
     """Quality of encoded JPEG and WebP images, 1 to 100, by default 90. Refused if neither --format
     nor --resize encodes any."""
     format: ImageFormat = "keep"
@@ -76,13 +79,13 @@ class BuildOptions(ListOptions):
     on it."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: Annotated[int, Meta(ge=1, le=MAX_SIDE**2)] = MAX_PIXELS
     """Images whose headers declare more pixels are left out undecoded. Also limits a worker's
     memory to the need of such an image: 5 GB by default."""
-    image_seconds: float = DEFAULT_IMAGE_SECONDS
+    image_seconds: Annotated[float, Meta(ge=0, le=86_400)] = DEFAULT_IMAGE_SECONDS
     """Images that need longer to read and check are left out after two tries, like images that
     crash a decoder. 0 sets no limit."""
-    workers: int = 0
+    workers: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Processes that read and check images; 0 starts one for each core, here or of the cluster."""
     engine: Engine = "local"
     """Check images in processes of this machine, or on a Ray cluster (the extra `ray`), whose
@@ -116,22 +119,15 @@ class BuildOptions(ListOptions):
 
     def check(self) -> ImageOptions:
         """Raises ValueError for options that cannot work; returns the workers' options."""
-        _require_in("--seed", self.seed, 0, 2**63 - 1)
-        _require_in("--workers", self.workers, 0, 1024)
-        _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
-        _require_in("--image-seconds", self.image_seconds, 0, 86_400)
-        if self.split is not None and not 0 < self.split < 1:
-            raise ValueError(
-                f"--split is the fraction for training, such as 0.9, not {self.split:g}"
-            )
+        for name, kind in get_type_hints(BuildOptions, include_extras=True).items():
+            if kind is not str and get_origin(kind) is not Sequence:  # callers give paths, too
+                convert(getattr(self, name), kind, name=f"--{name.replace('_', '-')}")
         if self.in_place and (self.resize or self.format != "keep" or is_url(self.image_root)):
             raise ValueError(
                 "--in-place leaves images as they are, and reads lists of files in folders only: "
                 "leave out --resize, --format and an --image-root under a URL; or --in-place"
             )
-        if self.cells not in (known := get_args(CellsKind)):
-            raise ValueError(f"--cells is one of {', '.join(known)}, not {self.cells!r}")
-        require_engine(self.engine)
+        require_installed(self.engine)
         self.conditions()
         if (self.hierarchy_columns or self.hierarchy_names) and not self.hierarchy:
             raise ValueError(
@@ -176,14 +172,8 @@ class BuildOptions(ListOptions):
 
     def _used_quality(self) -> int:
         """The quality of encoded images; raises ValueError for one that would not be used."""
-        known = get_args(ImageFormat)
-        if self.format not in known:
-            raise ValueError(
-                f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {self.format!r}"
-            )
         if self.quality is None:
             return RESIZE_QUALITY
-        _require_in("--quality", self.quality, 1, 100)
         if self.format in ("png", "ppm", "raw"):
             raise ValueError(
                 f"--quality has no meaning with --format {self.format}, which keeps every pixel: "
@@ -196,8 +186,3 @@ class BuildOptions(ListOptions):
                 "webp"
             )
         return self.quality
-
-
-def _require_in(name: str, value: float, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:,} to {high:,}, not {value:,}")
