@@ -38,7 +38,12 @@ from unicl_fast.packing.label_space import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
+from unicl_fast.packing.quarantine import (
+    are_wanted,
+    count_left_out,
+    describe_left_out,
+    read_leave_out,
+)
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import Samples, shuffled_order
 from unicl_fast.packing.sources.entries import Problem
@@ -339,7 +344,7 @@ def _read(
     paths: list[str], options: BuildOptions, spool: Spool, works: Sequence[WorkFolder]
 ) -> _Contents:
     """Reads all sources, numbers their labels, chooses the samples and splits them."""
-    unwanted = LeaveOut(options.leave_out)
+    unwanted = read_leave_out(options.leave_out) if options.leave_out else None
     read = read_sources(paths, options, spool)
     if options.in_place:
         require_in_place(read, spool)
@@ -366,9 +371,9 @@ def _read(
         notes[what] = len(shared)
     samples = Samples(read)
     if unwanted:
-        wanted = samples.choose(lambda sample: not unwanted.take(sample[0], sample[1].name))
-        passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
-        samples = wanted
+        wanted = are_wanted(samples, unwanted, options.leave_out)
+        passed_over[f"images named in {options.leave_out}"] = int((~wanted).sum())
+        samples = samples.at(np.flatnonzero(wanted))
     sides: Sequence[Samples] = [samples]
     if options.split is not None:
         *sides, counts = split_samples(samples, numbers, options)

@@ -11,12 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
+from unicl_fast.packing.samples import Samples
 from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import count_of
 
 _REASONS_SHOWN = 5
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,42 +84,31 @@ def _as_listed(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-class LeaveOut:
-    """The samples that `--leave-out FILE` names; `take` is called once for each sample."""
+def are_wanted(samples: Samples, listed: Counter[tuple[str, str]], path: str) -> Mask:
+    """Masks the samples, bool [n], that `--leave-out` does not name; `listed` is of its `path`.
 
-    def __init__(self, path: str) -> None:
-        """Reads the list, which has the columns `source` and `name`; "" names nothing."""
-        self._path = path
-        self._listed = _read_names(path) if path else Counter()
-        """Number of rows by (source, name)."""
-        self._taken: Counter[tuple[str, str]] = Counter()
-
-    def __bool__(self) -> bool:
-        """Whether anything is named."""
-        return bool(self._listed)
-
-    def take(self, source: str, name: str) -> bool:
-        """Whether the list names this sample.
-
-        Raises ValueError if more samples have this name than the list has rows: nobody can know
-        which ones it means.
-        """
-        key = _as_listed(source), _as_listed(name)
-        if key not in self._listed:
-            return False
-        self._taken[key] += 1
-        if self._taken[key] > (rows := self._listed[key]):
+    Raises ValueError if more samples have a name than the list has rows: nobody can know which ones
+    it means.
+    """
+    wanted, taken = np.ones(len(samples), np.bool_), Counter[tuple[str, str]]()
+    for number, (source, item) in enumerate(samples):
+        if (key := (_as_listed(source), _as_listed(item.name))) not in listed:
+            continue
+        wanted[number] = False
+        taken[key] += 1
+        if taken[key] > (rows := listed[key]):
             raise ValueError(
-                f"--leave-out: {self._path} names {key[1]} of {key[0]} in "
-                f"{count_of(rows, 'row')}, and more samples are called so: several sources are "
-                f"called {key[0]}, so it is unclear which one to leave out. Pack sources under "
-                "different names (links to them will do) and list copies again. To leave all of "
-                "them out, repeat the row as many times as there are samples"
+                f"--leave-out: {path} names {key[1]} of {key[0]} in {count_of(rows, 'row')}, and "
+                f"more samples are called so: several sources are called {key[0]}, so it is "
+                "unclear which one to leave out. Pack sources under different names (links to "
+                "them will do) and list copies again. To leave all of them out, repeat the row as "
+                "many times as there are samples"
             )
-        return True
+    return wanted
 
 
-def _read_names(path: str) -> Counter[tuple[str, str]]:
+def read_leave_out(path: str) -> Counter[tuple[str, str]]:
+    """How many rows name each (source, name), in a list for `--leave-out`."""
     if is_url(path):
         raise ValueError(f"--leave-out needs a file on this machine, not {path}: copy it here")
     if not Path(path).is_file():

@@ -6,7 +6,7 @@ A build keeps 8 bytes a sample, its number; the sample is made when it is read.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -36,10 +36,6 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         for first in range(0, len(self), READ_ITEMS):
             yield from self._make(self._numbers[first : first + READ_ITEMS].tolist())
-
-    def choose(self, wanted: Callable[[Sample], bool]) -> Samples:
-        """The samples for which `wanted` is true, in their order."""
-        return self.at(np.flatnonzero(np.fromiter(map(wanted, self), np.bool_, len(self))))
 
     def at(self, positions: npt.NDArray[np.int64]) -> Samples:
         """The samples at these positions, in this order."""
