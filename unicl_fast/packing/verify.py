@@ -26,8 +26,8 @@ from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
-from unicl_fast.packing.sources.entries import Problem, Span
-from unicl_fast.packing.sources.packed import encode_all, text_faults
+from unicl_fast.packing.sources.entries import Problem
+from unicl_fast.packing.sources.packed import encode_all, image_entry, text_faults
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
@@ -137,9 +137,9 @@ def _check_samples(
 
     def tasks() -> Iterator[Task]:
         for sample in sound:
-            assert sample.image is not None  # raw data sets are not decoded
             waiting.append(sample)
-            yield Task(name=sample_key(sample.index), entry=sample.image, captions=sample.captions)
+            entry = image_entry(dataset, sample.index)
+            yield Task(sample_key(sample.index), entry, sample.captions)
 
     num_decoded = 0
     results = check_in_order(
@@ -187,8 +187,6 @@ class _Sound:
     """A sample whose bytes are as packed."""
 
     index: int
-    image: Span | None
-    """Its bytes in the shard or a source file; None in a raw data set."""
     captions: tuple[str, ...]
     extension: str
     """The extension of the image's member; empty if the image is not in the shard."""
@@ -238,7 +236,6 @@ class _SampleChecks:
                     lines.append(sample.index_line(index))
                     yield _Sound(
                         index,
-                        self._image(index, sample, path),
                         sample.description.captions if self._has_tokenizer else (),
                         "" if sample.image is None else sample.image.extension,
                     )
@@ -248,14 +245,6 @@ class _SampleChecks:
                     with self._faults.catch(file.name, "index", known=OSError):
                         if read_file(file, most_bytes=1 << 30) != expected.encode("ascii"):
                             raise ValueError(f"it does not locate the members of {path.name}")
-
-    def _image(self, index: int, sample: StoredSample, path: Path) -> Span | None:
-        """The location of an image in its shard, `path`, or in a source file; None if raw."""
-        if sample.image is not None:
-            return Span(str(path), sample.image.offset, len(sample.image.data))
-        if (place := self._dataset.source_place(index)) is None:
-            return None
-        return Span(self._dataset.shard_of(index), place.offset, place.size)
 
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool

@@ -1,6 +1,5 @@
 """Parquet lists and folders of them as on Hugging Face's hub; `parquet_rows` reads the files."""
 
-import dataclasses
 import errno
 import importlib.util
 import os
@@ -8,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -18,7 +16,7 @@ from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.rows import ListOptions, TableResult, TableTask
-from unicl_fast.packing.sources.spool import ItemStore, Source, Spool, stamp
+from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
@@ -134,28 +132,18 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
 
 
 def _remember(task: TableTask, result: TableResult) -> None:
-    """Records for a resumed build that a file is unpacked, with its size and time."""
-    files = Path(task.rows_file), Path(task.images_file)
-    for file in files:
-        flush_to_disk(file)
-    note = _facts_of(task) | {"result": msgspec.to_builtins(result)}
-    write_text_atomically(_note_of(task), dump_checksummed_json(note))
+    """Records that a file is unpacked, for a resumed build, which has the same options and sources."""
+    for file in (task.rows_file, task.images_file):
+        flush_to_disk(Path(file))
+    write_text_atomically(_note_of(task), dump_checksummed_json(msgspec.to_builtins(result)))
 
 
 def _recall(task: TableTask) -> TableResult | None:
-    """The recorded result, if nothing has changed since."""
+    """The recorded result."""
     try:
-        note = parse_checksummed_json(read_file(_note_of(task)))
-        result = note.pop("result", None)
-        return msgspec.convert(result, TableResult) if note == _facts_of(task) else None
+        return msgspec.convert(parse_checksummed_json(read_file(_note_of(task))), TableResult)
     except (ValueError, OSError):
         return None
-
-
-def _facts_of(task: TableTask) -> dict[str, Any]:
-    sizes = [os.path.getsize(file) for file in (task.rows_file, task.images_file)]
-    options = [getattr(task.options, each.name) for each in dataclasses.fields(ListOptions)]
-    return {"made of": [*stamp(task.path), repr(options)], "sizes": sizes}
 
 
 def _note_of(task: TableTask) -> Path:
