@@ -41,7 +41,7 @@ from ..pretrain import evaluate_in_run
 from .measuring import timed
 from .model import CHECKPOINT, EVALUATION, Change, Cost, Periodic, Stage, median
 from .step_parts import StepInParts
-from .turns import Loop, PacedLoader, flow, follow
+from .turns import Loop, PacedLoader, follow
 
 _EVALUATED_AT_ONCE = 256
 _ENDLESS = 1 << 40
@@ -182,10 +182,20 @@ class Bench:
             self.now.trainer.step = trainer.step
 
     def loader_cost(self, one: Contestant, *, seconds: float) -> Cost:
-        """The loader alone, drained."""
+        """The loader alone, drained for `seconds`; batches that were begun before do not count."""
         gather_integers(0, self.ranks)  # all ranks measure the same at the same time
-        take, skip = iter(one.loader.take, None), one.loader.batches_begun
-        return flow(take, images=self.local_batch, skip=skip, seconds=seconds)
+        begun = time.perf_counter()
+        for _ in range(one.loader.batches_begun):
+            one.loader.take()
+            if time.perf_counter() - begun > seconds:
+                break
+        gc.collect()
+        count, begun, cpu = 0, time.perf_counter(), time.process_time()
+        while count < 2 or time.perf_counter() - begun < seconds:
+            one.loader.take()
+            count += 1
+        wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        return self._cost(wall / count, cpu / count)
 
     def step_cost(self, *, count: int) -> Cost:
         """The step alone, on one batch."""

@@ -204,8 +204,8 @@ class Diagnoser:
         stages = self._loader_stages()
         self.deadline.phase = "the step's parts"
         parts = bench.step_stages(seconds=2 * turn)
-        stages += [one for one in measured.stages if one.side != "step" or not parts]
-        stages += [*parts, *bench.collectives()]
+        of_loop = [one for one in measured.stages if one.side != "step" or not parts]
+        stages += [*of_loop, *parts, *bench.collectives()]
         own = [one for one in stages if one.side == "step" and one.name not in _SHARED]
         seconds = [measured.loader.wall, sum(one.cost.wall for one in own)]
         ranks = tuple((one, step) for one, step in gather_objects(seconds, bench.ranks))

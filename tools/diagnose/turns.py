@@ -1,10 +1,9 @@
-"""The trainer's loop in turns, and work alone, each by its time per image."""
+"""The trainer's loop in turns: `PacedLoader` ends and times each."""
 
 import contextlib
-import gc
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,9 @@ from unicl_fast.training.trackers import OPENERS
 from unicl_fast.training.trainer import Trainer
 
 from .measuring import wait_for_gpu
-from .model import Cost
 
 _WAITS = 0.5  # a step that waits longer for its batch, as part of its time, has no queue before it
 FIRST_STEP = 1  # the first step of a run draws a contact sheet, which no other does
-
-
-def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float) -> Cost:
-    """The cost per image of batches that are prepared ahead, at least two, during `seconds`.
-
-    The first `skip` of them (or those that arrive within `seconds`) were begun before the clock and
-    are not timed.
-    """
-    iterator, begun = iter(batches), time.perf_counter()
-    try:
-        for _ in range(skip):
-            next(iterator)
-            if time.perf_counter() - begun > seconds:
-                break
-        gc.collect()
-        count = 0
-        wall, cpu = time.perf_counter(), time.process_time()
-        for batch in iterator:
-            del batch  # frees its buffer
-            count += 1
-            if count >= 2 and time.perf_counter() - wall >= seconds:
-                break
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    finally:
-        if hasattr(iterator, "close"):  # a generator holds what it reads
-            iterator.close()
-    return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
 
 
 class TurnIsOver(Exception):  # noqa: N818 - it is no error
