@@ -185,10 +185,11 @@ def test_several_data_sets_make_one_table_and_their_images(data, trained, tmp_pa
         *("--figures", tmp_path / "figures"),
     )
     labels, means, folders = values["data_sets"]
-    assert labels["num_samples"] == alone["num_samples"]
+    assert labels["num_samples"] == alone["num_samples"] == 21
     assert (labels["metric"], labels["num_templates"]) == ("top1", 80)
     assert (means["metric"], means["num_templates"]) == ("mean_per_class", 1)
-    assert folders["top1"] == alone["top1"], "the same images"
+    for key in ("num_classes", "top1", "top5", "mean_per_class", "per_class"):
+        assert folders[key] == alone[key], "the same images"
     expected = labels["top1"] + means["mean_per_class"] + folders["top1"]
     assert values["mean"] == pytest.approx(expected / 3)
     table = (tmp_path / "table.md").read_text()
