@@ -21,8 +21,7 @@ from unicl_fast.dataset.feature_files import read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features
-from unicl_fast.evaluation.features import collect_rows, model_on_ranks
-from unicl_fast.evaluation.stored import keys_of_features
+from unicl_fast.evaluation.features import collect_rows, keys_of_features, model_on_ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.encoding import in_pieces, loaded_at_once
 

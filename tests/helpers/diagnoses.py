@@ -16,15 +16,13 @@ from unicl_fast.tools.diagnose.model import (
     Stage,
     Trial,
 )
-from unicl_fast.tools.diagnose.report import Diagnosis
 
 MS = 1e-3
 
 
-def cost(wall: float, cpu: float = 0.0, *, spread: float = 0.0) -> Cost:
-    """Of milliseconds; with three rounds, of which two are a part `spread` off, if one is given."""
-    rounds = tuple(wall * MS * part for part in (1 - spread, 1, 1 + spread)) if spread else ()
-    return Cost(wall=wall * MS, cpu=cpu * MS, rounds=rounds)
+def cost(wall: float, cpu: float = 0.0) -> Cost:
+    """Of milliseconds."""
+    return Cost(wall=wall * MS, cpu=cpu * MS)
 
 
 def trial(option: str, *times: float, cpu: float = 1.0, **change: Any) -> Trial:
@@ -37,10 +35,9 @@ def trial(option: str, *times: float, cpu: float = 1.0, **change: Any) -> Trial:
 
 
 STAGES = (
-    Stage(name=READ, cost=cost(0.1, 0.1), side="feed"),
-    Stage(name="plan and target map", cost=cost(0.01, 0.01), side="feed"),
-    Stage(name="JPEG decode", cost=cost(0.5, 1.0), side="graph"),
-    Stage(name="augment", cost=cost(0.2, 0.4), side="graph"),
+    Stage(name=READ, cost=cost(0.1, 0.1), side="loader"),
+    Stage(name="JPEG decode", cost=cost(0.5, 1.0), side="loader"),
+    Stage(name="augment", cost=cost(0.2, 0.4), side="loader"),
     Stage(name="image encoder backward", cost=cost(0.6, 0.3), side="step"),
     Stage(name="text encoder backward", cost=cost(0.2, 0.1), side="step"),
     Stage(name=LOGGING, cost=cost(0.01, 0.01), side="loop"),
@@ -51,26 +48,9 @@ NO_CHECKPOINT = Periodic(name=CHECKPOINT, every_steps=0, seconds=0.1, note="writ
 def measured(**changes: Any) -> Measured:
     """A run on a GPU with 8 cores: the step takes 1 ms an image, the loader 0.8."""
     plain = Measured(
-        device="cuda",
-        cores=8,
-        threads=8,
-        compute_threads=8,
-        world_size=1,
-        local_batch=100,
-        loader=cost(0.8, 1.5),
-        step=cost(1.0, 0.1),
-        whole=cost(1.0, 1.6),
-        waiting=0.0,
-        reading=0.1,
-        periodic=(NO_CHECKPOINT,),
-        stages=STAGES,
-        largest_batch=64,
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def diagnosis(found: Measured, **changes: Any) -> Diagnosis:
-    """What `unicl-bench run` makes of the numbers."""
-    hours = 10**6 / found.rate / 3600
-    plain = Diagnosis(measured=found, hours=hours, applied=[], config=config_to_dict(TrainConfig()))
+        config=config_to_dict(TrainConfig()), device="cuda", cores=8, threads=8,
+        compute_threads=8, world_size=1, local_batch=100, samples=10**6, num_images=1000,
+        loader=cost(0.8, 1.5), step=cost(1.0, 0.1), whole=cost(1.0, 1.6), waiting=0.0,
+        reading=0.1, periodic=(NO_CHECKPOINT,), stages=STAGES,
+    )  # fmt: skip
     return dataclasses.replace(plain, **changes)

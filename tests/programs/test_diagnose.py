@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from browser import look_at
-from diagnoses import MS, STAGES, cost, diagnosis, measured, trial
+from diagnoses import MS, STAGES, cost, measured, trial
 from packed_sets import Sample, pack
 from program_runs import SMALL, refusal_of
 from small_runs import labelled_batch, tiny_config
@@ -29,27 +28,18 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import bench
-from unicl_fast.tools.diagnose import clocks, session
-from unicl_fast.tools.diagnose.advise import advise, find_limit, hints, neighbours
+from unicl_fast.tools.diagnose import diagnose, turns
+from unicl_fast.tools.diagnose.advise import advise, find_limit, neighbours
+from unicl_fast.tools.diagnose.bench import Bench
 from unicl_fast.tools.diagnose.diagnose import Diagnoser
-from unicl_fast.tools.diagnose.model import (
-    CHECKPOINT,
-    EVALUATION,
-    LOGGING,
-    READ,
-    Periodic,
-    RankFigures,
-    Stage,
-)
-from unicl_fast.tools.diagnose.report import Diagnosis, report_lines
-from unicl_fast.tools.diagnose.session import gains_again
+from unicl_fast.tools.diagnose.model import CHECKPOINT, EVALUATION, LOGGING, READ, Periodic, Stage
+from unicl_fast.tools.diagnose.report import report_lines
 from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.step_clock import StepClock
 
 ON_CPU = {"device": "cpu", "cores": 2, "compute_threads": 2}
 TRACKERS = Stage(name=LOGGING, cost=cost(0.1, 0.6), side="loop")
-RANKS = tuple(
-    RankFigures(rank=r, loader=0.8 * MS, step=s * MS) for r, s in enumerate((0.4, 0.9, 0.4))
-)
+RANKS = tuple((0.8 * MS, step * MS) for step in (0.4, 0.9, 0.4))
 SAVES = Periodic(name=CHECKPOINT, every_steps=3, seconds=0.2)
 
 
@@ -72,10 +62,10 @@ SAVES = Periodic(name=CHECKPOINT, every_steps=3, seconds=0.2)
     ],
 )  # fmt: skip
 def test_the_limit_is_named_with_the_remedy_that_a_run_logs(changes, stage, remedy):
-    limit = find_limit(measured(**changes))
-    assert limit.stage == stage
-    assert limit.sentence.startswith(f"{stage} limits the run to ")
-    assert remedy in limit.sentence
+    found, sentence = find_limit(measured(**changes))
+    assert found == stage
+    assert sentence.startswith(f"{stage} limits the run to ")
+    assert remedy in sentence
 
 
 def test_advice_gains_in_each_round_and_is_ordered_by_gain():
@@ -90,75 +80,100 @@ def test_advice_gains_in_each_round_and_is_ordered_by_gain():
     assert {one.change.option for one in idle} == {"--straddles", "--little", "--once"}
 
 
+def diagnosed(*trials: Any, left: float = 1.0) -> Diagnoser:
+    """A diagnosis after its trials."""
+    found = Diagnoser.__new__(Diagnoser)
+    found.bench = SimpleNamespace(ranks=Ranks())
+    found.deadline = SimpleNamespace(left=left, seconds=60.0)
+    found.measured = measured(trials=trials)
+    found._report = lambda measured: setattr(found, "measured", measured)
+    return found
+
+
 def test_the_best_change_is_measured_again_since_coming_first_flatters_it():
-    found = measured(trials=(trial("--a", 0.5, 0.6), trial("--b", 0.7, 0.7)))
-    diagnoser = Diagnoser.__new__(Diagnoser)
-    diagnoser.bench = SimpleNamespace(ranks=Ranks())
-    diagnoser.budget = SimpleNamespace(left=1.0)
+    trials = (trial("--a", 0.5, 0.6), trial("--b", 0.7, 0.7))
     again = trial("--a", 0.9, 0.9)
-    with mock.patch.object(Diagnoser, "trial", return_value=again):
-        measured_again = diagnoser._with_the_best_again(found)
-        (b, a) = measured_again.trials
-        assert (b, a) == (found.trials[1], dataclasses.replace(again, is_again=True))
-        diagnoser.budget.left = -1.0
-        assert diagnoser._with_the_best_again(found) == found
-        gains = functools.partial(gains_again, diagnoser)
-        assert gains(found, a.change) == gains(measured_again, a.change)
-    assert min(gains(measured_again, a.change)) > 0  # and not once more, which is no mock now
-    assert diagnoser._with_the_best_again(measured()) == measured()
+    with mock.patch.object(Diagnoser, "trial", return_value=again) as measure:
+        found = diagnosed(*trials)
+        assert found.confirm(None) is None
+        assert found.measured.trials == (trials[1], again)
+        late = diagnosed(*trials, left=-1.0)
+        assert late.confirm(None) is None
+        assert late.measured.trials == trials
+        assert diagnosed().confirm(None) is None
+    measure.assert_called_once()
+
+
+def test_only_changes_that_help_again_and_leave_results_alone_are_applied():
+    other = trial("--other", 0.3, 0.3, same_results=False)
+    packed = trial("pack", 0.4, 0.4, side="images")
+    trials = (other, packed, trial("--a", 0.5, 0.6), trial("--b", 0.7, 0.7))
+    found, applied = diagnosed(*trials), []
+    again = {"--a": trial("--a", 0.9, 1.1), "--b": trial("--b", 0.8, 0.8)}
+    with mock.patch.object(Diagnoser, "trial", lambda self, one, turns: again[one.option]):
+        kept = found.confirm(applied)
+    assert kept is not None
+    assert kept.option == "--b"
+    assert [(one["option"], one["is_kept"]) for one in applied] == [("--a", False), ("--b", True)]
+    with mock.patch.object(Diagnoser, "trial", return_value="does not fit"):
+        assert found.confirm(applied) is None
+    assert applied[-1] == {**applied[-1], "option": "--b", "again": [0.0], "is_kept": False}
+    assert found.measured.not_measured == ("--b: does not fit",)
+
+
+def test_work_in_the_background_holds_up_the_next_one():
+    work = Periodic(name=CHECKPOINT, every_steps=3, seconds=0.2, writing=1.0)
+    assert work.seconds_of_step(0, 1.0) == 0
+    assert work.seconds_of_step(3, 1.0) == pytest.approx(0.2 / 3)
+    assert work.seconds_of_step(3, 0.1) == pytest.approx((0.2 + 0.7) / 3)
 
 
 def test_a_busy_machine_is_named_first_and_changes_are_compared_by_cpu_time():
     trials = (trial("--wall", 0.5, 0.5), trial("--cpu", 2.0, 2.0, cpu=0.5))
-    found = measured(others_cores=4.0, others=(("burner, process 7", 3.9),), trials=trials)
+    found = measured(others_cores=4.0, trials=trials)
     assert [one.change.option for one in advise(found)[0]] == ["--cpu"]
-    first, *rest = report_lines(diagnosis(found))
-    assert first.startswith("OTHER PROCESSES used 4.0 of 8 cores; burner, process 7: 3.9. Gains ")
+    first, *rest = report_lines(found)
+    assert first.startswith("OTHER PROCESSES used 4.0 of 8 cores. Gains ")
     assert any("now 625 images per CPU second" in line for line in rest)
     waits = dataclasses.replace(found, waiting=0.5)  # less of it takes no less CPU time
     assert [one.change.option for one in advise(waits)[0]] == ["--wall"]
     assert not neighbours(measured(others_cores=0.7))
 
 
-def test_the_report_has_limit_advice_hints_plan_and_applied_changes():
-    hinted = list(hints(measured(world_size=2, ranks=RANKS[:2], gpus=8)))
-    assert hinted == [
-        "--nproc 8: a rank for each of the 8 GPUs", "mend or replace the machine of rank 1"
-    ]  # fmt: skip
-    assert not list(hints(measured(gpus=1)))
-    applied = [
+def test_the_report_has_limit_advice_time_and_applied_changes():
+    applied = (
         {"option": "--a 1", "gain": 0.3, "again": [0.2, 0.4], "is_kept": True},
         {"option": "--b 2", "gain": 0.1, "again": [-0.1, 0.4], "is_kept": False},
-    ]
-    found = measured(not_measured=("--x 1: no time was left",), trials=(trial("--a 1", 0.5, 0.4),))
-    text = "\n".join(report_lines(diagnosis(found, applied=applied)))
+    )
+    found = measured(
+        applied=applied, not_measured=("--x 1: no time was left",),
+        trials=(trial("--a 1", 0.5, 0.4),),
+    )  # fmt: skip
+    text = "\n".join(report_lines(found))
     for words in (
         "THE LIMIT: image encoder backward",
         "ADVICE (now 1,000 images/s",
         "--a 1: +125% (+100% to +150%)",
         "not measured: --x 1",
-        "then 0:16:40 on 1 rank",
+        "THE RUN: 0:16:40 for 1,000,000 samples, on 1 rank",
         "APPLIED --b 2: +10%, then -10%, +40%: not kept",
         "USE: --a 1",
     ):
         assert words in text
 
 
-def test_a_flow_is_timed_without_earlier_batches():
-    taken, closed = [], []
+def test_a_loader_is_timed_without_earlier_batches():
+    taken: list[float] = []
 
-    def batches() -> Iterator[int]:
-        try:
-            for number in range(100):
-                taken.append(number)
-                yield number
-        finally:
-            closed.append(True)
+    def take() -> None:
+        taken.append(0.3 if len(taken) < 3 else 0.0)
+        time.sleep(taken[-1])
 
-    found = clocks.flow(batches(), images=4, skip=3, seconds=0)
-    assert len(taken) in (1 + 2, 3 + 2)
-    assert closed
-    assert 0 < found.wall < 1
+    found = Bench.__new__(Bench)
+    found.ranks, found.local_batch = Ranks(), 4
+    one = SimpleNamespace(loader=SimpleNamespace(batches_begun=3, take=take))
+    assert 0 < found.loader_cost(one, seconds=1.0).wall < 0.1
+    assert len(taken) > 3 + 2
 
 
 class SleepyLoader:
@@ -180,17 +195,17 @@ class SleepyLoader:
 def test_turns_of_a_loop_end_in_time_and_resume_with_the_time_of_each_part():
     images = torch.zeros(12, 32, 32, 3, dtype=torch.uint8)
     loader = SleepyLoader(labelled_batch(images, objective="unicl"), 0.3)
-    clock = clocks.LoopClock()
+    clock = StepClock(torch.device("cpu"))
     trainer = make_trainer(tiny_config(steps=1 << 20), loader, progress=False)
-    trainer.observers, trainer.loader = [clock], clocks.PacedLoader(loader, clock)
-    clock.follow(trainer)
+    trainer.observers, trainer.loader = [], turns.PacedLoader(loader, clock)
+    turns.follow(trainer, clock)
     for number in range(2):
         begun = time.perf_counter()
         # 100 steps are to be skipped, but steps that wait are timed
-        loop = trainer.loader.turn(trainer, seconds=0.5, skip=100, least=1)
+        loop = trainer.loader.turn(trainer, seconds=0.5, skip=100)
         assert 1 <= loop.steps <= 3
         assert loop.parts["data_wait"] > 0.29 * loop.steps  # all else is as slow as the machine
-        assert set(loop.parts) >= {"data_wait", "forward", "backward", "optimizer", "other"}
+        assert min(loop.parts[part] for part in ("forward", "backward", "optimizer")) > 0
         assert sum(loop.parts.values()) == pytest.approx(loop.wall, rel=0.1)
         assert number == 0 or time.perf_counter() - begun < 0.5 + 4 * loop.wall / loop.steps
     assert loader.starts == 1
@@ -215,25 +230,16 @@ with one.enforced():
     [(("half",), 0, "half"), ((), 2, "nothing could be measured within 1 s")],
 )
 def test_a_diagnosis_ends_at_its_deadline(found, code, words, tmp_path):
-    begun = time.monotonic()
+    begun, scratch = time.monotonic(), tmp_path / "scratch"
+    scratch.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", ENDING, str(tmp_path / "scratch"), *found],
+        [sys.executable, "-c", ENDING, str(scratch), *found],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == code
     assert words in done.stdout + done.stderr
     assert time.monotonic() - begun < 50
-
-
-def test_busy_processes_are_seen():
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as burner:
-        watch = clocks.Watch({os.getpid()})
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            burner.wait(timeout=0.6)
-        cores, busiest = watch.look()
-        burner.kill()
-    assert cores > 0
-    assert any(str(burner.pid) in name for name, _ in busiest) or cores > 1  # load
+    assert not scratch.exists()
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +253,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Pat
 
 @pytest.mark.dali
 def test_images_are_packed_anew_with_all_that_a_loader_needs(labelled, tmp_path):
-    from unicl_fast.tools.diagnose.variants import pack_again
+    from unicl_fast.tools.diagnose.changes import pack_again
 
     smaller = {"short_side": 40, "format": "jpeg"}
     with PackedDataset(labelled) as dataset:
@@ -266,60 +272,42 @@ def test_images_are_packed_anew_with_all_that_a_loader_needs(labelled, tmp_path)
 
 SLEEPING = """
 import sys, time
-from unicl_fast.tools import bench as run
-from unicl_fast.tools.diagnose import deadline, session
+from unicl_fast.tools import bench
 from unicl_fast.pipelines.train_loader import TrainLoader
-describe = session._diagnosis
-plain, noted = TrainLoader.batches, []
+plain = TrainLoader.batches
 
 def batches(self, start_step):
     for batch in plain(self, start_step):
-        time.sleep({wait})
+        time.sleep(1)
         yield batch
 
 TrainLoader.batches = batches
-session._diagnosis = lambda *given: noted.append(1) or describe(*given)
-if {start}:
-    deadline.START_SECONDS = {start}
-sys.argv[1:] = {options}
-run.main()
+bench.main(sys.argv[1:])
 """
 
 
 @pytest.mark.dali
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("wait", "start", "code", "words"),
-    [
-        ("1.0", 0, 0, "the loop waits for batches"),
-        pytest.param("1000 if noted else 0", 0, 0, "cut off at the", marks=pytest.mark.long),
-        ("1000", 10, 2, "nothing could be measured"),
-    ],
-)
-def test_a_loader_that_sleeps_does_not_hold_up_the_end(
-    labelled, wait, start, code, words, tmp_path
-):
-    options = ["run", "--data", str(labelled), "--seconds", "4", "--folder", str(tmp_path), *SMALL]
+def test_a_loader_that_sleeps_is_named_in_time(labelled, tmp_path):
     begun = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", SLEEPING.format(wait=wait, start=start, options=options)],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", SLEEPING, "run", "--data", str(labelled), "--seconds", "4", *SMALL],
+        capture_output=True, text=True, check=True, env=os.environ | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
-    assert done.returncode == code, done.stderr[-2000:]
-    assert words in done.stdout + done.stderr
+    assert "the loop waits for batches" in done.stdout
     assert time.monotonic() - begun < 2 * 4 + 60 + 30  # the report takes a while on a busy machine
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("unicl-bench-*"))
 
 
 def test_stored_features_are_advised_and_a_run_that_stores_them_is_timed_by_its_encoding():
-    found = diagnosis(measured(), num_images=60_000)
+    found = measured(num_images=60_000)
     reports = {
         stored: "\n".join(report_lines(dataclasses.replace(found, stored=stored)))
         for stored in ("", "could", "does")
     }
     assert "encoded once they need 0:01:00 instead of 0:16:40" in reports["could"]
     assert "stored-features" not in reports[""]
-    assert "then 0:01:00 to encode 60,000 images once" in reports["does"]
+    assert "THE RUN: 0:01:00 to encode 60,000 images once" in reports["does"]
     rare = dataclasses.replace(found, num_images=10**6, stored="could")
     assert "stored-features" not in "\n".join(report_lines(rare)), "a run of a single epoch"
 
@@ -330,52 +318,45 @@ def test_a_run_that_stores_features_is_measured_while_it_encodes(stores, monkeyp
     config = build_preset("photos-heads" if stores else "photos-features")
     if stores:
         config = config.changed(efficiency={"stored_features": "features"})
-    seen: list[tuple[str, str]] = []
 
     def on_bench(config: TrainConfig, *of: Any, **more: Any) -> contextlib.nullcontext[Any]:
         assert not config.efficiency.stored_features
-        bench = SimpleNamespace(config=config, parts=SimpleNamespace(datasets=["12345"]))
-        return contextlib.nullcontext(bench)
-
-    def tell(found: Diagnosis) -> None:
-        seen.append((found.stored, found.num_images))
+        return contextlib.nullcontext(SimpleNamespace(config=config))
 
     one_rank = contextlib.nullcontext((Ranks(), torch.device("cpu")))
-    monkeypatch.setattr(session, "on_ranks", lambda config: one_rank)
-    monkeypatch.setattr(session, "on_bench", on_bench)
-    diagnoser = SimpleNamespace(diagnose=measured)
-    monkeypatch.setattr(session, "Diagnoser", lambda *of, **more: diagnoser)
-    session.measure(
-        config, mock.MagicMock(), applies=False, rounds=1, samples=0, scratch=tmp_path, note=tell
-    )
-    assert seen == [("does" if stores else "could", 5)]
+    monkeypatch.setattr(diagnose, "on_ranks", lambda config: one_rank)
+    monkeypatch.setattr(diagnose, "on_bench", on_bench)
+
+    def diagnoser(*of: Any, note: Any, **more: Any) -> Any:
+        return mock.Mock(diagnose=lambda: note(measured()), confirm=lambda applied: None)
+
+    monkeypatch.setattr(diagnose, "Diagnoser", diagnoser)
+    deadline = mock.MagicMock()
+    diagnose.measure(config, deadline, applies=False, scratch=tmp_path)
+    assert deadline.found.stored == ("does" if stores else "could")
 
 
 @pytest.mark.dali
 @pytest.mark.long
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_run_is_diagnosed_from_its_options(labelled, tmp_path, nproc):
-    result, out = tmp_path / "result.json", tmp_path / "report"
-    options = ["--seconds", "10", "--apply", "--json", str(result), *SMALL]
+    out = tmp_path / "report"
+    options = ["--seconds", "10", "--apply", *SMALL]
     command = ["run", "--data", str(labelled), "--nproc", str(nproc), "--out", str(out), *options]
     shown = subprocess.run(
         [sys.executable, "-m", "unicl_fast.tools.bench", *command],
         check=True, stdout=subprocess.PIPE, text=True, timeout=400,
     ).stdout  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
-    assert (out / "report.json").read_text() == result.read_text()
-    found = json.loads(result.read_text())
-    names = {stage["name"] for stage in found["measured"]["stages"]}
-    assert {READ, "checksums", "plan and target map", "JPEG decode", "resize and flip"} <= names
+    found = json.loads((out / "report.json").read_text())
+    names = {stage["name"] for stage in found["stages"]}
+    assert {READ, "JPEG decode"} <= names
     assert {"image encoder forward", "loss and its gradient", "clip and update", LOGGING} <= names
-    assert found["limit"]["stage"] in {*names, CHECKPOINT}
-    assert found["measured"]["local_batch"] == 8 // nproc
-    assert found["measured"]["trials"]
-    for part in ("loader", "step", "whole"):
-        rounds = found["measured"][part]["rounds"]
-        assert min(rounds) <= found["measured"][part]["wall"] <= max(rounds)
-    assert found["hours"] > 0
-    assert found["measured"]["largest_batch"] >= 8
+    assert found["limit"]["stage"] in {*names, CHECKPOINT, "rank 0", "rank 1"}  # on busy cores
+    assert found["local_batch"] == 8 // nproc
+    assert found["trials"]
+    assert len(found["ranks"]) == nproc
+    assert found["seconds"] > 0
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))
     assert not look_at(out / "report.html", tmp_path)["broken"]

@@ -223,16 +223,6 @@ def test_the_best_checkpoint_is_kept_and_evaluated(data, tmp_path):
     assert "no evaluation of this run gives that number" in said
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(data, unbroken, nproc):
-    packed = evaluated("zero-shot", unbroken, "--data", data / "labels")
-    assert (packed["num_samples"], packed["num_classes"]) == (21, 10)
-    more = ["--batch-size", "3"] * (nproc > 1)
-    other = evaluated("zero-shot", unbroken, "--data", data / "classes", *more, nproc=nproc)
-    for key in ("num_samples", "top1", "top5", "mean_per_class", "per_class"):
-        assert other[key] == packed[key], key
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -165,7 +165,7 @@ def test_a_fault_of_a_table_names_its_line(tmp_path):
 
 ALLOWED = {
     "the kernel's": """
-        tools/diagnose/clocks.py tools/diagnose/deadline.py tools/diagnose/measuring.py
+        tools/diagnose/measuring.py tools/diagnose/turns.py
         unicl_fast/system/child.py unicl_fast/system/machine.py unicl_fast/system/program.py
     """,
     "an installed package's": """

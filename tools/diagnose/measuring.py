@@ -77,7 +77,7 @@ def wait_for_gpu() -> None:
 def result_text(options: Any, /, *packages: str, **more: Any) -> str:
     """A result's JSON, with `options` (a dataclass) and machine; URLs lose their secrets."""
     settings = dataclasses.asdict(options)
-    settings.pop("json")
+    settings.pop("json", None)
     result = {**more, "settings": settings, "machine": describe_machine(*packages)}
     return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 

@@ -1,19 +1,11 @@
-"""The numbers of a diagnosis: plain data for limits, advice, reports and pages."""
+"""The numbers of a diagnosis: plain data for limits, advice and reports."""
 
-import dataclasses
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-CHECKSUMS = "checksums"
-COPY = "copy to the device"
-CHECKPOINT = "checkpoint"
-EVALUATION = "evaluation"
-LOGGING = "logging"
-READ = "storage read"
-WAITING = "waiting for batches"
-_NOTHING = 1e-9  # most seconds per image of a stage that does nothing
+CHECKPOINT, EVALUATION, LOGGING, READ = "checkpoint", "evaluation", "logging", "storage read"
 MUCH = 0.2  # above this part of the time, waiting or pauses are the limit
 BUSY = 0.1  # above this part of the cores, other processes make rates and gains unreliable
 
@@ -24,34 +16,18 @@ class Cost:
 
     wall: float
     cpu: float  # over all threads of the process
-    rounds: tuple[float, ...] = ()
-    """Wall seconds of each round, with `wall` as their median; empty if it was timed once."""
 
     @property
-    def spread(self) -> tuple[float, float]:
-        """The shortest and the longest round."""
-        return min(self.rounds, default=self.wall), max(self.rounds, default=self.wall)
+    def rate(self) -> str:
+        """Images/s; a dash if nothing was measured."""
+        return f"{1 / self.wall:,.0f}" if self.wall > 1e-9 else "-"
 
 
 def median(costs: Iterable[Cost]) -> Cost:
-    """Median wall and CPU time, with the wall time of each round."""
+    """Median wall and CPU time."""
     costs = list(costs)
-    return Cost(
-        wall=statistics.median(cost.wall for cost in costs),
-        cpu=statistics.median(cost.cpu for cost in costs),
-        rounds=tuple(cost.wall for cost in costs),
-    )
-
-
-def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
-    """Images/s with the slowest and the fastest round; a dash if nothing was measured."""
-    if cost is None or cost.wall <= _NOTHING:
-        return "-"
-    rate = f"{ranks / cost.wall:,.0f}"
-    low, high = cost.spread
-    if len(cost.rounds) < 2 or low <= _NOTHING:
-        return rate
-    return f"{rate} ({ranks / high:,.0f} to {ranks / low:,.0f})"
+    walls, cpus = ([getattr(one, name) for one in costs] for name in ("wall", "cpu"))
+    return Cost(wall=statistics.median(walls), cpu=statistics.median(cpus))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +36,7 @@ class Stage:
 
     name: str
     cost: Cost
-    side: str
-    """`feed` (the reading and planning thread), `graph` (decoding threads), `step`, `between`, or
-    `loop`."""
+    side: str  # `loader`, `step`, or `loop`
     note: str = ""
 
 
@@ -73,7 +47,14 @@ class Periodic:
     name: str  # CHECKPOINT or EVALUATION
     every_steps: int  # 0: only at the end
     seconds: float  # seconds that training waits each time
+    writing: float = 0.0  # seconds that it lasts in the background, before it can begin again
     note: str = ""
+
+    def seconds_of_step(self, every_steps: int, step_seconds: float) -> float:
+        """Seconds that it adds to a step of `step_seconds`, done every so many steps."""
+        if not every_steps:
+            return 0.0
+        return (self.seconds + max(0.0, self.writing - every_steps * step_seconds)) / every_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +80,6 @@ class Trial:
     change: Change
     now: tuple[Cost, ...]  # the unchanged run, in each round
     then: tuple[Cost, ...]
-    is_again: bool = False  # whether it came out first, and was then measured in longer turns
 
     def gains(self, *, by_cpu: bool) -> tuple[float, ...]:
         """The part that the change adds to images/s in each round; `by_cpu`, per CPU second."""
@@ -110,24 +90,18 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankFigures:
-    """Seconds per image of one rank, without waiting for others."""
-
-    rank: int
-    loader: float
-    step: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """All numbers of a diagnosis."""
+    """Everything that a diagnosis has found so far."""
 
+    config: dict[str, Any]
     device: str
     cores: float  # cores of this rank
     threads: int
     compute_threads: int
     world_size: int
     local_batch: int
+    samples: int  # of the whole run
+    num_images: int  # of its data sets
     loader: Cost
     step: Cost
     whole: Cost  # the trainer's own loop: loader, step and periodic work
@@ -135,15 +109,15 @@ class Measured:
     reading: float  # part of its time in which the loader's reading thread waits for storage
     periodic: tuple[Periodic, ...] = ()
     others_cores: float = 0.0  # cores that other processes used meanwhile
-    others: tuple[tuple[str, float], ...] = ()  # the busiest of them, and the cores of each
     stages: tuple[Stage, ...] = ()
-    ranks: tuple[RankFigures, ...] = ()
+    ranks: tuple[tuple[float, float], ...] = ()
+    """Seconds per image of each rank's loader and step, without waiting for other ranks."""
     trials: tuple[Trial, ...] = ()
-    gpus: int = 0  # CUDA devices of each machine
-    ranks_per_machine: int = 1
-    start_seconds: float = 0.0
-    largest_batch: int = 0  # the largest local batch that fits, by the memory plan; 0 if none does
     not_measured: tuple[str, ...] = ()
+    applied: tuple[dict[str, Any], ...] = ()
+    """Changes that `--apply` has measured again, and whether it kept them."""
+    stored: Literal["", "could", "does"] = ""
+    """Whether the run stores features of frozen encoders, or could."""
     decodes_files: bool = True  # whether images are encoded files, not raw
     is_remote: bool = False  # whether data sets are URLs
 
@@ -151,6 +125,11 @@ class Measured:
     def rate(self) -> float:
         """Images/s of all ranks."""
         return self.world_size / self.whole.wall
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run, with checkpoints and evaluations."""
+        return self.samples / self.rate
 
     @property
     def is_busy(self) -> bool:
@@ -175,13 +154,10 @@ class Measured:
 
     def part_of(self, work: Periodic) -> float:
         """The part of the run's time spent on this work."""
-        if not work.every_steps:
-            return 0.0
-        return work.seconds / (work.every_steps * self.local_batch * self.whole.wall)
+        step = self.whole.wall * self.local_batch
+        return work.seconds_of_step(work.every_steps, step) / step
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, with rates."""
-        return dataclasses.asdict(self) | {
-            "images_per_second": self.rate,
-            "images_per_cpu_second": 1 / self.whole.cpu if self.whole.cpu else 0.0,
-        }
+    @property
+    def kept(self) -> list[str]:
+        """The options that `--apply` has kept."""
+        return [one["option"] for one in self.applied if one["is_kept"]]

@@ -1,79 +1,62 @@
-"""A diagnosis in plain text; page.py makes the page."""
+"""A diagnosis in plain text, as JSON, and as a page: one screen of HTML, by page.html."""
 
 import dataclasses
 import datetime
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+from unicl_fast.system.pages import fill_page
 from unicl_fast.system.wording import count_of
 
-from .advise import advise, find_limit, hints, neighbours
-from .model import Cost, Measured, Stage, rate_text
+from .advise import LEAST_GAIN, advise, find_limit, neighbours
+from .model import Cost, Measured, Stage
 
-SIDES = {
-    "feed": "the loader's feeding thread",
-    "graph": "the loader's decoding threads",
-    "between": "between loader and step",
+_SHOWN_CHANGES = 3
+_SIDES = {
+    "loader": "the loader",
     "step": "the step",
     "loop": "after a step",
 }
 
 
-Stored = Literal["", "could", "does"]
+def as_dict(measured: Measured) -> dict[str, Any]:
+    """All numbers for JSON, with rates, limit and advice."""
+    useful, idle = advise(measured)
+    stage, sentence = find_limit(measured)
+    return dataclasses.asdict(measured) | {
+        "images_per_second": measured.rate,
+        "seconds": measured.seconds,
+        "limit": {"stage": stage, "sentence": sentence},
+        "advice": [dataclasses.asdict(one) for one in useful],
+        "does_not_matter": [dataclasses.asdict(one) for one in idle],
+        "options": measured.kept,
+    }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Diagnosis:
-    """Everything that a diagnosis has found so far."""
-
-    measured: Measured
-    hours: float  # for all samples of the run, with checkpoints and evaluations
-    applied: list[dict[str, Any]]
-    """Changes that `--apply` has measured again, and whether it kept them."""
-    config: dict[str, Any]
-    num_images: int = 0
-    stored: Stored = ""
-    """Whether the run stores features of frozen encoders, or could."""
-
-    @property
-    def kept(self) -> list[str]:
-        """The options that `--apply` has kept."""
-        return [one["option"] for one in self.applied if one["is_kept"]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, with limit and advice."""
-        useful, idle = advise(self.measured)
-        return dataclasses.asdict(self) | {
-            "measured": self.measured.as_dict(),
-            "limit": dataclasses.asdict(find_limit(self.measured)),
-            "advice": [dataclasses.asdict(one) for one in useful],
-            "does_not_matter": [dataclasses.asdict(one) for one in idle],
-            "options": self.kept,
-        }
-
-
-def report_lines(found: Diagnosis) -> Iterator[str]:
-    measured, limit = found.measured, find_limit(found.measured)
+def report_lines(measured: Measured) -> Iterator[str]:
     if text := neighbours(measured):
         yield f"{text}\n"
-    yield from _stages(measured)
-    yield f"\nTHE LIMIT: {limit.sentence}"
-    yield f"{limit.head_room}\n"
-    yield from _advice(found)
-    yield ""
-    yield from _plan(found)
-    for one in found.applied:
+    yield f"{'images/s on a rank, each stage alone':44} {'images/s':>12} {'CPU ms/image':>13}"
+    for title, stages in groups(measured):
+        yield f"  {title}"
+        for stage in stages:
+            cost = f"{stage.cost.rate:>12} {1e3 * stage.cost.cpu:13.3f}"
+            yield f"    {stage.name:40} {cost}  {stage.note}".rstrip()
+    yield f"\nTHE LIMIT: {find_limit(measured)[1]}\n"
+    yield from _advice(measured)
+    yield f"\n{_plan(measured)}"
+    for one in measured.applied:
         again = ", ".join(f"{gain:+.0%}" for gain in one["again"])
         kept = "kept" if one["is_kept"] else "not kept"
         yield f"APPLIED {one['option']}: {one['gain']:+.0%}, then {again}: {kept}"
-    if found.applied:
-        yield f"USE: {' '.join(found.kept) or 'the options as they are'}"
+    if measured.applied:
+        yield f"USE: {' '.join(measured.kept) or 'the options as they are'}"
 
 
 def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
     """Titles with the costs per image: along a batch's way, then of all together."""
-    for side, title in SIDES.items():
+    for side, title in _SIDES.items():
         if stages := [stage for stage in measured.stages if stage.side == side]:
             yield title, stages
     for work in measured.periodic:
@@ -85,19 +68,11 @@ def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
     together = {
         "loader only": measured.loader, "step only": measured.step, "all together": measured.whole
     }  # fmt: skip
+    if measured.world_size > 1:
+        for rank, (loader, step) in enumerate(measured.ranks):
+            together[f"rank {rank}, loader only"] = Cost(wall=loader, cpu=0.0)
+            together[f"rank {rank}, step only"] = Cost(wall=step, cpu=0.0)
     yield "loader and step", [Stage(name=n, cost=cost, side="") for n, cost in together.items()]
-
-
-def _stages(measured: Measured) -> Iterator[str]:
-    yield f"{'images/s on a rank, each stage alone':44} {'images/s':>24} {'CPU ms/image':>13}"
-    for title, stages in groups(measured):
-        yield f"  {title}"
-        for stage in stages:
-            rate, milliseconds = rate_text(stage.cost), 1e3 * stage.cost.cpu
-            yield f"    {stage.name:40} {rate:>24} {milliseconds:13.3f}  {stage.note}".rstrip()
-    for rank in measured.ranks if measured.world_size > 1 else ():
-        step = f", step alone {1 / rank.step:,.0f}" if rank.step else ""
-        yield f"  rank {rank.rank}: loader {1 / rank.loader:,.0f} images/s{step}"
 
 
 def rate_of(measured: Measured) -> str:
@@ -107,8 +82,7 @@ def rate_of(measured: Measured) -> str:
     return f"{measured.rate:,.0f} images/s"
 
 
-def _advice(found: Diagnosis) -> Iterator[str]:
-    measured = found.measured
+def _advice(measured: Measured) -> Iterator[str]:
     useful, idle = advise(measured)
     yield f"ADVICE (now {rate_of(measured)}; each change alone: median, slowest, fastest round)"
     for number, one in enumerate(useful, 1):
@@ -118,40 +92,44 @@ def _advice(found: Diagnosis) -> Iterator[str]:
     if not measured.trials:
         yield "  no change could be measured in time: raise --seconds"
     elif not useful:
-        yield "  no measured change gains 3 % in each round"
-    for text in [*_stored_hint(found), *hints(measured)]:
-        yield f"  worth a try, not measured: {text}"
+        yield f"  no measured change gains {LEAST_GAIN:.0%} in each round"
+    encoding = measured.num_images / measured.rate
+    if measured.stored == "could" and encoding < measured.seconds / 2:
+        yield (
+            "  worth a try, not measured: --efficiency.stored-features FOLDER: the frozen encoder "
+            "sees the same images in every epoch; encoded once they need "
+            f"{_time(encoding)} instead of {_time(measured.seconds)}"
+        )
     if idle:
         yield "  does not help: " + "; ".join(f"{one.change.option} {one}" for one in idle)
     for text in measured.not_measured:
         yield f"  not measured: {text}"
 
 
-def _plan(found: Diagnosis) -> Iterator[str]:
-    measured = found.measured
-    if measured.largest_batch:
-        yield (
-            f"THE PLAN: the largest local batch that fits, by the memory plan, is "
-            f"{measured.largest_batch:,}; now {measured.local_batch}"
-        )
-    then, ranks = str(_time(3600 * found.hours)), count_of(measured.world_size, "rank")
-    if found.stored == "does":
+def _plan(measured: Measured) -> str:
+    then = f"{_time(measured.seconds)} for {count_of(measured.samples, 'sample')}"
+    if measured.stored == "does":
+        encoding = _time(measured.num_images / measured.rate)
         then = (
-            f"{_time(found.num_images / measured.rate)} to encode {found.num_images:,} images once "
+            f"{encoding} to encode {count_of(measured.num_images, 'image')} once "
             "(efficiency.stored_features; measured with the rest of a step), and steps of the rest"
         )
-    yield f"  start: {measured.start_seconds:.0f} s; then {then} on {ranks}"
-
-
-def _stored_hint(found: Diagnosis) -> Iterator[str]:
-    """The time that storing features would save, if an image is encoded alike each time."""
-    seconds = found.num_images / found.measured.rate
-    if found.stored == "could" and seconds < 3600 * found.hours / 2:
-        yield (
-            "--efficiency.stored-features FOLDER: the frozen encoder sees the same images in every "
-            f"epoch; encoded once they need {_time(seconds)} instead of {_time(3600 * found.hours)}"
-        )
+    return f"THE RUN: {then}, on {count_of(measured.world_size, 'rank')}"
 
 
 def _time(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=round(seconds))
+
+
+def make_page(measured: Measured, machine: Mapping[str, Any]) -> str:
+    """The page, for UTF-8; `machine` is the result file's."""
+    shown, limit = list(groups(measured)), find_limit(measured)
+    names = ("processor", "cores", "gpu", "torch", "commit", "date")
+    return fill_page(
+        Path(__file__).with_name("page.html"),
+        measured=measured, config=measured.config, busy=neighbours(measured), limit=limit,
+        groups=shown, now=rate_of(measured), advice=advise(measured)[0][:_SHOWN_CHANGES],
+        longest=max(stage.cost.wall for _, stages in shown for stage in stages) or 1.0,
+        least_gain=f"{LEAST_GAIN:.0%}", options=" ".join(measured.kept),
+        machine=", ".join(f"{name} {machine[name]}" for name in names if name in machine),
+    )  # fmt: skip

@@ -7,7 +7,6 @@ unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--ou
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import tempfile
@@ -29,7 +28,7 @@ from .deadline import Deadline
 from .measuring import result_text
 
 if TYPE_CHECKING:  # it imports torch, which reads the environment once
-    from .report import Diagnosis
+    from .model import Measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +50,6 @@ class Run:
     on; print the options to use."""
     out: Path | None = None
     """Folder for the report: report.html and report.json."""
-    folder: Path | None = None
-    """Folder on the disk for checkpoints; by default a temporary one."""
-    json: Path | None = None
-    """Another file for the report as JSON."""
-    rounds: int = 3
-    """Turns of the run, and of each change; a change that loses in its first turn gets one."""
-    samples: int = 0
-    """Length of the run to estimate; 0: run.samples or run.steps, or 32 epochs."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -80,35 +71,29 @@ class Run:
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.tools.bench", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as scratch:
-            arguments = [*self.options, *train, "--out", str(Path(scratch) / "run")]
+        with tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder:
+            scratch = Path(folder)
+            arguments = [*self.options, *train, "--out", str(scratch / "run")]
             config = split_config(parse_arguments(arguments))
-            deadline = Deadline(self.seconds, scratch=Path(scratch), conclude=self.conclude)
+            deadline = Deadline(self.seconds, scratch=scratch, conclude=self.conclude)
             with deadline.enforced():
                 # before torch is imported, which reads it once
                 choose_environment(config.run.device)
-                from .session import measure
+                from .diagnose import measure
 
-                measure(
-                    config, deadline.budget, applies=self.apply, rounds=self.rounds,
-                    samples=self.samples, scratch=Path(scratch),
-                    note=functools.partial(setattr, deadline, "found"),
-                )  # fmt: skip
+                measure(config, deadline, applies=self.apply, scratch=scratch)
         if deadline.found is not None:
             self.conclude(deadline.found)
 
-    def conclude(self, found: Diagnosis) -> None:
+    def conclude(self, found: Measured) -> None:
         """Prints and writes the report."""
-        from .page import make_page
-        from .report import report_lines
+        from .report import as_dict, make_page, report_lines
 
         print("\n".join(report_lines(found)), flush=True)
         if self.apply and not found.applied:
             print("APPLIED nothing: no measured change gains enough; use the options as they are")
-        text = result_text(self, "timm", "nvidia-dali-cuda120", **found.as_dict())
-        if self.json is not None:
-            self.json.write_text(text, encoding="utf-8")
         if self.out is not None:
+            text = result_text(self, "timm", "nvidia-dali-cuda120", **as_dict(found))
             page = make_page(found, json.loads(text)["machine"])
             for name, content in {"report.html": page, "report.json": text}.items():
                 write_text_atomically(self.out / name, without_secrets(content))

@@ -33,13 +33,10 @@ class Bases(Written):
     none keeps nothing."""
 
     def check(self) -> None:
-        from unicl_fast.evaluation.data import check_data
         from unicl_fast.evaluation.probes import require_scikit_learn
 
         super().check()
         require_scikit_learn()
-        for spec in (self.data, self.held_out):
-            check_data(spec)
 
     def run(self) -> None:
         import contextlib

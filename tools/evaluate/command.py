@@ -62,18 +62,36 @@ class Command(abc.ABC):
         """
         for field, kind in get_type_hints(type(self), include_extras=True).items():
             convert(getattr(self, field), kind, name=f"--{field.replace('_', '-')}")
+        from unicl_fast.evaluation.data import check_data
+
+        for spec in self.data_sets():
+            check_data(spec)
+
+    def data_sets(self) -> list[str]:
+        """All data sets that the options name."""
+        values = [getattr(self, name, "") for name in ("train", "data", "held_out", "validation")]
+        return [
+            spec for value in values
+            for spec in ((value,) if isinstance(value, str) else value) if spec
+        ]  # fmt: skip
 
     def settled(self) -> Self:
         """This command with everything fixed that can change until it ends."""
         return self
 
     def features_folder(self, given: str) -> Path | None:
-        """The folder that --features means, in the user's cache for auto; None for none."""
+        """The folder that --features means: auto is in the run, or else in the user's cache."""
+        from unicl_fast.conversion.sources import find_own
         from unicl_fast.dataset.block_cache import CacheOptions
 
-        if given == "auto":
+        if given != "auto":
+            return None if given == "none" else Path(given)
+        checkpoint = getattr(self, "checkpoint", None)
+        found = None if checkpoint is None else find_own(str(checkpoint))
+        if found is None:  # another library's model, one on the hub, or none
             return CacheOptions().place / "features"
-        return None if given == "none" else Path(given)
+        run = found.parent  # of RUN/checkpoints/step-N, RUN/best, ...
+        return (run.parent if run.name == "checkpoints" else run) / "features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +130,6 @@ class ModelCommand(Command):
         columns = data.get("label_columns") or [{"": range(len(names))} for names in of_sets]
         return classes_by_column(of_sets, columns)
 
-    def features_folder(self, given: str) -> Path | None:
-        """The folder that --features means, in the run if there is one; None for none."""
-        from unicl_fast.conversion.sources import find_own
-
-        found = find_own(str(self.checkpoint))
-        if given != "auto" or found is None:  # another library's model, or one on the hub
-            return super().features_folder(given)
-        run = found.parent  # of RUN/checkpoints/step-N, RUN/best, ...
-        return (run.parent if run.name == "checkpoints" else run) / "features"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankedCommand(ModelCommand):
@@ -132,17 +140,6 @@ class RankedCommand(ModelCommand):
     SLURM."""
     batch_size: Number = 256
     """Images encoded at once by each rank; a CPU encodes at most 32."""
-
-    @abc.abstractmethod
-    def data_sets(self) -> Sequence[str]:
-        """All data sets that the options name."""
-
-    def check(self) -> None:
-        from unicl_fast.evaluation.data import check_data
-
-        for spec in self.data_sets():  # before the checkpoint, whose check imports more
-            check_data(spec)
-        super().check()
 
     def model(self) -> AbstractContextManager[ModelOnRanks]:
         from unicl_fast.evaluation.features import model_on_ranks
@@ -244,9 +241,6 @@ class Use(RankedCommand):
     data: OneDataSet
     """Images: a packed data set (a folder or a URL), a folder of images, one image, or any source
     of unicl-pack build. Unreadable files are named and left out."""
-
-    def data_sets(self) -> Sequence[str]:
-        return [self.data]
 
     @contextlib.contextmanager
     def encoded(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,6 @@ class FrozenFeatures(Evaluation):
     features: str = "auto"
     """Folder that keeps features, by a checksum of weights and images: auto is features/ in the run
     (for a model on the hub, in the user's cache), none keeps nothing."""
-
-    def data_sets(self) -> Sequence[str]:
-        return [self.train, self.data]
 
     def check(self) -> None:
         from unicl_fast.evaluation.probes import require_scikit_learn

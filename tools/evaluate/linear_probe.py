@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +38,6 @@ class LinearProbe(FrozenFeatures):
     """Few-shot: draws of images for each number of shots."""
     seed: Count = 0
     """Seed of the split and the draws."""
-
-    def data_sets(self) -> Sequence[str]:
-        return [self.train, self.data, *([self.validation] if self.validation else [])]
 
     def check(self) -> None:
         super().check()

@@ -1,6 +1,5 @@
 """`unicl-eval retrieval`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..numbers import OneDataSet
@@ -17,9 +16,6 @@ class Retrieval(BesideBaselines):
     data: OneDataSet
     """Images with captions: a packed data set (a folder or a URL), or any source of unicl-pack
     build, such as a list."""
-
-    def data_sets(self) -> Sequence[str]:
-        return [self.data]
 
     def run(self) -> None:
         from unicl_fast.evaluation.baselines import recalls

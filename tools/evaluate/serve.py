@@ -40,12 +40,9 @@ class Serve(ModelCommand):
     """Classes that the page starts with: by default the data's, the run's, or a few animals."""
 
     def check(self) -> None:
-        from unicl_fast.evaluation.data import check_data
         from unicl_fast.system.installation import install_command
 
         super().check()
-        if self.data:
-            check_data(self.data)
         if not all(map(importlib.util.find_spec, ("starlette", "uvicorn"))):
             raise ModuleNotFoundError(
                 f"serve needs Starlette and uvicorn: {install_command('serve')}"

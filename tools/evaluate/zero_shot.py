@@ -1,6 +1,5 @@
 """`unicl-eval zero-shot`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +35,6 @@ class ZeroShot(BesideBaselines):
     average_precision: bool = False
     """Also report the mean average precision of the classes (mAP), by sorting all images by
     similarity. For images with several labels, such as COCO's."""
-
-    def data_sets(self) -> Sequence[str]:
-        return self.data
 
     def check(self) -> None:
         for name in ("class_names", "templates", "metric"):

@@ -31,7 +31,6 @@ from unicl_fast.evaluation.features import ModelOnRanks
 from unicl_fast.evaluation.labelled import (
     LabelledFeatures,
     by_column,
-    kept_features,
     with_labels,
 )
 from unicl_fast.evaluation.predicted import PredictedWords, standardised
@@ -183,9 +182,9 @@ def encoder_features(
 ) -> Float[np.ndarray, "n d"]:
     """Features of the image encoder, in this process alone, kept in `folder`."""
     assert on_ranks.ranks.world_size == 1
-    rows = kept_features(on_ranks, dataset, layer="encoder", folder=folder)
+    rows = on_ranks.features(dataset, layer="encoder", folder=folder)
     assert rows is not None
-    return rows
+    return rows.numpy()
 
 
 def _nearest(train: LabelledFeatures, test: LabelledFeatures) -> ClassificationResult:

@@ -1,11 +1,17 @@
 """Encodes images and texts with a model, on one rank or many.
 
 Ranks share the images of a data set: rank r of w encodes the samples r, r + w, r + 2 w, ...
+
+Features of images can be stored as those of training are. An evaluation sees the middle of an
+image, so the files are others than a run's. A model whose encoder is frozen is then evaluated again
+in the time of its head, and of a changed data set only new images are encoded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
 from unicl_fast.conversion.initial import load_encoders
+from unicl_fast.dataset.feature_files import feature_key, has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
@@ -34,9 +41,10 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
-from unicl_fast.evaluation.stored import ROWS_AT_ONCE, stored_rows
+from unicl_fast.evaluation.kept_rows import kept_rows
+from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, set_device_arithmetic
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
@@ -47,6 +55,10 @@ from unicl_fast.training.encoding import encoder_input, in_pieces, loaded_at_onc
 from unicl_fast.training.settle import settle, settle_decoding
 from unicl_fast.training.stored_features import stored_text_features
 
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 4096  # projected at once: 20 MB of 1,280 numbers
+_KEY_VERSION = 1  # of stored features, part of their key
 _ALONE = Ranks()
 _G = TypeVar("_G")
 _T = TypeVar("_T")
@@ -68,7 +80,7 @@ class ModelOnRanks:
     batch_size: int = 256  # images encoded at once by each rank
     progress: bool = False  # whether progress bars are shown
     folder: Path | None = None
-    """Keeps features of the image encoder, which are then looked for; None keeps nothing."""
+    """Stores features of the image encoder, which are then looked for; None stores nothing."""
     text_folder: Path | None = None
     """Keeps features of the text encoder."""
 
@@ -96,23 +108,69 @@ class ModelOnRanks:
         )  # fmt: skip
 
     def features(
-        self, dataset: PackedDataset, *, layer: Layer = "projection"
+        self, dataset: PackedDataset, *, layer: Layer = "projection", folder: Path | None = None
     ) -> Float[Tensor, "n d"] | None:
         """Features of a data set's images, in its order, on rank 0's host; fp32 or fp64.
 
-        Raises EvaluationStopped on all ranks if a stop was requested.
+        The encoder's are stored in `folder`, by default the model's, and projected from there. A
+        folder that cannot be written is a warning of a single process. Raises EvaluationStopped on
+        all ranks if a stop was requested.
         """
-        if self.folder is None:
+        if (place := folder or self.folder) is None:
             return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
-        _, rows = stored_rows(self, dataset, self.folder, layer="encoder")
+        try:
+            _, rows = self.stored(dataset, place, layer="encoder", says_found=folder is not None)
+        except OSError as error:
+            if self.ranks.world_size > 1:
+                raise
+            logger.warning("features are not kept: %s cannot be written: %s", place, error)
+            return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
         if not self.ranks.is_main:
             return None
         if layer == "encoder":
             return torch.from_numpy(np.array(rows))
         return torch.cat([
-            self.projected(rows[start : start + ROWS_AT_ONCE])
-            for start in range(0, len(rows), ROWS_AT_ONCE)
+            self.projected(rows[start : start + _ROWS_AT_ONCE])
+            for start in range(0, len(rows), _ROWS_AT_ONCE)
         ])  # fmt: skip
+
+    def stored(
+        self, dataset: PackedDataset, folder: Path, *, layer: Layer, says_found: bool = False
+    ) -> tuple[str, NDArray[Any]]:
+        """The key and the features [n w] of a data set, mapped from a file that all ranks make.
+
+        `says_found` logs that they were there.
+
+        Raises:
+            SharedRefusal: the file is damaged.
+            OSError: the folder cannot be written.
+            EvaluationStopped: a stop was requested; raised on all ranks.
+        """
+        model, ranks = self.model, self.ranks
+        family, key = from_rank_0([*keys_of_features(model, dataset, layer=layer)], ranks)
+        if says_found and ranks.is_main and has_features(folder, key):
+            logger.info("features of %s: found again", dataset.location)
+        dtype = "float64" if model.config.efficiency.precision == "fp64" else "float32"
+        is_space = layer == "projection" and model.has_space
+
+        def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+            encoder = keys_of_features(model, dataset, layer="encoder")[1]
+            if layer == "projection" and has_features(folder, encoder):
+                known = read_features(folder, encoder, num_samples=len(dataset), check=False).rows
+                mine = np.array(new[ranks.rank :: ranks.world_size])
+                for some in np.array_split(mine, len(mine) // _ROWS_AT_ONCE + 1):
+                    yield some, self.projected(known[some]).numpy().astype(dtype, copy=False)
+                return
+            loader = self.loader(dataset, new)
+            for numbers, features in self.encoded(loader, num_samples=len(new), layer=layer):
+                yield numbers.numpy(), features.numpy().astype(dtype, copy=False)
+
+        rows = kept_rows(
+            folder, key, family=family, items=np.ascontiguousarray(dataset.samples["xxh3"]),
+            width=model.config.model.embed_dim if is_space else feature_width(model.image_encoder),
+            dtype=dtype, encode=encode, ranks=ranks,
+        )  # fmt: skip
+        return key, rows
 
     def projected(self, rows: Float[np.ndarray, "k w"]) -> Float[Tensor, "k d"]:
         """Encoder features mapped into the common space, on the host."""
@@ -204,6 +262,17 @@ def text_folder_of(model: UniCL) -> Path | None:
     folder = model.config.efficiency.stored_features
     is_there = folder and "text" in model.config.optim.freeze and os.access(folder, os.W_OK)
     return Path(folder) if is_there else None
+
+
+def keys_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> tuple[str, str]:
+    """The names of all stored features of a model, and of those of a data set."""
+    config, prefix = model.config, "image_" if layer == "projection" else "image_encoder."
+    of = functools.partial(
+        feature_key, config.data, encoder=config.model.image_encoder, layer=layer,
+        weights=weights_digest(model, prefix), precision=config.efficiency.precision,
+        device_type=model.device.type, view=config.data.evaluation_resize, version=_KEY_VERSION,
+    )  # fmt: skip
+    return of(None), of(dataset)
 
 
 def device_of(model: UniCL) -> torch.device:

@@ -1,29 +1,19 @@
-"""Features of labelled images, which probes learn from: extracted once, and kept in a folder.
-
-Only the encoder is slow, and a linear probe, its few-shot draws and nearest neighbours need the
-same features again and again. `dataset.feature_files` has the format.
-"""
+"""Features of labelled images, which linear probes and nearest neighbours learn from."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
 from unicl_fast.evaluation.report import labels_by_column
-from unicl_fast.evaluation.stored import stored_rows
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +110,7 @@ def labelled_features(
         specs: labelled images, written as `--data` of `unicl-eval zero-shot`. Labels number the
             classes of the first data set; classes of the others are matched by name.
         layer: CLIP's linear probes use the encoder.
-        folder: keeps features, by a checksum of weights and images, and is searched for them.
+        folder: stores the encoder's features, by a checksum of weights and images.
 
     Raises:
         ValueError: no labels, a class that the first data set lacks, or the features after the
@@ -136,29 +126,10 @@ def labelled_features(
         with open_data(str(spec), ranks=ranks) as data:
             first = first or data
             labels = data.labels_among(first)
-            rows = kept_features(on_ranks, data.dataset, layer=layer, folder=folder)
+            rows = on_ranks.features(data.dataset, layer=layer, folder=folder)
             if rows is not None:
                 names, columns = first.class_names, first.dataset.manifest.columns
-                found.append(
-                    with_labels(rows, labels, name=data.name, class_names=names, columns=columns)
-                )
+                found.append(with_labels(
+                    rows.numpy(), labels, name=data.name, class_names=names, columns=columns
+                ))  # fmt: skip
     return found
-
-
-def kept_features(
-    on_ranks: ModelOnRanks, dataset: PackedDataset, *, layer: Layer, folder: Path | None
-) -> NDArray[Any] | None:
-    """Features of all images [n d] on rank 0, encoded now if `folder` does not keep them.
-
-    All ranks call it. A folder that cannot be written is a warning of a single process.
-    """
-    if folder is not None:
-        try:
-            _, rows = stored_rows(on_ranks, dataset, folder, layer=layer, says_found=True)
-            return np.array(rows) if on_ranks.ranks.is_main else None
-        except OSError as error:
-            if on_ranks.ranks.world_size > 1:
-                raise
-            logger.warning("features are not kept: %s cannot be written: %s", folder, error)
-    extracted = on_ranks.features(dataset, layer=layer)
-    return None if extracted is None else extracted.numpy()

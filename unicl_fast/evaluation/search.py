@@ -44,7 +44,6 @@ from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.evaluation.nearest import Rows, best
 from unicl_fast.evaluation.predicted import PredictedWords
 from unicl_fast.evaluation.signals import Scores, fuse, kept_measure, measure, standardise
-from unicl_fast.evaluation.stored import stored_rows
 from unicl_fast.evaluation.words import Words
 from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import UniCL, weights_digest
@@ -282,7 +281,7 @@ def open_index(
             own = stack.enter_context(temporary_folder("unicl-index-"))
             folder = Path(from_rank_0(str(own), ranks))
         predicted = _predicted_words(on_ranks, opened.dataset, folder)
-        key, rows = stored_rows(on_ranks, opened.dataset, folder, layer="projection")
+        key, rows = on_ranks.stored(opened.dataset, folder, layer="projection")
         described = all_descriptions(opened.dataset)
         titles = _titles_of(described, opened.dataset.manifest.class_names)
         title_key, title_rows = "", None
@@ -331,7 +330,7 @@ def _predicted_words(
                 logger.info("no words are predicted from images: %s", error)
     if not from_rank_0(words is not None, ranks):
         return None
-    key, rows = stored_rows(on_ranks, dataset, folder, layer="encoder")
+    key, rows = on_ranks.stored(dataset, folder, layer="encoder")
     with rank_0_alone(ranks):
         if words is None:
             return None

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -31,15 +31,6 @@ _START_STEPS = 16
 """Steps before the first window: kernels compile, and caches and batches ahead fill."""
 
 
-class Pause(NamedTuple):
-    """Work during which training waits, such as checkpoints."""
-
-    name: str
-    part: float  # of the time, 0 to 1
-    evidence: str
-    option: str  # makes it rarer
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """The work, the waiting and the settings of one rank's process in a window of time."""
@@ -58,8 +49,7 @@ class Usage:
     threads: int = 0  # `data.threads`, 0 for as many as cores
     decodes_files: bool = True  # whether images are encoded files, not raw
     is_remote: bool = False  # whether data sets are under URLs
-    pauses: tuple[Pause, ...] = ()  # known to `unicl-bench run` only
-    least_part: float = WAIT_FRACTION  # waiting and pauses below this part of the time are ignored
+    least_part: float = WAIT_FRACTION  # waiting below this part of the time is ignored
 
     @property
     def waits(self) -> bool:
@@ -70,10 +60,6 @@ class Usage:
         return self.waits and self.reading_blocked > _BLOCKED
 
     @property
-    def longest_pause(self) -> Pause | None:
-        return max(self.pauses, key=lambda pause: pause.part, default=None)
-
-    @property
     def used(self) -> float:
         """Cores that the process used."""
         return self.cpu_seconds / self.seconds
@@ -81,14 +67,6 @@ class Usage:
     @property
     def waiting(self) -> str:
         return f"training waits for data {self.data_wait_seconds / self.seconds:.0%} of the time"
-
-
-def _pauses(usage: Usage) -> str | None:
-    pause = usage.longest_pause
-    waiting = usage.data_wait_seconds / usage.seconds
-    if pause is None or pause.part <= max(usage.least_part, waiting):
-        return None
-    return f"{pause.evidence}; raise {pause.option}"
 
 
 def _other_processes(usage: Usage) -> str | None:
@@ -155,7 +133,6 @@ def _decoding(usage: Usage) -> str | None:
 
 
 LIMITS: dict[str, Callable[[Usage], str | None]] = {
-    "pauses": _pauses,
     "other processes": _other_processes,
     "storage": _storage,
     "decoding threads": _decoding_threads,

@@ -20,8 +20,7 @@ from unicl_fast.pipelines.train_loader import decoder_of
 from unicl_fast.training.data import build_prompts
 
 from .bench import Bench, Parts
-from .loader_parts import decoding_stage, image_kind
-from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
+from .model import CHECKPOINT, LOGGING, READ, Change, Measured
 
 _SMALLEST_BATCH = 64  # smaller local batches are tried larger
 _RARE = 0.01  # part of the time for checkpoints and evaluations, above which rarer ones are tried
@@ -30,8 +29,52 @@ _SELDOM_LOGGED = 50
 
 def candidates(bench: Bench, measured: Measured) -> list[Change]:
     """Changes to try with these settings; for each stage, the most promising first."""
-    return [*_of_cadences(bench, measured), *_of_step(bench), *_of_batch(bench),
-            *_of_loader(bench)]  # fmt: skip
+    config, device = bench.config, bench.device.type
+    efficiency, data, cores = config.efficiency, config.data, int(bench.cores)
+    of_step = functools.partial(_switch, "efficiency", side="step", stage="image encoder")
+    of_loader = functools.partial(_switch, "data", side="loader", stage=decoding_stage(bench))
+    found = list(_rarer(bench, measured))
+    if 0 < efficiency.micro_batch_size < bench.local_batch:
+        about = "encodes each image once; needs more memory"
+        found.append(of_step("micro_batch_size", 0, about, stage="forward and backward"))
+    if device == "cpu" and torch.get_num_threads() != cores:
+        about = "a thread of torch's operators for each core"
+        found.append(Change(
+            option=f"OMP_NUM_THREADS={cores}", about=about, stage="image encoder", side="nothing",
+            compute_threads=cores,
+        ))  # fmt: skip
+    if efficiency.activation_checkpointing:
+        about = "keeps activations; needs more memory"
+        found.append(of_step("activation_checkpointing", False, about))
+    other = "bf16" if efficiency.precision in ("fp32", "fp64") else "fp32"
+    found.append(of_step("precision", other, "arithmetic of the encoders; rounds differently"))
+    if efficiency.compile == "off" and device == "cuda":
+        found.append(of_step("compile", "blocks", "compiled encoders; a minute more at the start"))
+    if bench.local_batch < _SMALLEST_BATCH:
+        size = max(2, _SMALLEST_BATCH // bench.local_batch) * config.run.global_batch_size
+        about = "fixed costs of a step are shared by more"
+        found.append(_switch(
+            "run", "global_batch_size", size, about, side="both", stage="clip and update",
+            same_results=False,
+        ))  # fmt: skip
+    if data.threads != cores:
+        found.append(of_loader("threads", cores, "a thread for each core"))
+    found += _of_images(bench)
+    found += no_augmentation(bench)
+    if device == "cuda":
+        other = "cpu" if decoder_of(data, bench.device).type == "cuda" else "gpu"
+        found.append(of_loader("decode_device", other, "levels differ a little"))
+    return found
+
+
+def no_augmentation(bench: Bench) -> list[Change]:
+    """Only crops and flips, if the run has more and a single view."""
+    if bench.loader.augmentation is None or bench.loader.plan.num_views > 1:
+        return []
+    return [Change(
+        option="--data.augment none", about="only crops and flips", stage="augment",
+        side="loader", set={"data": {"augment": ["none"]}}, same_results=False,
+    )]  # fmt: skip
 
 
 def _switch(group: str, name: str, value: Any, about: str, **more: Any) -> Change:
@@ -41,78 +84,38 @@ def _switch(group: str, name: str, value: Any, about: str, **more: Any) -> Chang
     return Change(option=option, about=about, set={group: {name: value}}, **more)
 
 
-def _of_cadences(bench: Bench, measured: Measured) -> Iterator[Change]:
-    config, make = bench.config, functools.partial(_switch, side="nothing")
-    groups = {
-        CHECKPOINT: ("checkpoint", "every_steps"),
-        EVALUATION: ("run", "evaluate_every_steps"),
-    }
+def _rarer(bench: Bench, measured: Measured) -> Iterator[Change]:
+    """Checkpoints, evaluations and lines of metrics that come more rarely."""
     for work in measured.periodic:
         if (part := measured.part_of(work)) > _RARE:
             steps = work.every_steps * part / (_RARE * (1 - min(part, 0.99)))
             digits = 10 ** max(0, math.floor(math.log10(steps)) - 1)
-            group, name = groups[work.name]
-            about = f"{work.name}s are then 1 % of the time"
+            about, of = f"{work.name}s are then 1 % of the time", ("run", "evaluate_every_steps")
             if work.name == CHECKPOINT:
-                about += "; a failure costs more steps"
-            yield make(group, name, math.ceil(steps / digits) * digits, about, stage=work.name)
-    if measured.logging > _RARE and config.run.log_every_steps < _SELDOM_LOGGED:
-        about = "fewer lines in metrics.jsonl and trackers"
-        yield make("run", "log_every_steps", _SELDOM_LOGGED, about, stage=LOGGING)
+                about, of = f"{about}; a failure costs more steps", ("checkpoint", "every_steps")
+            value = math.ceil(steps / digits) * digits
+            yield _switch(*of, value, about, side="nothing", stage=work.name)
+    if measured.logging > _RARE and bench.config.run.log_every_steps < _SELDOM_LOGGED:
+        about, of = "fewer lines in metrics.jsonl and trackers", ("run", "log_every_steps")
+        yield _switch(*of, _SELDOM_LOGGED, about, side="nothing", stage=LOGGING)
 
 
-def _of_step(bench: Bench) -> Iterator[Change]:
-    efficiency, device = bench.config.efficiency, bench.device.type
-    make = functools.partial(_switch, "efficiency", side="step", stage="image encoder")
-    other = "bf16" if efficiency.precision in ("fp32", "fp64") else "fp32"
-    if 0 < efficiency.micro_batch_size < bench.local_batch:
-        about = "encodes each image once; needs more memory"
-        yield make("micro_batch_size", 0, about, stage="forward and backward")
-    threads, cores = torch.get_num_threads(), int(bench.cores)
-    if device == "cpu" and threads != cores:
-        yield Change(
-            option=f"OMP_NUM_THREADS={cores}", about="a thread of torch's operators for each core",
-            stage="image encoder", side="nothing", compute_threads=cores,
-        )  # fmt: skip
-    if efficiency.activation_checkpointing:
-        yield make("activation_checkpointing", False, "keeps activations; needs more memory")
-    if efficiency.loss != "auto":
-        yield make("loss", "auto", "the fastest form of the loss here")
-    yield make("precision", other, "arithmetic of the encoders; rounds differently")
-    if efficiency.compile == "off" and device == "cuda":
-        yield make("compile", "blocks", "compiled encoders; a minute more at the start")
+def decoding_stage(bench: Bench) -> str:
+    """The name of the stage that decodes images or crops stored pixels."""
+    kind = image_kind(bench.parts.datasets[0])
+    if bench.loader.form != "crops":
+        return f"{kind} decode"
+    return (f"{kind} decode, " if bench.loader.reading.decodes_files else "") + "crop and resize"
 
 
-def _of_loader(bench: Bench) -> Iterator[Change]:
-    data = bench.config.data
-    make = functools.partial(_switch, "data", side="loader")
-    decode = decoding_stage(bench)
-    cores = int(bench.cores)
-    if data.threads < cores:
-        yield make("threads", cores, "a thread for each core", stage=decode)
-    yield from _of_images(bench)
-    if data.threads >= max(2, cores):
-        yield make("threads", data.threads // 2, "fewer decoding threads", stage=decode)
-    if bench.loader.augmentation is not None and bench.loader.plan.num_views == 1:
-        yield Change(
-            option="--data.augment none", about="only crops and flips", stage="augment",
-            side="loader", set={"data": {"augment": ["none"]}}, same_results=False,
-        )  # fmt: skip
-    if data.resample == "dali" and bench.device.type == "cpu":
-        yield make("resample", "fused", "our operators", stage="resize and flip")
-    if bench.device.type == "cuda":
-        other = "cpu" if decoder_of(data, bench.device).type == "cuda" else "gpu"
-        yield make("decode_device", other, "levels differ a little", stage=decode)
-
-
-def _of_batch(bench: Bench) -> Iterator[Change]:
-    if bench.local_batch < _SMALLEST_BATCH:
-        factor = max(2, _SMALLEST_BATCH // bench.local_batch)
-        yield _switch(
-            "run", "global_batch_size", factor * bench.config.run.global_batch_size,
-            "fixed costs of a step are shared by more",
-            side="both", stage="clip and update", same_results=False,
-        )  # fmt: skip
+def image_kind(dataset: PackedDataset) -> str:
+    """The first sample's format: JPEG, PNG, WebP or raw."""
+    first = bytes(dataset.image_bytes(0)[:12])
+    if first.startswith(b"\xff\xd8"):
+        return "JPEG"
+    if first.startswith(b"\x89PNG"):
+        return "PNG"
+    return "WebP" if first[8:12] == b"WEBP" else "raw"
 
 
 def _of_images(bench: Bench) -> Iterator[Change]:
