@@ -164,8 +164,8 @@ def test_models_that_cannot_be_converted_are_refused(trained, tmp_path):
     assert "expected a run folder" in refusal_of(convert, "hf", tmp_path / "nowhere", out)
     page = tmp_path / "in1k.pth"
     page.write_text("<html>")
-    assert "no checkpoint that torch can read" in refusal_of(convert, "official", page, out)
-    assert "is a folder" in refusal_of(convert, "official", trained, out)
+    assert "no checkpoint that torch can read" in refusal_of(convert, "hf", f"official:{page}", out)
+    assert "is a folder" in refusal_of(convert, "hf", f"official:{trained}", out)
     assert not out.exists()
 
 
@@ -175,9 +175,9 @@ def test_a_released_checkpoint_is_converted_and_evaluated(data, tmp_path, capsys
     file, out, result = tmp_path / "random.pth", tmp_path / "model", tmp_path / "result.json"
     entries = official_forward.random_entries("swin-tiny")
     torch.save({"model": entries}, file)
-    call(convert, "official", file, out)
+    call(convert, "hf", f"official:{file}", out)
     said = capsys.readouterr().out
-    assert "339 entries, 91,340,667 parameters" in said
+    assert "91,340,667 parameters" in said
     (tmp_path / "template.txt").write_text("a photo of a {}.\n")
     call(
         *(evaluate, "zero-shot", "--checkpoint", out, "--data", data / "labels", "--json", result),

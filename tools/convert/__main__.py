@@ -1,4 +1,4 @@
-"""`unicl-convert`: trained models in other libraries' formats, and microsoft/UniCL's files in ours.
+"""`unicl-convert`: models of any source in other libraries' formats, or in ours.
 
 Reads the arguments and sets the exit code; `commands` has the commands.
 """
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         registry=plain_numbers(),
         prog="unicl-convert",
         description=(
-            "Converts trained models to other libraries' formats, and microsoft/UniCL's "
-            "checkpoints to ours. The files are read again and compared before OUT appears. "
-            "docs/checkpoints.md has a table of the formats."
+            "Converts models, ours or others', to other libraries' formats or ours. The files are "
+            "read again and compared before OUT appears. docs/checkpoints.md has a table of the "
+            "formats."
         ),
         config=(tyro.conf.PositionalRequiredArgs,),
     )

@@ -21,66 +21,9 @@ if TYPE_CHECKING:
     from unicl_fast.models.unicl import UniCL
 
 
+@dataclass(frozen=True, kw_only=True)
 class Conversion(abc.ABC):
     """A command of `unicl-convert`."""
-
-    @abc.abstractmethod
-    def run(self) -> None:
-        """Converts a model, and prints its source, the files and how to use them.
-
-        Raises:
-            ValueError: the file is damaged or foreign, the format cannot hold the model, the output
-                exists, or a package is not installed.
-            FileNotFoundError: no model there.
-            RuntimeError: the converted model does not give our features.
-            OSError: a disk failed.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class FromOfficial(Conversion):
-    """A released checkpoint of microsoft/UniCL (Swin-T or Swin-B) to a model of ours.
-
-    FILE holds {'model': {name: tensor}}, as in1k.pth does, also with older names. A file with
-    Python objects is refused, and none of its code is run. Each entry must fit a tensor of the
-    model, and each tensor an entry. OUT is a folder for unicl-eval and unicl_fast.load_model, in
-    fp32, with the preprocessing of the released models.
-
-    Example:
-      unicl-convert official in21k_yfcc14m.pth models/in21k_yfcc14m
-      unicl-eval zero-shot --checkpoint models/in21k_yfcc14m --data packed/imagenet-val
-    """
-
-    file: Path
-    """FILE: the downloaded file."""
-    out: Path
-    """OUT: a new folder."""
-
-    def run(self) -> None:
-        from unicl_fast.conversion import official
-        from unicl_fast.conversion.card import Facts
-        from unicl_fast.conversion.export import write_export
-        from unicl_fast.conversion.output import require_new
-        from unicl_fast.system.checksums import file_checksum
-
-        require_new(self.out)
-        entries = official.read_official_file(self.file)
-        model = official.model_of(entries, source=self.file)
-        print(f"read {self.file}: {_size(model, entries)}")
-        origin = {
-            "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
-            "xxh3 of that file": file_checksum(self.file),
-        }
-        difference = write_export(model, self.out, facts=Facts(origin=origin))
-        _print_written(self.out, difference=difference)
-        name, view = model.config.model.image_encoder, _view(model.config.data)
-        print(f"every entry fits: {name}, {view}, normalised with ImageNet's statistics")
-        print(f"next: unicl-eval zero-shot --checkpoint {shlex.quote(str(self.out))} --data DIR")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConversion(Conversion):
-    """A command that converts a model."""
 
     model: Path
     """MODEL: a run folder (its newest checkpoint), RUN/best, a checkpoint, an export; a folder of
@@ -88,6 +31,18 @@ class ModelConversion(Conversion):
     timm:NAME, pypi:NAME."""
     out: Path
     """OUT: a new folder."""
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Converts a model, and prints its source, the files and how to use them.
+
+        Raises:
+            ValueError: the model is damaged or foreign, the format cannot hold it, the output
+                exists, or a package is not installed.
+            FileNotFoundError: no model there.
+            RuntimeError: the converted model does not give our features.
+            OSError: a disk failed.
+        """
 
     def load(self, *, needs_texts: bool = True) -> UniCL:
         """Loads the model in fp32 and evaluation mode, and prints its name and size.
@@ -116,7 +71,7 @@ class ModelConversion(Conversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOpenClip(ModelConversion):
+class ToOpenClip(Conversion):
     """A folder for open_clip and programs built on it, such as CLIP_benchmark.
 
     open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors,
@@ -158,7 +113,7 @@ class ToOpenClip(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToTimm(ModelConversion):
+class ToTimm(Conversion):
     """Only the image encoder, for timm: fine-tuning, detection, any use of a backbone.
 
     Its features are not projected into the common space.
@@ -182,7 +137,7 @@ class ToTimm(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToHub(ModelConversion):
+class ToHub(Conversion):
     """A folder in the layout of the Hugging Face hub, with a model card.
 
     transformers.AutoModel loads it without this package if the encoders are timm's or CLIP's. The
@@ -225,7 +180,7 @@ class ToHub(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToPeft(ModelConversion):
+class ToPeft(Conversion):
     """The adapters of a run with optim.lora as peft's folder, for a base of transformers.
 
     PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), OUT) gives the run's features, which
@@ -255,7 +210,7 @@ class ToPeft(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOnnx(ModelConversion):
+class ToOnnx(Conversion):
     """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
 
     onnxruntime runs them at three batch sizes for comparison before OUT appears. Needs the extra
@@ -274,7 +229,6 @@ class ToOnnx(ModelConversion):
 
 
 COMMANDS: dict[str, type[Conversion]] = {
-    "official": FromOfficial,
     "open-clip": ToOpenClip,
     "timm": ToTimm,
     "hf": ToHub,

@@ -41,7 +41,7 @@ def read_description(folder: Path) -> Mapping[str, Any]:
     values = values if isinstance(values, dict) else {}
     if not isinstance(ours := values.get(LIBRARY), dict):
         raise ValueError(
-            f"{path} is not an export of {LIBRARY} as unicl-convert hf and official write it "
+            f"{path} is not an export of {LIBRARY} as unicl-convert hf writes it "
             f"(library_name is {values.get('library_name')!r}): other formats are read by their "
             "own libraries, and exports by the version that wrote them"
         )
