@@ -20,7 +20,7 @@ from PIL import Image
 from property_tests import examples
 
 from unicl_fast.dataset import writer as shard_writer
-from unicl_fast.dataset.files import FileNames, LocalReader
+from unicl_fast.dataset.files import LocalReader
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
@@ -282,7 +282,7 @@ def test_files_that_are_not_kept_open_are_opened_by_their_names(tmp_path, monkey
     for name in ("kept", "a", "b", "short"):
         (folder / name).write_bytes(b".." + name.encode())
     os.mkfifo(folder / "pipe")
-    reader = LocalReader(folder, FileNames.of(names))
+    reader = LocalReader(folder, names)
     before = len(os.listdir("/proc/self/fd"))
     numbers, buffer = np.arange(len(names)), np.zeros(80, np.uint8)
     sizes = np.array([4, 1, 1, 9, 1, 1, 6, 1])

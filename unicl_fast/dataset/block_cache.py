@@ -329,8 +329,9 @@ class BlockReader:
                 self._cache.opened(name, block_size, fetch) as stored,
             ):
                 if isinstance(stored, int):
-                    places = sizes[mine], buffer, starts[mine]
-                    whole[mine] = pread_ranges(stored, within, *places)
+                    files = np.full(len(mine), stored, np.int32)
+                    places = within, sizes[mine], buffer, starts[mine]
+                    whole[mine] = pread_ranges(files, *places)
                     continue
                 data = np.frombuffer(stored, np.uint8)
                 for i, begin in zip(mine.tolist(), within.tolist(), strict=True):

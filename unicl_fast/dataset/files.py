@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,39 +55,17 @@ _UNUSED_DAYS = 30  # local copies unused for so long are removed to make room
 Fault = ValueError | FileNotFoundError
 
 
-class FileNames(NamedTuple):
-    """Names of files by number, as in `IN_PLACE_DTYPES`."""
-
-    content: npt.NDArray[np.uint8]
-    """All names, concatenated; read-only."""
-    starts: npt.NDArray[Any]
-    lengths: npt.NDArray[Any]
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> FileNames:
-        encoded = [os.fsencode(name) for name in names]
-        lengths = np.array([len(name) for name in encoded])
-        content = np.frombuffer(b"".join(encoded), np.uint8)
-        return cls(content, np.cumsum(lengths) - lengths, lengths)
-
-    def name_of(self, number: int) -> str:
-        start = int(self.starts[number])
-        return os.fsdecode(self.content[start : start + int(self.lengths[number])].tobytes())
-
-
 class LocalReader:
     """Reads ranges of one folder's large files and keeps them open; safe in several threads."""
 
-    def __init__(self, folder: Path, names: FileNames) -> None:
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Opens nothing yet; a name is an absolute path or relative to `folder`."""
-        self._arguments = folder, names
         self._files: dict[int, int] = {}
-        self._folder, self._names = str(folder), names
-        self._prefix = np.frombuffer(os.fsencode(os.path.join(folder, "")), np.uint8)
+        self._folder, self._names = folder, names
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalReader, self._arguments  # a copy opens its own descriptors
+        return LocalReader, (self._folder, self._names)  # a copy opens its own descriptors
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
@@ -118,23 +96,16 @@ class LocalReader:
 
         Returns bool [k], which of them were complete; the content of the others is undefined.
         """
-        from unicl_fast.system.kernels import pread_files  # here, because it loads Numba
+        from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
         if self._closed:
             raise ValueError(f"{self._folder} has been closed")
         files = np.array([self._kept(number) for number in numbers.tolist()], np.int32)
-        names = self._names
-        whole: npt.NDArray[np.bool_] = pread_files(
-            self._prefix,
-            names.content,
-            names.starts[numbers].astype(np.int64),
-            names.lengths[numbers].astype(np.int64),
-            files,
-            offsets,
-            sizes,
-            buffer,
-            starts,
-        )
+        whole: npt.NDArray[np.bool_] = pread_ranges(files, offsets, sizes, buffer, starts)
+        for i in np.flatnonzero(files < 0).tolist():
+            part = buffer[starts[i] : starts[i] + sizes[i]]
+            with contextlib.suppress(OSError):
+                whole[i] = self.read_into(int(numbers[i]), part, int(offsets[i])) == len(part)
         return whole
 
     def _kept(self, number: int) -> int:
@@ -168,7 +139,7 @@ class LocalReader:
         return file, True
 
     def _open_anew(self, number: int) -> int:
-        return open_regular(os.path.join(self._folder, self._names.name_of(number)))[0]
+        return open_regular(self._folder / self._names[number])[0]
 
 
 FileReader = LocalReader | BlockReader
@@ -197,7 +168,7 @@ class LocalFiles:
 
     def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, numbered in this order."""
-        return LocalReader(self.folder, FileNames.of(files))
+        return LocalReader(self.folder, list(files))
 
 
 class RemoteFiles:

@@ -11,7 +11,7 @@ import xxhash
 
 from unicl_fast.dataset.arrays import IN_PLACE_DTYPES, NO_FILE, length_of, open_array
 from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
-from unicl_fast.dataset.files import FileNames, LocalReader
+from unicl_fast.dataset.files import LocalReader
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
 
@@ -39,8 +39,6 @@ class SourceFiles(Sequence[str]):
             for name, dtype in IN_PLACE_DTYPES.items()
         }
         self.rows, self.places = self.arrays["files"], self.arrays["places"]
-        starts, lengths = self.rows["name_start"], self.rows["name_length"]
-        self._names = FileNames(self.arrays["names"], starts, lengths)
         self._folder = os.path.realpath(folder)
         self._stores: dict[str, ObjectStore] = {}
         self.cache: CacheOptions | None = None
@@ -52,7 +50,7 @@ class SourceFiles(Sequence[str]):
 
     def _open_reader(self) -> LocalReader | BlockReader:
         if self.cache is None:
-            return LocalReader(Path(self._folder), self._names)
+            return LocalReader(Path(self._folder), self)
         blocks = BlockCache(self.cache.place, max_bytes=self.cache.max_bytes)
         return BlockReader(
             functools.lru_cache(1 << 12)(self._cached), blocks, block_bytes=self.cache.block_bytes
@@ -75,7 +73,8 @@ class SourceFiles(Sequence[str]):
 
     def name_of(self, number: int) -> str:
         """A URL, an absolute path, or a path relative to the data set's folder."""
-        return self._names.name_of(number)
+        start, length = self.rows[["name_start", "name_length"]].item(number)
+        return os.fsdecode(self.arrays["names"][start : start + length].tobytes())
 
     @property
     def num_bytes_fetched(self) -> int:

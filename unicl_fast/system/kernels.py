@@ -164,64 +164,23 @@ def _file_of(module: str) -> Path | None:
     return next(filter(Path.is_file, found), None)
 
 
-# The C library's functions, which a compiled loop can call.
+# The C library's function, which a compiled loop can call.
 _pread: Any = types.ExternalFunction(
     "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
 )
-_open: Any = types.ExternalFunction("open", types.int32(types.uintp, types.int32))
-_close: Any = types.ExternalFunction("close", types.int32(types.int32))
-_statx: Any = types.ExternalFunction(
-    "statx", types.int32(types.int32, types.uintp, types.int32, types.uint32, types.uintp)
-)
-_CURRENT_FOLDER, _WANT_TYPE = -100, 1  # AT_FDCWD and STATX_TYPE of linux/fcntl.h and stat.h
-_STATX_BYTES, _MODE_AT = 256, 28
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 @kernel
-def pread_ranges(file: Any, offsets: Any, sizes: Any, buffer: Any, starts: Any) -> Any:
+def pread_ranges(files: Any, offsets: Any, sizes: Any, buffer: Any, starts: Any) -> Any:
     """Reads sizes[i] bytes at offsets[i] of a file to buffer[starts[i]], uint8 [n].
 
-    One call, without the GIL. The caller makes sure that the ranges fit into the buffer. Returns
-    bool [k]: whether each range is complete; an incomplete one has undefined content.
+    One call, without the GIL: 0.8 us a range of 3 kB, and 1.7 with `os.preadv`. files[i], int32, is
+    a descriptor, or negative without one. The caller makes sure that the ranges fit into the
+    buffer. Returns bool [k]: whether each range is complete; others have undefined content.
     """
     # not a mapped file: if one shrinks or vanishes, a range is missing instead of a bus error
     whole = np.empty(offsets.size, np.bool_)
     for i in range(offsets.size):
         target = buffer.ctypes.data + starts[i]
-        whole[i] = _pread(file, target, sizes[i], offsets[i]) == sizes[i]
-    return whole
-
-
-@kernel
-def pread_files(
-    folder: Any, names: Any, name_starts: Any, name_lengths: Any, files: Any, offsets: Any,
-    sizes: Any, buffer: Any, starts: Any,
-) -> Any:  # fmt: skip
-    """As `pread_ranges`, each range from the file with the descriptor files[i], int32 [k].
-
-    If that is negative, a file is opened for this range. Its path, uint8, is
-    names[name_starts[i] :][: name_lengths[i]], below `folder` (which ends with a slash) unless it
-    is absolute. As by `untrusted_files.open_regular`, only regular files are opened.
-    """
-    whole = np.empty(files.size, np.bool_)
-    path = np.empty(folder.size + name_lengths.max() + 1, np.uint8)
-    path[: folder.size] = folder
-    status = np.empty(_STATX_BYTES, np.uint8)
-    for i in range(files.size):
-        file = files[i]
-        if file < 0:
-            for j in range(name_lengths[i]):
-                path[folder.size + j] = names[name_starts[i] + j]
-            path[folder.size + name_lengths[i]] = 0
-            is_whole = path[folder.size] == 47  # a slash
-            start = path.ctypes.data + (folder.size if is_whole else 0)
-            if _statx(_CURRENT_FOLDER, start, 0, _WANT_TYPE, status.ctypes.data) == 0 and (
-                status[_MODE_AT + 1] & 0xF0 == 0x80  # S_IFREG
-            ):
-                file = _open(start, _FLAGS)
-        target = buffer.ctypes.data + starts[i]
-        whole[i] = file >= 0 and _pread(file, target, sizes[i], offsets[i]) == sizes[i]
-        if files[i] < 0 <= file:
-            _close(file)
+        whole[i] = files[i] >= 0 and _pread(files[i], target, sizes[i], offsets[i]) == sizes[i]
     return whole
