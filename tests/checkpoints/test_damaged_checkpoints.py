@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_runs import tiny_config, trainer_of
 
-from unicl_fast.checkpoints.files import Best, find_best, origin_of, write_best
+from unicl_fast.checkpoints.files import Best, find_best, write_best
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
 from unicl_fast.config_json import config_to_dict, load_config
 from unicl_fast.conversion.initial import load_encoders
@@ -190,8 +190,7 @@ def change_state(checkpoint: Path, **changes: Any) -> None:
 def change_tensors(checkpoint: Path, file: str, **changes: torch.Tensor | None) -> None:
     tensors = load_file(checkpoint / file)
     tensors = {name: one for name, one in (tensors | changes).items() if one is not None}
-    state = read_state(checkpoint)
-    save_file(tensors, checkpoint / file, metadata=origin_of(state.run_id, state.step))
+    save_file(tensors, checkpoint / file)
     fuzz_checkpoints.make_fit(checkpoint)
 
 

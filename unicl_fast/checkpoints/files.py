@@ -70,11 +70,10 @@ def write_checkpoint(
     # a unique name: two runs that share a folder by mistake must not mix their files
     partial = checkpoints_folder / f".{target.name}.{secrets.token_hex(4)}.partial"
     replaced = checkpoints_folder / f".{target.name}.replaced"
-    origin = origin_of(str(state["run_id"]), step)
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():  # safetensors 0.8.0 and xxhash release the GIL
-            save_tensors(tensors, partial / name, metadata=origin)
+            save_tensors(tensors, partial / name)
         checksums = {name: file_checksum(partial / name) for name in files}
         text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
@@ -103,11 +102,6 @@ def save_tensors(
     found = re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)  # os.umask only reads by setting
     if found is not None:
         path.chmod(0o666 & ~int(found[1], 8))
-
-
-def origin_of(run_id: str, step: int) -> dict[str, str]:
-    """Metadata of a checkpoint's files: one entry, since safetensors does not keep an order."""
-    return {"origin": f"step {step} of run {run_id}"}
 
 
 def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) -> None:

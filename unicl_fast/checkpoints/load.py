@@ -25,7 +25,6 @@ from unicl_fast.checkpoints.files import (
     STATE_FILE,
     checkpoint_name,
     list_checkpoints,
-    origin_of,
     read_best,
 )
 from unicl_fast.checkpoints.transformers_names import from_transformers
@@ -111,7 +110,6 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
                 f"{expected}; use another checkpoint"
             )
-        _check_origin(checkpoint / name, state)
     return state
 
 
@@ -141,17 +139,6 @@ def _parse_state(path: Path) -> CheckpointState:
         return dataclasses.replace(others, config=settled)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _check_origin(path: Path, state: CheckpointState) -> None:
-    """Refuses a file that was written for another checkpoint."""
-    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
-        found = (file.metadata() or {}).get("origin", "an unknown step")
-    expected = origin_of(state.run_id, state.step)["origin"]
-    if found != expected:
-        raise DamagedCheckpointError(
-            f"{path} is of {found}, {STATE_FILE} is of {expected}; use another checkpoint"
-        )
 
 
 def find_checkpoint(path: str | Path) -> Path:
