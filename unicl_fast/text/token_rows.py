@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import mix64
@@ -23,25 +20,6 @@ UInt64Array = npt.NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _INDEX_BITS = np.uint64(0xFFFFFFFF)
-_AHEAD = 16  # rows by which the search prefetches; 8 and 32 are as fast
-_CACHE_LINE = 64
-
-
-def _define_prefetch(typing: Any, address: Any) -> Any:
-    """Prefetches the cache line of an address; LLVM has an intrinsic for it, Numba does not."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-        where = builder.inttoptr(arguments[0], pointer)
-        builder.call(prefetch, [where, number(0), number(3), number(1)])  # to read, often, data
-        return context.get_dummy_value()
-
-    return types.void(types.uint64), generate
-
-
-_prefetch: Any = intrinsic(_define_prefetch)
 
 
 @functools.lru_cache(maxsize=16)
@@ -138,12 +116,7 @@ def _take_rows(
     lengths = np.empty(num_groups, np.int64)
     agree = True
     num_taken = 0
-    row_bytes = np.iinfo(rows.dtype).bits // 8 * length  # itemsize is not constant for Numba
-    start = np.uint64(taken.ctypes.data)
     for row in range(num_rows):
-        ahead = start + np.uint64(row_bytes) * np.uint64(index[min(row + _AHEAD, num_rows - 1)])
-        for offset in range(0, row_bytes, _CACHE_LINE):
-            _prefetch(ahead + np.uint64(offset))
         source, target = np.uint64(row), np.uint64(index[row])
         if index[row] == num_taken:  # the first of its group: groups are numbered in order
             # the largest position of a token, not the first from the end: this loop vectorises
@@ -170,10 +143,7 @@ def _group_rows(
     index = np.empty(num_rows, np.int64)
     counts = np.zeros(num_rows, np.int64)
     num_unique = 0
-    start = np.uint64(table.ctypes.data)
     for row in range(num_rows):
-        ahead = hashes[min(row + _AHEAD, num_rows - 1)] & mask
-        _prefetch(start + ahead * np.uint64(table.itemsize))
         tag = hashes[row] & ~_INDEX_BITS
         position = hashes[row] & mask
         while True:
