@@ -1,10 +1,7 @@
 """Names versions that nobody has tried, and the pip command that adds an extra."""
 
 import contextlib
-import json
-import shlex
 from importlib import metadata
-from urllib.parse import unquote, urlsplit
 
 TRIED = {
     "torch": "2.13.0",
@@ -28,24 +25,5 @@ def untried_versions() -> str:
 
 
 def install_command(extra: str) -> str:
-    """Returns the command that adds an extra to this installation.
-
-    It names the same checkout, wheel or repository, which pip has recorded (PEP 610), or the
-    package if that came from an index.
-    """
-    # in a checkout, setuptools' own folder is found too, and has no record
-    found = [one.read_text for one in metadata.distributions(name="unicl_fast")]
-    noted = [text for read in found if (text := read("direct_url.json"))]
-    if not found:  # run from a folder without an installation
-        return f"pip install '.[{extra}]' in a checkout of unicl_fast"
-    name = f"unicl_fast[{extra}]"
-    if not noted:
-        return f"pip install '{name}'"
-    origin = json.loads(noted[0])
-    url, repository = origin["url"], origin.get("vcs_info")
-    if "dir_info" in origin:
-        folder = shlex.quote(f"{unquote(urlsplit(url).path)}[{extra}]")
-        return f"pip install {'-e ' * origin['dir_info'].get('editable', False)}{folder}"
-    if repository is not None:
-        url = f"{repository['vcs']}+{url}@{repository['commit_id']}"
-    return f"pip install {shlex.quote(f'{name} @ {url}')}"
+    """Returns the command that adds an extra of this package."""
+    return f"pip install -e '.[{extra}]' in a checkout of unicl_fast"
