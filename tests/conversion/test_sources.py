@@ -46,7 +46,6 @@ from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.evaluate import __main__ as evaluate
-from unicl_fast.tools.pack import __main__ as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
 _TEXT: dict[str, Any] = {
@@ -509,17 +508,19 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data, tmp_path):
 @pytest.mark.parametrize(
     "unused", [0, pytest.param(70_000, marks=pytest.mark.long, id="beyond 65,536 tokens")]
 )
-def test_a_tokenizer_goes_through_training_evaluation_and_export(unused, data, tmp_path):
+def test_a_tokenizer_goes_through_training_evaluation_and_export(
+    unused, data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     like_siglip, text = tmp_path / "siglip", _OF_SIGLIP | {"vocab_size": 300 + unused}
     write_transformers(lambda: _siglip(text, _IMAGE), like_siglip)
     write_tokenizer(like_siglip, unused=unused)
-    captions, out = tmp_path / "captions", tmp_path / "run"
-    shutil.copytree(data / "captions", captions)
+    captions, out = data / "captions", tmp_path / "run"
     few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
     few += ("--objective.name", "sigmoid", "--efficiency.precision", "fp32")
     both = ("--data.train", captions, data / "labels")
     call(pretrain, "--init", like_siglip, *both, "--out", out, *few)
-    (made,) = captions.glob("tokens-*")
+    (made,) = (tmp_path / "cache" / "unicl_fast" / "tokens").iterdir()
     tokenizer = FileTokenizer(f"{like_siglip}{CANONICAL}", 16)
     stored = read_state(find_checkpoint(out)).data["vocabulary_hash"]
     assert stored[0] == tokenizer.vocabulary_hash
@@ -527,7 +528,7 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(unused, data, t
         reader = SampleReader(dataset)
         texts = [one for number in range(len(dataset))
                  for one in reader.read_description(number).captions]  # fmt: skip
-        take_tokens(dataset, tokenizer, cache=tmp_path)
+        take_tokens(dataset, tokenizer, cache=made.parent)
         again = pickle.loads(pickle.dumps(dataset))  # as a worker gets it
         for one in (dataset, again):
             rows = [one.caption_tokens(sample, which) for sample in range(len(one))
@@ -535,7 +536,6 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(unused, data, t
             assert np.array_equal(np.stack(rows), np.stack(tokenizer.encode(texts)))
             assert one.vocabulary_hash == tokenizer.vocabulary_hash
 
-    call(pack, "verify", captions)
     call(evaluate, "zero-shot", "--checkpoint", out, "--data", data / "labels", "--device", "cpu")
 
     # a damaged file is made anew
@@ -566,37 +566,17 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(unused, data, t
     torch.testing.assert_close(found, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data(
-    data, tmp_path, monkeypatch
-):
-    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
-    found = []
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    for place, fewest in (("one", 50_000), ("all", 1)):
-        monkeypatch.setattr("unicl_fast.dataset.other_tokens._FEWEST_FOR_PROCESSES", fewest)
-        monkeypatch.setattr("unicl_fast.dataset.other_tokens._SAMPLES_AT_ONCE", 3)
-        with PackedDataset(data / "captions", fraction=0.5) as dataset:
-            take_tokens(dataset, tokenizer, cache=tmp_path / place)
-        (folder,) = (tmp_path / place).glob("tokens-*")
-        found.append([(folder / name).read_bytes() for name in ("captions.npy", "tokens.npy")])
-    assert found[0] == found[1]
-    assert not list((data / "captions").glob("tokens-*"))
-
-
 @pytest.mark.parametrize("fault", ["start", "length", "token", "fewer"])
 def test_token_rows_that_others_made_up_are_made_anew(fault, data, tmp_path):
-    """Somebody can publish a data set with a folder of tokens whose checksums are right."""
     tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
-    shutil.copytree(data / "captions", tmp_path / "captions")
 
     def rows() -> list[list[int]]:
-        with PackedDataset(tmp_path / "captions") as dataset:
-            take_tokens(dataset, tokenizer, cache=tmp_path)
+        with PackedDataset(data / "captions") as dataset:
+            take_tokens(dataset, tokenizer, cache=tmp_path / "cache")
             return [dataset.caption_tokens(sample, 0).tolist() for sample in range(len(dataset))]
 
     expected = rows()
-    (folder,) = (tmp_path / "captions").glob("tokens-*")
+    (folder,) = (tmp_path / "cache").iterdir()
     captions, tokens = (np.load(folder / f"{name}.npy") for name in ("captions", "tokens"))
     if fault == "start":
         captions["tokens_start"][0] = 2**60

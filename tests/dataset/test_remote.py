@@ -167,8 +167,6 @@ def test_another_tokenizer_reads_captions_once_into_the_cache(local, cache, tmp_
         FaultyStore.reads.clear()
         take_tokens(remote, tokenizer, cache=tmp_path / "elsewhere")
         assert len(FaultyStore.reads) == len(set(FaultyStore.reads)) > 0
-        (made,) = remote.folder.glob("tokens-*")
-        assert made.is_relative_to(tmp_path / "cache")
         for i in range(len(remote)):
             expected = tokenizer.encode([f"noise {i}"])[0]
             assert np.array_equal(remote.caption_tokens(i, 0), expected)

@@ -1,15 +1,13 @@
 """Token rows of a packed data set's captions by another tokenizer than the packer's.
 
-Captions are in the shards, so they are tokenized again once, on all cores, and kept in a folder
-beside the data (for a URL beside its arrays in the cache), or in the cache if that is read-only.
-The folder is named by a hash of tokenizer and shards; checksums tell whether it is complete.
+Captions are in the shards, so they are tokenized again once a machine (20 us of one core each, by
+the tokenizer's own threads), and kept in the cache. The folder is named by a hash of tokenizer and
+shards; checksums tell whether it is complete.
 """
 
+import contextlib
 import logging
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,16 +25,13 @@ from unicl_fast.system.checksums import (
     format_checksums,
     read_checksums,
 )
+from unicl_fast.system.phases import mark_progress
 
 logger = logging.getLogger("unicl_fast")
 
-TOKENS_PREFIX = "tokens-"
-"""Prefix of the folders' names."""
 LONGEST_CAPTION = 255  # most tokens that a row of captions.npy can express
 _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
-_FEWEST_FOR_PROCESSES = 50_000
-"""Samples; processes need a second to start, in which one tokenizes about as many."""
 
 
 class _Tokenizer(Protocol):
@@ -51,8 +46,8 @@ class _Tokenizer(Protocol):
 def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -> None:
     """Makes a data set return another tokenizer's token rows, creating them if needed.
 
-    One process of a machine creates them while others wait. `cache` holds them if the data set's
-    folder is read-only. For a URL all shards are read, through its block cache.
+    One process of a machine creates them, in a folder in `cache`, while others wait. For a URL all
+    shards are read, through its block cache.
 
     Raises:
         ValueError: its rows would be too long.
@@ -66,10 +61,9 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
             f"{LONGEST_CAPTION} tokens"
         )
     key = f"{tokenizer.vocabulary_hash[:16]}-{tokenizer.context_length}"
-    above = dataset.folder if os.access(dataset.folder, os.W_OK) else cache
     # captions are in the shards
     shards = "".join(shard.xxh3 for shard in dataset.manifest.shards).encode()
-    folder = above / f"{TOKENS_PREFIX}{key}-{xxhash.xxh3_64_hexdigest(shards)}"
+    folder = cache / f"tokens-{key}-{xxhash.xxh3_64_hexdigest(shards)}"
     num_captions = dataset.manifest.num_captions
     if not _is_whole(folder, num_captions, tokenizer):
         make_folder(folder)
@@ -112,8 +106,7 @@ def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
     tokens = np.concatenate([np.empty(0, tokenizer.token_type), *(ids for _, ids in parts)])
     captions = np.empty(len(lengths), CAPTION_DTYPE)
     captions["tokens_length"] = lengths
-    ends = np.cumsum(lengths, dtype=np.uint64)
-    captions["tokens_start"] = ends - lengths
+    captions["tokens_start"] = np.cumsum(lengths, dtype=np.uint64) - lengths
     for name, array in zip(_NAMES, (captions, tokens), strict=True):
         with replacing(folder / name) as aside, aside.open("wb") as file:
             file.write(npy_header(array.dtype, array.shape))
@@ -123,41 +116,18 @@ def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
         aside.write_text(lines, encoding="utf-8")
 
 
-_Part = tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]
-
-
-def _encoded(dataset: PackedDataset, tokenizer: _Tokenizer) -> Iterator[_Part]:
+def _encoded(
+    dataset: PackedDataset, tokenizer: _Tokenizer
+) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]]:
     """Lengths and ids of captions, in groups of samples, in order."""
-    samples = range(len(dataset))
-    parts = [samples[at : at + _SAMPLES_AT_ONCE] for at in samples[::_SAMPLES_AT_ONCE]]
-    if len(dataset) < _FEWEST_FOR_PROCESSES:
-        _open(dataset, tokenizer)
-        yield from map(_encode, parts)
-        return
-    with ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_open,
-        initargs=(dataset, tokenizer),
-    ) as pool:
-        yield from pool.map(_encode, parts)
-
-
-_work: tuple[PackedDataset, SampleReader, _Tokenizer]
-
-
-def _open(dataset: PackedDataset, tokenizer: _Tokenizer) -> None:
-    global _work
-    _work = dataset, SampleReader(dataset), tokenizer
-
-
-def _encode(samples: range) -> _Part:
-    dataset, reader, tokenizer = _work
-    counts = dataset.samples["captions_count"][samples.start : samples.stop].tolist()
-    texts: list[str] = []
-    for number, count in zip(samples, counts, strict=True):
-        if count:
-            texts += reader.read_description(number).captions
-    rows = tokenizer.encode(texts)
-    lengths = np.array([len(row) for row in rows], np.uint8)
-    return lengths, np.concatenate([np.empty(0, tokenizer.token_type), *rows])
+    counts = dataset.samples["captions_count"].tolist()
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        for start in range(0, len(counts), _SAMPLES_AT_ONCE):
+            texts: list[str] = []
+            for number, count in enumerate(counts[start : start + _SAMPLES_AT_ONCE], start):
+                if count:
+                    texts += reader.read_description(number).captions
+            rows = tokenizer.encode(texts)
+            lengths = np.array([len(row) for row in rows], np.uint8)
+            yield lengths, np.concatenate([np.empty(0, tokenizer.token_type), *rows])
+            mark_progress()

@@ -29,7 +29,6 @@ from unicl_fast.dataset.arrays import (
 from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
 from unicl_fast.dataset.growing_files import END_OF_TAR
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
-from unicl_fast.dataset.other_tokens import TOKENS_PREFIX
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing.quarantine import count_left_out
@@ -165,8 +164,6 @@ def _check_checksums(
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
     others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}
-    # another tokenizer's tokens are checked when they are used
-    others |= {name for name in entries if name.startswith(TOKENS_PREFIX)}
     for name in sorted(set(entries) - expected - others):
         faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
