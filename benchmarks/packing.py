@@ -36,8 +36,9 @@ import xxhash
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFormat
+from unicl_fast.images.check import RESIZE_SUBSAMPLING
 from unicl_fast.images.codec import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
+from unicl_fast.images.limits import RESIZE_QUALITY, ImageFormat
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.tools.diagnose.measuring import Turn, in_turns, timed
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import ImageFormat
+from unicl_fast.images.limits import ImageFormat
 
 Kind = Literal["ours", "peer", "limit", "augmented"]
 _SQUARES = 48

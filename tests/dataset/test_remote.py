@@ -27,7 +27,7 @@ from unicl_fast.dataset.files import copy_small_files
 from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
-from unicl_fast.images.check import ImageFormat
+from unicl_fast.images.limits import ImageFormat
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.text.file_tokenizer import FileTokenizer

@@ -132,7 +132,7 @@ def pack(place: Path, **options: Any) -> None:
     from foreign_sources import read_source
     from pack_runs import jpeg
 
-    from unicl_fast.packing.sources.rows import ListOptions
+    from unicl_fast.packing.sources.list_options import ListOptions
 
     (place.parent / "a.jpg").write_bytes(jpeg(1))
     problems = [item.problem for item in read_source(place, ListOptions(**options)).items]

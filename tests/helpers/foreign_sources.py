@@ -8,8 +8,8 @@ from pathlib import Path
 
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.read_sources import read_sources
-from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 
 _NO_OPTIONS = ListOptions()

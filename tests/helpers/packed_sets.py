@@ -13,7 +13,8 @@ from PIL import Image
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-from unicl_fast.images.check import ImageFormat, check_image
+from unicl_fast.images.check import check_image
+from unicl_fast.images.limits import ImageFormat
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer

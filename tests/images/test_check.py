@@ -17,14 +17,9 @@ from PIL import Image, ImageOps
 from property_tests import examples
 
 from unicl_fast.images import check as images
-from unicl_fast.images.check import (
-    MAX_PIXELS,
-    ImageError,
-    check_image,
-    read_jpeg_header,
-    simple_webp,
-)
+from unicl_fast.images.check import ImageError, check_image, read_jpeg_header, simple_webp
 from unicl_fast.images.codec import MAX_WEBP_SIDE
+from unicl_fast.images.limits import MAX_PIXELS
 
 Format = Literal["jpeg", "webp", "png", "keep"]
 FORMATS: tuple[Format, ...] = ("jpeg", "webp", "png")

@@ -17,7 +17,8 @@ from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import ImageFormat, check_image
+from unicl_fast.images.check import check_image
+from unicl_fast.images.limits import ImageFormat
 from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
 

@@ -12,7 +12,7 @@ from bombs import BOMBS, SOUND_BOMBS, honest
 from pack_runs import left_out
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import MAX_PIXELS as DEFAULT_PIXELS
+from unicl_fast.images.limits import MAX_PIXELS as DEFAULT_PIXELS
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from pack_runs import build_set, left_out
 from property_tests import examples
 
 from unicl_fast.packing.sources import trees
-from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.list_options import ListOptions
 
 IMAGE = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 3), 90, np.uint8)))
 

@@ -99,7 +99,7 @@ def written(packed: Path, inspection: Inspection, tmp_path_factory: pytest.TempP
     """What the program writes; the inspection itself is the one from above."""
     folder = tmp_path_factory.mktemp("written")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unicl_fast.tools.pack.inspect.inspect_dataset", lambda *_, **__: inspection)
+        patch.setattr("unicl_fast.packing.inspect.inspect_dataset", lambda *_, **__: inspection)
         main(["inspect", str(packed), "--html", str(folder / "page.html"), "--json",
               str(folder / "all.json"), "--duplicates-list", str(folder / "list.csv")])  # fmt: skip
     return folder

@@ -17,7 +17,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import all_descriptions
 from unicl_fast.packing.sources.cells import attributes_in, images_in, without_html
 from unicl_fast.packing.sources.items import PATH
-from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 
 MEN, WOMEN = "All/Men/Tops/Tees", "All/Women/Tops/Tees,All,All/Women,All/Sale/Eco &amp; fair"

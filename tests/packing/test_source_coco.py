@@ -12,8 +12,9 @@ from pack_runs import jpeg
 from property_tests import examples
 
 from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.read_sources import read_sources
-from unicl_fast.packing.sources.rows import LEFT_OUT, ListOptions
+from unicl_fast.packing.sources.rows import LEFT_OUT
 from unicl_fast.packing.sources.spool import Spool
 
 CAPTIONS = {

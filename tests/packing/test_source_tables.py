@@ -20,8 +20,8 @@ from property_tests import examples
 
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.parquet_rows import TableResult, TableTask, convert
-from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import ZipTree
 

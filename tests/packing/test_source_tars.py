@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pack_runs import jpeg
 from property_tests import examples
 
-from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
 

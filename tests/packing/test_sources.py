@@ -24,7 +24,8 @@ from unicl_fast.packing.label_space import (
 from unicl_fast.packing.sources import read_sources as registry
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, EntryError, FileEntry, Problem
 from unicl_fast.packing.sources.items import Item
-from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
+from unicl_fast.packing.sources.list_options import ListOptions
+from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES
 from unicl_fast.packing.sources.spool import Source, Spool
 
 

@@ -23,7 +23,7 @@ from unicl_fast.dataset.reader import (
     PackedDataset,
     TooManyBadSamplesError,
 )
-from unicl_fast.images.check import MAX_PIXELS
+from unicl_fast.images.limits import MAX_PIXELS
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.pipelines import running as graphs
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader

@@ -19,7 +19,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
-from unicl_fast.images.check import ImageFormat
+from unicl_fast.images.limits import ImageFormat
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.read.samples import read_images
 from unicl_fast.pipelines.running import DecodingError

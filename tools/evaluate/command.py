@@ -251,7 +251,7 @@ class Use(RankedCommand):
         ValueError if the model does not have the layer, or cannot classify among the class names of
         these `columns`.
         """
-        from unicl_fast.dataset.reader import QUARANTINE_NAME
+        from unicl_fast.dataset.manifest import QUARANTINE_NAME
         from unicl_fast.evaluation.data import open_data
         from unicl_fast.evaluation.features import require_layer
         from unicl_fast.evaluation.inference import Model

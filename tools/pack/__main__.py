@@ -1,6 +1,7 @@
 """`unicl-pack`: images with labels, captions or both -> a packed, verified, shuffled data set.
 
-Each sub-command is a dataclass of its arguments; `run` returns its report and the exit code.
+Each sub-command is a dataclass of its arguments; `run` returns its report and the exit code, and
+imports what does the work: --help comes before numpy.
 """
 
 import dataclasses
@@ -12,15 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from unicl_fast.dataset.reader import QUARANTINE_NAME
+from unicl_fast.dataset.manifest import QUARANTINE_NAME
 from unicl_fast.distributed.signals import EXIT_FAULT
-from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import (
@@ -35,6 +34,9 @@ from unicl_fast.text.class_lists import fill_template
 from ..numbers import plain_numbers
 from .inspect import Inspect, contents_of
 from .verify import Verify
+
+if TYPE_CHECKING:
+    from unicl_fast.packing.build import BuildSummary
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -90,6 +92,8 @@ class Build(BuildOptions, _SourcesAndOut):
     """Write the outcome, in numbers, into this file."""
 
     def run(self) -> tuple[str, int]:
+        from unicl_fast.packing.build import build_dataset
+
         options = dict(vars(self))
         path = options.pop("json")
         summary = build_dataset(**options)
@@ -118,6 +122,8 @@ class Upload:
     """URL to make; it must hold nothing else."""
 
     def run(self) -> tuple[str, int]:
+        from unicl_fast.packing.upload import upload_dataset
+
         return upload_dataset(self.folder, self.out), 0
 
 
@@ -153,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(code)
 
 
-def _report_build(summary: BuildSummary, *, encoding: str) -> str:
+def _report_build(summary: "BuildSummary", *, encoding: str) -> str:
     """The report, with the next command; `encoding` describes re-encoded images."""
     sides = [summary] if summary.held_out is None else [summary, summary.held_out]
     num_samples = sum(one.num_samples for one in sides)

@@ -1,34 +1,27 @@
 """`unicl-pack inspect` as a sub-command: its arguments, its report and its files."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from unicl_fast.dataset.growing_files import create_csv
-from unicl_fast.dataset.manifest import describe_columns
+from unicl_fast.dataset.manifest import QUARANTINE_COLUMNS, describe_columns
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
-from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.packing.build import BuildSummary
-from unicl_fast.packing.inspect import (
-    DEFAULT_DISTANCE,
-    Copies,
-    Inspection,
-    Spread,
-    inspect_dataset,
-)
-from unicl_fast.packing.near_duplicates import MAX_DISTANCE
-from unicl_fast.packing.page import make_page
-from unicl_fast.packing.staging import local_copy
+from unicl_fast.images.limits import DEFAULT_DISTANCE, MAX_DISTANCE
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 
 from ..numbers import OneDataSet
+
+if TYPE_CHECKING:
+    from unicl_fast.packing.build import BuildSummary
+    from unicl_fast.packing.inspect import Copies, Inspection, Spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +55,8 @@ class Inspect:
     """Processes that hash images; 0 starts one for each core."""
 
     def run(self) -> tuple[str, int]:
+        from unicl_fast.packing.staging import local_copy
+
         if not 0 <= self.near_distance <= MAX_DISTANCE:
             raise ValueError(
                 f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
@@ -73,6 +68,9 @@ class Inspect:
 
     def _inspect(self, folder: Path) -> str:
         """Writes the requested files; returns the report."""
+        from unicl_fast.packing.inspect import inspect_dataset
+        from unicl_fast.packing.page import make_page
+
         inspection = inspect_dataset(
             folder,
             near=self.near,
@@ -103,6 +101,10 @@ class Inspect:
 
 def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
     """Writes a list for --leave-out; returns how many of its names are ambiguous."""
+    from unicl_fast.dataset.growing_files import create_csv
+    from unicl_fast.dataset.reader import PackedDataset
+    from unicl_fast.dataset.stored_samples import SampleReader
+
     groups = [(group, False) for group in inspection.exact_copies.groups]
     if inspection.near_copies is not None:
         groups += [(group, True) for group in inspection.near_copies.groups]

@@ -1,23 +1,24 @@
 """`unicl-pack verify` as a sub-command: its arguments, its report, JSON and CSV."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.reader import sample_key
-from unicl_fast.images.check import MAX_PIXELS
+from unicl_fast.images.limits import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
-from unicl_fast.packing.folder_check import Fault
-from unicl_fast.packing.staging import local_copy
-from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.wording import count_of
 
 from ..numbers import OneDataSet
+
+if TYPE_CHECKING:
+    from unicl_fast.packing.folder_check import Fault
+    from unicl_fast.packing.verify import VerifySummary
 
 # advice for faults of a data set at {0}
 _IN_A_FOLDER = (
@@ -61,6 +62,11 @@ class Verify:
     """Processes that decode; 0 starts one for each core."""
 
     def run(self) -> tuple[str, int]:
+        from unicl_fast.dataset.growing_files import create_csv
+        from unicl_fast.dataset.reader import sample_key
+        from unicl_fast.packing.staging import local_copy
+        from unicl_fast.packing.verify import verify_dataset
+
         if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
             raise ValueError(
                 "--show, --workers and --image-seconds must be 0 or more, --max-pixels 1 or more; "
@@ -90,6 +96,8 @@ class Verify:
 
 
 def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -> str:
+    from unicl_fast.dataset.reader import sample_key
+
     lines = []
     for fault in first:
         where = "" if fault.sample is None else f", sample {sample_key(fault.sample)}"

@@ -22,6 +22,11 @@ IN_PLACE_FORMAT_VERSION = 4  # images stay in their source files
 PPM_FORMAT_VERSION = 5  # shards hold a PPM, an uncompressed image
 _KNOWN_VERSIONS = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
+QUARANTINE_NAME = "quarantine.csv"
+QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
+DEFAULT_SHARD_BYTES = 512_000_000
+"""A shard is closed before it would grow beyond this: large enough for sequential reads, small
+enough to copy and check one by one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

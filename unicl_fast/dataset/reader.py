@@ -41,9 +41,6 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.images.encoded_images import ppm_bytes
 from unicl_fast.system.checksums import read_checksums
 
-QUARANTINE_NAME = "quarantine.csv"
-QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
-
 Part = Literal["image", "members"]
 """A part of a sample: its image, or its members in a shard, which raw data sets store apart."""
 

@@ -45,10 +45,13 @@ from unicl_fast.dataset.growing_files import (
     sync_and_close,
 )
 from unicl_fast.dataset.manifest import (
+    DEFAULT_SHARD_BYTES,
     FORMAT_VERSION,
     IN_PLACE_FORMAT_VERSION,
     MANIFEST_NAME,
     PPM_FORMAT_VERSION,
+    QUARANTINE_COLUMNS,
+    QUARANTINE_NAME,
     RAW_FORMAT_VERSION,
     WEBP_FORMAT_VERSION,
     InPlaceInfo,
@@ -57,7 +60,7 @@ from unicl_fast.dataset.manifest import (
     ShardInfo,
     shard_name,
 )
-from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, QUARANTINE_NAME, sample_key
+from unicl_fast.dataset.reader import sample_key
 from unicl_fast.system.atomic_files import flush_to_disk, make_folder, naming_full_disk
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
@@ -67,10 +70,6 @@ from unicl_fast.system.checksums import (
     parse_checksummed_json,
 )
 from unicl_fast.system.untrusted_files import open_file, read_file
-
-DEFAULT_SHARD_BYTES = 512_000_000
-"""A shard is closed before it would grow beyond this: large enough for sequential reads, small
-enough to copy and check one by one."""
 
 SET_NAME, JOURNAL_NAME = "set", "journal"
 """Names in a work folder: the data set so far, and the journal of its shards."""

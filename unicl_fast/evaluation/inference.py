@@ -30,7 +30,8 @@ from unicl_fast.evaluation.features import (
     require_text_encoder,
 )
 from unicl_fast.evaluation.zero_shot import zero_shot_classifier
-from unicl_fast.images.codec import MAX_PIXELS, ImageError, open_image, pillow_limits, pixels_of
+from unicl_fast.images.codec import ImageError, open_image, pillow_limits, pixels_of
+from unicl_fast.images.limits import MAX_PIXELS
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.plan.crop import evaluation_regions, fill_borders

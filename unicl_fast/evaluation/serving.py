@@ -34,7 +34,8 @@ from unicl_fast.dataset.reader import DamagedSampleError
 from unicl_fast.evaluation.choices import LOOPBACK
 from unicl_fast.evaluation.inference import Model
 from unicl_fast.evaluation.search import Found, SearchIndex
-from unicl_fast.images.codec import MAX_PIXELS, open_image, pillow_limits, pixels_of
+from unicl_fast.images.codec import open_image, pillow_limits, pixels_of
+from unicl_fast.images.limits import MAX_PIXELS
 
 MOST_CLASSES = 1000
 _MOST_BODY = 87 << 20  # an image of 64 MB, since Base64 makes four bytes of three

@@ -17,8 +17,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from unicl_fast.images.codec import MAX_PIXELS as MAX_PIXELS
-from unicl_fast.images.codec import MAX_SIDE as MAX_SIDE
 from unicl_fast.images.codec import ImageError as ImageError
 from unicl_fast.images.codec import (
     Pixels,
@@ -44,14 +42,13 @@ from unicl_fast.images.containers import (
     largest_extra,
 )
 from unicl_fast.images.containers import simple_webp as simple_webp
+from unicl_fast.images.limits import MAX_PIXELS, REENCODE_QUALITY, RESIZE_QUALITY, ImageFormat
 
 MAX_SCANS = 500
 """A progressive JPEG with more scans is an attack on decoding time; cameras write about 10."""
 MAX_PNG_EXTRA = 1_000_000
 """Bytes of the largest chunk without pixels in a kept PNG; DALI refuses 8 MB."""
-REENCODE_QUALITY = 95
 REENCODE_SUBSAMPLING = "444"
-RESIZE_QUALITY = 90
 RESIZE_SUBSAMPLING = "420"
 
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -71,9 +68,6 @@ _EXIF_SHORT = 3
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
-ImageFormat = Literal["keep", "jpeg", "webp", "png", "ppm", "raw"]
-"""The form of a sound image: its bytes are kept (or encoded anew as JPEG if needed), it becomes a
-file of that format, or it is stored decoded."""
 _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
     "keep": frozenset({"jpg", "png"}),
     "jpeg": frozenset({"jpg"}),

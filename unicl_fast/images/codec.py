@@ -19,11 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from unicl_fast.images.encoded_images import EncodedImages, ppm_header
+from unicl_fast.images.limits import MAX_PIXELS, MAX_SIDE
 
-MAX_PIXELS = 89_478_485
-"""Largest image accepted by default, checked before allocating memory: a quarter GiB as RGB, and
-Pillow's limit for decompression bombs."""
-MAX_SIDE = 65_500  # libjpeg's limit for a side
 PILLOW_FORMATS = (
     "JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "TIFF", "PPM", "ICO", "PCX", "SGI",
     "PSD", "QOI", "XVThumb",

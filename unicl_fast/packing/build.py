@@ -23,9 +23,9 @@ import msgspec
 import numpy as np
 import xxhash
 
-from unicl_fast.dataset.manifest import InPlaceInfo, Manifest
+from unicl_fast.dataset.manifest import QUARANTINE_NAME, InPlaceInfo, Manifest
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions

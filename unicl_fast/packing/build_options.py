@@ -1,25 +1,30 @@
 """The options of `unicl-pack build`, their help, and their checks."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 from msgspec import Meta
 
+from unicl_fast.dataset.manifest import DEFAULT_SHARD_BYTES
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
-from unicl_fast.images.check import (
+from unicl_fast.images.limits import (
     MAX_PIXELS,
     MAX_SIDE,
     REENCODE_QUALITY,
     RESIZE_QUALITY,
     ImageFormat,
 )
-from unicl_fast.packing.ray_engine import Engine, require_installed
-from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.workers import ImageOptions
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.system.checked_fields import Count, convert
+from unicl_fast.system.installation import install_command
 
+if TYPE_CHECKING:
+    from unicl_fast.packing.workers import ImageOptions
+
+Engine = Literal["local", "ray"]
+"""The machines that check images: this one, or a cluster's."""
 DEFAULT_IMAGE_SECONDS = 30.0  # A hundred times as long as the largest ordinary photograph needs
 
 _FREE_TO_CHANGE = {"restart", "workers", "engine", "progress"}
@@ -117,8 +122,10 @@ class BuildOptions(ListOptions):
         names = {"jpeg": f"JPEG q{quality}", "webp": f"WebP q{quality}", "png": "PNG", "ppm": "PPM"}
         return names.get(self.format, "pixels")
 
-    def check(self) -> ImageOptions:
+    def check(self) -> "ImageOptions":
         """Raises ValueError for options that cannot work; returns the workers' options."""
+        from unicl_fast.packing.workers import ImageOptions
+
         for name, kind in get_type_hints(BuildOptions, include_extras=True).items():
             if kind is not str and get_origin(kind) is not Sequence:  # callers give paths, too
                 convert(getattr(self, name), kind, name=f"--{name.replace('_', '-')}")
@@ -127,7 +134,10 @@ class BuildOptions(ListOptions):
                 "--in-place leaves images as they are, and reads lists of files in folders only: "
                 "leave out --resize, --format and an --image-root under a URL; or --in-place"
             )
-        require_installed(self.engine)
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise ValueError(
+                f"--engine ray needs Ray, which is not installed: {install_command('ray')}"
+            )
         self.conditions()
         if (self.hierarchy_columns or self.hierarchy_names) and not self.hierarchy:
             raise ValueError(

@@ -28,8 +28,8 @@ from unicl_fast.dataset.arrays import (
 )
 from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
 from unicl_fast.dataset.growing_files import END_OF_TAR
-from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
-from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.manifest import QUARANTINE_NAME
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import equal_images, image_sizes
+from unicl_fast.images.limits import DEFAULT_DISTANCE
 from unicl_fast.packing.near_duplicates import (
     Hashes,
     Indices,
@@ -26,10 +28,6 @@ from unicl_fast.packing.near_duplicates import (
 )
 from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.text.tokenizer import Tokenizer
-
-DEFAULT_DISTANCE = 4
-"""In bits of 64: includes copies in another size, quality, aspect or in grey, and none of 200,000
-pairs of unrelated photographs (docs/data.md)."""
 
 _BINS = 30
 _FAR = 3  # histograms end at the 99th percentile if the largest value lies this many times as far

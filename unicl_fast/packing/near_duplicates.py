@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.limits import MAX_DISTANCE
 from unicl_fast.packing.looks import LOOK
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.packed import image_entry
 from unicl_fast.packing.workers import ImageOptions, Task, check_in_order
 from unicl_fast.system.bar import Bar
 
-MAX_DISTANCE = 12  # beyond this, unrelated images are near each other, and the search is slow
 MAX_PAIRS = 20_000_000
 _BITS = 64
 _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.dataset.manifest import QUARANTINE_COLUMNS
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
 from unicl_fast.packing.samples import Samples
 from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import count_of

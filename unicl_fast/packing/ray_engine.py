@@ -6,12 +6,11 @@ a difference stops the build.
 """
 
 import functools
-import importlib.util
 import itertools
 import os
 import platform
 from collections.abc import Generator, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -26,21 +25,9 @@ from unicl_fast.packing.workers import (
     in_order,
     make_chunks,
 )
-from unicl_fast.system.installation import install_command
-
-Engine = Literal["local", "ray"]
-"""The machines that check images: this one, or a cluster's."""
 
 _NOT_READ = ("unreadable", "missing")
 """Problems that can be the machine's rather than the image's."""
-
-
-def require_installed(engine: Engine) -> None:
-    """Raises ValueError for an engine that is not installed."""
-    if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise ValueError(
-            f"--engine ray needs Ray, which is not installed: {install_command('ray')}"
-        )
 
 
 def check_on_ray(

@@ -23,7 +23,7 @@ from unicl_fast.dataset.arrays import PIXELS_NAME
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
-from unicl_fast.images.check import MAX_PIXELS
+from unicl_fast.images.limits import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Problem

@@ -32,13 +32,8 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import xxhash
 
-from unicl_fast.images.check import (
-    RESIZE_QUALITY,
-    CheckedImage,
-    ImageError,
-    ImageFormat,
-    check_image,
-)
+from unicl_fast.images.check import CheckedImage, ImageError, check_image
+from unicl_fast.images.limits import RESIZE_QUALITY, ImageFormat
 from unicl_fast.packing.looks import look_at
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,

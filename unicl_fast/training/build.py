@@ -14,7 +14,8 @@ import torch
 from unicl_fast.checkpoints.load import build_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.config_json import config_to_dict
-from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.manifest import QUARANTINE_NAME
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource

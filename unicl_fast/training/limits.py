@@ -20,7 +20,8 @@ from torch.amp import GradScaler
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import RunConfig
-from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
+from unicl_fast.dataset.manifest import QUARANTINE_NAME
+from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.atomic_files import write_text_atomically

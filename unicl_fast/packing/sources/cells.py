@@ -15,15 +15,8 @@ from itertools import chain, islice, takewhile
 from typing import Any
 
 from unicl_fast.packing.sources.items import PATH
-from unicl_fast.packing.sources.rows import (
-    GROUP,
-    Columns,
-    ListOptions,
-    as_usual,
-    choose_columns,
-    fields_of,
-    flat,
-)
+from unicl_fast.packing.sources.list_options import ListOptions, fields_of
+from unicl_fast.packing.sources.rows import GROUP, Columns, as_usual, choose_columns, flat
 
 _BETWEEN = re.compile(r"(?<!\\)[,;|\n]")
 _PHOTO = re.compile(r".+\.(jpe?g|png|webp|gif|bmp|tiff?|avif)", re.IGNORECASE)

@@ -10,8 +10,8 @@ from pathlib import Path
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.image_folders import METADATA_NAMES, NOT_IMAGES, is_metadata
 from unicl_fast.packing.sources.items import Item, refused
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.tables import find_parquet
 from unicl_fast.packing.sources.tars import TARS

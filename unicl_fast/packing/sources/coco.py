@@ -9,9 +9,10 @@ from typing import Any, TypeGuard
 from unicl_fast.packing.sources.entries import Entry, Problem
 from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements, object_head
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts
+from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 

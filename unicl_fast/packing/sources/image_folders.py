@@ -12,9 +12,10 @@ from pathlib import Path
 
 from unicl_fast.packing.sources.entries import EntryError, FileEntry, Found, Problem
 from unicl_fast.packing.sources.items import Item, item_of, require_text
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.lists import read_list
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
+from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file

@@ -3,8 +3,8 @@
 import functools
 
 from unicl_fast.packing.sources.entries import Found, Problem
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.tars import (
     MAX_TEXT_BYTES,

@@ -6,9 +6,10 @@ from typing import Any
 
 from unicl_fast.packing.sources.items import Item, refused, require_text
 from unicl_fast.packing.sources.json_pieces import iter_elements, object_head
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import LEFT_OUT, Columns, ListOptions, add_texts, meets
+from unicl_fast.packing.sources.rows import LEFT_OUT, Columns, add_texts, meets
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 

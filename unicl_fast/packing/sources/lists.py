@@ -15,15 +15,10 @@ from unicl_fast.packing.sources.cells import Cells, study_cells
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.read_sources import SourceKind
-from unicl_fast.packing.sources.rows import (
-    LEFT_OUT,
-    ListOptions,
-    add_texts,
-    meets,
-    too_low,
-)
+from unicl_fast.packing.sources.rows import LEFT_OUT, add_texts, meets, too_low
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file

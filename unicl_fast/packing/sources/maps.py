@@ -6,9 +6,10 @@ from pathlib import Path
 from unicl_fast.packing.sources.cells import Cells
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import Item, refused
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.lists import Rows, collect_rows
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import Columns, ListOptions
+from unicl_fast.packing.sources.rows import Columns
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import find_image, open_tree
 from unicl_fast.system.untrusted_files import open_file

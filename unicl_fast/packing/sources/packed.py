@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.packing.quarantine import LeftOut, count_left_out, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels, Problem
 from unicl_fast.packing.sources.items import Item, Label, refused, spell_classes
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of

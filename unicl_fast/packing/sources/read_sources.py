@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import UrlTree
 

@@ -12,10 +12,11 @@ import msgspec
 
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import Item, Label, problem_of, refused
+from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
-from unicl_fast.packing.sources.rows import ListOptions, TableResult, TableTask
+from unicl_fast.packing.sources.rows import TableResult, TableTask
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
@@ -132,7 +133,7 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
 
 
 def _remember(task: TableTask, result: TableResult) -> None:
-    """Records that a file is unpacked, for a resumed build, which has the same options and sources."""
+    """Records that a file is unpacked, for a resumed build, with the same options and sources."""
     for file in (task.rows_file, task.images_file):
         flush_to_disk(Path(file))
     write_text_atomically(_note_of(task), dump_checksummed_json(msgspec.to_builtins(result)))

@@ -20,6 +20,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.sources.cells import Cells, key_in_group, wanted_labels
 from unicl_fast.packing.sources.entries import EntryError, Found, Problem, Span
 from unicl_fast.packing.sources.items import Item, item_of, refused
+from unicl_fast.packing.sources.list_options import ListOptions, names_of
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.rows import (
     CAPTION_COLUMNS,
@@ -27,10 +28,8 @@ from unicl_fast.packing.sources.rows import (
     LABEL_COLUMNS,
     LEFT_OUT,
     Columns,
-    ListOptions,
     add_texts,
     meets,
-    names_of,
     too_low,
 )
 from unicl_fast.packing.sources.spool import Source, Spool
