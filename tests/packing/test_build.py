@@ -194,7 +194,7 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path, pack):
     code, errors = pack("build", tmp_path / "in", "--out", tmp_path / "out")
     assert code == 2
     assert "nothing could be packed: 1 not an image" in errors
-    assert "passed over: 1 .tar file beside folders (name them to pack them)" in errors
+    assert "passed over: 1 .tar file" in errors
     assert os.listdir(tmp_path) == ["in"]
 
 
