@@ -141,7 +141,7 @@ def test_class_names_that_are_numbers_are_warned_of(tmp_path, pack, names, warns
         (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
     arguments = (str(tmp_path / "in"), "--workers", "1", "--out")
     _, text = pack("build", *arguments, str(tmp_path / "set"))
-    assert ("WARNING: the class names are numbers (00, 42)" in text) == warns
+    assert ("WARNING: the class names are keys (00, 42)" in text) == warns
     assert ("--class-names FILE" in text) == warns
     (tmp_path / "names").write_text("".join(f"{name}\tclass {name}\n" for name in names))
     named = ("--class-names", str(tmp_path / "names"))
