@@ -141,7 +141,7 @@ def test_class_names_that_are_numbers_are_warned_of(tmp_path, pack, names, warns
         (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
     arguments = (str(tmp_path / "in"), "--workers", "1", "--out")
     _, text = pack("build", *arguments, str(tmp_path / "set"))
-    assert ("WARNING: the class names are numbers (00, 42)" in text) == warns
+    assert ("WARNING: the class names are keys (00, 42)" in text) == warns
     assert ("--class-names FILE" in text) == warns
     (tmp_path / "names").write_text("".join(f"{name}\tclass {name}\n" for name in names))
     named = ("--class-names", str(tmp_path / "names"))
@@ -194,7 +194,7 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path, pack):
     code, errors = pack("build", tmp_path / "in", "--out", tmp_path / "out")
     assert code == 2
     assert "nothing could be packed: 1 not an image" in errors
-    assert "passed over: 1 .tar file beside folders (name them to pack them)" in errors
+    assert "passed over: 1 .tar file" in errors
     assert os.listdir(tmp_path) == ["in"]
 
 

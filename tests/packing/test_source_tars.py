@@ -100,10 +100,9 @@ def test_folders_that_programs_leave_do_not_hide_tars(tmp_path):
     assert len(source.items) == 3
     assert source.passed_over["folder _tmp"] == source.passed_over["folder __MACOSX"] == 1
     (tmp_path / "notes").mkdir()
-    beside = "tar files beside folders (name them to pack them)"
-    assert read_source(tmp_path).passed_over == {f".{beside}": 1}
+    assert read_source(tmp_path).passed_over == {".tar files": 1}
     (tmp_path / "_tmp" / "0.feather").unlink()
-    message = r"holds no images; .* a\.tar beside folders are not read: name the files"
+    message = r"holds no images; .* Passed over: 1 \.tar file; tars .* not read: name the files"
     with pytest.raises(ValueError, match=message):
         read_source(tmp_path)
 

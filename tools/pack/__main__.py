@@ -38,7 +38,7 @@ from .verify import Verify
 if TYPE_CHECKING:
     from unicl_fast.packing.build import BuildSummary
 
-_WORDNET_ID = re.compile(r"n\d{8}")
+_KEY = re.compile(r"n\d{8}|\d+")  # a number, or WordNet's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,17 +212,12 @@ def _report_build(summary: "BuildSummary", *, encoding: str) -> str:
         lines.append(f"prompts: {count} for each class; the first: {shorten(prompt)}")
     if summary.first_caption:
         lines.append(f"first caption: {shorten(summary.first_caption)}")
-    if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):
-        lines.append(
-            "note: the class names are WordNet ids, from which no text encoder learns much; "
-            "--class-names imagenet, or a file of KEY<TAB>NAME lines, gives them words"
-        )
-    if summary.class_names and all(map(str.isdecimal, summary.class_names)):
+    if summary.class_names and all(map(_KEY.fullmatch, summary.class_names)):
         more = ", ..." if len(summary.class_names) > 3 else ""
         lines.append(
-            f"WARNING: the class names are numbers ({', '.join(summary.class_names[:3])}{more}), "
-            "which would become prompts; --class-names FILE, with lines KEY<TAB>NAME whose "
-            "keys are the folders' names, gives them words"
+            f"WARNING: the class names are keys ({', '.join(summary.class_names[:3])}{more}), from "
+            "which no text encoder learns much; --class-names imagenet (for WordNet's), or FILE "
+            "with lines KEY<TAB>NAME whose keys are the folders' names, gives them words"
         )
     data = f"--data.train {shlex.quote(str(summary.out))}"
     if len(sides) > 1:

@@ -47,12 +47,7 @@ def work_folder(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
     """
     path = out.with_name(f"{out.name}.partial")
     if path.is_symlink():  # `rmtree` removes a folder, but no link to one
-        path = path.resolve()
-        if path.is_dir() and path.stat().st_dev != out.parent.stat().st_dev:
-            raise ValueError(
-                f"{out}.partial is a link to another file system, from which a finished data set "
-                f"cannot be renamed to {out}: name an --out there"
-            )
+        raise ValueError(f"{path} is a link: remove it, or name an --out beside its folder")
     names = set(os.listdir(path)) if path.is_dir() else set()
     if names and not names & {LOCK_NAME, _RECORD_NAME}:
         raise ValueError(

@@ -4,7 +4,7 @@ A split's name, such as train, is no class: several splits, or images directly i
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from unicl_fast.packing.sources.entries import Problem
@@ -13,15 +13,14 @@ from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
-from unicl_fast.packing.sources.tables import find_parquet
-from unicl_fast.packing.sources.tars import TARS
 from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.system.wording import count_of_kind
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 
 
 def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
-    """Reads class folders; counts tars and Parquet files beside them, without reading them."""
+    """Reads class folders; other files beside them are counted, and not read."""
     path = Path(place.name) if place.is_url else place.path
     if place.matches:
         raise ValueError(
@@ -32,7 +31,6 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         )
     if not options.takes_loose:
         _require_one_split(path, place.folders)  # before all files are listed
-    beside = _files_beside(place)
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
     tops, classes = set[str](), set[str]()
@@ -45,8 +43,6 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             items.append(Item(name, problem=entry))
         elif name[0] == "." or "/." in name or "__MACOSX" in parts:
             passed_over["hidden files"] += 1
-        elif name in beside:
-            passed_over[f"{suffix} files beside folders (name them to pack them)"] += 1
         elif file_name in METADATA_NAMES and is_metadata(name, entry):
             holder = "/".join([str(path), *folders])
             raise ValueError(
@@ -66,23 +62,15 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             items.append(refused(name, "no class", message))
     if not items:
         message = f"{path} holds no images; expected class folders, such as {path}/cat/1.jpg"
-        if beside:
-            message += f". Files such as {beside[0]} beside folders are not read: name the files, "
-            message += "or move the folders away"
+        if passed_over:
+            passed = ", ".join(count_of_kind(n, kind) for kind, n in passed_over.items())
+            message += f". Passed over: {passed}; tars and lists beside folders are not read: name "
+            message += "the files, or move the folders away"
         raise ValueError(message)
     if not options.takes_loose:
         _require_one_split(path, tops)
         _require_classes(path, classes)
     return Source(name=place.name, items=items, labels_are_names=True, passed_over=passed_over)
-
-
-def _files_beside(place: Place) -> Sequence[str]:
-    """Tars, else Parquet files, that lie directly in the folder."""
-    if not place.is_folder:
-        return []
-    tars = [file for file in place.files if file.lower().endswith(TARS)]
-    parquet = find_parquet(place.path)
-    return tars or [file.name for file in parquet if file.parent == place.path]
 
 
 def _require_one_split(path: Path, folders: Iterable[str]) -> None:

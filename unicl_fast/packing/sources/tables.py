@@ -133,7 +133,7 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
 
 
 def _remember(task: TableTask, result: TableResult) -> None:
-    """Records that a file is unpacked, for a resumed build, with the same options and sources."""
+    """Records that a file is unpacked; a build that resumes has the same options and sources."""
     for file in (task.rows_file, task.images_file):
         flush_to_disk(Path(file))
     write_text_atomically(_note_of(task), dump_checksummed_json(msgspec.to_builtins(result)))
