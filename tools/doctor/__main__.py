@@ -18,7 +18,7 @@ from unicl_fast.system.wording import count_of, print_text
 from . import machine, software
 from .rows import Found, run_checks
 
-CHECKS = [*software.CHECKS, *machine.CHECKS]
+CHECKS = software.CHECKS | machine.CHECKS
 _PROGRAM = "unicl-doctor"
 _WORDS = {"ok": "ok", "warning": "WARNING", "fault": "FAULT"}
 _INDENT = 26  # columns before the text of a row
@@ -33,18 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "FAULT: runs will fail. WARNING: something is slow, or an option "
         "is not available. Exit code: 0 without faults, 1 with.",
     ).parse_args(argv)
-    rows: dict[str, Found] = {}
+    states: list[str] = []
     try:
         check_current_folder()
         for name, found in run_checks(CHECKS):
-            rows[name] = found
+            states.append(found.state)
             print_row(name, found)
     except OSError as error:
         stop(_PROGRAM, error, code=2)
-    states = [found.state for found in rows.values()]
-    left_out = ", ".join(check.name for check in CHECKS if check.name not in rows)
-    counts = [count_of(states.count(state), state) for state in ("fault", "warning")]
-    print(f"\n{', '.join(counts)}" + (f"; not checked: {left_out}" if left_out else ""))
+    print(f"\n{', '.join(count_of(states.count(one), one) for one in ('fault', 'warning'))}")
     print("see also: pip check; for a bug report: python -m torch.utils.collect_env")
     sys.exit("fault" in states)
 

@@ -92,9 +92,9 @@ def check_folder(folder: Path) -> Found:
     return Found("ok", found)
 
 
-CHECKS = [
-    Check("cores", check_cores),
-    Check("threads", check_threads, needs=("torch",)),
-    Check("/dev/shm", check_shared_memory),
-    Check("disks", check_disks),
-]
+CHECKS: dict[str, Check] = {
+    "cores": check_cores,
+    "threads": check_threads,
+    "/dev/shm": check_shared_memory,
+    "disks": check_disks,
+}

@@ -6,8 +6,7 @@ for ever. Such a check is a fault, and the others still run.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from unicl_fast.system.child import Death, run_limited
@@ -25,45 +24,30 @@ class Found(NamedTuple):
     fix: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """An importable function that checks one thing."""
-
-    name: str
-    look: Callable[[], Found]
-    needs: tuple[str, ...] = ()
-    """Earlier checks; if one of them fails, this one is skipped."""
+Check = Callable[[], Found]
+"""An importable function that checks one thing."""
 
 
 def run_checks(
-    checks: Sequence[Check], *, seconds: float = _SECONDS
+    checks: Mapping[str, Check], *, seconds: float = _SECONDS
 ) -> Iterator[tuple[str, Found]]:
     """Runs checks in order, each for at most `seconds`; yields names and results as they come."""
-    failed: set[str] = set()
-    begun: list[str] = []
-
-    def due() -> Iterator[Check]:
-        for check in checks:
-            if not failed.intersection(check.needs):
-                begun.append(check.name)
-                yield check
-
-    for found in run_limited(_look, due(), seconds=seconds):
+    for name, found in zip(
+        checks, run_limited(_look, checks.values(), seconds=seconds), strict=True
+    ):
         if isinstance(found, Death):
             fix = "reinstall the library that it imports"
             if found.kind == "time":
                 fix = "see which disk or driver does not answer: dmesg, nvidia-smi"
             found = Found("fault", f"the check {found.how}", fix)
-        if found.state == "fault":
-            failed.add(begun[-1])
-        yield begun[-1], found
+        yield name, found
 
 
 def _look(check: Check) -> Found:
     logging.disable()
     warnings.simplefilter("ignore")
     try:
-        return check.look()
+        return check()
     except Exception as error:
         text = f"the check failed: {shorten(error, limit=300)}"
         return Found("fault", text, "correct the error, and start again")

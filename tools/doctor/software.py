@@ -125,8 +125,8 @@ def _decode(graph: Any, running: Any, name: str) -> None:
             raise RuntimeError("other pixels than were encoded")
 
 
-CHECKS = [
-    Check("torch", check_torch),
-    Check("Numba kernels", check_kernels),
-    Check("DALI", check_dali, needs=("torch", "Numba kernels")),
-]
+CHECKS: dict[str, Check] = {
+    "torch": check_torch,
+    "Numba kernels": check_kernels,
+    "DALI": check_dali,
+}
