@@ -1,6 +1,7 @@
-# `make demo` and `make test` come first. Each sets up .venv by itself the first time.
+# `make demo` and `make test` come first. Each sets up .venv by itself the first time; with another
+# torch, such as TORCH=2.6 of pyproject.toml, in .venv-2.6.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
 
 .PHONY: demo notebook figures test test-slow test-triton faults test-all lint types docs package clean
@@ -34,10 +35,9 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	$(PYTEST) -m "(slow or hypothesis) and not long and not gpu" --hypothesis-profile many
 
-# Our kernels as other versions of Triton compile them: the oldest that pyproject.toml allows, and the
+# Our kernels as other versions of Triton compile them: the oldest that all these tests suit, and the
 # one that uv.lock gives. A version that cannot be downloaded is skipped, and said to be.
-TRITONS ?= $(shell sed -n 's/^ *"triton>=\([0-9.]*\);.*/\1/p' pyproject.toml) \
-	$(shell sed -n '/^name = "triton"/{n;s/version = "\(.*\)"/\1/p;q}' uv.lock)
+TRITONS ?= 3.6.0 $(shell sed -n '/^name = "triton"/{n;s/version = "\(.*\)"/\1/p;q}' uv.lock)
 test-triton: $(VENV)/dev.stamp
 	@for version in $(TRITONS); do \
 		folder=build/triton-$$version; \
@@ -79,7 +79,7 @@ package: $(VENV)/dev.stamp
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist demo-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* build dist demo-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicl_fast needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -88,5 +88,5 @@ $(BIN)/python:
 
 # A stamp is made when the install succeeded; a changed pyproject.toml installs again.
 $(VENV)/%.stamp: pyproject.toml setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[$*]'
+	$(BIN)/python -m pip install --editable '.[$*]' $(TORCH:%='torch==%.*')
 	touch $@

@@ -109,8 +109,9 @@ def images(shared_data: Path) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process whose Triton kernels are interpreted."""
-    from interpreted_kernels import set_up_interpreter
+    from interpreted_kernels import set_up_interpreter, skip_with_old_triton
 
+    skip_with_old_triton()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=set_up_interpreter) as pool:
         with pytest.MonkeyPatch.context() as patch:

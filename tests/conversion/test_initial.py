@@ -25,7 +25,7 @@ from open_clip_folders import (
     largest_difference,
     write_folder,
 )
-from rank_workers import run_on_ranks, train_from_initial_weights
+from rank_workers import needs_full, run_on_ranks, train_from_initial_weights
 from safetensors.torch import load_file, save_file
 from small_models import write_run
 from small_runs import tiny_config
@@ -465,7 +465,7 @@ def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["off", "full"])
+@pytest.mark.parametrize("shard", ["off", pytest.param("full", marks=needs_full)])
 def test_rank_0_alone_reads_and_all_ranks_start_from_it(like_clip, images, tmp_path, shard):
     config = config_for(like_clip, image_size=32)
     base = tiny_config(shard=shard, steps=1)

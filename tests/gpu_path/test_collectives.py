@@ -11,7 +11,7 @@ import pytest
 import torch
 from budgets import compare
 from fake_ranks import Collectives, fake_ranks
-from rank_workers import blocks_gathered_in_bf16
+from rank_workers import blocks_gathered_in_bf16, needs_full
 from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import ListLoader
@@ -93,6 +93,7 @@ def test_divided_steps_send_what_the_table_says(shard):
     check_table(f"8 ranks, shard={shard}", lambda: step_of(8, shard=shard))
 
 
+@needs_full
 def test_blocks_are_gathered_in_bf16_and_their_gradients_added_up_in_fp32():
     """Half the bytes of parameters, on GPUs; what is outside of blocks stays fp32."""
     sizes = []

@@ -47,20 +47,26 @@ H100_BYTES, H100_OPERATIONS = 3.35e12, 989e12
 _STAND_IN = """
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
-#include <c10/core/impl/FakeGuardImpl.h>
 #include <cstring>
+#define final  // Guard is a class of it
+#include <c10/core/impl/FakeGuardImpl.h>
+#undef final
 
 namespace {
 struct Hooks : at::CUDAHooksInterface {
-  bool isBuilt() const override { return true; }
+  bool isBuilt() const { return true; }  // overrides nothing in torch 2.6
   bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
   at::Generator getNewGenerator(c10::DeviceIndex) const override {
     return at::detail::createCPUGenerator();
   }
 };
+struct Guard : c10::impl::FakeGuardImpl<c10::DeviceType::CUDA> {
+  c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
+};
 const Hooks hooks;
-const c10::impl::FakeGuardImpl<c10::DeviceType::CUDA> guard;
+const Guard guard;
 const c10::impl::DeviceGuardImplInterface* real_guard;
+auto& entry = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
 void* real_table;
 }
 
@@ -69,15 +75,13 @@ extern "C" void begin() {
   void* found = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
   std::memcpy(&real_table, found, sizeof(void*));
   std::memcpy(found, &hooks, sizeof(void*));
-  auto type = c10::DeviceType::CUDA;
-  real_guard = c10::impl::device_guard_impl_registry[static_cast<size_t>(type)].load();
-  c10::impl::registerDeviceGuard(type, &guard);
+  real_guard = entry.exchange(&guard);
 }
 
 extern "C" void end() {
   void* found = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
   std::memcpy(found, &real_table, sizeof(void*));
-  c10::impl::registerDeviceGuard(c10::DeviceType::CUDA, real_guard);
+  entry.store(real_guard);
 }
 """
 
@@ -89,6 +93,7 @@ def build_stand_in(folder: Path) -> ctypes.CDLL:
     paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     compiler = os.environ.get("CXX", "g++")
     how = ["-std=c++20", "-O0", "-shared", "-fPIC", *paths]
+    how += [f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"]  # 0 in torch 2.6
     subprocess.run(
         [compiler, "-o", library, source, *how, "-ltorch_cpu", "-lc10"], check=True, timeout=120
     )

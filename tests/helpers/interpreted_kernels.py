@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from unicl_fast.objectives.loss import LogitStatistics, logit_statistics, unified_contrastive_loss
@@ -17,6 +19,14 @@ from unicl_fast.objectives.positives import Membership
 
 Compute = Callable[..., list[torch.Tensor]]
 """Calls a function of this file in the process in which the kernels run."""
+
+
+def skip_with_old_triton() -> None:
+    """Skips a test; before 3.6 the interpreter knows neither NumPy 2.4 nor products in fp64."""
+    import triton
+
+    if Version(triton.__version__) < Version("3.6"):  # as torch before 2.10 brings it
+        pytest.skip(f"compiles or interprets kernels by Triton 3.6; this is {triton.__version__}")
 
 
 def call_on(device: str, function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ from small_runs import (
     staged_batch,
     tiny_config,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from unicl_fast.batch import Batch, EvaluationBatch
@@ -61,6 +62,10 @@ from unicl_fast.training.metrics import DatasetMeter, add_up
 from unicl_fast.training.observers import LedgerKeeper
 from unicl_fast.training.trainer import Trainer
 
+needs_full = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
+    reason=f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}",
+)
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
 # interpreter would import torch and timm for five seconds each time.
 mp.set_forkserver_preload(["unicl_fast.training.run", "small_runs"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from compared_runs import assert_equal, copy_of, last_of, losses_of, moved
-from rank_workers import first_gradients, run_on_ranks, train_each
+from rank_workers import first_gradients, needs_full, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import StepLoader, objective_config, tiny_config
 from torch import nn
@@ -205,6 +205,7 @@ def test_fresh_weights_below_adapters_are_in_the_checkpoint(images, tmp_path):
     assert_equal(trainer.model.state_dict(), load_encoders(tmp_path).state_dict())
 
 
+@needs_full
 @pytest.mark.slow
 def test_ranks_train_adapters_as_one_process_does(images, tmp_path):
     runs = {shard: (config_of(BOTH, shard=shard, steps=2), None) for shard in ("off", "full")}

@@ -12,7 +12,7 @@ from compared_runs import (
     moved,
     state_of,
 )
-from rank_workers import first_gradients, run_on_ranks, train_each
+from rank_workers import first_gradients, needs_full, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import objective_config, tiny_config, trainer_of
 
@@ -275,6 +275,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
         OptimConfig(**settings)
 
 
+@needs_full
 @pytest.mark.slow
 def test_three_ranks_with_frozen_parts_resume_bit_for_bit_and_equal_one(images, tmp_path):
     """The order in which DDP's buckets are summed shows from three ranks on."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compared_runs import assert_equal
 from rank_workers import (
+    needs_full,
     recorded,
     run_on_ranks,
     train_with_a_poisoned_rank,
@@ -170,7 +171,7 @@ def test_a_gradient_norm_that_is_not_finite_counts_too(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["off", "optimizer", "full"])
+@pytest.mark.parametrize("shard", ["off", "optimizer", pytest.param("full", marks=needs_full)])
 def test_the_samples_of_all_ranks_are_written_down(images, tmp_path, shard):
     """Rank 1 alone sees the poison; both leave the step out, and stay alike."""
     run_on_ranks(train_with_a_poisoned_rank, 2, images, tmp_path, shard)

@@ -11,8 +11,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
-from rank_workers import run_on_ranks, train_each, write_divided_gradients
+from rank_workers import needs_full, run_on_ranks, train_each, write_divided_gradients
 from small_runs import tiny_config, trainer_of
+from torch.distributed.fsdp import FSDPModule
 
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
@@ -57,6 +58,7 @@ def sizes_of(run: Path) -> list[list[int]]:
     return [torch.load(run / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
 
 
+@needs_full
 def test_two_ranks_that_divide_the_state_train_as_before(images, tmp_path):
     """And hold half of it each; `optimizer` divides no parameter, and one is 0.8 of this model."""
     runs = {shard: (quick_config(shard), None) for shard in ("off", "optimizer", "full")}
@@ -95,6 +97,7 @@ SETTINGS: dict[str, dict] = {
 @pytest.mark.parametrize(
     "name", ["clipped", *(pytest.param(one, marks=pytest.mark.long) for one in [*SETTINGS][1:])]
 )
+@needs_full
 def test_divided_runs_are_the_plain_run(images, tmp_path, world_size, name):
     """Ranks have other numbers of micro-batches of texts, and of passes in an evaluation."""
     runs = {
@@ -126,6 +129,7 @@ def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+@needs_full
 def test_full_differs_by_rounding(images, tmp_path, precision):
     """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
     runs = {shard: (config_of(shard, precision=precision), None) for shard in ("off", "full")}
@@ -133,6 +137,7 @@ def test_full_differs_by_rounding(images, tmp_path, precision):
     assert_close_runs(tmp_path / "full", tmp_path / "off", rtol=1e-5, atol=1e-4)
 
 
+@needs_full
 @pytest.mark.slow
 def test_blocks_gathered_in_bf16_have_the_same_gradients_but_for_rounding(images, tmp_path):
     """Those of matrices, which autocast rounds too, are equal: they are added up in fp32.
@@ -152,6 +157,7 @@ def test_blocks_gathered_in_bf16_have_the_same_gradients_but_for_rounding(images
     assert not torch.equal(narrow[norm := "text_encoder.resblocks.0.ln_2.weight"], wide[norm])
 
 
+@needs_full
 @pytest.mark.long
 def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(images, tmp_path):
     """From four ranks to two and to one, and back; on as many ranks bit for bit."""
@@ -225,6 +231,16 @@ def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(images, monkeypatch
     config = tiny_config(shard="full", precision="auto")
     with pytest.raises(ValueError, match="efficiency.precision=fp16.*take efficiency.precision="):
         trainer_of(images, config)
+
+
+def test_full_is_refused_with_a_torch_that_lacks_what_it_needs(monkeypatch):
+    model = build_model(tiny_config())
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
+    for device, place in {"cpu": " on a CPU", "meta": ""}.items():
+        message = f"^efficiency.shard=full{place} needs a newer torch .*set efficiency.shard=opt"
+        with pytest.raises(ValueError, match=message):
+            shard_encoders(model.to(device), Ranks(world_size=2))
+        monkeypatch.setattr("unicl_fast.models.sharding._CHOOSES_WHAT_RESHARDS", False)
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch):

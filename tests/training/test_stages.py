@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compared_runs import assert_equal, last_of, losses_of
-from rank_workers import run_on_ranks, train_each, train_each_compiled
+from rank_workers import needs_full, run_on_ranks, train_each, train_each_compiled
 from safetensors.torch import load_file
 from small_runs import StepLoader, staged_batch, tiny_config
 
@@ -38,6 +38,7 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
     return make_trainer(config, loader, run_folder=folder, progress=False, **more)
 
 
+@needs_full
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "settings"),

@@ -11,6 +11,7 @@ import copy
 import heapq
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.phases import WaitingForRanks
 
 _NARROW = {"cuda"}  # devices that gather in bf16
+# `None`, below; torch 2.6 has no such choice
+_CHOOSES_WHAT_RESHARDS = signature(fully_shard).parameters["reshard_after_forward"].default is None
 
 
 def check_sharding(efficiency: EfficiencyConfig, *, optimizer: str) -> None:
@@ -149,12 +152,6 @@ def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 def shard_encoders(model: UniCL, ranks: Ranks) -> None:
     """Divides compiled encoders over all ranks, by block; ValueError without known blocks."""
     device_type = model.device.type
-    # gloo's own averaging was missing, and silently wrong (pytorch issue 162338)
-    if device_type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise ValueError(
-            f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}, whose "
-            "gloo cannot be told to sum: set efficiency.shard=optimizer, or update torch"
-        )
     parts: list[nn.Module] = []
     for encoder in model.encoders:
         blocks = find_blocks(encoder)
@@ -164,6 +161,13 @@ def shard_encoders(model: UniCL, ranks: Ranks) -> None:
                 "has none that are known: set efficiency.shard=optimizer, or add its block class"
             )
         parts += [*blocks, encoder]
+    # gloo's own averaging was missing, and silently wrong (pytorch issue 162338)
+    averages = device_type != "cpu" or hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    if not (averages and _CHOOSES_WHAT_RESHARDS):
+        raise ValueError(
+            f"efficiency.shard=full{' on a CPU' * (not averages)} needs a newer torch than "
+            f"{torch.__version__}: set efficiency.shard=optimizer, or update torch"
+        )
     mesh = init_device_mesh(device_type, (ranks.world_size,))
     # encoders return views; nothing here changes them in place
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")

@@ -8,8 +8,7 @@ Importing this module imports triton.
 
 import math
 import types
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035  # torch 2.6 knows no other in operators
 
 import torch
 import triton
