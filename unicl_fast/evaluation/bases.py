@@ -48,6 +48,7 @@ from unicl_fast.evaluation.inference import load_model
 from unicl_fast.evaluation.predicted import standardised
 from unicl_fast.evaluation.probes import require_scikit_learn
 from unicl_fast.evaluation.zero_shot import classify
+from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.system.wording import markdown_table
@@ -246,10 +247,15 @@ class _Task:
 
     @torch.no_grad()
     def zero_shot(self, model: UniCL) -> Figures:
-        """With the base's own projections."""
-        model = model.cpu()
-        images = model.encode_image(torch.from_numpy(self.test.features))
-        return self._judge(images, model.encode_text)
+        """With the base's own projections, in the precision of its evaluations."""
+        model, precision = model.cpu(), Precision(model.config.efficiency.precision)
+        images = torch.from_numpy(self.test.features)
+
+        def embed(encode: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+            with precision.autocast("cpu"):
+                return encode(rows).float()
+
+        return self._judge(embed(model.encode_image, images), partial(embed, model.encode_text))
 
     def head(self) -> Figures:
         """With two linear layers into one space, trained by AdamW on the CPU."""
