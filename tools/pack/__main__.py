@@ -20,6 +20,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.distributed.signals import EXIT_FAULT
 from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.build_options import BuildOptions
+from unicl_fast.packing.croissant import write_croissant
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
@@ -147,11 +148,33 @@ class Upload:
         return upload_dataset(self.folder, self.out), 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Croissant:
+    """Write croissant.json beside the manifest: metadata that hubs and data searches read.
+
+    Reads the shards once for their SHA-256, and refuses one that is not as it was packed.
+
+    Example:
+      unicl-pack croissant packed/photos --url https://example.org/photos
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The data set."""
+    url: str = ""
+    """Address that its folder has, or will have; by default shards are named without one."""
+    description: str = ""
+    """Describes the data; by default by the numbers of images and captions."""
+
+    def run(self) -> tuple[str, int]:
+        return f"written to {write_croissant(**vars(self))}", 0
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
     "upload": Upload,
+    "croissant": Croissant,
 }
 
 

@@ -32,6 +32,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.other_tokens import TOKENS_PREFIX
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
+from unicl_fast.packing.croissant import CROISSANT_NAME
 from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import (
@@ -164,7 +165,7 @@ def _check_checksums(
     for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
-    others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}
+    others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME, CROISSANT_NAME}
     # another tokenizer's tokens are checked when they are used
     others |= {name for name in entries if name.startswith(TOKENS_PREFIX)}
     for name in sorted(set(entries) - expected - others):
