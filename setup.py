@@ -23,7 +23,7 @@ setup(
     package_data={
         "unicl_fast": ["py.typed"],
         "unicl_fast.system": ["page_base.html", "page_parts.html"],
-        "unicl_fast.packing": ["page.html"],
+        "unicl_fast.packing": ["page.html", "croissant.json"],
         "unicl_fast.conversion": ["card.md"],
         "unicl_fast.evaluation": ["*.html", "*.js", "openapi.json"],
         "unicl_fast.tools.diagnose": ["page.html"],

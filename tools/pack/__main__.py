@@ -127,11 +127,35 @@ class Upload:
         return upload_dataset(self.folder, self.out), 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Croissant:
+    """Write croissant.json beside the manifest: metadata that hubs and data searches read.
+
+    Reads the shards once for their SHA-256, and refuses one that is not as it was packed.
+
+    Example:
+      unicl-pack croissant packed/photos --url https://example.org/photos
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The data set."""
+    url: str = ""
+    """Address that its folder has, or will have; by default shards are named without one."""
+    description: str = ""
+    """Describes the data; by default by the numbers of images and captions."""
+
+    def run(self) -> tuple[str, int]:
+        from unicl_fast.packing.croissant import write_croissant
+
+        return f"written to {write_croissant(**vars(self))}", 0
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
     "upload": Upload,
+    "croissant": Croissant,
 }
 
 

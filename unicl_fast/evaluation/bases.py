@@ -3,7 +3,7 @@
 For every base: the baselines on its image features, zero-shot if it has texts of its own, and a
 head of seconds: both towers frozen, features standardised, and a linear layer on either side that
 the unified contrastive loss trains. An image encoder without texts is joined with each encoder of
-texts.
+texts. Features that another model made are a base, too (`outside`).
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ from unicl_fast.evaluation.features import (
     require_text_encoder,
 )
 from unicl_fast.evaluation.inference import load_model
+from unicl_fast.evaluation.outside import SCHEME, find_files, read_outside
 from unicl_fast.evaluation.predicted import standardised
 from unicl_fast.evaluation.probes import require_scikit_learn
 from unicl_fast.evaluation.zero_shot import classify
+from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.system.machine import choose_device
 from unicl_fast.system.wording import markdown_table
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.training.data import tokenizer_of
@@ -71,7 +74,8 @@ class BaseResult:
     """As `model.init_image`."""
     text: str = ""
     """As `model.init_text`; empty for an image encoder alone."""
-    num_parameters: int
+    num_parameters: int | None
+    """None if unknown, as for features that another model made."""
     width: int  # of its image features
     methods: tuple[Measured, ...]
     """The first is encoding, which has only CPU seconds."""
@@ -84,7 +88,8 @@ def bases_table(results: Sequence[BaseResult]) -> str:
     header = ["base", "parameters", "width", "method", *(f"{name}, %" for name in names), "CPU s"]
     rows = []
     for result in results:
-        first = [result.name, f"{result.num_parameters / 1e6:.1f} M", str(result.width)]
+        size = result.num_parameters
+        first = [result.name, f"{size / 1e6:.1f} M" if size else "", str(result.width)]
         for number, one in enumerate(result.methods):
             rows.append([*(["", "", ""] if number else first), one.name, *one.cells(names)])
     return markdown_table(header, rows)
@@ -105,7 +110,7 @@ def compare_bases(
     Args:
         train: labels, captions or both; `PackedDataset(..., fraction=...)` is a sample.
         held_out: classes are matched by name.
-        bases: names as for `load_model`, and text encoders.
+        bases: names as for `load_model`, text encoders, and `features:FOLDER`.
         at_hand: compares those of `bases_at_hand` too.
         folder: keeps features of images and texts by checksums.
         device: auto, cpu or cuda.
@@ -117,59 +122,91 @@ def compare_bases(
         ModuleNotFoundError: scikit-learn is not installed.
     """
     require_scikit_learn()
-    names, templates = held_out.manifest.class_names, held_out.manifest.templates
-    columns = held_out.manifest.columns
-    prompts = [fill_template(template, name) for name in names for template in templates]
+    names, columns = held_out.manifest.class_names, held_out.manifest.columns
     images, others = _choose_towers(bases, bases_at_hand() if at_hand else [])
+    empty, prompts, number_of = _parts_and_texts(train, held_out)
+    outside, of_texts = dict[str, Sequence[Float[np.ndarray, "n w"]]](), dict[str, _Texts]()
+    for name in [*images, *others]:
+        if name.startswith(SCHEME):
+            outside[name], given = read_outside(name, train, held_out, list(number_of))
+            if given is not None:
+                of_texts[name] = _Texts(rows=given, number_of=number_of)
     results: list[BaseResult] = []
-    encoded: dict[str, _Texts] = {}
     for name in images:
-        try:
-            on_ranks = ModelOnRanks.of(load_model(name, device=device))
-        except (ValueError, OSError) as error:
-            if name in bases:
-                raise
-            logger.info("left out: %s", error)
-            continue
-        on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
-        model = on_ranks.model
-        start = time.process_time()
-        parts = [
-            part_of(one, encoder_features(on_ranks, one, folder=folder), names)
-            for one in (train, held_out)
-        ]
-        encoding = Measured("image features", {}, time.process_time() - start)
+        model, encoding = None, Measured("image features", {})
+        if (rows := outside.get(name)) is None:
+            try:
+                on_ranks = ModelOnRanks.of(load_model(name, device=device))
+            except (ValueError, OSError) as error:
+                if name in bases:
+                    raise
+                logger.info("left out: %s", error)
+                continue
+            on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
+            model, start = on_ranks.model, time.process_time()
+            rows = [encoder_features(on_ranks, one, folder=folder) for one in (train, held_out)]
+            encoding = dataclasses.replace(encoding, cpu_seconds=time.process_time() - start)
+            if model.text_encoder is not None:
+                of_texts[name] = _Texts.of(model, number_of, folder=folder, progress=progress)
+        pairs = zip(empty, rows, strict=True)
+        parts = [dataclasses.replace(part, features=own) for part, own in pairs]
         results.append(BaseResult(
-            name=name, image=name, num_parameters=_size_of(model.image_encoder),
-            width=parts[0].features.shape[1],
+            name=name, image=name, width=rows[0].shape[1],
+            num_parameters=None if model is None else _size_of(model.image_encoder),
             methods=(encoding, *baselines(*parts, class_names=names, columns=columns)),
         ))  # fmt: skip
-        for other in [name] if model.text_encoder is not None else others:
-            if other not in encoded:
-                reader = model if other == name else on_device(_text_model(other), model.device)
-                texts = [*parts[0].texts, *parts[1].texts, *prompts]
-                encoded[other] = _Texts.of(reader, texts, folder=folder, progress=progress)
-            own = encoded[other]
-            shape = len(names), len(templates), own.rows.shape[1]
-            task = _Task(parts[0], parts[1], own, own.features(prompts).view(shape), names, columns)
-            methods = [Measured("text features", {}, own.cpu_seconds)]
-            if other == name and model.has_space:
-                methods.append(Measured.timed("zero-shot", partial(task.zero_shot, model)))
-            methods.append(Measured.timed(f"linear heads, {_STEPS} steps", task.head))
-            results.append(dataclasses.replace(
-                results[-1],
-                name=f"{name} + {'its own texts' if other == name else other}",
-                text=other,
-                num_parameters=_size_of(model.image_encoder) + own.num_parameters,
-                methods=tuple(methods),
-            ))  # fmt: skip
+        for other in [name] if name in of_texts else others:
+            if other not in of_texts:
+                reader = on_device(_text_model(other), choose_device(device))
+                of_texts[other] = _Texts.of(reader, number_of, folder=folder, progress=progress)
+            own = of_texts[other]
+            shape = len(names), len(held_out.manifest.templates), own.rows.shape[1]
+            features = own.features(prompts).view(shape)
+            task = _Task(parts[0], parts[1], own, features, names, columns)
+            results.append(_joined(results[-1], other, task, model))
     return results
+
+
+def _joined(result: BaseResult, other: str, task: _Task, model: UniCL | None) -> BaseResult:
+    """An image encoder's result, with the text encoder `other`, measured now."""
+    methods = [Measured("text features", {}, task.texts.cpu_seconds)]
+    shared = task.texts.rows.shape[1] == result.width if model is None else model.has_space
+    if other == result.image and shared:
+        methods.append(Measured.timed("zero-shot", partial(task.zero_shot, model)))
+    methods.append(Measured.timed(f"linear heads, {_STEPS} steps", task.head))
+    sizes = result.num_parameters, task.texts.num_parameters
+    return dataclasses.replace(
+        result,
+        name=f"{result.image} + {'its own texts' if other == result.image else other}",
+        text=other,
+        num_parameters=None if None in sizes else sum(filter(None, sizes)),
+        methods=tuple(methods),
+    )
+
+
+def texts_to_encode(train: PackedDataset, held_out: PackedDataset) -> list[str]:
+    """The texts that a comparison needs, each once: captions, then prompts of the classes."""
+    return list(_parts_and_texts(train, held_out)[2])
+
+
+def _parts_and_texts(
+    train: PackedDataset, held_out: PackedDataset
+) -> tuple[list[Part], list[str], dict[str, int]]:
+    """Both parts without features, the prompts of all classes, and a number for each text."""
+    names, templates = held_out.manifest.class_names, held_out.manifest.templates
+    parts = [part_of(one, np.empty((len(one), 0)), names) for one in (train, held_out)]
+    prompts = [fill_template(template, name) for name in names for template in templates]
+    texts = dict.fromkeys([*parts[0].texts, *parts[1].texts, *prompts])
+    return parts, prompts, {text: number for number, text in enumerate(texts)}
 
 
 def _choose_towers(given: Sequence[str], at_hand: Sequence[str]) -> tuple[list[str], list[str]]:
     """Image encoders, also with texts, and text encoders, of given bases and those at hand."""
     images, texts = list[str](), list[str]()
     for name in dict.fromkeys([*given, *at_hand]):
+        if name.startswith(SCHEME):
+            (images if "train" in find_files(name) else texts).append(name)
+            continue
         try:
             has_text = find_source(name, image=False).has_text
             try:
@@ -208,17 +245,16 @@ class _Texts:
     """Texts and their features, before the projection."""
 
     rows: Float[np.ndarray, "t w"]
-    number_of: dict[str, int]
-    num_parameters: int
-    cpu_seconds: float
+    number_of: Mapping[str, int]
+    num_parameters: int | None = None  # None for features that were given
+    cpu_seconds: float | None = None
 
     @classmethod
     def of(
-        cls, model: UniCL, texts: Sequence[str], *, folder: Path | None, progress: bool
+        cls, model: UniCL, number_of: Mapping[str, int], *, folder: Path | None, progress: bool
     ) -> _Texts:
-        """Encodes each distinct text, or reads features kept under a checksum of what they need."""
+        """Encodes each text, or reads features kept under a checksum of what they need."""
         require_text_encoder(model, "a comparison of bases")
-        number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         start = time.process_time()
         tokens = tokenizer_of(model.config).encode(list(number_of))
         found = encode_token_rows(model, tokens, layer="encoder", progress=progress, folder=folder)
@@ -245,11 +281,18 @@ class _Task:
     columns: Mapping[str, Sequence[int]]
 
     @torch.no_grad()
-    def zero_shot(self, model: UniCL) -> Figures:
-        """With the base's own projections."""
-        model = model.cpu()
-        images = model.encode_image(torch.from_numpy(self.test.features))
-        return self._judge(images, model.encode_text)
+    def zero_shot(self, model: UniCL | None) -> Figures:
+        """With the base's own projections, as its evaluations; given features have none."""
+        images, to_unit = torch.from_numpy(self.test.features), partial(F.normalize, dim=-1)
+        if model is None:
+            return self._judge(to_unit(images), to_unit)
+        model, precision = model.cpu(), Precision(model.config.efficiency.precision)
+
+        def embed(encode: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+            with precision.autocast("cpu"):
+                return encode(rows).float()
+
+        return self._judge(embed(model.encode_image, images), partial(embed, model.encode_text))
 
     def head(self) -> Figures:
         """With two linear layers into one space, trained by AdamW on the CPU."""

@@ -31,6 +31,7 @@ from unicl_fast.dataset.growing_files import END_OF_TAR
 from unicl_fast.dataset.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
+from unicl_fast.packing.croissant import CROISSANT_NAME
 from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import (
@@ -163,7 +164,7 @@ def _check_checksums(
     for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
-    others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}
+    others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME, CROISSANT_NAME}
     for name in sorted(set(entries) - expected - others):
         faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))

@@ -8,6 +8,7 @@ from pathlib import Path
 from unicl_fast.dataset.in_place import SourceFiles
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
+from unicl_fast.packing.croissant import CROISSANT_NAME
 from unicl_fast.packing.folder_check import expected_files
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
@@ -100,7 +101,8 @@ def _checksums_of(folder: Path) -> dict[str, str]:
         raise ValueError(
             f"{folder / CHECKSUMS_NAME} does not list {missing[0]}: see unicl-pack verify"
         )
-    return listed | {CHECKSUMS_NAME: file_checksum(folder / CHECKSUMS_NAME)}
+    more = [name for name in (CHECKSUMS_NAME, CROISSANT_NAME) if (folder / name).is_file()]
+    return listed | {name: file_checksum(folder / name) for name in more}
 
 
 def _send(store: ObjectStore, path: Path, expected: str) -> None:
