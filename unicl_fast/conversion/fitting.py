@@ -1,13 +1,11 @@
 """Compares tensors of other libraries with our models' tensors, by name, shape and content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 
-def misfits(
-    needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, shown: int | None = None
-) -> list[str]:
+def misfits(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, shown: int) -> list[str]:
     """Lists how tensors differ from the needed ones, with at most `shown` names of a kind."""
     fits = {name: found[name].shape == needed[name].shape for name in needed if name in found}
     kinds = {
@@ -24,13 +22,11 @@ def misfits(
             if has_its_shape and not _has_finite_numbers(found[name], like=needed[name])
         ],
     }
-    return [phrase(kind, names, shown=shown) for kind, names in kinds.items() if names]
-
-
-def phrase(kind: str, names: Sequence[str], *, shown: int | None = None) -> str:
-    """Formats `missing: a, b, ... (7)`."""
-    more = ", ..." if len(names) > len(names[:shown]) else ""
-    return f"{kind}: {', '.join(names[:shown])}{more} ({len(names)})"
+    return [
+        f"{kind}: {', '.join(names[:shown])}{', ...' * (len(names) > shown)} ({len(names)})"
+        for kind, names in kinds.items()
+        if names
+    ]
 
 
 def _has_finite_numbers(tensor: Tensor, *, like: Tensor) -> bool:

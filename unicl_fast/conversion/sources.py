@@ -51,6 +51,7 @@ from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.objectives.registry import make_objective
+from unicl_fast.presets import build_preset
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
 
@@ -378,11 +379,9 @@ def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
 
 
 def _official_source(given: str, file: Path) -> Source:
-    config = official.model_of(official.read_official_file(file), source=file).config
-
-    def rename(entries: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return official.model_of(entries, source=file).state_dict()
-
+    rename = functools.partial(official.with_present_names, source=file)
+    preset = official.preset_of(rename(official.read_official_file(file)), source=file)
+    config = build_preset(preset).changed(data=official.STATISTICS)
     return _source_of(given, config, file, rename)
 
 
