@@ -33,7 +33,6 @@ from source_runs import started
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
 from unicl_fast import UniCL, build_model
-from unicl_fast.checkpoints.hub import NotOnHubError, download
 from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import resize_positions
@@ -43,6 +42,7 @@ from unicl_fast.evaluation.features import encode_images
 from unicl_fast.evaluation.inference import Model
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
+from unicl_fast.system.hub import NotOnHubError, download
 from unicl_fast.text.tokenizer import Tokenizer
 
 TEXTS = ["a photo of a dog", "", "two people in the snow"]

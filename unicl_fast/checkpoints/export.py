@@ -5,6 +5,7 @@ model, its objective and its pixels. It has none of the run's, so later versions
 as they can build the model.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_from_dict
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.untrusted_files import read_json
+from unicl_fast.text.file_tokenizer import TOKENIZER_FILES
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,3 +74,29 @@ def read_export(folder: Path) -> tuple[TrainConfig, Path]:
         return config_from_dict(groups), weights
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def download_export(repository: str) -> Path:
+    """Downloads an export of ours; returns its folder in the cache, raises as `download`.
+
+    Both files are from one commit, even if a new one is pushed meanwhile. Another library's config
+    is refused (ValueError) before its weights are downloaded.
+    """
+    from unicl_fast.system.hub import NotOnHubError, download  # 0.2 s
+
+    config = download(repository, [CONFIG_FILE])
+    values = read_json(config)
+    if not isinstance(values, dict) or "library_name" not in values:  # transformers has none
+        raise ValueError(
+            f"hf-hub:{repository} is not a model of unicl_fast, open_clip, timm or transformers: "
+            f"its {CONFIG_FILE} names no architecture, model_type or library"
+        )
+    # the cache has a folder for each commit
+    at_commit = f"{repository.partition('@')[0]}@{config.parent.name}"
+    ours = values.get(LIBRARY)
+    model = ours.get("model") if isinstance(ours, dict) else None
+    if isinstance(model, dict) and model.get("tokenizer"):
+        for name in TOKENIZER_FILES:
+            with contextlib.suppress(NotOnHubError):
+                download(at_commit, [name])
+    return download(at_commit, [WEIGHTS_FILE]).parent

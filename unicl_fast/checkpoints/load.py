@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unicl_fast.checkpoints.export import is_export, read_export
+from unicl_fast.checkpoints.export import download_export, is_export, read_export
 from unicl_fast.checkpoints.files import (
     BEST,
     BEST_FILE,
@@ -205,8 +205,6 @@ def find_model(path: str | Path) -> Path:
     """
     scheme, _, repository = str(path).partition(":")
     if scheme == "hf-hub":
-        from unicl_fast.checkpoints.hub import download_export  # 0.2 s
-
         return download_export(repository)
     return path if is_export(path := Path(path)) else find_checkpoint(path)
 

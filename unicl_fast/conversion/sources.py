@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints import load
-from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS
-from unicl_fast.checkpoints.hub import NotOnHubError, download, download_export
+from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS, download_export
 from unicl_fast.checkpoints.load import read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
@@ -52,6 +51,7 @@ from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, fe
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
+from unicl_fast.system.hub import NotOnHubError, download
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
 

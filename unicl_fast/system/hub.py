@@ -1,4 +1,4 @@
-"""Downloads files and exports from the Hugging Face hub, through its cache."""
+"""Downloads files from the Hugging Face hub, through its cache."""
 
 import contextlib
 import logging
@@ -13,10 +13,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, WEIGHTS_FILE
 from unicl_fast.system.program import logging_at
-from unicl_fast.system.untrusted_files import read_json
-from unicl_fast.text.file_tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger("unicl_fast")
 
@@ -77,30 +74,6 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
         f"{place} has none of {names}: expected a repository of unicl_fast, open_clip, "
         "transformers, timm or peft"
     )
-
-
-def download_export(repository: str) -> Path:
-    """Downloads an export of ours; returns its folder in the cache, raises as `download`.
-
-    Both files are from one commit, even if a new one is pushed meanwhile. Another library's config
-    is refused (ValueError) before its weights are downloaded.
-    """
-    config = download(repository, [CONFIG_FILE])
-    values = read_json(config)
-    if not isinstance(values, dict) or "library_name" not in values:  # transformers has none
-        raise ValueError(
-            f"hf-hub:{repository} is not a model of unicl_fast, open_clip, timm or transformers: "
-            f"its {CONFIG_FILE} names no architecture, model_type or library"
-        )
-    # the cache has a folder for each commit
-    at_commit = f"{repository.partition('@')[0]}@{config.parent.name}"
-    ours = values.get(LIBRARY)
-    model = ours.get("model") if isinstance(ours, dict) else None
-    if isinstance(model, dict) and model.get("tokenizer"):
-        for name in TOKENIZER_FILES:
-            with contextlib.suppress(NotOnHubError):
-                download(at_commit, [name])
-    return download(at_commit, [WEIGHTS_FILE]).parent
 
 
 def _silent_retries() -> contextlib.AbstractContextManager[None]:
