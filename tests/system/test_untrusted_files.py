@@ -170,9 +170,8 @@ ALLOWED = {
     """,
     "an installed package's": """
         unicl_fast/evaluation/serving.py unicl_fast/system/gpu_kernels.py
-        unicl_fast/system/installation.py unicl_fast/system/kernels.py
-        unicl_fast/text/class_lists.py unicl_fast/text/tokenizer.py
-        unicl_fast/training/agreement.py
+        unicl_fast/system/kernels.py unicl_fast/text/class_lists.py
+        unicl_fast/text/tokenizer.py unicl_fast/training/agreement.py
     """,
     "named by the user for a result": """
         tools/diagnose/run.py tools/evaluate/command.py tools/evaluate/embed.py
@@ -189,7 +188,7 @@ ALLOWED = {
         unicl_fast/packing/sources/tables.py unicl_fast/packing/staging.py
         unicl_fast/packing/workers.py unicl_fast/system/atomic_files.py
         unicl_fast/system/checksums.py unicl_fast/text/file_tokenizer.py
-        unicl_fast/text/prompts.py unicl_fast/training/block_trial.py
+        unicl_fast/training/block_trial.py
     """,
     "of one row or sample, whose size others limit": """
         unicl_fast/dataset/growing_files.py unicl_fast/dataset/quarantine.py
