@@ -79,7 +79,7 @@ def test_values_are_shown_up_to_a_limit_whatever_they_are():
         nested = [nested]
     assert shorten("a") == "'a'"
     assert shorten([0] * 100, limit=10) == "[0, 0, 0, ..."
-    assert shorten(nested) == "[" * 100 + "..."
+    assert shorten(nested) == "a list"
     assert shorten(10**5000) == "a int"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 _ABSENT = object()
-_MOST_LEVELS = 100
 _MOST_MESSAGE = 4000
 _PLURAL = re.compile(r"\b(file|image|row|download)s\b")
 # each word is tried from its start only, or a text of 300 kB without blanks would take minutes
@@ -34,32 +33,12 @@ def count_of_kind(number: int, kind: str) -> str:
 
 
 def shorten(value: Any, *, limit: int = 100) -> str:
-    """Returns the first `limit` characters of `repr(value)` without computing much more of it."""
-    text = ""
-    for piece in _pieces_of(value, limit, _MOST_LEVELS):
-        text += piece
-        if len(text) > limit:
-            return text[:limit] + "..."
-    return text
-
-
-def _pieces_of(value: Any, limit: int, levels: int) -> Iterator[str]:
-    if type(value) in (list, tuple, dict) and value and levels:
-        brackets = repr(type(value)())
-        for number, entry in enumerate(value):
-            yield ", " if number else brackets[0]
-            yield from _pieces_of(entry, limit, levels - 1)
-            if isinstance(value, dict):
-                yield ": "
-                yield from _pieces_of(value[entry], limit, levels - 1)
-        yield "," * (isinstance(value, tuple) and len(value) == 1) + brackets[1]
-    elif isinstance(value, str | bytes) and len(value) > limit:
-        yield repr(value[: limit + 1])
-    else:
-        try:
-            yield repr(value)
-        except (RecursionError, ValueError):  # nested too deeply; a number of over 4,300 digits
-            yield f"a {type(value).__name__}"
+    """Returns the first `limit` characters of `repr(value)`."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a number of over 4,300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def without_secrets(text: str) -> str:
