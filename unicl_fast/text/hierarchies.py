@@ -49,22 +49,19 @@ class Hierarchy:
 
     def chains(self) -> list[tuple[int, ...]]:
         """For each class its ancestors from the top down, and itself."""
-        chains: list[tuple[int, ...] | None] = [None] * len(self.parents)
+        chains = []
         for number in range(len(self.parents)):
-            missing: list[int] = []
-            above = number
-            while above >= 0 and chains[above] is None and len(missing) <= _MOST_LEVELS:
-                missing.append(above)
+            chain, above = list[int](), number
+            while above >= 0 and len(chain) <= _MOST_LEVELS:
+                chain.append(above)
                 above = self.parents[above]
-            chain = chains[above] or () if above >= 0 else ()
-            if len(chain) + len(missing) > _MOST_LEVELS:
+            if len(chain) > _MOST_LEVELS:
                 raise ValueError(
                     f"hierarchy: class {number} is above itself, or has {_MOST_LEVELS} classes or "
                     "more above it"
                 )
-            for below in reversed(missing):
-                chain = chains[below] = (*chain, below)
-        return [chain for chain in chains if chain is not None]
+            chains.append(tuple(reversed(chain)))
+        return chains
 
 
 def read_parents(path: Path, *, columns: Sequence[str] = ()) -> dict[str, str]:

@@ -11,7 +11,6 @@ import functools
 import gzip
 import hashlib
 import html
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,6 @@ _CHARACTERS_AT_ONCE = 1_000_000
 """Most texts and characters in one call: the library's result is many times as large as the ids,
 140 bytes for each character."""
 
-_encodings: weakref.WeakValueDictionary[str, tokenizers.Tokenizer] = weakref.WeakValueDictionary()
-
 
 class Tokenizer:
     """CLIP's tokenizer: `tokenizer(["a photo"])` for an encoder, `encode` for storing.
@@ -61,13 +58,9 @@ class Tokenizer:
         self.vocab_size = 2 * 256 + _NUM_MERGES + 2
         self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
 
-    @functools.cached_property
+    @property
     def _bpe(self) -> tokenizers.Tokenizer:
-        """The encoding, 60 MB while it is built, shared and kept while any tokenizer exists."""
-        bpe = _encodings.get(self.name)
-        if bpe is None:
-            bpe = _encodings[self.name] = _load_encoding()
-        return bpe
+        return _load_encoding()
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
         """Ids of each text, unpadded: start token, text cut to `context_length`, end token."""
@@ -173,7 +166,9 @@ def vocabulary_hash() -> str:
     return hashlib.sha256("\n".join(_read_pairs()).encode()).hexdigest()
 
 
+@functools.cache
 def _load_encoding() -> tokenizers.Tokenizer:
+    """The encoding, 60 MB while it is built."""
     vocabulary, merges = read_vocabulary()
     bpe = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
