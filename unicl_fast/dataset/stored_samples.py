@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,12 +12,10 @@ from unicl_fast.dataset.arrays import NO_FILE
 from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 
-_FIELDS = {"captions", "labels", "source", "name"}
 _MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"], ["ppm", "json"])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Description:
+class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of KEY.json."""
 
     captions: tuple[str, ...]
@@ -133,17 +130,13 @@ class SampleReader:
     def _description(self, index: int, member: Member) -> Description:
         """Reads KEY.json, if it has the form that `unicl-pack build` writes."""
         try:
-            values: Any = json.loads(bytes(member.data))
+            # not by msgspec alone, which refuses bytes of names that are not UTF-8
+            found = msgspec.convert(json.loads(bytes(member.data)), Description)
         except (ValueError, RecursionError) as error:
-            raise self._damaged(index, f"its JSON cannot be read: {error}") from error
-        wanted = _FIELDS if self._dataset.weights is None else {*_FIELDS, "weight"}
-        if not isinstance(values, dict) or set(values) - {"group"} != wanted:
-            fields = f"the fields {sorted(wanted)}, and no others"
-            raise self._damaged(index, f"its JSON does not hold {fields}")
-        try:
-            return msgspec.convert(values, Description)
-        except msgspec.ValidationError as error:
-            raise self._damaged(index, "its JSON holds values of the wrong type") from error
+            raise self._damaged(index, f"its JSON is not as it was written: {error}") from error
+        if (found.weight is None) != (self._dataset.weights is None):
+            raise self._damaged(index, "its JSON and the manifest do not agree on weights")
+        return found
 
     def close(self) -> None:
         self._reader.close()
