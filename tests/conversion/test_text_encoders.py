@@ -115,37 +115,6 @@ def test_features_are_those_of_transformers(kind, pooling, tmp_path):
     torch.testing.assert_close(alone, expected[:1], rtol=0, atol=1e-5)
 
 
-_REAL: dict[str, dict[str, Any]] = {
-    **{"bert": {}, "distilbert": {}, "mpnet": {"max_position_embeddings": 514}},
-    "roberta": {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
-    "xlm-roberta": {"vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1},
-}
-"""The published base models, by their differences from transformers' defaults."""
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", _REAL)
-def test_a_text_encoder_in_its_real_size(kind, shared_data, tmp_path):
-    torch.manual_seed(5)
-    config = transformers.AutoConfig.for_model(kind, **_REAL[kind])
-    theirs = _written(transformers.AutoModel.from_config(config), tmp_path / "theirs")
-    given = ("--init-text", str(tmp_path / "theirs"), "--model.image-encoder", "test_vit")
-    ours = config_by_name("", *given)
-    assert ours.model.vocab_size == config.vocab_size
-    model = started(ours)
-    tokens = torch.randint(5, config.vocab_size, (3, 20))
-    tokens[1, 7:] = 0
-    with torch.inference_mode():
-        found = model.text_encoder(tokens)
-        ids = tokens.masked_fill(tokens == 0, PAD_IDS[kind])
-        states = theirs(input_ids=ids, attention_mask=(tokens != 0).long()).last_hidden_state
-    expected = mean_of(states, tokens != 0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-    del model, theirs
-    still = ours.changed(model={"drop_path": 0.0})
-    train_one_step(still, real_images(shared_data, 3), tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     "kind",
     [
