@@ -240,8 +240,8 @@ def _report_build(summary: "BuildSummary", *, encoding: str) -> str:
         more = ", ..." if len(summary.class_names) > 3 else ""
         lines.append(
             f"WARNING: the class names are keys ({', '.join(summary.class_names[:3])}{more}), from "
-            "which no text encoder learns much; --class-names imagenet (for WordNet's), or FILE "
-            "with lines KEY<TAB>NAME whose keys are the folders' names, gives them words"
+            "which no text encoder learns much; --class-names FILE, with lines KEY<TAB>NAME whose "
+            "keys are the folders' names, gives them words; imagenet has those of WordNet's ids"
         )
     data = f"--data.train {shlex.quote(str(summary.out))}"
     if len(sides) > 1:
