@@ -1,6 +1,7 @@
 """A shop's export is packed as it is; each guess is said, and an option switches it off."""
 
 import csv
+import itertools
 import json
 import time
 from pathlib import Path
@@ -111,12 +112,12 @@ def test_an_option_says_otherwise(export, tmp_path, kind):
     root: Any = {"image_root": str(tmp_path / "media")}
 
     def read(**options: Any) -> dict[str, tuple[list[str], list[str | int]]]:
-        with Spool(tmp_path / "spool") as spool:
+        with Spool(tmp_path / f"spool-{next(builds)}") as spool:  # as builds of other options have
             source = read_source(export, ListOptions(**options, **root), spool)
             groups.update({item.name: item.groups for item in source.items})
             return texts(source)
 
-    groups: dict[str, list[str]] = {}
+    groups, builds = dict[str, list[str]](), itertools.count()
     found = read()
     assert list(found) == [f"/{number}.jpg" for number in range(1, 7)]
     assert found["/6.jpg"][1] == labels("Women/Tops/Tees", "Sale/Eco & fair")
