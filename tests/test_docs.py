@@ -15,7 +15,9 @@ from unicl_fast.distributed import signals
 from unicl_fast.tools.bench import load_program
 
 ROOT = Path(__file__).parents[1]
+SKILL = ROOT / "skills" / "unicl-train" / "SKILL.md"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [ROOT / "AGENTS.md", SKILL]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -138,6 +140,17 @@ def test_options_of_commands_in_the_docs_exist(monkeypatch, capsys):
         for option in sorted(options - known[named] - more.get(named, set()))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_agents_find_a_short_page_and_a_skill_in_the_common_form():
+    """As agentskills.io says, and `hf skills add` installs: front matter, the folder's name."""
+    assert len((ROOT / "AGENTS.md").read_text(encoding="utf-8").split()) <= 200
+    _, head, body = SKILL.read_text(encoding="utf-8").split("---\n", 2)
+    values = yaml.safe_load(head)
+    assert values["name"] == SKILL.parent.name
+    assert re.fullmatch(r"[a-z0-9-]{1,64}", values["name"])
+    assert 0 < len(values["description"]) <= 1024
+    assert len(body.splitlines()) < 500
 
 
 def test_the_citation_is_of_this_version_and_forms_are_yaml():
