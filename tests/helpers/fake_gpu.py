@@ -108,6 +108,7 @@ def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.version.cuda", "12.8"),
+        mock.patch("torch.backends.cudnn.version", return_value=None),  # texts: FlashAttention
         mock.patch("torch.cuda.Event", FakeEvent),
         mock.patch("torch.cuda.current_stream", torch.device),
         # lists of tensors go to one kernel by their exact type

@@ -384,6 +384,8 @@ def ranks_on_gpus(world_size: int) -> Iterator[Ranks]:
     functions = {
         "torch.nn.parallel.distributed._verify_param_shape_across_processes": lambda *_: None,
         "torch._C._distributed_c10d.Reducer._rebuild_buckets": lambda _: False,
+        # times the step by events of CUDA, if torch was built for it
+        "torch._C._distributed_c10d.Reducer.prepare_for_forward": lambda _: None,
         "torch._C._distributed_c10d.Logger.set_runtime_stats_and_log": lambda _: None,
         "torch.cuda.current_device": lambda: 0,
         "unicl_fast.models.sharding.init_device_mesh": _make_mesh,
