@@ -86,19 +86,26 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         _abort_groups()
         raise
     mark("parting from the other ranks", waits_for_ranks=True)
+    if keeps := torch.__version__ < "2.13":  # the oldest that is known to let go of Python's lock
+        _keep_groups()
     dist.destroy_process_group()
+    time.sleep(keeps * _SECONDS_TO_LET_GO)
 
 
 def _abort_groups() -> None:
     """Leaves all groups at once; `destroy_process_group` waits for running collectives."""
     mark("leaving after an error")
     with contextlib.suppress(Exception):  # only the first error is shown
-        for group in list(distributed_c10d._world.pg_map):
-            # when Python ends, its destructor would wait for gloo's threads
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        _keep_groups()
         distributed_c10d._abort_process_group()
         # gloo's threads free the tensors of finished work; after Python's end that would abort us
         time.sleep(_SECONDS_TO_LET_GO)
+
+
+def _keep_groups() -> None:
+    """Spares groups their destructor, which waits for gloo's threads; those may wait for Python."""
+    for group in list(distributed_c10d._world.pg_map):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def claim_gpu(store: Store, device: torch.device) -> None:
