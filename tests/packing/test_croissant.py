@@ -19,7 +19,7 @@ def packed(tmp_path: Path, checked: list[str]) -> Path:
 
 
 def test_metadata_name_the_packed_bytes_and_belong_to_the_data_set(packed, pack, tmp_path):
-    """Those of a data set that was damaged since are refused: SHA-256 would vouch for them."""
+    """A shard that was damaged since packing is refused: its SHA-256 would vouch for it."""
     code, said = pack("croissant", packed, "--url", "https://example.org/photos/")
     found = json.loads((packed / "croissant.json").read_text())
     assert (code, found["name"], found["license"]) == (0, "packed", "CC0")
