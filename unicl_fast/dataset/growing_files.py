@@ -1,13 +1,14 @@
 """The files of a packed data set while they grow, and the journal to resume an interrupted build.
 
-The journal is replaced after each finished shard, once everything is on disk. It says how much of
-each file belongs to the shards so far, so that the rest can be truncated.
+A journal line, with its checksum, follows each finished shard once everything is on disk. It says
+how much of each file belongs to the shards so far, so that the rest can be truncated.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import tarfile
@@ -23,11 +24,12 @@ import xxhash
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, HEADER_BYTES, npy_header
 from unicl_fast.dataset.manifest import FORMAT_VERSION, ShardInfo
-from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
-from unicl_fast.system.untrusted_files import open_file, read_file
+from unicl_fast.system.atomic_files import flush_to_disk
+from unicl_fast.system.untrusted_files import open_file
 
-_BUFFER_BYTES = 1 << 18  # rows of arrays are a few bytes each
+_CHECKSUM_DIGITS = 16
+_APPENDED_BYTES = 1 << 18
+"""Bytes buffered before they are hashed and written, since rows of arrays are a few bytes each."""
 BLOCK = 512  # bytes of a tar header, and the unit of padding
 _ZEROS = bytes(BLOCK)
 END_OF_TAR = bytes(2 * BLOCK)
@@ -47,10 +49,11 @@ class GrowingFile:
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
         """Starts a file, or continues it after `kept`; ValueError if that has changed."""
-        mode = "wb" if kept is None else "r+b"
-        self.file: BinaryIO = open_file(path, mode, buffering=_BUFFER_BYTES)
+        self.file: BinaryIO = open_file(path, "wb" if kept is None else "r+b")
         self.num_bytes = header_bytes
         self._hash = xxhash.xxh3_64()
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
         if kept is None:
             self.file.write(bytes(header_bytes))
             return
@@ -67,26 +70,39 @@ class GrowingFile:
         self.file.truncate(kept.num_bytes)
         self.file.seek(kept.num_bytes)
 
-    def append(self, data: bytes) -> None:
-        self.num_bytes += len(data)
+    def append(self, *parts: bytes) -> None:
+        size = sum(map(len, parts))
+        self.num_bytes += size
+        self._waiting += parts
+        self._waiting_bytes += size
+        if self._waiting_bytes >= _APPENDED_BYTES:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        data = b"".join(self._waiting)
+        self._waiting, self._waiting_bytes = [], 0
         self._hash.update(data)
         self.file.write(data)
 
     def kept(self) -> Kept:
         """Describes its content, which is on disk only after `sync`."""
+        self._write_waiting()
         return Kept(num_bytes=self.num_bytes, xxh3=self._hash.hexdigest())
 
     def sync(self) -> None:
         """Returns when everything is on disk."""
+        self._write_waiting()
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Closes the file as it is, without syncing."""
-        self.file.close()
+        with self.file:
+            self._write_waiting()
 
     def finish(self, header: bytes = b"") -> None:
         """Writes the header at the beginning, syncs and closes the file."""
+        self._write_waiting()
         self.file.seek(0)
         self.file.write(header)
         sync_and_close(self.file)
@@ -116,13 +132,14 @@ class ShardFile(GrowingFile):
             parts += (tar_header(name, size), data, _ZEROS[: -size % BLOCK])
             position += BLOCK + padded_bytes(size)
         first = self.num_bytes + BLOCK
-        self.append(b"".join(parts))
+        self.append(*parts)
         self._index.append(" ".join(entries))
         return first
 
     def finish_shard(self) -> ShardInfo:
         """Ends the tar, writes its index, syncs and closes both."""
         self.append(END_OF_TAR)
+        self._write_waiting()
         sync_and_close(self.file)
         with open_file(self._path.with_suffix(".idx"), "w", encoding="ascii") as file:
             file.write(f"v1.2 {len(self._index)}\n")
@@ -178,7 +195,7 @@ class ListFile(GrowingFile):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedShard:
-    """Everything that is safely on disk once a shard is finished."""
+    """A journal line: everything safely on disk once a shard is finished."""
 
     shard: ShardInfo
     index_xxh3: str
@@ -196,20 +213,51 @@ class FinishedShard:
     notes: Mapping[str, Any] = field(default_factory=dict)
     """The caller's JSON values."""
 
+    def to_line(self) -> bytes:
+        text = json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode("ascii")
+        return xxhash.xxh3_64_hexdigest(text).encode("ascii") + b" " + text + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> FinishedShard | None:
+        """Reads a line; None if it is incomplete."""
+        checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
+        if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
+            return None
+        return msgspec.convert(json.loads(text), cls)
+
 
 def read_journal(path: Path) -> list[FinishedShard]:
-    """The finished shards in order; none without a journal, or if it is damaged."""
-    try:
-        shards = parse_checksummed_json(read_file(path))["shards"]
-        return msgspec.convert(shards, list[FinishedShard])
-    except (FileNotFoundError, ValueError):
-        return []
+    """The finished shards in order, up to the first incomplete line."""
+    found: list[FinishedShard] = []
+    if path.is_file():
+        with open_file(path) as file:
+            for line in file:
+                finished = FinishedShard.from_line(line)
+                if finished is None:
+                    break
+                found.append(finished)
+    return found
 
 
-def write_journal(path: Path, finished: Sequence[FinishedShard]) -> None:
-    """Replaces the journal; returns when it is on disk."""
-    shards = [dataclasses.asdict(each) for each in finished]
-    write_text_atomically(path, dump_checksummed_json({"shards": shards}))
+class ShardJournal:
+    """The journal while it grows; starts with exactly the lines that were verified."""
+
+    def __init__(self, path: Path, finished: Sequence[FinishedShard]) -> None:
+        data = b"".join(each.to_line() for each in finished)
+        self._file = open_file(path, "r+b" if path.exists() else "wb", buffering=0)
+        # overwritten with the same bytes, then truncated: no verified line is ever missing
+        self._file.write(data)
+        self._file.truncate(len(data))
+        os.fsync(self._file.fileno())
+        flush_to_disk(path.parent)
+
+    def append(self, finished: FinishedShard) -> None:
+        """Adds a line; returns when it is on disk."""
+        self._file.write(finished.to_line())
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def padded_bytes(size: int) -> int:

@@ -40,9 +40,9 @@ from unicl_fast.dataset.growing_files import (
     Kept,
     ListFile,
     ShardFile,
+    ShardJournal,
     read_journal,
     sync_and_close,
-    write_journal,
 )
 from unicl_fast.dataset.manifest import (
     DEFAULT_SHARD_BYTES,
@@ -178,16 +178,19 @@ class DatasetWriter:
         self._image_size: tuple[int, int] | None = None
         self._pixels: ArrayFile | None = None
         self._version = FORMAT_VERSION
-        self._finished = [] if work is None else _whole_shards(self.aside, work)
-        while self._finished and not self._take_over(self._finished):
-            self._finished.pop()
-        if not self._finished:
+        self._journal: ShardJournal | None = None
+        finished = [] if work is None else _whole_shards(self.aside, work)
+        while finished and not self._take_over(finished):
+            finished.pop()
+        if not finished:
             self._open_files(None)
         shards = {shard.name for shard in self._shards}
         own = {*shards, *map(_index_name, shards), *self._files()}
         for path in self.aside.iterdir():
             if path.name not in own:  # left unfinished by a crash
                 path.unlink()
+        if work is not None:
+            self._journal = ShardJournal(work / JOURNAL_NAME, finished)
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -316,6 +319,8 @@ class DatasetWriter:
         require_free(self.out)
         self.aside.rename(self.out)
         flush_to_disk(self.out.parent)
+        if self._journal is not None:
+            self._journal.close()
         return manifest
 
     def _describe_places(self) -> InPlaceInfo:
@@ -352,6 +357,8 @@ class DatasetWriter:
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk, already reported
                     file.close()
+        if self._journal is not None:
+            self._journal.close()
         if self._work is None:
             shutil.rmtree(self.aside)
 
@@ -407,12 +414,12 @@ class DatasetWriter:
             return
         shard, self._shard = self._shard.finish_shard(), None
         self._shards.append(shard)
-        if self._work is None:
+        if self._journal is None:
             return
         for file in self._files().values():
             file.sync()
         flush_to_disk(self.aside)
-        self._finished.append(
+        self._journal.append(
             FinishedShard(
                 shard=shard,
                 index_xxh3=file_checksum(self.aside / _index_name(shard.name)),
@@ -421,10 +428,9 @@ class DatasetWriter:
                 files={name: file.kept() for name, file in self._files().items()},
                 image_size=self._image_size,
                 version=self._version,
-                notes=dict(self.notes),
+                notes=self.notes,
             )
         )
-        write_journal(self._work / JOURNAL_NAME, self._finished)
 
 
 def _index_name(shard: str) -> str:
