@@ -97,12 +97,14 @@ def test_all_names_that_do_not_fit_are_said(entries, tmp_path):
          "width 192; known are 96 .Swin-T. and 128 .Swin-B."),
         ({}, {"text_encoder.token_embedding.weight": torch.zeros(49408, 256)},
          r"\[49408, 256\], not \[49408, 512\] as in the released models"),
+        ({}, {"image_encoder.layers.0.blocks.0.attn.relative_position_bias_table":
+              torch.zeros(23**2, 3)}, r"\[529, 3\], not \[169, 3\] as in the released models"),
         ({}, {"vision_projection": torch.zeros(768, 512)}, "image_projection twice"),
         ({"image_encoder.": "trunk."}, {},
          "not in the layout of microsoft/UniCL.*begin with image_projection.*trunk"),
         ({"text_projection": "proj"}, {}, "it lacks text_projection; its 339 entries begin with"),
     ],
-    ids=["wider", "narrow text", "twice", "timm", "no projection"],
+    ids=["wider", "narrow text", "windows", "twice", "timm", "no projection"],
 )  # fmt: skip
 def test_entries_that_do_not_fit_are_refused_in_a_sentence(entries, renamed, changes, message):
     changed = {**entries, **changes}

@@ -149,6 +149,26 @@ def test_an_option_says_otherwise(export, tmp_path, kind):
         read(cells="plain")
 
 
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_an_image_that_is_missing_or_no_name_costs_only_itself(export, tmp_path, kind):
+    images = ["gone.jpg,1.jpg,2.jpg", "lost.jpg,2.jpg", r'["\ud800.jpg"]', "3.jpg"]
+    table = {"images": images, "title": list("abcd")}
+    if kind == "csv":
+        with export.open("w", newline="") as file:
+            csv.writer(file).writerows([table, *zip(*table.values(), strict=True)])
+    else:
+        pq.write_table(pa.table(table), export := tmp_path / "export.parquet")
+    with Spool(tmp_path / "spool") as spool:
+        options = ListOptions(image_root=str(tmp_path / "media"))
+        source = read_source(export, options, spool)
+        found = outcomes(source)
+        assert texts(source)["2.jpg"][0] == ["a", "b"]
+    assert [found.pop(f"{number}.jpg") for number in (1, 2, 3)] == ["read"] * 3
+    assert found.pop("gone.jpg") == found.pop("lost.jpg") == "missing"
+    assert list(found.values()) == ["missing" if kind == "csv" else "bad row"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -14,6 +14,7 @@ from unicl_fast.presets import build_preset
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
 """Width of the image encoder to the model's name and our preset."""
 _PATCHES = "image_encoder.patch_embed.proj.weight"
+_WINDOWS = "image_encoder.layers.0.blocks.0.attn.relative_position_bias_table"
 _OLD_NAMES = (
     ("module.", ""),  # a model wrapped for several GPUs
     ("visual.", "image_encoder."),
@@ -61,6 +62,7 @@ def preset_of(entries: Mapping[str, Tensor], *, source: Path) -> str:
     preset = _MODELS[width][1]
     model = build_preset(preset).model
     for entry, expected in {
+        _WINDOWS: (13**2, width // 32),  # timm would resize those of others than 7 x 7 patches
         "text_encoder.token_embedding.weight": (model.vocab_size, model.text_width),
         "text_encoder.positional_embedding": (model.context_length, model.text_width),
         "image_projection": (8 * width, model.embed_dim),
@@ -69,7 +71,7 @@ def preset_of(entries: Mapping[str, Tensor], *, source: Path) -> str:
         if entry in entries and tuple(entries[entry].shape) != expected:
             raise ValueError(
                 f"{source}: {entry} has shape {list(entries[entry].shape)}, not {list(expected)} "
-                "as in the released models: models of another width are not converted"
+                "as in the released models: models of another size are not converted"
             )
     return preset
 

@@ -81,7 +81,7 @@ def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int
         raise ValueError(
             f"{store.url} already holds another packed data set; name another URL or remove it"
         )
-    if others := sorted(set(there) - own):
+    if others := sorted(set(there) - own - ({CROISSANT_NAME} if own else set())):
         raise ValueError(
             f"{store.url} holds {count_of(len(others), 'other object')}, {others[0]} for one; "
             "name another URL"

@@ -207,10 +207,10 @@ def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool]:
     """Locks a file, which is made if needed; yields False if another process holds the lock."""
     descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
     try:
-        yield lock(descriptor, wait=wait)
+        yield lock(descriptor)
     finally:
         os.close(descriptor)

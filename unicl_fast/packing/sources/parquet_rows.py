@@ -185,7 +185,12 @@ class _RowWriter:
             if item.problem is None:
                 add_texts(item, row, self.cells.columns, f"{file_name}, row {first + number}")
                 named = self._add_image(item, images[0], number, paths)
-            lines.append(msgspec.json.encode((first + number, item, named)) + b"\n")
+            try:
+                line = msgspec.json.encode((first + number, item, named))
+            except UnicodeEncodeError:  # JSON in a cell can spell half a character
+                problem = Problem("bad row", "a name in it is no text: half a character")
+                line = msgspec.json.encode((first + number, Item(item.name, problem=problem), ()))
+            lines.append(line + b"\n")
         self.rows.writelines(lines)
         self.passed_over += passed_over
 

@@ -80,7 +80,7 @@ class Spool:
         if self._database is None:
             self._database = _open_database(self._folder)
         self._num_stores += 1
-        return ItemStore(self._database, self._num_stores, f"{self._folder}/")
+        return ItemStore(self._database, self._num_stores, f"{self._folder or chr(0)}/")
 
 
 def stamp(path: str) -> tuple[str, int, int]:

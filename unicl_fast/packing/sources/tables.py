@@ -173,8 +173,8 @@ def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> 
             number, item, paths = _decode_row(line)
             if item.entry is not None:
                 item.entry = msgspec.structs.replace(item.entry, path=task.images_file)
-            for item.name in paths:  # rows with one path are one sample
-                add_named(items, item, find)
+            for name in paths:  # rows with one path are one sample
+                add_named(items, msgspec.structs.replace(item, name=name), find)
             if not paths:
                 items.append(item)
     return number + 1
