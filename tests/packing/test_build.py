@@ -126,11 +126,11 @@ def test_the_program_says_what_it_did_and_what_comes_next(folder, tmp_path, pack
 
 
 @pytest.mark.usefixtures("checked")
-def test_what_is_repeated_is_said(folder, tmp_path, pack):
+def test_what_is_repeated_or_held_out_is_said(folder, tmp_path, pack):
     out = tmp_path / "held-out Äpfel"
     _, text = pack("build", folder, folder, "--out", out)
     assert f"note: 91 images of {out} that an earlier sample has too, byte for byte: " in text
-    assert f"next: unicl-pretrain --preset auto --data.train '{out}' --out" in text
+    assert f"next: unicl-pretrain --preset auto --data.train TRAIN --data.evaluate '{out}'" in text
 
 
 @pytest.mark.usefixtures("checked")

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from unicl_fast.packing.build import BuildSummary
 
 _KEY = re.compile(r"n\d{8}|\d+")  # a number, or WordNet's
+_HELD_OUT = {"val", "valid", "validation", "dev", "test", "testing", "held", "heldout", "holdout"}
+"""Words in names of data for evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,9 @@ class Build(BuildOptions, _SourcesAndOut):
         if path is not None:
             text = json.dumps(dataclasses.asdict(summary), indent=1, default=str)  # a folder's path
             write_text_atomically(path, text + "\n")
-        return _report_build(summary, encoding=self.encoding), 0
+        words = {word for each in (*self.sources, self.out, *self.where) for word in _words(each)}
+        is_held_out = self.split is None and bool(words & _HELD_OUT) and "train" not in words
+        return _report_build(summary, encoding=self.encoding, is_held_out=is_held_out), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(code)
 
 
-def _report_build(summary: "BuildSummary", *, encoding: str) -> str:
+def _report_build(summary: "BuildSummary", *, encoding: str, is_held_out: bool) -> str:
     """The report, with the next command; `encoding` describes re-encoded images."""
     sides = [summary] if summary.held_out is None else [summary, summary.held_out]
     num_samples = sum(one.num_samples for one in sides)
@@ -243,11 +247,18 @@ def _report_build(summary: "BuildSummary", *, encoding: str) -> str:
             "which no text encoder learns much; --class-names FILE, with lines KEY<TAB>NAME whose "
             "keys are the folders' names, gives them words; imagenet has those of WordNet's ids"
         )
-    data = f"--data.train {shlex.quote(str(summary.out))}"
-    if len(sides) > 1:
-        data += f" --data.evaluate {shlex.quote(str(sides[-1].out))}"
-    lines.append(f"next: unicl-pretrain --preset auto {data} --out runs/first")
+    train, evaluate = "TRAIN" if is_held_out else shlex.quote(str(summary.out)), ""
+    if is_held_out or len(sides) > 1:
+        evaluate = f" --data.evaluate {shlex.quote(str(sides[-1].out))}"
+    lines.append(
+        f"next: unicl-pretrain --preset auto --data.train {train}{evaluate} --out runs/first"
+    )
     return "\n".join(lines)
+
+
+def _words(place: str) -> list[str]:
+    """The words in the last part of a path, or in a condition."""
+    return re.findall(r"[a-z]+", place.rstrip("/").rpartition("/")[2].lower())
 
 
 def _fail(*messages: str, code: int, between: str = "\n") -> NoReturn:
