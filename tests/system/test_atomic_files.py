@@ -55,12 +55,12 @@ def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_again(
 ):
     calls = []
 
-    def lock_after_another_start(descriptor: int, *, wait: bool) -> bool:
+    def lock_after_another_start(descriptor: int) -> bool:
         calls.append(descriptor)
         if len(calls) == 1:
             with temporary_folder("unicl-test-", root=tmp_path):
                 pass
-        return lock(descriptor, wait=wait)
+        return lock(descriptor)
 
     monkeypatch.setattr(atomic_files, "lock", lock_after_another_start)
     with temporary_folder("unicl-test-", root=tmp_path) as folder:
