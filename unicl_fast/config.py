@@ -136,8 +136,9 @@ class DataConfig:
     """Groups of a global batch that each use a part of every shuffle window, so that a machine
     reads only its parts. Best is a multiple of the number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
-    """Cache of data sets under a URL (s3://bucket/folder), and of captions' tokens by another
-    tokenizer. All ranks of a machine use it; empty means unicl_fast in ~/.cache."""
+    """Cache of data sets under a URL (s3://bucket/folder), of the token rows of many prompts, and
+    of captions by another tokenizer. All ranks of a machine use it; empty means unicl_fast in
+    ~/.cache."""
     cache_bytes: Count = 20_000_000_000
     """Largest size of the cached images, without arrays; the least recently used are dropped."""
     max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485

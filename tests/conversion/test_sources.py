@@ -1,6 +1,5 @@
 """Models of other libraries by one name: loaded, trained and exported without more settings."""
 
-import contextlib
 import copy
 import json
 import pickle
@@ -36,14 +35,12 @@ from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_adapted, load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
-from unicl_fast.dataset import other_tokens
 from unicl_fast.dataset.arrays import npy_header
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.models import vits
 from unicl_fast.models.freezing import freeze
-from unicl_fast.system.atomic_files import locked
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
@@ -505,21 +502,6 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data, tmp_path):
         (pretrain, "--init", like_siglip, *train),
     ):
         assert "tokenizer.json is not there: the tokenizer of this" in refusal_of(program, *given)
-
-
-def test_who_waits_for_the_tokens_of_another_process_is_seen_to_wait(tmp_path, monkeypatch):
-    other, marks = contextlib.ExitStack(), []
-
-    def mark() -> None:
-        marks.append(1)
-        if len(marks) == 2:
-            other.close()
-
-    monkeypatch.setattr(other_tokens, "mark_progress", mark)
-    monkeypatch.setattr(other_tokens, "_POLLED_SECONDS", 0)
-    other.enter_context(locked(tmp_path / "lock"))
-    with other_tokens._lock(tmp_path / "lock"):
-        assert len(marks) == 2
 
 
 @pytest.mark.dali

@@ -1,5 +1,6 @@
 """Files are replaced completely or not at all; locks and temporary folders end with a process."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from unicl_fast.system import atomic_files
 from unicl_fast.system.atomic_files import (
     is_at,
     lock,
+    locked,
     make_folder,
     replacing,
     sole_writer,
@@ -66,6 +68,22 @@ def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_again(
     with temporary_folder("unicl-test-", root=tmp_path) as folder:
         assert folder.is_dir()
     assert len(calls) == 4  # ours, the other's of our folder and of its own, ours again
+
+
+def test_who_waits_for_a_lock_of_another_process_is_seen_to_wait(tmp_path, monkeypatch):
+    other, marks = contextlib.ExitStack(), []
+
+    def mark() -> None:
+        marks.append(1)
+        if len(marks) == 2:
+            other.close()
+
+    monkeypatch.setattr(atomic_files, "mark_progress", mark)
+    monkeypatch.setattr(atomic_files, "_POLLED_SECONDS", 0)
+    other.enter_context(locked(tmp_path / "lock"))
+    with locked(tmp_path / "lock", wait=True) as is_ours:
+        assert is_ours
+        assert len(marks) == 2
 
 
 def test_folders_of_killed_programs_are_removed_and_others_are_not(tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ ALLOWED = {
         unicl_fast/packing/sources/tables.py unicl_fast/packing/staging.py
         unicl_fast/packing/workers.py unicl_fast/system/atomic_files.py
         unicl_fast/system/checksums.py unicl_fast/text/file_tokenizer.py
-        unicl_fast/training/block_trial.py
+        unicl_fast/text/prompts.py unicl_fast/training/block_trial.py
     """,
     "of one row or sample, whose size others limit": """
         unicl_fast/dataset/growing_files.py unicl_fast/dataset/quarantine.py

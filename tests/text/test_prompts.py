@@ -1,15 +1,22 @@
 """The prompt table: which row a label and template have, and which class a row has."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from property_tests import examples
+from waiting import wait_until
 
 from unicl_fast.objectives.targets import map_targets
+from unicl_fast.system.atomic_files import locked
 from unicl_fast.text.class_lists import (
     SIMPLE_TEMPLATES,
     fill_template,
@@ -20,7 +27,7 @@ from unicl_fast.text.class_lists import (
     read_templates,
     templates_for,
 )
-from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.prompts import ClassPrompts, _read_or_make
 from unicl_fast.text.tokenizer import Tokenizer
 
 Sources = Sequence[tuple[Sequence[str], Sequence[str]]]
@@ -288,3 +295,103 @@ def test_a_missing_list_is_refused_with_the_names_of_the_built_in_ones(tmp_path)
         read_class_names(tmp_path / "none.txt")
     with pytest.raises(FileNotFoundError, match="imagenet, simple"):
         read_templates("imagnet")
+
+
+MANY_NAMES = tuple(f"thing {number}" for number in range(100))
+
+
+class CountingTokenizer(Tokenizer):
+    """Counts its calls."""
+
+    calls = 0
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        self.calls += 1
+        return super().encode(texts)
+
+
+def test_token_rows_of_many_prompts_are_kept(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("unicl_fast.text.prompts._FEWEST_CACHED", 200)
+    tokenizer = CountingTokenizer()
+
+    def build(names: Sequence[str] = MANY_NAMES) -> ClassPrompts:
+        return ClassPrompts([(names, TEMPLATES)], tokenizer, cache_folder=tmp_path / "prompts")
+
+    first, second = build(), build()
+    assert tokenizer.calls == 1
+    plain = ClassPrompts([(MANY_NAMES, TEMPLATES)], Tokenizer())
+    for one in (first, second):
+        assert one.tokens.dtype == np.uint16
+        np.testing.assert_array_equal(one.tokens, plain.tokens)
+        np.testing.assert_array_equal(one.class_ids, plain.class_ids)
+
+    (kept,) = (tmp_path / "prompts").glob("prompts-*")
+    content = bytearray(kept.read_bytes())
+    for damaged in (content[:-1], content[:3], content[:-9] + b"x" + content[-8:], b""):
+        kept.write_bytes(damaged)
+        caplog.clear()
+        np.testing.assert_array_equal(build().tokens, plain.tokens)
+        assert f"{kept} is damaged" in caplog.text
+        assert kept.read_bytes() == content
+    assert tokenizer.calls == 5
+
+    build(("another thing", *MANY_NAMES[1:]))  # other names, other rows
+    assert tokenizer.calls == 6
+    build(MANY_NAMES[:99])  # few are not worth a file
+    assert len(list((tmp_path / "prompts").glob("prompts-*"))) == 2
+
+
+def test_a_process_killed_while_it_writes_token_rows_leaves_nothing_for_long(tmp_path):
+    rows = np.ones((3, 4), dtype=np.uint16)
+    child = os.fork()
+    if not child:
+        try:
+            patch = pytest.MonkeyPatch()
+            patch.setattr(Path, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            _read_or_make(tmp_path / "prompts-1", lambda: rows)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert list(tmp_path.glob(".prompts-1.*")), "it was to be killed with the file half written"
+    _read_or_make(tmp_path / "prompts-2", lambda: rows)
+    assert sorted(os.listdir(tmp_path)) == ["prompts-2", "prompts.lock"]
+
+
+def test_prompts_are_made_where_none_can_be_kept(tokenizer, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("unicl_fast.text.prompts._FEWEST_CACHED", 200)
+    (tmp_path / "file").touch()
+    sources = [(MANY_NAMES, TEMPLATES)]
+    prompts = ClassPrompts(sources, tokenizer, cache_folder=tmp_path / "file" / "prompts")
+    assert len(prompts.tokens) == 200
+    assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.slow
+def test_one_process_makes_the_rows_and_the_others_wait(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]!r}
+import unicl_fast.text.prompts
+from test_prompts import MANY_NAMES, TEMPLATES, ClassPrompts, CountingTokenizer
+unicl_fast.text.prompts._FEWEST_CACHED = 200
+tokenizer = CountingTokenizer()
+folder = Path({str(tmp_path)!r})
+prompts = ClassPrompts([(MANY_NAMES, TEMPLATES)], tokenizer, cache_folder=folder)
+print(len(prompts.tokens), tokenizer.calls)
+"""
+
+    def has_come(program: subprocess.Popen[str]) -> bool:
+        found = Path(f"/proc/{program.pid}/fd").iterdir()
+        return any(one.resolve() == tmp_path / "prompts.lock" for one in found)
+
+    with locked(tmp_path / "prompts.lock") as is_unused:
+        assert is_unused
+        programs = [
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        wait_until(lambda: all(map(has_come, programs)))
+        assert [program.poll() for program in programs] == [None, None]
+    found = sorted(program.communicate(timeout=120)[0].split() for program in programs)
+    assert found == [["200", "0"], ["200", "1"]]

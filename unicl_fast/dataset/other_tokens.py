@@ -7,7 +7,6 @@ shards; checksums tell whether it is complete.
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +32,6 @@ logger = logging.getLogger("unicl_fast")
 LONGEST_CAPTION = 255  # most tokens that a row of captions.npy can express
 _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
-_POLLED_SECONDS = 1.0
 
 
 class _Tokenizer(Protocol):
@@ -69,23 +67,11 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
     num_captions = dataset.manifest.num_captions
     if not _is_whole(folder, num_captions, tokenizer):
         make_folder(folder)
-        with _lock(folder / "lock"):
+        with locked(folder / "lock", wait=True):
             # by the previous holder of the lock
             if not _is_whole(folder, num_captions, tokenizer):
                 _make(dataset, tokenizer, folder)
     dataset.take_tokens(folder, tokenizer.token_type, vocabulary_hash=tokenizer.vocabulary_hash)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Waits for a lock, whose holder can tokenize for hours; the watchdog sees that it waits."""
-    while True:
-        with locked(path) as is_ours:
-            if is_ours:
-                yield
-                return
-        mark_progress()
-        time.sleep(_POLLED_SECONDS)
 
 
 def _is_whole(folder: Path, num_captions: int, tokenizer: _Tokenizer) -> bool:

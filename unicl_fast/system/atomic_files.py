@@ -10,9 +10,11 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from unicl_fast.system.phases import mark_progress
 from unicl_fast.system.untrusted_files import NotRegularError, open_regular, read_file
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Out of room: the disk is full, the user's quota is used up, or the file is too large."""
 LOCK_NAME = ".in-use"
+_POLLED_SECONDS = 0.1
 _NO_PLACE_TO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -207,10 +210,19 @@ def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Locks a file, which is made if needed; yields False if another process holds the lock."""
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Locks a file, which is made if needed; yields False if another process holds the lock.
+
+    `wait` polls until it is free, and counts as progress: the holder can work for hours, and its
+    own watchdog ends it if it hangs.
+    """
     descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
     try:
-        yield lock(descriptor)
+        is_ours = lock(descriptor)
+        while wait and not is_ours:
+            mark_progress()
+            time.sleep(_POLLED_SECONDS)
+            is_ours = lock(descriptor)
+        yield is_ours
     finally:
         os.close(descriptor)

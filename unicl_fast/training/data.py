@@ -328,4 +328,6 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
         if config.data.prompts == "levels" and manifest.hierarchy is not None:
             names = (*names, *manifest.hierarchy.names)  # classes above come after the others
         sources.append((names, manifest.templates))
-    return ClassPrompts(sources, tokenizer_of(config))
+    # token rows are kept there, since 1.7 million of them cost a start 40 s of CPU time
+    cache_folder = cache_options(config.data).place / "prompts"
+    return ClassPrompts(sources, tokenizer_of(config), cache_folder=cache_folder)
