@@ -90,7 +90,7 @@ class Bench:
             config, run_folder=folder, build_loader=build_loader, evaluate=self._evaluate,
             ranks=ranks, device=device, progress=False,
         )  # fmt: skip
-        # `step_stages` trains each rank alone, after which weights differ
+        # `step_stages` trains each rank by itself, after which weights differ
         observers = [one for one in trainer.observers if not isinstance(one, WeightsAgree)]
         for one in observers:  # open in all turns: trackers would start and end in each
             self._opened.enter_context(one.fitting(trainer))
@@ -182,7 +182,7 @@ class Bench:
             self.now.trainer.step = trainer.step
 
     def loader_cost(self, one: Contestant, *, seconds: float) -> Cost:
-        """The loader alone, drained for `seconds`; batches that were begun before do not count."""
+        """Only the loader, drained for `seconds`; batches that were begun before do not count."""
         gather_integers(0, self.ranks)  # all ranks measure the same at the same time
         begun = time.perf_counter()
         for _ in range(one.loader.batches_begun):
@@ -198,7 +198,7 @@ class Bench:
         return self._cost(wall / count, cpu / count)
 
     def step_cost(self, *, count: int) -> Cost:
-        """The step alone, on one batch."""
+        """Only the step, on one batch."""
         turn = timed(functools.partial(self.now.trainer.train_step, self.batch), calls=count)
         return self._cost(turn.wall_seconds, turn.cpu_seconds)
 

@@ -124,7 +124,7 @@ class Diagnoser:
     # The run as it is.
 
     def _together_and_separately(self) -> None:
-        """Turns of the run, and of its loader and its step alone."""
+        """Turns of the run, of only its loader, and of only its step."""
         bench, turn = self.bench, self.deadline.turn
         first = bench.loop(bench.now, seconds=turn, skips=False)
         self._report(self._of_loops([first], loader=_NOT_YET, step=_NOT_YET))
@@ -265,8 +265,8 @@ class Diagnoser:
     def confirm(self, applied: list[dict[str, Any]] | None) -> Change | None:
         """Measures the best change in longer turns, since coming first flatters it.
 
-        With a list of what was applied, it goes on to the first change that helps again; only
-        options that leave results alone are tried. They are added to the list, and the one to keep
+        With a list of what was applied, it tries changes until one helps again, of only those
+        options that do not change results. They are added to the list, and the one to keep
         is returned.
         """
         by_cpu, ranks = self.measured.by_cpu, self.bench.ranks

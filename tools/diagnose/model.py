@@ -32,7 +32,7 @@ def median(costs: Iterable[Cost]) -> Cost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A part of a batch's way, measured alone."""
+    """A part of a batch's way, measured by itself."""
 
     name: str
     cost: Cost
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Periodic:
-    """Work that interrupts training every so many steps."""
+    """Work that interrupts training at a fixed interval of steps."""
 
     name: str  # CHECKPOINT or EVALUATION
     every_steps: int  # 0: only at the end
@@ -51,7 +51,7 @@ class Periodic:
     note: str = ""
 
     def seconds_of_step(self, every_steps: int, step_seconds: float) -> float:
-        """Seconds that it adds to a step of `step_seconds`, done every so many steps."""
+        """Seconds that it adds to a step of `step_seconds`, if it is done at that interval."""
         if not every_steps:
             return 0.0
         return (self.seconds + max(0.0, self.writing - every_steps * step_seconds)) / every_steps

@@ -71,7 +71,7 @@ class PacedLoader:
         return batch
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches until the turn is over, whatever the step."""
+        """Batches until the turn is over; they do not depend on the step."""
         return self._turn
 
     def close(self) -> None:

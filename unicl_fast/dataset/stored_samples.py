@@ -130,7 +130,7 @@ class SampleReader:
     def _description(self, index: int, member: Member) -> Description:
         """Reads KEY.json, if it has the form that `unicl-pack build` writes."""
         try:
-            # not by msgspec alone, which refuses bytes of names that are not UTF-8
+            # not by only msgspec, which refuses bytes of names that are not UTF-8
             found = msgspec.convert(json.loads(bytes(member.data)), Description)
         except (ValueError, RecursionError) as error:
             raise self._damaged(index, f"its JSON is not as it was written: {error}") from error

@@ -322,7 +322,7 @@ def _predicted_words(
         if ranks.is_main and len(dataset) <= MOST_STORED:
             try:
                 train = training_part(on_ranks.model).captioned()
-                if not len(train.captions):
+                if not train.captions:
                     raise ValueError("the run was trained without captions")
                 train = train.take(
                     range(0, len(train.captions), len(train.captions) // MOST_IMAGES + 1)

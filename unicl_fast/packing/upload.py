@@ -74,14 +74,14 @@ def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int
         raise ValueError(f"{store.url}: http has no uploads; give the URL of an object store")
     there = {name: found.size for name, found in listed.items()}
     manifest = folder / MANIFEST_NAME
-    own = set(_checksums_of(folder)) if there and manifest.is_file() else set()
+    own = {*_checksums_of(folder), CROISSANT_NAME} if there and manifest.is_file() else set()
     if MANIFEST_NAME in there and (
         not own or store.read_whole(MANIFEST_NAME) != read_file(manifest)
     ):
         raise ValueError(
             f"{store.url} already holds another packed data set; name another URL or remove it"
         )
-    if others := sorted(set(there) - own - ({CROISSANT_NAME} if own else set())):
+    if others := sorted(set(there) - own):
         raise ValueError(
             f"{store.url} holds {count_of(len(others), 'other object')}, {others[0]} for one; "
             "name another URL"

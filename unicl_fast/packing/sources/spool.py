@@ -80,7 +80,7 @@ class Spool:
         if self._database is None:
             self._database = _open_database(self._folder)
         self._num_stores += 1
-        return ItemStore(self._database, self._num_stores, f"{self._folder or chr(0)}/")
+        return ItemStore(self._database, self._num_stores, self._folder)
 
 
 def stamp(path: str) -> tuple[str, int, int]:
@@ -132,9 +132,9 @@ class ItemStore:
     are written and read many at a time: one statement costs as much as reading a small image.
     """
 
-    def __init__(self, database: sqlite3.Connection, number: int, spool: str) -> None:
-        """Makes the store's two tables in a database; `spool` begins paths of unpacked files."""
-        self._database, self._spool = database, spool
+    def __init__(self, database: sqlite3.Connection, number: int, spool: Path | None) -> None:
+        """Makes the store's two tables in a database; `spool` has the unpacked files, if any."""
+        self._database, self._spool = database, None if spool is None else f"{spool}/"
         self._count = 0
         self._num_rows = self._num_sound = self._num_captioned = self._num_labelled = 0
         self.has_weights = False
@@ -189,7 +189,7 @@ class ItemStore:
         if entry is not None:
             self.kinds.add(type(entry))
             if not isinstance(entry, FileEntry):  # a FileEntry knows its time
-                is_unpacked = entry.path.startswith(self._spool)
+                is_unpacked = self._spool is not None and entry.path.startswith(self._spool)
                 if not is_unpacked:
                     self._holders[entry.path] = None
         self._write(number, item, is_unpacked=is_unpacked)
