@@ -442,6 +442,14 @@ def test_a_repository_of_transformers_is_downloaded_once(tmp_path, monkeypatch, 
     assert (data.interpolation, data.evaluation_resize) == ("bilinear", "squash")
     downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
     assert len(downloads) == len(set(downloads)) == 3
+    # transformers 5 nests it; 4 can write both, and then only the old one has these settings
+    processor = preprocessor.with_name("processor_config.json")
+    for nested in ({"image_processor": images | {"image_mean": [0.3] * 3}}, {}):
+        processor.write_text(json.dumps({"processor_class": "SiglipProcessor"} | nested))
+        found = find_source(str(preprocessor.parent)).data
+        assert found["mean"] == (*nested.get("image_processor", images)["image_mean"],)
+        assert found["std"] == (0.5, 0.5, 0.5)
+    processor.unlink()
     # without a network, files that were not downloaded are unknown
     preprocessor.unlink()
     with hub_of(tmp_path / "hub", monkeypatch, cache=tmp_path / "without"):
@@ -455,7 +463,7 @@ def test_a_repository_of_transformers_is_downloaded_once(tmp_path, monkeypatch, 
     lost.unlink()
     ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
     assert find_source("hf-hub:them/siglip").data == default
-    assert "has none of preprocessor_config.json" in caplog.text
+    assert "has none of processor_config.json, preprocessor_config.json" in caplog.text
     assert "using the defaults of models without that file" in caplog.text
     assert find_own("hf-hub:them/siglip") is None
     write_tokenizer(tmp_path / "us")

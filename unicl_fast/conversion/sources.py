@@ -68,7 +68,8 @@ _OPEN_CLIP_WEIGHTS = (
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
 _LIBRARY_WEIGHTS = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")
-_PREPROCESSOR = "preprocessor_config.json"
+_PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Of transformers 5, in which the image processor is a part, and of 4."""
 _POOLING = "1_Pooling/config.json"
 """The pooling of a text encoder of sentence-transformers."""
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
@@ -549,7 +550,7 @@ def _open_clip_texts(model_cfg: Mapping[str, Any], folder: Path | None) -> dict[
 def _transformers_source(
     given: str, values: Mapping[str, Any], find: _Files, towers: _Towers, *, tokenizer: str
 ) -> Source:
-    images = _read_optional(given, find, _PREPROCESSOR)
+    images = _read_image_processor(given, find)
     is_siglip, is_only_text = values["model_type"] == "siglip", str(values["model_type"]) in PAD_IDS
     if is_only_text and towers.image:
         raise ValueError(f"{given} is only a text encoder: give it as --init-text")
@@ -571,10 +572,18 @@ def _transformers_source(
         )
 
 
-def _read_optional(given: str, find: _Files, name: str) -> Any:
-    """A file of settings; {} if it is missing, or cannot be looked up without a network."""
+def _read_image_processor(given: str, find: _Files) -> Any:
+    values = _read_optional(given, find, *_PREPROCESSORS)
+    with _blaming(given):
+        if values and "image_processor" not in values:  # 4 can write both, each with its own part
+            values = _read_optional(given, find, _PREPROCESSORS[1])
+        return values.get("image_processor", values)
+
+
+def _read_optional(given: str, find: _Files, *names: str) -> Any:
+    """The first of some files; {} if all are missing, or cannot be looked up without a network."""
     try:
-        return read_json(find([name]))
+        return read_json(find(names))
     except FileNotFoundError as error:
         if given.startswith("hf-hub:") and not isinstance(error, NotOnHubError):
             logger.warning("%s; using the defaults of models without that file", error)
