@@ -38,6 +38,7 @@ _MOST_GROWTH = 100
 """Most characters that normalizing makes of one: SentencePiece's NFKC needs 18, and each regular
 expression that inserts a space doubles the bound."""
 _MOST_IDS = 1 << 24
+_PROBED = ("normalizer", "pre_tokenizer", "post_processor")
 _PROBE_BYTES, _PROBE_SECONDS = 1 << 30, 60.0
 _PROBE = f"a photo of two {string.printable * 10} {'a' * 1000} {'x' * 1000}! \u0e01\ufdfa\u4e2d"
 
@@ -91,7 +92,8 @@ class FileTokenizer:
         if self.vocab_size > _MOST_IDS:
             return f"its ids go up to {self.vocab_size - 1:,}"
         # without the vocabulary, which needs no probe and takes seconds to send
-        task = (own.normalizer, own.pre_tokenizer, own.post_processor, self.context_length)
+        parts = {name: _state(getattr(own, name)) for name in _PROBED}
+        task = (parts, self.context_length)
         (found,) = run_limited(_probe, [task], memory_bytes=_PROBE_BYTES, seconds=_PROBE_SECONDS)
         return f"encoding an ordinary text {found.how}" if isinstance(found, Death) else found
 
@@ -165,13 +167,21 @@ def _growth_of(part: Any) -> int:
         # a regular expression, or an empty text, also matches between two characters
         return max(1, math.ceil(new / old) if old else 1 + new + len(rule.get("prepend", "")))
 
-    return 1 if part is None else growth(json.loads(part.__getstate__()))
+    return 1 if part is None else growth(_state(part))
 
 
-def _probe(task: tuple[Any, Any, Any, int]) -> str:
+def _state(part: Any) -> Any:
+    """The JSON of a normalizer or another part; not all can be pickled, Gemma's cannot (0.23)."""
+    return part and json.loads(part.__getstate__())
+
+
+def _probe(task: tuple[dict[str, Any], int]) -> str:
     """Encodes a text by all of a tokenizer but its vocabulary; returns a problem, or ""."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor, length = task
+    parts, length = task
+    model = {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}
+    nothing = {"truncation": None, "padding": None, "added_tokens": [], "decoder": None}
+    whole = json.dumps({"version": "1.0", "model": model} | nothing | parts)
+    tokenizer = tokenizers.Tokenizer.from_str(whole)
     tokenizer.enable_truncation(length)
     try:
         size = len(tokenizer.encode_batch_fast([_PROBE])[0])
