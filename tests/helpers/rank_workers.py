@@ -45,7 +45,7 @@ from unicl_fast.evaluation import data, zero_shot
 from unicl_fast.evaluation.features import ModelOnRanks, collect_rows, encode_token_rows
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult
 from unicl_fast.evaluation.zero_shot import classify, zero_shot_classifier
-from unicl_fast.ledger.format import LedgerSource
+from unicl_fast.ledger.format import LedgerSource, SegmentHeader
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models import precision
@@ -166,8 +166,12 @@ def named(batch: Batch) -> Batch:
 
 
 def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
-    of_run = {"sources": [NAMED], "global_batch_size": 12, "seed": 0, "shares": [1]}
-    return Ledger(run_folder / "ledger", ranks=ranks, **of_run)
+    ranks = ranks or Ranks()
+    header = SegmentHeader(
+        segment=0, start_step=0, rank=ranks.rank, world_size=ranks.world_size, sources=(NAMED,),
+        global_batch_size=12, seed=0, shares=(1,),
+    )  # fmt: skip
+    return Ledger(run_folder / "ledger", header, ranks=ranks)
 
 
 def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:

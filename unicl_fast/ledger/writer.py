@@ -17,10 +17,8 @@ import xxhash
 from unicl_fast.batch import Batch
 from unicl_fast.dataset.arrays import WEIGHT_DTYPE, npy_header
 from unicl_fast.dataset.weights import Weights
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.ledger.format import (
-    LEDGER_FOLDER,
-    LedgerSource,
     SegmentHeader,
     encode_header,
     encode_record,
@@ -46,41 +44,26 @@ class Ledger:
     def __init__(
         self,
         folder: Path,
+        header: SegmentHeader,
         *,
-        sources: Sequence[LedgerSource],
-        global_batch_size: int,
-        seed: int,
-        shares: Sequence[int],
-        shuffle_window: int = 0,
-        shuffle_groups: int = 1,
         spans: Sequence[Span] = (),
         weights: Mapping[int, Weights] = {},
         ranks: Ranks | None = None,
     ) -> None:
-        """Writes nothing yet; see `SegmentHeader`. All ranks and starts of a run share `folder`.
+        """Writes nothing yet. All ranks and starts of a run share `folder`.
 
-        `weights` are those of the sources that are drawn by weight, which the proof needs.
+        `header` describes the run and this rank. `weights` are those of the sources that are drawn
+        by weight, which the proof needs.
         """
         self.folder = folder
         digests = {number: xxhash.xxh3_64_hexdigest(one.data) for number, one in weights.items()}
         self._weights = {digests[number]: one for number, one in weights.items()}
         sources = [
             dataclasses.replace(one, weights=digests.get(number, ""))
-            for number, one in enumerate(sources)
+            for number, one in enumerate(header.sources)
         ]
+        self._header = dataclasses.replace(header, sources=tuple(sources))
         self._ranks = ranks or Ranks()
-        self._header = SegmentHeader(
-            segment=0,
-            start_step=0,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
-            global_batch_size=global_batch_size,
-            sources=tuple(sources),
-            seed=seed,
-            shares=tuple(shares),
-            shuffle_window=shuffle_window,
-            shuffle_groups=shuffle_groups,
-        )
         self._spans = spans if len(spans) > 1 else ()
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1
@@ -248,8 +231,3 @@ class Ledger:
             if self._failure is not None:
                 logger.warning("the ledger can be written again")
             self._failure = None
-
-
-def has_ledger(run_folder: Path, ranks: Ranks) -> bool:
-    """Whether an earlier start of the run wrote a ledger, as seen by rank 0."""
-    return bool(from_rank_0((run_folder / LEDGER_FOLDER).is_dir(), ranks))

@@ -18,7 +18,7 @@ from unicl_fast.dataset.manifest import QUARANTINE_NAME
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
-from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
+from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource, SegmentHeader
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
@@ -176,11 +176,14 @@ def _check_data(
 def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks) -> Ledger:
     # folders can have other names on other ranks
     names = from_rank_0([dataset.folder.name for dataset in data.datasets], ranks)
+    header = SegmentHeader(
+        segment=0, start_step=0, rank=ranks.rank, world_size=ranks.world_size,
+        sources=tuple(map(LedgerSource, names, map(len, data.datasets))),
+        global_batch_size=plan.global_batch_size, seed=plan.seed, shares=plan.weights,
+        shuffle_window=plan.shuffle_window, shuffle_groups=plan.shuffle_groups,
+    )  # fmt: skip
     return Ledger(
-        run_folder / LEDGER_FOLDER, sources=list(map(LedgerSource, names, map(len, data.datasets))),
-        global_batch_size=plan.global_batch_size, spans=data.config.run.spans, seed=plan.seed,
-        shares=plan.weights, shuffle_window=plan.shuffle_window,
-        shuffle_groups=plan.shuffle_groups, ranks=ranks,
+        run_folder / LEDGER_FOLDER, header, spans=data.config.run.spans, ranks=ranks,
         weights={number: one.weights for number, one in plan.weighted.items()},
     )  # fmt: skip
 

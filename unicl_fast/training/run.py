@@ -24,7 +24,7 @@ from unicl_fast.distributed.launch import (
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
-from unicl_fast.ledger.writer import has_ledger
+from unicl_fast.ledger.format import LEDGER_FOLDER
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.installation import INSTALL_TRIED, untried_versions
 from unicl_fast.system.machine import choose_device
@@ -131,10 +131,11 @@ def pretrain(
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         mark("opening the data", patience=START_PATIENCE)
+        has_ledger = bool(from_rank_0((run_folder / LEDGER_FOLDER).is_dir(), ranks))
         trainer = build_trainer(
             config, run_folder=run_folder, build_loader=build_loader, evaluate=evaluate,
             initialise=initialise, ranks=ranks, device=device, checkpoint=checkpoint,
-            keeps_ledger=has_ledger(run_folder, ranks) or ledger, progress=not quiet,
+            keeps_ledger=has_ledger or ledger, progress=not quiet,
             check_run_folder=check_run_folder, encodes_features=not dry_run,
         )  # fmt: skip
         for line in describe_run(trainer, run_folder, origin=origin):
