@@ -3,10 +3,10 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -366,32 +366,18 @@ def test_prompts_are_made_where_none_can_be_kept(tokenizer, tmp_path, caplog, mo
     assert "cannot be kept" in caplog.text
 
 
-@pytest.mark.slow
 def test_one_process_makes_the_rows_and_the_others_wait(tmp_path):
-    code = f"""
-import sys
-from pathlib import Path
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]!r}
-import unicl_fast.text.prompts
-from test_prompts import MANY_NAMES, TEMPLATES, ClassPrompts, CountingTokenizer
-unicl_fast.text.prompts._FEWEST_CACHED = 200
-tokenizer = CountingTokenizer()
-folder = Path({str(tmp_path)!r})
-prompts = ClassPrompts([(MANY_NAMES, TEMPLATES)], tokenizer, cache_folder=folder)
-print(len(prompts.tokens), tokenizer.calls)
-"""
+    """Locks of one process keep its threads apart, too."""
+    path, make = tmp_path / "prompts.lock", Mock(return_value=np.ones((3, 4), dtype=np.uint16))
 
-    def has_come(program: subprocess.Popen[str]) -> bool:
-        found = Path(f"/proc/{program.pid}/fd").iterdir()
-        return any(one.resolve() == tmp_path / "prompts.lock" for one in found)
+    def num_open() -> int:
+        return sum(one.resolve() == path for one in Path("/proc/self/fd").iterdir())
 
-    with locked(tmp_path / "prompts.lock") as is_unused:
-        assert is_unused
-        programs = [
-            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-        wait_until(lambda: all(map(has_come, programs)))
-        assert [program.poll() for program in programs] == [None, None]
-    found = sorted(program.communicate(timeout=120)[0].split() for program in programs)
-    assert found == [["200", "0"], ["200", "1"]]
+    with ThreadPoolExecutor(2) as pool:
+        with locked(path) as is_unused:
+            assert is_unused
+            made = [pool.submit(_read_or_make, tmp_path / "prompts-1", make) for _ in range(2)]
+            wait_until(lambda: num_open() == 3)
+            assert not any(one.done() for one in made)
+        assert all(np.array_equal(one.result(), make.return_value) for one in made)
+    assert make.call_count == 1

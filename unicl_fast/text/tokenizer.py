@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import html
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 CONTEXT_LENGTH = 77
 _START, _END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"
+_SPACE = "\u0120"  # in the byte-level encoding
 _NUM_MERGES = 49152 - 256 - 2
 """The file has more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
 
@@ -89,17 +91,10 @@ class Tokenizer:
         The start token is left out; reading stops at the first end token, so that padding (the id
         of "!") is not read as text. An unknown id raises ValueError.
         """
-        pieces = []
-        for token in map(int, ids):
-            if token == self.end_id:
-                break
-            piece = self._bpe.id_to_token(token) if 0 <= token < self.vocab_size else None
-            if piece is None:
-                raise ValueError(f"token ids lie in 0 to {self.vocab_size - 1}, not {token}")
-            if token != self.start_id:
-                pieces.append(piece)
-        characters = "".join(pieces).replace(_WORD_END, _byte_characters()[ord(" ")])
-        return str(self._bpe.decoder.decode([characters])).strip()
+        text = list(itertools.takewhile(lambda token: token != self.end_id, map(int, ids)))
+        if unknown := [token for token in text if not 0 <= token < self.vocab_size]:
+            raise ValueError(f"token ids lie in 0 to {self.vocab_size - 1}, not {unknown[0]}")
+        return str(self._bpe.decode([token for token in text if token != self.start_id])).strip()
 
     def _encode_with_markers(self, text: str) -> list[int]:
         """Ids of a cleaned text that may spell out a marker: as a word it has a special id."""
@@ -176,7 +171,8 @@ def _load_encoding() -> tokenizers.Tokenizer:
     words = pre_tokenizers.Split(tokenizers.Regex(_word_pattern()), behavior="removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
-    bpe.decoder = decoders.ByteLevel()
+    ends = decoders.Replace(_WORD_END, _SPACE)
+    bpe.decoder = decoders.Sequence([ends, decoders.ByteLevel()])
     return bpe
 
 
@@ -197,19 +193,11 @@ def _read_pairs() -> list[str]:
 
 def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Token -> id: bytes, bytes that end a word, merged pairs, the two markers."""
-    characters = sorted(_byte_characters())  # not in byte order
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())  # not in byte order
     tokens = [*characters, *(character + _WORD_END for character in characters)]
     tokens += [left + right for left, right in merges]
     tokens += [_START, _END]
     return {token: index for index, token in enumerate(tokens)}
-
-
-@functools.cache
-def _byte_characters() -> list[str]:
-    """The printable character for each byte in GPT-2's byte-level encoding."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 @functools.cache
