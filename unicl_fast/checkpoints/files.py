@@ -97,11 +97,10 @@ def save_tensors(
     tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
     """Writes a safetensors file with the default permissions; safetensors' own are 0600."""
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    found = re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)  # os.umask only reads by setting
-    if found is not None:
-        path.chmod(0o666 & ~int(found[1], 8))
+    path.chmod(mode)
 
 
 def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) -> None:
