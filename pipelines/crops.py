@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -75,8 +74,6 @@ class CropBatches:
         """`reading` counts the waits for storage."""
         self._steps, self._reader, self._data, self.reading = steps, reader, data, reading
         self._datasets = steps.datasets
-        shapes = {dataset.image_shape for dataset in self._datasets}
-        self._shape = shapes.pop() if len(shapes) == 1 else None
         self._is_decoded = all(dataset.is_decoded for dataset in self._datasets)
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainMetadata], None, None]:
@@ -144,12 +141,6 @@ class CropBatches:
         self, batches: Sequence[PlannedBatch], resizer: CropResizer
     ) -> tuple[list[PlannedBatch], _Decoded]:
         """Some batches, with substitutes, and their decoded images."""
-        if self._shape is not None:
-            with self.reading.measuring():
-                actual, pixels = self._reader.read_pixels(batches)
-            count, size = len(pixels), math.prod(self._shape)
-            firsts, widths = np.arange(0, count * size, size), np.full(count, self._shape[1])
-            return actual, (pixels.reshape(-1), firsts, widths)
         while True:
             with self.reading.measuring():
                 actual, images = self._reader.read_files(batches)

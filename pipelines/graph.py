@@ -57,7 +57,7 @@ def build_train_graph(
 ) -> Pipeline:
     """Decode the window, resample it to a crop, flip it, augment it.
 
-    `next_inputs` gives the inputs of `host_batches.graph_inputs`: images in this `form`, window
+    `next_inputs` gives the inputs of a `HostBatch`: images in this `form`, window
     starts (row, column) and shapes (height, width) int32 [b 2], flips int32 [b 1], and, with
     `augmentation` (`operators.parts_for`), its rows float32 [b m]; crops come without windows and
     flips. `threads` decode, and `ahead` batches are ready before they are requested.
@@ -83,24 +83,6 @@ def build_train_graph(
 
     build = pipeline_def(define, enable_conditionals=augmentation is not None and not fused)
     return build(**_pipeline_settings(batch_size, device, threads, ahead))
-
-
-def build_decoding_graph(
-    next_inputs: NextInputs,
-    *,
-    batch_size: int,
-    device: torch.device,
-    threads: int = 1,
-    ahead: int = 1,
-    form: ImageForm = "files",
-) -> Pipeline:
-    """As `build_train_graph`, but only decodes: for measuring; outputs the windows' shapes."""
-    pipeline = Pipeline(**_pipeline_settings(batch_size, device, threads, ahead))
-    with pipeline:
-        first, starts, shapes, flips = _inputs(next_inputs, _kinds_of(form))
-        regions = decode_windows(first, starts, shapes, device=device, form=form)
-        pipeline.set_outputs(regions.shape(), flips)  # DALI warns of unused inputs
-    return pipeline
 
 
 def _kinds_of(form: ImageForm) -> list[tuple[Any, int, str | None]]:

@@ -4,6 +4,7 @@ Two views are a batch of twice the images: all first views, then all second ones
 """
 
 import itertools
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.encoded_images import EncodedImages
 
 from .kernels.jpeg_windows import cut_to_windows
 from .plan.plan import PlannedBatch, split_windows
@@ -46,11 +46,14 @@ class HostBatches:
         steps: RankSteps,
         reader: SampleReader,
         *,
-        form: Literal["files", "pixels"],
+        image_shape: tuple[int, int, int] | None,
         reading: ReadingTime,
     ) -> None:
-        """`form` is as for `graph.build_train_graph`; `reading` counts the waits for storage."""
-        self._steps, self._reader, self._form, self.reading = steps, reader, form, reading
+        """`image_shape` is that of raw images, which enter as pixels; None for files.
+
+        `reading` counts the waits for storage.
+        """
+        self._steps, self._reader, self._shape, self.reading = steps, reader, image_shape, reading
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainMetadata], None, None]:
         """Yields every step from `start_step` on, without end."""
@@ -58,38 +61,25 @@ class HostBatches:
         for first in itertools.count(start_step, at_once):
             yield from map(self._with_images, self._steps.plan_steps(first, at_once))
 
-    def batch(self, step: int) -> HostBatch[TrainMetadata]:
-        """Prepares one step."""
-        return self._with_images(*self._steps.plan_steps(step, 1))
-
     def _with_images(self, step: PlannedStep) -> HostBatch[TrainMetadata]:
+        """The inputs of `graph.build_train_graph`; files are cut to what their windows need."""
         self._steps.begin(step.batch.step)
-        images: EncodedImages | NDArray[np.uint8]
         with self.reading.measuring():
-            if self._form == "files":
-                (actual,), images = self._reader.read_files([step.batch])
-            else:
-                (actual,), images = self._reader.read_pixels([step.batch])
+            (actual,), images = self._reader.read_files([step.batch])
+        windows = actual.windows.transpose(1, 0, 2).reshape(-1, 5)
+        starts, shapes, flips = split_windows(windows)
+        images = images.repeated(actual.num_views)
+        entering: Any
+        if self._shape is None:
+            entering, starts = cut_to_windows(images, starts, shapes)
+        else:  # in one piece, which costs DALI less than many
+            size = math.prod(self._shape)
+            pixels = np.concatenate([file[-size:] for file in images.files()])
+            entering = pixels.reshape(-1, *self._shape)
         return HostBatch(
-            inputs=graph_inputs(actual, images), metadata=self._steps.metadata_of(step, actual)
+            inputs=(entering, starts, shapes, flips[:, None], *augment_inputs(actual)),
+            metadata=self._steps.metadata_of(step, actual),
         )
-
-
-def graph_inputs(
-    planned: PlannedBatch, images: EncodedImages | NDArray[np.uint8]
-) -> tuple[Any, ...]:
-    """The inputs of `graph.build_train_graph`.
-
-    Encoded images are cut to what their windows need; others are pixels uint8 [b h w 3].
-    """
-    num_views = planned.num_views
-    starts, shapes, flips = split_windows(planned.windows.transpose(1, 0, 2).reshape(-1, 5))
-    entering: Any = images
-    if isinstance(images, EncodedImages):
-        entering, starts = cut_to_windows(images.repeated(num_views), starts, shapes)
-    elif num_views == 2:
-        entering = np.concatenate([images] * 2)
-    return (entering, starts, shapes, flips[:, None], *augment_inputs(planned))
 
 
 def augment_inputs(planned: PlannedBatch) -> tuple[NDArray[np.float32], ...]:

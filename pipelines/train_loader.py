@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,7 +217,7 @@ class TrainLoader(OneIterator):
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
-        batch = cast(HostBatches, self.host).batch(failed.step)
+        batch = next(self.host.batches(failed.step))
         actual = batch.metadata.actual
         reasons = find_undecodable(self.build_graph, batch.inputs, device=self._decode_device)
         rows = [row % len(actual.sample_ids) for row in reasons]  # those of the second view too
@@ -231,10 +231,13 @@ class TrainLoader(OneIterator):
 def _host_side(steps: RankSteps, data: DataConfig, form: ImageForm) -> HostBatches | CropBatches:
     are_decoded = all(dataset.is_decoded for dataset in steps.datasets)
     reading = ReadingTime(decodes_files=form == "files" or not are_decoded)
-    reader = SampleReader(steps.datasets, steps.bad, max_pixels=data.max_pixels)
+    reader = SampleReader(
+        steps.datasets, steps.bad, max_pixels=data.max_pixels, headers=form == "files"
+    )
     if form == "crops":
         return CropBatches(steps, reader, data, reading=reading)
-    return HostBatches(steps, reader, form=form, reading=reading)
+    shape = steps.datasets[0].image_shape if form == "pixels" else None
+    return HostBatches(steps, reader, image_shape=shape, reading=reading)
 
 
 def decoder_of(data: DataConfig, device: torch.device) -> torch.device:

@@ -1,4 +1,4 @@
-"""Reads the images of planned batches, as encoded files or as pixels, with substitutes."""
+"""Reads the images of planned batches, as files in memory, with substitutes."""
 
 from collections.abc import Sequence
 
@@ -16,21 +16,34 @@ class SampleReader:
     """Reads the images of planned batches; from any thread."""
 
     def __init__(
-        self, datasets: Sequence[PackedDataset], bad: BadSamples, *, max_pixels: int
+        self,
+        datasets: Sequence[PackedDataset],
+        bad: BadSamples,
+        *,
+        max_pixels: int,
+        headers: bool = True,
     ) -> None:
-        """`max_pixels` is the largest encoded image that is not bad; checked before decoding."""
-        self._datasets, self._bad, self._max_pixels = list(datasets), bad, max_pixels
+        """`max_pixels` is the largest encoded image that is not bad; checked before decoding.
+
+        Without `headers` raw images need not have one: only their last bytes, the pixels, count.
+        """
+        self._datasets, self._bad = list(datasets), bad
+        self._max_pixels, self._headers = max_pixels, headers
 
     def read_files(
         self, batches: Sequence[PlannedBatch]
     ) -> tuple[list[PlannedBatch], EncodedImages]:
-        """Reads encoded images; returns the batches, with substitutes, and the images of all.
+        """Returns the batches, with substitutes, and the images of all.
 
         Raises TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
-        source_ids, sample_ids = _ids_of(batches)
-        limit = self._max_pixels
-        images, sound = read_images(self._datasets, source_ids, sample_ids, max_pixels=limit)
+        images, sound = read_images(
+            self._datasets,
+            np.concatenate([batch.source_ids for batch in batches]),
+            np.concatenate([batch.sample_ids for batch in batches]),
+            max_pixels=self._max_pixels,
+            headers=self._headers,
+        )
         actual, start = [], 0
         for batch in batches:
             end = start + len(batch.global_index)
@@ -40,28 +53,6 @@ class SampleReader:
             actual.append(replaced)
             start = end
         return actual, images
-
-    def read_pixels(
-        self, batches: Sequence[PlannedBatch]
-    ) -> tuple[list[PlannedBatch], NDArray[np.uint8]]:
-        """As `read_files`, from raw data sets of one image size; images are uint8 [b h w 3]."""
-        source_ids, sample_ids = _ids_of(batches)
-        shape = self._datasets[0].image_shape or ()
-        pixels = np.empty((len(sample_ids), *shape), dtype=np.uint8)
-        sound = np.zeros(len(sample_ids), dtype=np.bool_)
-        for number, dataset in enumerate(self._datasets):
-            mine = np.flatnonzero(source_ids == number)
-            sound[mine] = dataset.read_pixels(sample_ids[mine], pixels, mine)
-        actual, start = [], 0
-        for batch in batches:
-            end = start + len(batch.global_index)
-            replaced, rows, others = self._bad.replace(batch, sound[start:end], self._read_one)
-            for row, image in zip(rows.tolist(), others, strict=True):
-                dataset = self._datasets[replaced.source_ids[row]]
-                pixels[start + row] = dataset.pixels_of(image)
-            actual.append(replaced)
-            start = end
-        return actual, pixels
 
     def _read_one(self, source: int, sample: int) -> NDArray[np.uint8]:
         dataset = self._datasets[source]
@@ -73,18 +64,13 @@ class SampleReader:
             ) from error
 
 
-def _ids_of(batches: Sequence[PlannedBatch]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Sources and samples of some batches, concatenated."""
-    sources = np.concatenate([batch.source_ids for batch in batches])
-    return sources, np.concatenate([batch.sample_ids for batch in batches])
-
-
 def read_images(
     datasets: Sequence[PackedDataset],
     source_ids: NDArray[np.int32],
     sample_ids: NDArray[np.int64],
     *,
     max_pixels: int,
+    headers: bool = True,
 ) -> tuple[EncodedImages, NDArray[np.bool_]]:
     """Reads the images of a batch, and compares their checksums.
 
@@ -95,11 +81,11 @@ def read_images(
     sizes = np.zeros(len(sample_ids), np.int64)
     rows_of = [np.flatnonzero(source_ids == number) for number in range(len(datasets))]
     for dataset, rows in zip(datasets, rows_of, strict=True):
-        sizes[rows] = dataset.image_sizes(sample_ids[rows], max_pixels=max_pixels)
+        sizes[rows] = dataset.image_sizes(sample_ids[rows], max_pixels=max_pixels, headers=headers)
     images = EncodedImages.empty(sizes)
     sound = np.zeros(len(sizes), np.bool_)
     for dataset, rows in zip(datasets, rows_of, strict=True):
         sound[rows] = dataset.read_images(
-            sample_ids[rows], images.content, images.starts[rows], sizes[rows]
+            sample_ids[rows], images.content, images.starts[rows], sizes[rows], headers=headers
         )
     return images, sound

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import sample_of, write_set
+from packed_sets import read_pixels, sample_of, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -54,10 +54,10 @@ def test_images_come_back_one_by_one_and_in_any_order(tmp_path_factory, count, h
         for index, pixels in enumerate(images):
             file = io.BytesIO(dataset.image_bytes(index, verify=True).tobytes())
             assert np.array_equal(np.asarray(Image.open(file)), pixels)
-        found = np.full((len(indices) + 2, height, width, 3), 7, np.uint8)
-        expected = found.copy()
+        expected = np.full((len(indices) + 2, height, width, 3), 7, np.uint8)
         expected[places] = images[indices]
-        sound = dataset.read_pixels(np.array(indices, np.int64), found, np.array(places, np.int64))
+        found = np.full_like(expected, 7)
+        sound = read_pixels(dataset, indices, found, places)
         assert sound.all()
         assert len(sound) == len(indices)
         assert np.array_equal(found, expected)
@@ -144,7 +144,7 @@ def test_lost_pixels_are_an_error_or_bad_samples(packed, caplog):
     with caplog.at_level(logging.WARNING), PackedDataset(packed, max_bad_fraction=0.3) as dataset:
         assert "DAMAGED DATA SET" in caplog.text
         out = np.empty((7, 5, 6, 3), np.uint8)
-        sound = dataset.read_pixels(np.arange(7), out, np.arange(7))
+        sound = read_pixels(dataset, range(7), out, range(7))
         assert sound.tolist() == [True] * 5 + [False] * 2
         with pytest.raises(ValueError, match=r"pixels\.npy ends after 1 of 90 bytes"):
             dataset.image_bytes(5)
@@ -152,7 +152,7 @@ def test_lost_pixels_are_an_error_or_bad_samples(packed, caplog):
     with pytest.raises(FileNotFoundError, match=r"pixels\.npy is missing"):
         PackedDataset(packed)
     with PackedDataset(packed, max_bad_fraction=1.0) as dataset:
-        assert not dataset.read_pixels(np.arange(7), out, np.arange(7)).any()
+        assert not read_pixels(dataset, range(7), out, range(7)).any()
 
 
 def test_a_shard_of_descriptions_costs_no_images(packed):

@@ -75,6 +75,16 @@ def write_set(
         return writer.finish(**(FACTS | facts))
 
 
+def read_pixels(
+    dataset: PackedDataset, indices: Sequence[int], out: np.ndarray, places: Sequence[int]
+) -> np.ndarray:
+    """Reads raw images to some places in `out` [b h w 3]; which of them are as packed [k]."""
+    which, size = np.array(indices, np.int64), out[0].size
+    sizes = dataset.image_sizes(which, headers=False)
+    starts = size * np.array(places, np.int64)
+    return dataset.read_images(which, out.reshape(-1), starts, sizes, headers=False)
+
+
 @dataclass(frozen=True)
 class Sample:
     """An image's file contents and its texts."""

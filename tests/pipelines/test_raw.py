@@ -83,14 +83,13 @@ def make_loader(
 def test_a_loader_tells_how_long_storage_kept_it_waiting(sets, prompts, form, monkeypatch):
     loader = make_loader(sets[form], prompts)
     assert loader.reading.decodes_files == (form == "png")
-    name = "read_images" if form == "png" else "read_pixels"
-    read = getattr(PackedDataset, name)
+    read = PackedDataset.read_images
 
     def read_slowly(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.01)
         return read(*arguments, **options)
 
-    monkeypatch.setattr(PackedDataset, name, read_slowly)
+    monkeypatch.setattr(PackedDataset, "read_images", read_slowly)
     next(loader.host.batches(0))
     assert loader.reading.blocked_seconds >= 0.01
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, PixelsInfo
+from unicl_fast.dataset.manifest import Manifest, PixelsInfo
 from unicl_fast.images.encoded_images import ppm_header
-from unicl_fast.system.checksums import compare_checksum, file_checksum
+from unicl_fast.system.checksums import compare_checksum
 from unicl_fast.system.untrusted_files import open_file
 
 SAMPLE_DTYPE = np.dtype(
@@ -175,15 +175,6 @@ def verify_arrays(
     changed, or a row refers to something that does not exist.
     """
     largest_token = 0
-    checks = {
-        "samples": _check_samples,
-        "captions": _check_captions,
-        "labels": _check_labels,
-        "weights": _check_weights,
-        "places": _check_places,
-        "files": _check_files,
-        "names": _check_names,
-    }
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
         digest = xxhash.xxh3_64()
@@ -192,13 +183,10 @@ def verify_arrays(
             if name == "tokens":
                 largest_token = max(largest_token, int(block.max(initial=0)))
             else:
-                _refuse_first(checks[name](block, manifest), path=path, first=first)
+                _refuse_first(_problems_of(name, block, manifest), path=path, first=first)
             first += len(block)
         if checksums is not None:
             compare_checksum(path, digest.hexdigest(), checksums)
-    if checksums is not None:
-        path = folder / MANIFEST_NAME
-        compare_checksum(path, file_checksum(path), checksums)
     return largest_token
 
 
@@ -260,32 +248,26 @@ def _check_captions(rows: Rows, manifest: Manifest) -> Problems:
     ]
 
 
-def _check_labels(rows: Rows, manifest: Manifest) -> Problems:
-    num_classes = len(manifest.class_names)
-    wrong = (rows < 0) | (rows >= num_classes)
-    return [(wrong, f"is not one of the {num_classes} classes that the manifest names")]
-
-
-def _check_weights(rows: Rows, _: Manifest) -> Problems:
-    return [(~((rows > 0) & np.isfinite(rows)), "is not a positive number")]
-
-
-def _check_places(rows: Rows, manifest: Manifest) -> Problems:
+def _problems_of(name: str, rows: Rows, manifest: Manifest) -> Problems:
+    if name == "samples":
+        return _check_samples(rows, manifest)
+    if name == "captions":
+        return _check_captions(rows, manifest)
+    if name == "labels":
+        num_classes = len(manifest.class_names)
+        wrong = (rows < 0) | (rows >= num_classes)
+        return [(wrong, f"is not one of the {num_classes} classes that the manifest names")]
+    if name == "weights":
+        return [(~((rows > 0) & np.isfinite(rows)), "is not a positive number")]
+    if name == "names":
+        return [(rows == 0, "is a zero byte, which no path has")]
     assert manifest.in_place is not None
-    file = rows["file"]
-    unknown = (file >= manifest.in_place.num_files) & (file != NO_FILE)
-    return [(unknown, "names a source file that does not exist")]
-
-
-def _check_files(rows: Rows, manifest: Manifest) -> Problems:
-    assert manifest.in_place is not None
+    if name == "places":
+        unknown = (rows["file"] >= manifest.in_place.num_files) & (rows["file"] != NO_FILE)
+        return [(unknown, "names a source file that does not exist")]
     length = rows["name_length"]
     no_name = _leaves(rows["name_start"], length, manifest.in_place.num_name_bytes)
     return [((length == 0) | no_name, "names a range of names.npy that does not exist")]
-
-
-def _check_names(rows: Rows, _: Manifest) -> Problems:
-    return [(rows == 0, "is a zero byte, which no path has")]
 
 
 def _leaves(starts: Rows, counts: Rows, end: Any) -> npt.NDArray[np.bool_]:

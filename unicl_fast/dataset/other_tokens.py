@@ -6,6 +6,7 @@ shards; checksums tell whether it is complete.
 """
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.dataset.arrays import CAPTION_DTYPE, npy_header, open_array
+from unicl_fast.dataset.arrays import (
+    CAPTION_DTYPE,
+    HEADER_BYTES,
+    npy_header,
+    open_array,
+    verify_arrays,
+)
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.system.atomic_files import locked, make_folder, replacing
@@ -64,34 +72,29 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
     # captions are in the shards
     shards = "".join(shard.xxh3 for shard in dataset.manifest.shards).encode()
     folder = cache / f"tokens-{key}-{xxhash.xxh3_64_hexdigest(shards)}"
-    num_captions = dataset.manifest.num_captions
-    if not _is_whole(folder, num_captions, tokenizer):
+    if not _is_whole(folder, dataset.manifest, tokenizer):
         make_folder(folder)
         with locked(folder / "lock", wait=True):
             # by the previous holder of the lock
-            if not _is_whole(folder, num_captions, tokenizer):
+            if not _is_whole(folder, dataset.manifest, tokenizer):
                 _make(dataset, tokenizer, folder)
     dataset.take_tokens(folder, tokenizer.token_type, vocabulary_hash=tokenizer.vocabulary_hash)
 
 
-def _is_whole(folder: Path, num_captions: int, tokenizer: _Tokenizer) -> bool:
-    """Whether checksums match and rows have `_make`'s layout: others can write there too."""
+def _is_whole(folder: Path, manifest: Manifest, tokenizer: _Tokenizer) -> bool:
+    """Whether the rows are those of the checksums and can be used: others can write there too."""
+    captions, tokens = (folder / name for name in _NAMES)
     try:
         if not (listed := read_checksums(folder)):
             return False
-        if {name: file_checksum(folder / name) for name in _NAMES} == listed:
-            captions = open_array(folder / _NAMES[0], CAPTION_DTYPE, num_captions)
-            lengths = captions["tokens_length"]
-            ends = np.cumsum(lengths, dtype=np.uint64)
-            count = int(ends[-1]) if num_captions else 0
-            tokens = open_array(folder / _NAMES[1], tokenizer.token_type, count)
-            if (
-                np.array_equal(captions["tokens_start"], ends - lengths)
-                and lengths.min(initial=1) > 0
-                and lengths.max(initial=0) <= tokenizer.context_length
-                and tokens.max(initial=0) < tokenizer.vocab_size
-            ):
-                return True
+        open_array(captions, CAPTION_DTYPE, manifest.num_captions)
+        size = (tokens.stat().st_size - HEADER_BYTES) // tokenizer.token_type.itemsize
+        made = dataclasses.replace(
+            manifest, num_tokens=size, context_length=tokenizer.context_length
+        )
+        dtypes = {"captions": CAPTION_DTYPE, "tokens": tokenizer.token_type}
+        if verify_arrays(folder, made, dtypes, checksums=listed) < tokenizer.vocab_size:
+            return True
     except (FileNotFoundError, ValueError):
         pass
     logger.warning("%s is damaged; its token rows are made anew", folder)

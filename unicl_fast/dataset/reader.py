@@ -36,10 +36,10 @@ from unicl_fast.dataset.block_cache import (
 )
 from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
 from unicl_fast.dataset.in_place import Place, SourceFiles
-from unicl_fast.dataset.manifest import PPM_FORMAT_VERSION, Manifest
+from unicl_fast.dataset.manifest import MANIFEST_NAME, PPM_FORMAT_VERSION, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.images.encoded_images import ppm_bytes
-from unicl_fast.system.checksums import read_checksums
+from unicl_fast.system.checksums import compare_checksum, file_checksum, read_checksums
 
 Part = Literal["image", "members"]
 """A part of a sample: its image, or its members in a shard, which raw data sets store apart."""
@@ -144,12 +144,12 @@ class PackedDataset:
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
+            checksums, path = read_checksums(self.folder), self.folder / MANIFEST_NAME
             self.largest_token = verify_arrays(
-                self.folder,
-                self.manifest,
-                dtypes_of(self.manifest),
-                checksums=read_checksums(self.folder),
+                self.folder, self.manifest, dtypes_of(self.manifest), checksums=checksums
             )
+            if checksums is not None:
+                compare_checksum(path, file_checksum(path), checksums)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, here or in another process, reopen the files: descriptors are not shared."""
@@ -212,22 +212,17 @@ class PackedDataset:
             DamagedDatasetError: the data set under a URL was replaced.
         """
         row = self.samples[self._checked(index)]
-        if self._layout is None:
-            file, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
-            header = b""
-            if file >= len(self.manifest.shards):
-                raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
-            height, width = int(row["height"]), int(row["width"])
-            if (place := self.source_place(index)) is not None:
-                file, offset, size = place.file + len(self.manifest.shards), *place[1:]
-            if 0 < max_pixels < height * width:
-                raise DamagedSampleError(
-                    f"{self.describe(index)}: {width} x {height} pixels; at most {max_pixels:,} "
-                    "are taken (data.max_pixels)"
-                )
-        else:
-            file, offset = len(self.manifest.shards), self._layout.offset_of(index)
-            header, size = self._layout.pnm_header, self._layout.row_bytes
+        if row["shard"] >= len(self.manifest.shards) and self._layout is None:
+            raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
+        height, width, header = int(row["height"]), int(row["width"]), b""
+        if self._layout is not None:
+            header = self._layout.pnm_header
+        elif 0 < max_pixels < height * width:
+            raise DamagedSampleError(
+                f"{self.describe(index)}: {width} x {height} pixels; at most {max_pixels:,} "
+                "are taken (data.max_pixels)"
+            )
+        ((file, offset, size),) = np.stack(self._places(np.array([index])), axis=1).tolist()
         data = np.empty(len(header) + size, dtype=np.uint8)
         data[: len(header)] = np.frombuffer(header, dtype=np.uint8)
         stored = data[len(header) :]
@@ -293,29 +288,16 @@ class PackedDataset:
                 "put back the data set that it began with"
             )
 
-    def pixels_of(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The pixels in `image_bytes`' result from a raw data set: uint8 [h w 3]."""
-        assert self._layout is not None
-        return image[len(self._layout.pnm_header) :].reshape(self._layout.shape)
+    def image_sizes(
+        self, indices: Int64Array, *, max_pixels: int = 0, headers: bool = True
+    ) -> Int64Array:
+        """Sizes in bytes of `image_bytes`' results, int64 [k]; 0 if it refuses the image.
 
-    def read_pixels(
-        self, indices: Int64Array, out: npt.NDArray[np.uint8], positions: Int64Array
-    ) -> npt.NDArray[np.bool_]:
-        """Reads many raw images and compares their checksums: 1 us each for 3 kB.
-
-        The image of indices[i] goes to out[positions[i]], contiguous uint8 [b h w 3]. Returns bool
-        [k], which of them are as packed; `image_bytes` explains the others.
+        Without `headers` those of raw images are left out, also by `read_images`.
         """
-        assert self._layout is not None
-        size = self._layout.row_bytes
-        sizes = np.full(len(indices), size)
-        return self._read_stored_images(indices, out.reshape(-1), size * positions, sizes)
-
-    def image_sizes(self, indices: Int64Array, *, max_pixels: int = 0) -> Int64Array:
-        """Sizes in bytes of `image_bytes`' results, int64 [k]; 0 if it refuses the image."""
         files, offsets, sizes = self._places(indices)
         if self._layout is not None:
-            return sizes + len(self._layout.pnm_header)
+            return sizes + headers * len(self._layout.pnm_header)
         ends, known = offsets + sizes, self._file_bytes
         sound = (sizes <= ends) & (ends <= known[np.minimum(files, len(known) - 1)])
         if max_pixels:
@@ -329,26 +311,19 @@ class PackedDataset:
         buffer: npt.NDArray[np.uint8],
         starts: Int64Array,
         sizes: Int64Array,
+        *,
+        headers: bool = True,
     ) -> npt.NDArray[np.bool_]:
         """Reads many images as files and compares their checksums: 2 us each for 1 kB.
 
         The file of indices[i] goes to buffer[starts[i]], of uint8 [n]; `sizes` come from
-        `image_sizes`, and 0 skips an image. Returns as `read_pixels`.
+        `image_sizes`, and 0 skips an image. Returns bool [k], which of them are as packed;
+        `image_bytes` explains the others.
         """
-        if self._layout is not None:
+        if self._layout is not None and headers:
             header = np.frombuffer(self._layout.pnm_header, dtype=np.uint8)
             buffer[starts[:, None] + np.arange(len(header))] = header
             starts, sizes = starts + len(header), sizes - len(header)
-        return self._read_stored_images(indices, buffer, starts, sizes)
-
-    def _read_stored_images(
-        self,
-        indices: Int64Array,
-        buffer: npt.NDArray[np.uint8],
-        starts: Int64Array,
-        sizes: Int64Array,
-    ) -> npt.NDArray[np.bool_]:
-        """Reads images as stored; returns which are as packed, bool [k]."""
         files, offsets, _ = self._places(indices)
         whole = np.zeros(len(indices), np.bool_)
         asked_for = sizes > 0
@@ -504,7 +479,7 @@ class PackedDataset:
     @property
     def fetched_bytes(self) -> int:
         """Bytes that this process has read from stores."""
-        own = 0 if self.remote is None else self.remote.store.traffic.read_bytes
+        own = 0 if self.remote is None else self.remote.store.read_bytes
         return own + (0 if self.sources is None else self.sources.num_bytes_fetched)
 
     def close(self) -> None:
