@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import nvidia.dali
-from llvmlite import ir
 from numba import carray  # type: ignore[attr-defined]
 from numba import types as numba_types
-from numba.extending import intrinsic
 from nvidia.dali import fn, types
 from nvidia.dali.auto_aug import augmentations as suite
 from nvidia.dali.auto_aug import core
@@ -69,6 +67,10 @@ _CHANNELS = 3
 _ADDRESS, _NUMBER = numba_types.uint64, numba_types.int32
 _RUN = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER] * 2
 _SET_SHAPES = [_ADDRESS, _ADDRESS, _NUMBER] * 2 + [_NUMBER]
+# The same with the types that our functions see.
+_pointer: Any = numba_types.CPointer  # untyped
+_SHAPES = _pointer(_pointer(numba_types.int64))
+_TENSORS = _pointer(numba_types.voidptr), _SHAPES, numba_types.voidptr, _NUMBER
 
 
 def resample_operator(image_size: int, interpolation: str) -> Any:
@@ -140,13 +142,13 @@ class _Compiled(NumbaFunction):
 def _set_shapes(image_size: int) -> Any:
     """Sets the shape of every output to [size size 3]."""
 
-    @c_function(*_SET_SHAPES)
+    @c_function(*[_SHAPES, numba_types.voidptr, _NUMBER] * 2, _NUMBER)
     def set_shapes(
         out_shapes: Any, _out_dimensions: Any, _num_outputs: Any,
         _in_shapes: Any, _in_dimensions: Any, _num_inputs: Any, num_samples: Any,
     ) -> None:  # fmt: skip
-        for address in carray(_pointer(out_shapes), num_samples, np.uint64):
-            shape = carray(_pointer(address), 3, np.int64)
+        for number in range(num_samples):
+            shape = out_shapes[number]
             shape[0] = image_size
             shape[1] = image_size
             shape[2] = _CHANNELS
@@ -156,7 +158,7 @@ def _set_shapes(image_size: int) -> Any:
 
 @functools.cache
 def _resample(cubic: bool) -> Any:
-    @c_function(*_RUN)
+    @c_function(*_TENSORS, *_TENSORS)
     def resample(
         out_data: Any, out_shapes: Any, _out_dimensions: Any, _num_outputs: Any,
         in_data: Any, in_shapes: Any, _in_dimensions: Any, _num_inputs: Any,
@@ -181,7 +183,7 @@ def _resample(cubic: bool) -> Any:
 
 @functools.cache
 def _augment() -> Any:
-    @c_function(*_RUN)
+    @c_function(*_TENSORS, *_TENSORS)
     def augment(
         out_data: Any, out_shapes: Any, _out_dimensions: Any, _num_outputs: Any,
         in_data: Any, in_shapes: Any, _in_dimensions: Any, _num_inputs: Any,
@@ -201,33 +203,14 @@ def _augment() -> Any:
 @kernel(inline="always")
 def _image(data: Any, shapes: Any, number: int) -> Any:
     """A tensor of a list as uint8 [h w 3]."""
-    shape = carray(_entry(shapes, number), 2, np.int64)
-    return carray(_entry(data, number), (shape[0], shape[1], _CHANNELS), np.uint8)
+    shape = shapes[number]
+    return carray(data[number], (shape[0], shape[1], _CHANNELS), np.uint8)
 
 
 @kernel(inline="always")
 def _vector(data: Any, shapes: Any, number: int, dtype: Any) -> Any:
     """A tensor of a list as `dtype` [k]."""
-    length = carray(_entry(shapes, number), 1, np.int64)[0]
-    return carray(_entry(data, number), length, dtype)
-
-
-@kernel(inline="always")
-def _entry(addresses: Any, number: int) -> Any:
-    """The target of an address in a list of addresses."""
-    return _pointer(carray(_pointer(addresses), number + 1, np.uint64)[number])
-
-
-def _define_pointer(typing: Any, address: Any) -> Any:
-    """An address as the pointer that `carray` wants; Numba has no name for it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return numba_types.voidptr(address), generate
-
-
-_pointer: Any = intrinsic(_define_pointer)
+    return carray(data[number], shapes[number][0], dtype)
 
 
 # Augmentation with DALI's operators.

@@ -83,7 +83,6 @@ def resample_windows(
     cubic: bool,
     begin: int,
     end: int,
-    most_values: int = _MOST_VALUES,
 ) -> None:
     """Resamples windows of images to crops: `resample_region` of each window, bit for bit.
 
@@ -93,7 +92,7 @@ def resample_windows(
     Writes `crops` uint8 [b size size 3] from `begin` to `end`. The image of a crop has rows of
     widths[i] pixels, int64 [b], and begins at content[firsts[i]], of uint8 [n]. Windows lie in the
     images: first row and column `starts` int32 [b 2], height and width `shapes`, and `flips` int32
-    [b]. Windows of up to `most_values` are widened to 16 bits whole.
+    [b]. Windows of few values are widened to 16 bits whole.
     """
     most_rows: Any = np.int64(0)
     most_columns: Any = np.int64(0)
@@ -106,7 +105,7 @@ def resample_windows(
     ) = _memory_for(crops.shape[1], most_rows, most_columns, cubic)  # fmt: skip
     stride = -(-most_columns * _CHANNELS // _LINE) * _LINE
     line = np.empty(stride + _VALUES, np.uint16)
-    small = most_rows * stride <= most_values
+    small = most_rows * stride <= _MOST_VALUES
     wide = np.empty(most_rows * stride if small else 0, np.uint16)
     bytes_ = np.empty(0 if small else most_rows * most_columns * _CHANNELS, np.uint8)
     for i in range(begin, end):

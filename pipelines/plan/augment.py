@@ -6,7 +6,6 @@ move pixels are one operator, an affine warp, with a matrix each. `kernels/augme
 """
 
 import enum
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ def draw_rows(
         draws,
         key,
         augmentation.stages,
-        table_of(RAND),
+        TABLE,
         augmentation.policy_probability,
         augmentation.magnitude,
         augmentation.magnitude_std,
@@ -173,18 +172,17 @@ RAND = (
 )  # fmt: skip
 
 
-@functools.cache
-def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
-    """The operations as a table [operations 7] for `write_operation`."""
-    rows = [(o.operator, o.kind, o.start, o.slope, o.whole, o.signed, o.least) for o in operations]
-    return np.array(rows, dtype=np.float64)
+TABLE: NDArray[np.float64] = np.array(
+    [(o.operator, o.kind, o.start, o.slope, o.whole, o.signed, o.least) for o in RAND]
+)
+"""The operations as rows [operations 7] for `write_operation`."""
 
 
 @kernel
 def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -> None:
     """Writes an operator's number and its parameters to `out`, float32 [1 + NUM_PARAMETERS].
 
-    `row` is one of `table_of`, `level` the strength in 0 to 1, `side` that of the image in pixels;
+    `row` is one of `TABLE`, `level` the strength in 0 to 1, `side` that of the image in pixels;
     `negate` negates the value, if the operation is signed.
     """
     step = abs(row[3]) * level

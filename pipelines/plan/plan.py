@@ -158,66 +158,50 @@ class _Purpose(enum.IntEnum):
     AUGMENT = 10
 
 
-def samples_of_draws(
+def schedule_draws(
     draws: Int64Array,
-    source_draws: Int64Array,
     *,
-    source: int,
-    size: int,
+    sizes: Sequence[int],
     seed: int,
     weights: tuple[int, ...],
     global_batch_size: int,
     shuffle_window: int = 0,
     shuffle_groups: int = 1,
-    weighted: WeightedDraws | None = None,
-) -> Int64Array:
-    """Draw q of a source of N samples is row q mod N of its epoch q div N, each shuffled anew.
-
-    The row is the sample's number, unless samples are drawn by weight (`weighted`).
-    `draws` [b] are numbered over the whole run, `source_draws` [b] among the source's own
-    (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch.
-    """
-    groups = None
-    if shuffle_window:
-        groups = shuffle_groups_of(
-            shuffle_groups, global_batch_size=global_batch_size, weights=weights, source=source
-        )
-    epochs, positions = np.divmod(source_draws, size)
-    found = [int(epochs[0])] if len(epochs) and (epochs == epochs[0]).all() else np.unique(epochs)
-    ids = np.empty_like(positions)
-    for epoch in found:
-        chosen = epochs == epoch if len(found) > 1 else slice(None)
-        ids[chosen] = permute_in_shuffle_windows(
-            positions[chosen],
-            size=size,
-            window=shuffle_window or size,
-            key=fold_key(seed, _Purpose.ORDER, source, int(epoch)),
-            groups=groups,
-            epoch=int(epoch),
-            draws=draws[chosen],
-        )
-        if weighted is not None:
-            ids[chosen] = weighted.samples_of(ids[chosen], int(epoch))
-    return ids
-
-
-def schedule_draws(
-    draws: Int64Array,
-    *,
-    sizes: Sequence[int],
-    weights: tuple[int, ...],
-    weighted: Mapping[int, WeightedDraws],
-    **order: int,
+    weighted: Mapping[int, WeightedDraws] = {},
 ) -> tuple[NDArray[np.int32], Int64Array]:
-    """Source and sample of each draw of a run; `order` is passed to `samples_of_draws`."""
+    """Source and sample of each draw [b] of a run.
+
+    Draw q of a source of N samples is row q mod N of its epoch q div N, each shuffled anew; a
+    `shuffle_window` of 0 shuffles the whole epoch. The row is the sample's number, unless samples
+    are drawn by weight (`weighted`).
+    """
     source_ids, source_draws = assign_sources(draws, weights)
     sample_ids = np.empty(len(draws), dtype=np.int64)
-    for number, size in enumerate(sizes):
-        mine = _rows_of(number, source_ids, sizes)
-        sample_ids[mine] = samples_of_draws(
-            draws[mine], source_draws[mine], source=number, size=size, weights=weights,
-            weighted=weighted.get(number), **order,
-        )  # fmt: skip
+    for source, size in enumerate(sizes):
+        mine = _rows_of(source, source_ids, sizes)
+        groups = None
+        if shuffle_window:
+            groups = shuffle_groups_of(
+                shuffle_groups, global_batch_size=global_batch_size, weights=weights, source=source
+            )
+        epochs, positions = np.divmod(source_draws[mine], size)
+        is_one = len(epochs) and (epochs == epochs[0]).all()
+        found = [int(epochs[0])] if is_one else np.unique(epochs).tolist()
+        ids, own = np.empty_like(positions), draws[mine]
+        for epoch in found:
+            chosen = epochs == epoch if len(found) > 1 else slice(None)
+            ids[chosen] = permute_in_shuffle_windows(
+                positions[chosen],
+                size=size,
+                window=shuffle_window or size,
+                key=fold_key(seed, _Purpose.ORDER, source, epoch),
+                groups=groups,
+                epoch=epoch,
+                draws=own[chosen],
+            )
+            if source in weighted:
+                ids[chosen] = weighted[source].samples_of(ids[chosen], epoch)
+        sample_ids[mine] = ids
     return source_ids, sample_ids
 
 

@@ -61,8 +61,6 @@ class _ReadAhead:
         self._most_blocks = most_blocks
         self._next = 0
         self._last_use: dict[_Block, int] = {}
-        self._uses: dict[int, list[_Block]] = {}
-        self._done = 0
         self._lock = threading.Lock()
         self._wanted: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._closed = False
@@ -77,11 +75,8 @@ class _ReadAhead:
 
     def follow(self, chunk: int) -> None:
         with self._lock:
-            while self._done < chunk:
-                for block in self._uses.pop(self._done, ()):
-                    if self._last_use.get(block, self._done) <= self._done:
-                        self._last_use.pop(block, None)
-                self._done += 1
+            uses = self._last_use.items()
+            self._last_use = {block: last for block, last in uses if last >= chunk}
             self._next = max(self._next, chunk)
             while (
                 not self._closed
@@ -104,16 +99,14 @@ class _ReadAhead:
             thread.join(_JOIN_SECONDS / len(self._threads))
 
     def _want(self, source_ids: NDArray[np.int32], sample_ids: NDArray[np.int64]) -> None:
-        used: list[_Block] = []
         for source, dataset in enumerate(self._datasets):
             if dataset.cache is not None:
                 mine = sample_ids[source_ids == source]
-                used += [(source, *block) for block in dataset.blocks_of(mine)]
-        for block in used:
-            if block not in self._last_use:
-                self._wanted.put(block)
-            self._last_use[block] = self._next
-        self._uses[self._next] = used
+                for file, number in dataset.blocks_of(mine):
+                    block = source, file, number
+                    if block not in self._last_use:
+                        self._wanted.put(block)
+                    self._last_use[block] = self._next
 
     def _fetch(self) -> None:
         while not self._closed:
@@ -122,8 +115,8 @@ class _ReadAhead:
                 return
             source, file, number = block
             with self._lock:
-                is_past = self._last_use.get(block, -1) < self._done
-            if is_past:  # it has been read meanwhile
+                is_wanted = block in self._last_use
+            if not is_wanted:  # it has been read meanwhile
                 continue
             try:
                 self._datasets[source].fetch_ahead(file, number)

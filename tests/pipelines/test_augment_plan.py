@@ -12,13 +12,13 @@ from unicl_fast.augmentation import Augmentation, parse_augmentation
 from unicl_fast.pipelines.plan.augment import (
     RAND,
     STAGE_WIDTH,
+    TABLE,
     Column,
     Operation,
     Operator,
     draw_rows,
     neutral_rows,
     row_width,
-    table_of,
     write_operation,
 )
 
@@ -40,7 +40,7 @@ def stage(rows: np.ndarray, number: int) -> np.ndarray:
 
 def row_of(operation: Operation, *, level: float, negate: bool) -> np.ndarray:
     row = np.empty(STAGE_WIDTH, np.float32)
-    write_operation(row, table_of((operation,))[0], level, negate, SIDE)
+    write_operation(row, TABLE[RAND.index(operation)], level, negate, SIDE)
     return row
 
 

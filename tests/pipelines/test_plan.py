@@ -1,7 +1,6 @@
 """The plan is a pure function of seed and step, whatever the number of ranks."""
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from unicl_fast.pipelines.plan.plan import (
     PlannedBatch,
     PlanSource,
     TrainPlan,
-    samples_of_draws,
+    schedule_draws,
     split_steps,
     split_windows,
 )
@@ -136,10 +135,12 @@ def test_an_epoch_shows_each_sample_once_from_any_start(size, seed, data):
 
 
 @pytest.mark.parametrize("window", [0, 24])
-def test_each_source_makes_passes_of_its_own(window):
+@pytest.mark.parametrize("size", [100, 90])
+def test_each_source_makes_passes_of_its_own(window, size):
+    """Together, if weights are their sizes, as without weights."""
     plan = make_plan(
-        *(make_source(30, captions=1), make_source(100, labels=1)),
-        weights=[0.25, 0.75],
+        *(make_source(30, captions=1), make_source(size, labels=1)),
+        weights=[0.25, 0.75] if size == 100 else None,
         batch=40,
         shuffle_window=window,
     )
@@ -147,10 +148,10 @@ def test_each_source_makes_passes_of_its_own(window):
     source_ids = np.concatenate([b.source_ids for b in batches])
     sample_ids = np.concatenate([b.sample_ids for b in batches])
     assert np.bincount(source_ids).tolist() == [120, 360]
-    for source, size in ((0, 30), (1, 100)):
+    for source, own in ((0, 30), (1, size)):
         draws = sample_ids[source_ids == source]
-        passes = draws[: len(draws) // size * size].reshape(-1, size)
-        assert np.array_equal(np.sort(passes, axis=1), np.tile(np.arange(size), (len(passes), 1)))
+        passes = draws[: len(draws) // own * own].reshape(-1, own)
+        assert np.array_equal(np.sort(passes, axis=1), np.tile(np.arange(own), (len(passes), 1)))
         assert not np.array_equal(passes[0], passes[1])
 
 
@@ -172,9 +173,9 @@ def blocks_read(machine: int, machines: int, *, window: int, num_groups: int) ->
     for step in range(NUM_DRAWS // batch):
         start, end = (step * batch + i * batch // machines for i in (machine, machine + 1))
         draws = np.arange(start, end)
-        samples = samples_of_draws(
-            draws, draws, source=0, size=NUM_SAMPLES, seed=0, weights=(1,),
-            global_batch_size=batch, shuffle_window=window, shuffle_groups=num_groups,
+        _, samples = schedule_draws(
+            draws, sizes=[NUM_SAMPLES], seed=0, weights=(1,), global_batch_size=batch,
+            shuffle_window=window, shuffle_groups=num_groups,
         )  # fmt: skip
         shards, places = np.divmod(samples, per_shard)
         ends = places[:, None] * sample_bytes + [0, sample_bytes - 1]
@@ -206,18 +207,6 @@ def test_machines_together_read_a_remote_data_set_little_more_than_once(
     needed = NUM_DRAWS * (30 << 10) / DEFAULT_BLOCK_BYTES
     ratio = sum(fetched) / len(fetched) * machines / needed
     assert least <= ratio <= most
-
-
-def test_without_weights_all_sources_finish_an_epoch_together():
-    plan = make_plan(make_source(100, captions=1), make_source(300, labels=1), batch=40)
-    batches = [plan.batch(step, rank=0, world_size=1) for step in range(10)]
-    seen = Counter(
-        pair
-        for b in batches
-        for pair in zip(b.source_ids.tolist(), b.sample_ids.tolist(), strict=True)
-    )
-    assert len(seen) == 400
-    assert set(seen.values()) == {1}
 
 
 def test_seeds_change_everything_drawn():
@@ -300,17 +289,14 @@ def test_any_text_is_a_fair_coin_between_kinds_then_uniform_within():
 
 
 @pytest.mark.parametrize("text", ["any", "captions", "labels"])
-def test_a_sample_with_one_kind_of_text_shows_that(text):
+def test_a_sample_shows_the_kind_of_text_that_it_has_or_that_was_asked_for(text):
     sources = make_source(100, captions=3), make_source(100, labels=2)
     drawn = all_of(make_plan(*sources, batch=50, text=text), 8)
     assert ((drawn["captions"] >= 0) == (drawn["source_ids"] == 0)).all()
     assert ((drawn["labels"] >= 0) == (drawn["source_ids"] == 1)).all()
-
-
-@pytest.mark.parametrize(("text", "shown"), [("captions", "captions"), ("labels", "labels")])
-def test_a_sample_with_both_kinds_shows_the_one_asked_for(text, shown):
-    drawn = all_of(make_plan(make_source(100, captions=2, labels=2), batch=100, text=text), 3)
-    assert (drawn[shown] >= 0).all()
+    if text != "any":
+        both = all_of(make_plan(make_source(100, captions=2, labels=2), batch=100, text=text), 3)
+        assert (both[text] >= 0).all()
 
 
 def test_flips_have_the_chance_that_was_asked_for():
@@ -335,7 +321,7 @@ def test_plans_that_cannot_be_are_refused():
 
 
 @given(
-    sizes=st.lists(st.integers(2, 60), min_size=1, max_size=3),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
     step=st.integers(0, 2**40),
     seed=st.integers(-(2**63), 2**63),
     data=st.data(),
@@ -350,11 +336,14 @@ def test_substitutes_are_all_other_samples_of_the_source_each_once(sizes, step, 
     source, scheduled = int(planned.source_ids[row]), int(planned.sample_ids[row])
     size = sizes[source]
     tried = []
-    for attempt in range(1, 2 * size - 1):
+    for attempt in range(1, max(2, 2 * size - 1)):
         substitute = plan.substitute(step, planned.global_index[[row]], attempt=attempt)
         assert substitute.global_index.tolist() == [row]
         assert substitute.source_ids.tolist() == [source]
         tried += substitute.sample_ids.tolist()
+    if size == 1:  # there is no other
+        assert tried == [scheduled]
+        return
     assert sorted(tried[: size - 1]) == [i for i in range(size) if i != scheduled]
     assert tried[size - 1 :] == tried[: size - 1]
 
@@ -380,13 +369,6 @@ def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else():
         assert np.mean(whole["windows"][..., :2] == other.windows[..., :2]) < 0.2
         assert (whole["augment_rows"] != other.augment_rows).any(axis=(1, 2)).all()
     assert len(np.unique(whole["sample_ids"])) > 180
-
-
-def test_a_source_of_one_sample_has_no_other():
-    plan = make_plan(make_source(1, labels=1), batch=1)
-    for attempt in (1, 2, 3):
-        substitute = plan.substitute(5, np.zeros(1, dtype=np.int64), attempt=attempt)
-        assert substitute.sample_ids.tolist() == [0]
 
 
 @given(
