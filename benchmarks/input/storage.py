@@ -73,12 +73,12 @@ def _read_an_epoch(
             if dataset.manifest != local.manifest:
                 raise ValueError(f"{url} is not the data set of --data: upload that one")
             assert dataset.remote is not None
-            traffic = dataset.remote.store.traffic
+            store = dataset.remote.store
             loader = open_loader(dataset, config)
-            before, started = traffic.read_bytes, time.perf_counter()
+            before, started = store.read_bytes, time.perf_counter()
             steps = len(dataset) // config.run.global_batch_size
             with loader.steps.reading_ahead(0), contextlib.closing(loader.host.batches(0)) as read:
                 for _ in itertools.islice(read, steps):
                     pass
             seconds = time.perf_counter() - started
-            return (traffic.read_bytes - before) / dataset.needed_bytes, seconds
+            return (store.read_bytes - before) / dataset.needed_bytes, seconds

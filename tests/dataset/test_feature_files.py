@@ -46,14 +46,6 @@ def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path):
     assert np.array_equal(read_features(tmp_path, "key", num_samples=3).row(1), ROWS[1])
 
 
-def test_all_rows_are_written_at_once_and_only_by_the_first(tmp_path):
-    write_features(tmp_path, "key", ROWS)
-    write_features(tmp_path, "key", ROWS + 1)
-    found = read_features(tmp_path, "key", num_samples=3)
-    assert np.array_equal(found.rows, ROWS)
-    assert found.stored.all()
-
-
 @pytest.mark.parametrize("field", ["stored", "unreadable", "dtype"])
 def test_a_description_that_was_changed_is_refused(tmp_path, field):
     write_features(tmp_path, "key", ROWS)

@@ -160,11 +160,6 @@ def test_wrong_manifests_are_refused_by_name(packed, change, message):
         PackedDataset(packed)
 
 
-def test_a_folder_without_manifest_is_no_data_set(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"unicl-pack build"):
-        PackedDataset(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["samples.npy", "labels.npy", "tokens.npy", "shard-000001.tar"])
 def test_missing_and_cut_files_are_named(packed, name):
     os.truncate(packed / name, 300)
@@ -173,14 +168,6 @@ def test_missing_and_cut_files_are_named(packed, name):
     (packed / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         PackedDataset(packed)
-
-
-def test_a_shard_that_shrinks_under_us_is_an_error_with_a_name(packed):
-    with PackedDataset(packed) as dataset:
-        shard = dataset.manifest.shards[int(dataset.samples[8]["shard"])].name
-        os.truncate(packed / shard, int(dataset.samples[8]["offset"]) + 5)
-        with pytest.raises(DamagedSampleError, match=f"0000000008.*{shard}.* 5 of"):
-            dataset.image_bytes(8)
 
 
 def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(packed, caplog):
@@ -245,21 +232,17 @@ def test_a_file_that_the_file_system_has_forgotten_is_opened_anew(packed, monkey
 
 
 @pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
-def test_arrays_that_are_replaced_stay_what_they_were(packed, name):
+def test_arrays_that_are_replaced_stay_what_they_were_and_cut_ones_are_told(packed, name):
+    path = packed / f"{name}.npy"
     with PackedDataset(packed) as dataset:
-        before = np.array(getattr(dataset, name))
-        other = packed / "other"
-        other.write_bytes(b"short")
-        other.rename(packed / f"{name}.npy")
+        before, content = np.array(getattr(dataset, name)), path.read_bytes()
+        (packed / "other").write_bytes(b"short")
+        (packed / "other").rename(path)
         dataset.check_arrays()
         assert np.array_equal(getattr(dataset, name), before)
-
-
-@pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
-def test_arrays_cut_in_place_are_told(packed, name):
+    path.write_bytes(content)
     with PackedDataset(packed) as dataset:
-        dataset.check_arrays()
-        os.truncate(packed / f"{name}.npy", 300)
+        os.truncate(path, 300)
         with pytest.raises(DamagedDatasetError, match=rf"{name}\.npy was cut .* 300 bytes"):
             dataset.check_arrays()
 
@@ -282,7 +265,7 @@ def test_files_that_are_not_kept_open_are_opened_by_their_names(tmp_path, monkey
     for name in ("kept", "a", "b", "short"):
         (folder / name).write_bytes(b".." + name.encode())
     os.mkfifo(folder / "pipe")
-    reader = LocalReader(folder, names)
+    reader = LocalReader(folder, names.__getitem__)
     before = len(os.listdir("/proc/self/fd"))
     numbers, buffer = np.arange(len(names)), np.zeros(80, np.uint8)
     sizes = np.array([4, 1, 1, 9, 1, 1, 6, 1])
@@ -296,7 +279,9 @@ def test_files_that_are_not_kept_open_are_opened_by_their_names(tmp_path, monkey
         reader.read_ranges(numbers, numbers, numbers, buffer, numbers)
 
 
-def test_an_occupied_folder_is_refused(packed, tmp_path):
+def test_folders_and_samples_that_cannot_be_used_are_refused(packed, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"unicl-pack build"):
+        PackedDataset(tmp_path)
     with pytest.raises(ValueError, match="already holds a packed data set"):
         DatasetWriter(packed)
     (tmp_path / "other").mkdir()
@@ -304,31 +289,24 @@ def test_an_occupied_folder_is_refused(packed, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         DatasetWriter(tmp_path / "other")
     assert (tmp_path / "other" / "letter.txt").exists()
-
-
-def test_a_sample_without_any_text_is_refused(tmp_path):
-    with (
-        DatasetWriter(tmp_path / "set") as writer,
-        pytest.raises(ValueError, match="captions or labels"),
-    ):
+    with DatasetWriter(tmp_path / "new") as writer, pytest.raises(ValueError, match="or labels"):
         writer.add(dataclasses.replace(sample(0), captions=[], tokens=[], labels=[]))
 
 
-@pytest.mark.parametrize(("fraction", "used"), [(1.0, 5), (0.5, 2), (0.7, 4), (0.001, 1)])
-def test_a_part_of_a_data_set_is_its_first_samples(tmp_path, fraction, used):
+def test_a_part_of_a_data_set_is_its_first_samples(tmp_path):
     write_set(tmp_path / "set", [sample(number) for number in range(5)])
-    with (
-        PackedDataset(tmp_path / "set") as whole,
-        PackedDataset(tmp_path / "set", fraction=fraction) as part,
-    ):
-        assert len(part) == len(part.samples) == used
-        assert np.array_equal(part.samples, whole.samples[:used])
-        assert bytes(part.image_bytes(used - 1)) == bytes(whole.image_bytes(used - 1))
-        with pytest.raises(IndexError, match=f"samples 0 to {used - 1}"):
-            part.image_bytes(used)
-        os.truncate(tmp_path / "set" / "samples.npy", 600)
-        with pytest.raises(DamagedDatasetError, match="samples.npy was cut"):
-            part.check_arrays()
+    whole = PackedDataset(tmp_path / "set")
+    for fraction, used in ((1.0, 5), (0.5, 2), (0.7, 4), (0.001, 1)):
+        with PackedDataset(tmp_path / "set", fraction=fraction) as part:
+            assert len(part) == len(part.samples) == used
+            assert np.array_equal(part.samples, whole.samples[:used])
+            assert bytes(part.image_bytes(used - 1)) == bytes(whole.image_bytes(used - 1))
+            with pytest.raises(IndexError, match=f"samples 0 to {used - 1}"):
+                part.image_bytes(used)
+    os.truncate(tmp_path / "set" / "samples.npy", 600)
+    with pytest.raises(DamagedDatasetError, match="samples.npy was cut"):
+        part.check_arrays()
+    whole.close()
 
 
 class Sums(torch.utils.data.Dataset[int]):
@@ -344,15 +322,12 @@ class Sums(torch.utils.data.Dataset[int]):
         return int(self.packed.image_bytes(index, verify=True).astype(np.int64).sum())
 
 
-@pytest.mark.parametrize(
-    "context", ["fork", *(pytest.param(c, marks=pytest.mark.long) for c in ("spawn", "forkserver"))]
-)
-def test_workers_of_any_kind_read_what_has_been_read_before(packed, context):
+def test_workers_read_what_has_been_read_before(packed):
     with PackedDataset(packed) as dataset:
         sums = Sums(dataset)
         expected = [sums[number] for number in range(9)]
         loader = torch.utils.data.DataLoader(
-            sums, batch_size=None, num_workers=2, multiprocessing_context=context
+            sums, batch_size=None, num_workers=2, multiprocessing_context="fork"
         )
         assert list(loader) == expected
 

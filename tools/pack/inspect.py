@@ -101,7 +101,7 @@ class Inspect:
 
 def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
     """Writes a list for --leave-out; returns how many of its names are ambiguous."""
-    from unicl_fast.dataset.growing_files import create_csv
+    from unicl_fast.dataset.growing_files import ListFile
     from unicl_fast.dataset.reader import PackedDataset
     from unicl_fast.dataset.stored_samples import SampleReader
 
@@ -109,9 +109,8 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
     if inspection.near_copies is not None:
         groups += [(group, True) for group in inspection.near_copies.groups]
     listed: Counter[tuple[str, str]] = Counter()
-    file, rows = create_csv(path, QUARANTINE_COLUMNS)
     with (
-        file,
+        contextlib.closing(ListFile(path, QUARANTINE_COLUMNS)) as names,
         PackedDataset(folder, verify=False) as dataset,
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
@@ -123,7 +122,7 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
                 copy = reader.read_description(index)
                 likeness = f"{distance} of 64 bits from" if is_near else "the same bytes as"
                 message = f"{likeness} {first.name} of {first.source}"
-                rows.writerow([copy.source, copy.name, kind, message])
+                names.write_row([copy.source, copy.name, kind, message])
                 listed[copy.source, copy.name] += 1
         for index in range(len(dataset)) if listed else ():
             sample = reader.read_description(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -62,7 +62,7 @@ class Verify:
     """Processes that decode; 0 starts one for each core."""
 
     def run(self) -> tuple[str, int]:
-        from unicl_fast.dataset.growing_files import create_csv
+        from unicl_fast.dataset.growing_files import ListFile
         from unicl_fast.dataset.reader import sample_key
         from unicl_fast.packing.staging import local_copy
         from unicl_fast.packing.verify import verify_dataset
@@ -74,18 +74,18 @@ class Verify:
             )
         first: list[Fault] = []
         with contextlib.ExitStack() as stack:
-            rows: Any = None
+            listed: ListFile | None = None
             if self.list is not None:
-                file, rows = create_csv(self.list, ["file", "sample", "kind", "message"])
-                stack.enter_context(file)
+                listed = ListFile(self.list, ["file", "sample", "kind", "message"])
+                stack.enter_context(contextlib.closing(listed))
             folder = stack.enter_context(local_copy(self.folder))
 
             def note(fault: Fault) -> None:
                 if len(first) < self.show:
                     first.append(fault)
-                if rows is not None:
+                if listed is not None:
                     key = "" if fault.sample is None else sample_key(fault.sample)
-                    rows.writerow([fault.file, key, fault.kind, fault.message])
+                    listed.write_row([fault.file, key, fault.kind, fault.message])
 
             summary = verify_dataset(
                 folder, note=note, decode=self.decode, workers=self.workers,

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,8 @@ from unicl_fast.dataset.block_cache import (
 )
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, shard_name
 from unicl_fast.dataset.object_store import ObjectStore
-from unicl_fast.system.atomic_files import lock, read_fully, replacing
+from unicl_fast.system.atomic_files import locked, read_fully, replacing
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
-from unicl_fast.system.phases import mark_progress
 from unicl_fast.system.untrusted_files import open_file, open_regular, read_file
 from unicl_fast.system.wording import count_of
 
@@ -58,19 +57,19 @@ Fault = ValueError | FileNotFoundError
 class LocalReader:
     """Reads ranges of one folder's large files and keeps them open; safe in several threads."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Opens nothing yet; a name is an absolute path or relative to `folder`."""
+    def __init__(self, folder: Path, name_of: Callable[[int], str]) -> None:
+        """Opens nothing yet; names, by number, are absolute paths or relative to `folder`."""
         self._files: dict[int, int] = {}
-        self._folder, self._names = folder, names
+        self._folder, self._name_of = folder, name_of
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalReader, (self._folder, self._names)  # a copy opens its own descriptors
+        return LocalReader, (self._folder, self._name_of)  # a copy opens its own descriptors
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
-        file, is_kept = self._open(number)
-        if is_kept:
+        file = self._kept(number)
+        if file >= 0:
             try:
                 return read_fully(file, buffer.data, offset=offset)
             except OSError as error:
@@ -78,7 +77,7 @@ class LocalReader:
                 # descriptor stays open, since another thread may be reading through it.
                 if error.errno != errno.ESTALE:
                     raise
-            file = self._open_anew(number)
+        file = self._open(number)
         try:
             return read_fully(file, buffer.data, offset=offset)
         finally:
@@ -98,8 +97,6 @@ class LocalReader:
         """
         from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
-        if self._closed:
-            raise ValueError(f"{self._folder} has been closed")
         files = np.array([self._kept(number) for number in numbers.tolist()], np.int32)
         whole: npt.NDArray[np.bool_] = pread_ranges(files, offsets, sizes, buffer, starts)
         for i in np.flatnonzero(files < 0).tolist():
@@ -110,11 +107,13 @@ class LocalReader:
 
     def _kept(self, number: int) -> int:
         """The descriptor of a file that stays open; -1 if there are too many, or it is gone."""
+        if self._closed:
+            raise ValueError(f"{self._folder} has been closed")
         if number not in self._files and len(self._files) < _MAX_OPEN_FILES:
             with contextlib.suppress(OSError):
-                file, is_kept = self._open(number)
-                if not is_kept:  # other threads were faster
-                    os.close(file)
+                opened = self._open(number)
+                if self._files.setdefault(number, opened) != opened:  # another thread was first
+                    os.close(opened)
         return self._files.get(number, -1)
 
     def close(self) -> None:
@@ -123,23 +122,8 @@ class LocalReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _open(self, number: int) -> tuple[int, bool]:
-        """A file's descriptor, and whether it is kept; if not, the caller must close it."""
-        if self._closed:
-            raise ValueError(f"{self._folder} has been closed")
-        file = self._files.get(number)
-        if file is not None:
-            return file, True
-        opened = self._open_anew(number)
-        if len(self._files) >= _MAX_OPEN_FILES:
-            return opened, False
-        file = self._files.setdefault(number, opened)
-        if file != opened:  # another thread was first
-            os.close(opened)
-        return file, True
-
-    def _open_anew(self, number: int) -> int:
-        return open_regular(self._folder / self._names[number])[0]
+    def _open(self, number: int) -> int:
+        return open_regular(self._folder / self._name_of(number))[0]
 
 
 FileReader = LocalReader | BlockReader
@@ -168,14 +152,14 @@ class LocalFiles:
 
     def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, numbered in this order."""
-        return LocalReader(self.folder, list(files))
+        return LocalReader(self.folder, list(files).__getitem__)
 
 
 class RemoteFiles:
     """The files of a data set under a URL, with `LocalFiles`' methods."""
 
     def __init__(self, url: str, options: CacheOptions, array_names: Sequence[str]) -> None:
-        """Fetches the small files; errors as for `copy_small_files`."""
+        """Fetches the small files; errors as for `copy`."""
         self.store = ObjectStore(url)
         self.location = self.store.url
         self.options = options
@@ -184,8 +168,31 @@ class RemoteFiles:
         self._manifest = read_file(self.folder / MANIFEST_NAME)
 
     def copy(self, names: Sequence[str]) -> Path:
-        """Copies arrays into the folder; returns it."""
-        return copy_small_files(self.store, self.options.place, names)
+        """Creates a folder with the manifest, the checksums and the named files of a data set.
+
+        Files with matching checksums are not fetched again; missing ones are left to the reader.
+        Raises FileNotFoundError if the URL has no data set, ValueError if data differ from their
+        checksums, StorageError if the store cannot be reached.
+        """
+        manifest, checksums, listed = _read_heads(self.store)
+        store, above = self.store, self.options.place / "datasets"
+        identity = xxhash.xxh3_128_hexdigest(b"\0".join((store.url.encode(), manifest, checksums)))
+        folder = above / identity / store.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(above / f"{identity}.lock", wait=True):
+            os.utime(folder.parent)
+            for name in names:
+                _fetch_if_changed(store, folder / name, listed.get(name))
+            if checksums:
+                _put(folder / CHECKSUMS_NAME, checksums)
+            _put(folder / MANIFEST_NAME, manifest)
+            # by the time just written: a clock that is set meanwhile must not remove this folder
+            oldest = folder.parent.stat().st_mtime - _UNUSED_DAYS * 86_400
+            for old in above.iterdir():
+                if old.is_dir() and old.stat().st_mtime < oldest:
+                    logger.info("%s was not used for %d days, and is removed", old, _UNUSED_DAYS)
+                    shutil.rmtree(old, ignore_errors=True)
+        return folder
 
     def where(self, name: str) -> str:
         return self.store.url_of(name)
@@ -297,37 +304,6 @@ def _size_of(path: Path) -> int | OSError | None:
         return path.stat().st_size if path.is_file() else None
     except OSError as error:
         return error
-
-
-def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
-    """Creates a folder with the manifest, the checksums and the named files of a data set.
-
-    Files with matching checksums are not fetched again; missing ones are left to the reader. Raises
-    FileNotFoundError if the URL has no data set, ValueError if data differ from their checksums,
-    StorageError if the store cannot be reached.
-    """
-    manifest, checksums, listed = _read_heads(store)
-    identity = xxhash.xxh3_128_hexdigest(b"\0".join((store.url.encode(), manifest, checksums)))
-    above = cache_folder / "datasets"
-    folder = above / identity / store.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_file(above / f"{identity}.lock", "wb") as file:
-        while not lock(file.fileno()):  # its holder reports its own progress
-            mark_progress()
-            time.sleep(0.05)
-        os.utime(folder.parent)
-        for name in names:
-            _fetch_if_changed(store, folder / name, listed.get(name))
-        if checksums:
-            _put(folder / CHECKSUMS_NAME, checksums)
-        _put(folder / MANIFEST_NAME, manifest)
-        # by the time just written: a clock that is set meanwhile must not remove this folder
-        oldest = folder.parent.stat().st_mtime - _UNUSED_DAYS * 86_400
-        for old in above.iterdir():
-            if old.is_dir() and old.stat().st_mtime < oldest:
-                logger.info("%s was not used for %d days, and is removed", old, _UNUSED_DAYS)
-                shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _read_heads(store: ObjectStore) -> tuple[bytes, bytes, dict[str, str]]:

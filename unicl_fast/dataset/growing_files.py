@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 import xxhash
 
-from unicl_fast.dataset.arrays import ARRAY_DTYPES, HEADER_BYTES, npy_header
+from unicl_fast.dataset.arrays import HEADER_BYTES, npy_header
 from unicl_fast.dataset.manifest import FORMAT_VERSION, ShardInfo
 from unicl_fast.system.atomic_files import flush_to_disk
 from unicl_fast.system.untrusted_files import open_file
@@ -161,14 +161,13 @@ class ArrayFile(GrowingFile):
         folder: Path,
         name: str,
         *,
-        dtype: np.dtype[Any] | None = None,
+        dtype: np.dtype[Any],
         row_shape: tuple[int, ...] = (),
         kept: Kept | None = None,
     ) -> None:
-        """Opens NAME.npy; by default its rows have the type of the data set's array NAME."""
+        """Opens NAME.npy."""
         super().__init__(folder / f"{name}.npy", header_bytes=HEADER_BYTES, kept=kept)
-        self._dtype = ARRAY_DTYPES[name] if dtype is None else dtype
-        self._row_shape = row_shape
+        self._dtype, self._row_shape = dtype, row_shape
         self._row_bytes = self._dtype.itemsize * math.prod(row_shape)
 
     @property
@@ -180,7 +179,7 @@ class ArrayFile(GrowingFile):
 
 
 class ListFile(GrowingFile):
-    """A CSV list that grows row by row, written as `create_csv` does."""
+    """A CSV list that grows row by row; bytes that are not UTF-8 are escaped."""
 
     def __init__(self, path: Path, columns: Sequence[str], *, kept: Kept | None = None) -> None:
         super().__init__(path, kept=kept)
@@ -281,14 +280,6 @@ def tar_header(name: str, size: int) -> bytes:
     checksum = b"%06o\0 " % (_TEMPLATE_SUM + bytes_sum)
     fields = (name_bytes, _AFTER_NAME[len(name_bytes) :], size_bytes, _TIME, checksum, _REST)
     return b"".join(fields)
-
-
-def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
-    """Starts a list, escaping bytes that are not UTF-8; returns the file and its csv writer."""
-    file = open_file(path, "w", encoding="utf-8", errors="backslashreplace", newline="")
-    rows = csv_writer(file)
-    rows.writerow(columns)
-    return file, rows
 
 
 def csv_writer(file: Any) -> Any:

@@ -2,9 +2,9 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,7 +28,7 @@ class Place(NamedTuple):
     size: int
 
 
-class SourceFiles(Sequence[str]):
+class SourceFiles:
     """Paths or URLs of source files by number, built on access."""
 
     def __init__(self, folder: Path, manifest: Manifest, cache: CacheOptions | None) -> None:
@@ -50,7 +50,7 @@ class SourceFiles(Sequence[str]):
 
     def _open_reader(self) -> LocalReader | BlockReader:
         if self.cache is None:
-            return LocalReader(Path(self._folder), self)
+            return LocalReader(Path(self._folder), self.__getitem__)
         blocks = BlockCache(self.cache.place, max_bytes=self.cache.max_bytes)
         return BlockReader(
             functools.lru_cache(1 << 12)(self._cached), blocks, block_bytes=self.cache.block_bytes
@@ -59,13 +59,7 @@ class SourceFiles(Sequence[str]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(len(self))[number]]
+    def __getitem__(self, number: int) -> str:
         name = self.name_of(number)
         if name.startswith("/") or is_url(name):
             return name
@@ -79,7 +73,7 @@ class SourceFiles(Sequence[str]):
     @property
     def num_bytes_fetched(self) -> int:
         """Bytes that this process has read from stores."""
-        return sum(store.traffic.read_bytes for store in self._stores.values())
+        return sum(store.read_bytes for store in self._stores.values())
 
     def place_of(self, index: int) -> Place | None:
         """The place of a sample's image; None if it is in the data set's own shard."""
@@ -124,9 +118,9 @@ class SourceFiles(Sequence[str]):
 
     def _sizes(self) -> Iterator[int | None]:
         if self.cache is None:
-            yield from map(_size_of, self)
+            yield from (_size_of(self[number]) for number in range(len(self)))
             return
-        urls = [url.partition("://") for url in self]
+        urls = [self[number].partition("://") for number in range(len(self))]
         above = os.path.commonpath([place.rpartition("/")[0] for *_, place in urls])
         if not above or len({protocol for protocol, *_ in urls}) > 1:  # in several buckets
             return

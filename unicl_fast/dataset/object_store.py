@@ -51,14 +51,6 @@ class _IncompleteError(Exception):
     """Fewer or more bytes came than requested."""
 
 
-@dataclass(slots=True)
-class Traffic:
-    """This process's bytes read from one store, and repeated requests."""
-
-    read_bytes: int = 0
-    tried_again: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class StoredObject:
     """Size in bytes and version of an object."""
@@ -102,7 +94,10 @@ class ObjectStore:
         self.url = without_secrets(self._address)
         """For messages and files, without user and password."""
         self._protocol = match.group(1).lower()
-        self.traffic = Traffic()
+        self.read_bytes = 0
+        """Bytes that this process has read."""
+        self.tried_again = 0
+        """Its repeated requests."""
         self._systems: dict[int, Any] = {}
         self._counting = threading.Lock()
 
@@ -222,17 +217,10 @@ class ObjectStore:
         # each part may need the time limit of an answer
         limit = ANSWER_SECONDS * (1 + path.stat().st_size // TRANSFER_BYTES)
 
-        def put() -> None:
-            self._call("put_file", str(path), self._path(name), seconds=limit)
-
         def attempt() -> None:
-            try:
-                put()
-            except FileNotFoundError:
-                if self._protocol in _IN_BUCKETS:
-                    raise
+            if self._protocol not in _IN_BUCKETS:
                 self._call("makedirs", self._path(name).rpartition("/")[0], exist_ok=True)
-                put()
+            self._call("put_file", str(path), self._path(name), seconds=limit)
 
         try:
             self._retry(self.url_of(name), "be written", attempt)
@@ -307,8 +295,8 @@ class ObjectStore:
 
     def _count(self, *, read_bytes: int = 0, tried_again: int = 0) -> None:
         with self._counting:
-            self.traffic.read_bytes += read_bytes
-            self.traffic.tried_again += tried_again
+            self.read_bytes += read_bytes
+            self.tried_again += tried_again
 
 
 def _version_in(info: Mapping[str, Any]) -> str:

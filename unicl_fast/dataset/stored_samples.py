@@ -122,10 +122,25 @@ class SampleReader:
             raise self._damaged(index, f"the shard cannot be read: {error}") from error
         if done < len(block):
             raise self._damaged(index, f"the shard ends after {done} of {len(block)} bytes")
-        try:
-            return split_members(block.data, start=start + skipped, key=sample_key(index))
-        except ValueError as error:
-            raise self._damaged(index, str(error)) from error
+        first, key, members, position = start + skipped, sample_key(index), list[Member](), 0
+        while position < len(block):
+            header = _read_header(block[position : position + BLOCK].tobytes())
+            if header is None:
+                raise self._damaged(index, f"the tar header at byte {first + position} is damaged")
+            name, size = header
+            stem, _, extension = name.partition(".")
+            if stem != key or not extension:
+                message = f"a member is called {name!r}, which should be {key}.EXTENSION"
+                raise self._damaged(index, message)
+            begin = position + BLOCK
+            position = begin + padded_bytes(size)
+            if position > len(block):
+                raise self._damaged(index, f"{name} of {size} bytes reaches into the next sample")
+            if block[begin + size : position].any():
+                raise self._damaged(index, f"the padding after {name} is not empty")
+            data = block[begin : begin + size].data
+            members.append(Member(extension=extension, offset=first + begin, data=data))
+        return tuple(members)
 
     def _description(self, index: int, member: Member) -> Description:
         """Reads KEY.json, if it has the form that `unicl-pack build` writes."""
@@ -173,29 +188,6 @@ def shared_images(dataset: PackedDataset, other: PackedDataset) -> int:
     if (dataset.image_shape is None) != (other.image_shape is None):
         return 0
     return int(np.isin(other.samples["xxh3"], dataset.samples["xxh3"]).sum())
-
-
-def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
-    """Splits a piece of a shard, from byte `start`, into members; ValueError if not as written."""
-    members: list[Member] = []
-    position = 0
-    while position < len(block):
-        header = _read_header(bytes(block[position : position + BLOCK]))
-        if header is None:
-            raise ValueError(f"the tar header at byte {start + position} is damaged")
-        name, size = header
-        stem, _, extension = name.partition(".")
-        if stem != key or not extension:
-            raise ValueError(f"a member is called {name!r}, which should be {key}.EXTENSION")
-        first = position + BLOCK
-        position = first + padded_bytes(size)
-        if position > len(block):
-            raise ValueError(f"{name} of {size} bytes reaches into the next sample")
-        if any(block[first + size : position]):
-            raise ValueError(f"the padding after {name} is not empty")
-        data = block[first : first + size]
-        members.append(Member(extension=extension, offset=start + first, data=data))
-    return tuple(members)
 
 
 def _read_header(header: bytes) -> tuple[str, int] | None:
