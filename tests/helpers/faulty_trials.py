@@ -23,10 +23,6 @@ def have_no_gpu(*_: object) -> None:
     raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
 
-def hang(*_: object) -> None:
-    signal.pause()
-
-
 def _mutate(
     device: torch.device, trial: str, module: str, old: str, new: str, *arguments: str
 ) -> None:

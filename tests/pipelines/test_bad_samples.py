@@ -77,8 +77,16 @@ def spoilt(folders: list[Path], opening: Any) -> Callable[[], list[PackedDataset
     return partial(opening, folders)
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
-    planned = loader.plan.batch(step, rank=0, world_size=1)
+    return pairs_of(loader.plan.batch(step, rank=0, world_size=1))
+
+
+def pairs_of(planned: Any) -> list[tuple[int, int]]:
     return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
 
 
@@ -127,7 +135,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
 
     def with_substitutes(step: int, count: int, *, rank: int, world_size: int) -> Any:
         planned = plan_of(step, count, rank=rank, world_size=world_size)
-        for row, pair in enumerate(planned_pairs_of(planned)):
+        for row, pair in enumerate(pairs_of(planned)):
             if pair in bad:
                 chosen = next(
                     one
@@ -144,10 +152,6 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     loader.plan.long_batch = with_substitutes
     for one, other in zip(batches, take(loader, count=STEPS), strict=True):
         assert_equal(dataclasses.replace(one, scheduled_ids=other.scheduled_ids), other)
-
-
-def planned_pairs_of(planned: Any) -> list[tuple[int, int]]:
-    return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
 
 
 def many_bad(loader: TrainLoader) -> dict[tuple[int, int], str]:
@@ -176,15 +180,26 @@ def spoil(folders: Sequence[Path], bad: dict[tuple[int, int], str]) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bad_samples_of_all_kinds_and_bad_substitutes_are_replaced_and_nothing_else_changes(
-    sound, folders, spoilt, prompts, device
+    sound, folders, spoilt, prompts, device, tmp_path, caplog
 ):
     loader = make_loader(sound, prompts, device=device)
     expected = take(loader, count=STEPS)
     bad = many_bad(loader)
     assert len(bad) >= 8
     spoil(folders, bad)
-    batches = take(make_loader(spoilt(), prompts, device=device), count=STEPS)
+    path, datasets = tmp_path / "quarantine.csv", spoilt()
+    batches = take(make_loader(datasets, prompts, device=device, quarantine=path), count=STEPS)
     assert count_replaced(batches, expected, set(bad)) >= len(bad)
+    assert caplog.text.count("BAD SAMPLE") == 5
+    assert str(path) in caplog.text
+    sources = {str(folder): source for source, folder in enumerate(folders)}
+    for row in rows_of(path):
+        source, sample = sources[row["data_set"]], int(row["key"])
+        assert row["shard"] == datasets[source].shard_of(sample)
+        assert int(row["offset"]) == datasets[source].samples[sample]["offset"]
+        wanted = "checksum" if bad[source, sample] == "flip" else "the decoder refuses it"
+        assert wanted in row["reason"]
+        assert len(row["reason"]) < 300
     # known beforehand, they are replaced by the same, on data where nothing is wrong with them
     assert_same(
         batches,
@@ -227,20 +242,6 @@ def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(
         assert torch.equal(batch.images[same], whole.images[same])
 
 
-def test_a_deleted_file_that_is_open_is_read_on(sound, folders, spoilt, prompts):
-    datasets = spoilt()
-    for dataset in datasets:
-        for i in range(len(dataset)):
-            dataset.image_bytes(i)
-    for folder in folders:
-        for path in folder.iterdir():
-            path.unlink()
-    assert_same(
-        take(make_loader(datasets, prompts), count=STEPS),
-        take(make_loader(sound, prompts), count=STEPS),
-    )
-
-
 def test_arrays_cut_in_place_end_the_run_with_a_sentence(folders, spoilt, prompts):
     loader = make_loader(spoilt(), prompts)
     running = loader.batches(0)
@@ -251,60 +252,21 @@ def test_arrays_cut_in_place_end_the_run_with_a_sentence(folders, spoilt, prompt
     loader.close()
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_quarantine_file_that_is_removed_begins_anew(tmp_path, caplog):
-    path = tmp_path / "quarantine.csv"
-    lists = RunQuarantine(path)
-    for key in ("one", "two", "three"):
-        if key == "three":
-            path.unlink()
-        lists.add("photos", "shard-000000.tar", key, 0, "it is damaged")
-    rows = list(csv.reader(path.read_text().splitlines()))
-    assert [row[2] for row in rows] == ["key", "three"]
-    assert caplog.text.count(f"{path} was removed or cut") == 1
-
-
-@pytest.mark.slow
-def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
-    sound, folders, spoilt, prompts,
-    tmp_path, caplog,
-):  # fmt: skip
-    bad = many_bad(make_loader(sound, prompts))
-    spoil(folders, bad)
+def test_a_quarantine_file_lists_each_once_over_ranks_and_begins_anew_if_removed(tmp_path, caplog):
     path = tmp_path / "run" / "quarantine.csv"
-    take(make_loader(sound, prompts, quarantine=path), count=STEPS)
+    lists = RunQuarantine(path), RunQuarantine(path)
     assert not path.exists()
-    datasets = spoilt()
-    for world_size in (2, 1):
-        loaders = [
-            make_loader(datasets, prompts, rank=rank, world_size=world_size, quarantine=path)
-            for rank in range(world_size)
-        ]
-        running = [loader.batches(0) for loader in loaders]
-        for _ in range(3 * STEPS):
-            for batches in running:
-                next(batches)
-        for loader in loaders:
-            loader.close()
+    for key in ("one", "two", "two", "one"):
+        for one in (*lists, RunQuarantine(path)):  # the last one after a restart
+            one.add("photos", "shard-000000.tar", key, 0, "it is\ndamaged")
     rows = rows_of(path)
-    sources = {str(folder): source for source, folder in enumerate(folders)}
-    assert sorted((sources[row["data_set"]], int(row["key"])) for row in rows) == sorted(bad)
-    for row in rows:
-        source = sources[row["data_set"]]
-        sample = int(row["key"])
-        assert row["key"] == f"{sample:010d}"
-        assert row["shard"] == datasets[source].shard_of(sample)
-        assert int(row["offset"]) == datasets[source].samples[sample]["offset"]
-        wanted = "checksum" if bad[source, sample] == "flip" else "the decoder refuses it"
-        assert wanted in row["reason"]
-        assert len(row["reason"]) < 300
-    said = [record.message for record in caplog.records if "BAD SAMPLE" in record.message]
-    assert len(said) == 5 * 3  # the first five of each of three loaders
-    assert str(path) in caplog.text
+    assert [(row["key"], row["reason"]) for row in rows] == [
+        ("one", "it is damaged"), ("two", "it is damaged"),
+    ]  # fmt: skip
+    path.unlink()
+    lists[0].add("photos", "shard-000000.tar", "three", 0, "it is damaged")
+    assert [row["key"] for row in rows_of(path)] == ["three"]
+    assert caplog.text.count(f"{path} was removed or cut") == 1
 
 
 def test_when_nothing_is_good_the_run_ends_and_says_where_to_look(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, Resample
 from unicl_fast.images.check import CheckedImage, ImageError, check_image
-from unicl_fast.pipelines.graph import Pipeline, build_train_graph, decode_windows, fn
+from unicl_fast.pipelines.graph import build_train_graph
 
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
@@ -73,25 +73,3 @@ def test_every_accepted_image_is_decoded_in_every_training_window(accepted, resa
                 wanted = Image.open(io.BytesIO(image.data)).convert("RGB").getpixel((x, y))
                 difference = np.abs(pixels.astype(int) - np.array(wanted)).max()
                 assert difference <= (8 if image.extension == "jpg" else 0), name
-
-
-@pytest.mark.parametrize("format", ["webp", "png"])
-def test_windows_of_real_photographs_are_what_pillow_cuts_out(shared_data, format):
-    """Not a level apart: both formats leave a decoder no choice, unlike JPEG."""
-    paths = sorted((shared_data / "decode" / "images").iterdir())[::20]
-    images = [check_image(path.read_bytes(), format=format, short_side=256) for path in paths]
-    encoded = [np.frombuffer(image.data, np.uint8) for image in images]
-    sizes = np.array([(image.height, image.width) for image in images], np.int32)
-    random = np.random.default_rng(0)
-    shapes = random.integers(1, sizes + 1).astype(np.int32)
-    starts = random.integers(0, sizes - shapes + 1).astype(np.int32)
-    pipeline = Pipeline(batch_size=len(paths), num_threads=2, device_id=None)
-    with pipeline:
-        inputs = fn.external_source(lambda: (encoded, starts, shapes), num_outputs=3, batch=True)
-        pipeline.set_outputs(decode_windows(*inputs, device=CPU, form="files"))
-    (windows,) = pipeline.run()
-    for place, data in enumerate(encoded):
-        whole = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
-        (top, left), (height, width) = starts[place], shapes[place]
-        expected = whole[top : top + height, left : left + width]
-        assert np.array_equal(windows.at(place), expected), paths[place].name

@@ -103,12 +103,8 @@ def test_batches_of_images_in_place_are_those_of_the_packed_data_set(
         assert_same(*(take([one], prompts, config=config_of()) for one in (index, captioned)))
 
 
-@pytest.mark.parametrize("read_ahead", [0, 100])
-def test_batches_are_those_of_a_local_copy(
-    labelled, captioned, prompts, tmp_path,
-    read_ahead, monkeypatch,
-):  # fmt: skip
-    read_ahead_by(monkeypatch, read_ahead)
+def test_batches_are_those_of_a_local_copy(labelled, captioned, prompts, tmp_path, monkeypatch):
+    read_ahead_by(monkeypatch, 100)
     config = config_of()
     expected = take([labelled, captioned], prompts, config=config)
     remote = opened([labelled, captioned], tmp_path)
@@ -121,11 +117,10 @@ def test_batches_are_those_of_a_local_copy(
         assert torch.equal(parts[0].images, expected[3].images[half])
 
 
-@pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_decoded_images_too(raw, tokenizer, tmp_path, resample, monkeypatch):
+def test_decoded_images_too(raw, tokenizer, tmp_path, monkeypatch):
     prompts = ClassPrompts([((), ())], tokenizer)
     read_ahead_by(monkeypatch, 64)
-    config = config_of(resample=resample)
+    config = config_of()
     remote = opened([raw], tmp_path)
     batches = take(remote, prompts, config=config)
     assert_same(batches, take([raw], prompts, config=config))
