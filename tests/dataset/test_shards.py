@@ -280,7 +280,7 @@ def test_files_that_are_not_kept_open_are_opened_by_their_names(tmp_path, monkey
 
 
 def test_folders_and_samples_that_cannot_be_used_are_refused(packed, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"unicl-pack build"):
+    with pytest.raises(FileNotFoundError, match=f"it holds some; name {packed}"):
         PackedDataset(tmp_path)
     with pytest.raises(ValueError, match="already holds a packed data set"):
         DatasetWriter(packed)
@@ -289,6 +289,8 @@ def test_folders_and_samples_that_cannot_be_used_are_refused(packed, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         DatasetWriter(tmp_path / "other")
     assert (tmp_path / "other" / "letter.txt").exists()
+    with pytest.raises(FileNotFoundError, match="unicl-pack build"):
+        PackedDataset(tmp_path / "other")
     with DatasetWriter(tmp_path / "new") as writer, pytest.raises(ValueError, match="or labels"):
         writer.add(dataclasses.replace(sample(0), captions=[], tokens=[], labels=[]))
 
