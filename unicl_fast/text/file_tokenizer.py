@@ -179,7 +179,7 @@ def _probe(task: tuple[dict[str, Any], int]) -> str:
     """Encodes a text by all of a tokenizer but its vocabulary; returns a problem, or ""."""
     parts, length = task
     model = {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}
-    nothing = {"truncation": None, "padding": None, "added_tokens": [], "decoder": None}
+    nothing: Any = {"truncation": None, "padding": None, "added_tokens": [], "decoder": None}
     whole = json.dumps({"version": "1.0", "model": model} | nothing | parts)
     tokenizer = tokenizers.Tokenizer.from_str(whole)
     tokenizer.enable_truncation(length)
