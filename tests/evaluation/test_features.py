@@ -3,12 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from feature_folders import write_features
 from pack_runs import jpeg
 from packed_sets import Sample, pack
 from rank_workers import gather_features_of_slices, open_class_folders, ranks_of, run_on_ranks
@@ -16,8 +14,6 @@ from small_runs import tiny_config
 
 from unicl_fast import Tokenizer
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.dataset import feature_files
-from unicl_fast.dataset.feature_files import read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features
@@ -101,23 +97,6 @@ def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
     monkeypatch.setattr(features, "load_encoders", lambda *_, **__: model)
     with model_on_ranks("run", device="cpu") as on_ranks:
         assert on_ranks.model.config.data.decode_device == "cpu"
-
-
-def test_of_two_that_keep_the_same_features_the_first_is_read(tmp_path, monkeypatch):
-    """The second begins when the first has written its rows, and not yet said so."""
-    seal, second = feature_files.seal_rows, []
-
-    def let_the_other_begin_and_seal(*of: object, **more: object) -> None:
-        if not second:
-            second.append(Thread(target=write_features, args=(tmp_path, "key", np.ones((5, 3)))))
-            second[0].start()
-        seal(*of, **more)
-
-    monkeypatch.setattr(feature_files, "seal_rows", let_the_other_begin_and_seal)
-    write_features(tmp_path, "key", np.zeros((5, 3)))
-    second[0].join()
-    assert not read_features(tmp_path, "key", num_samples=5).rows.any()
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -41,7 +41,6 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
-from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL, weights_digest
@@ -49,16 +48,18 @@ from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
+from unicl_fast.text.token_rows import hashes_of
 from unicl_fast.text.tokenizer import pad_rows
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input, in_pieces, loaded_at_once
+from unicl_fast.training.kept_rows import kept_rows
 from unicl_fast.training.settle import settle, settle_decoding
 from unicl_fast.training.stored_features import stored_text_features
 
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 4096  # projected at once: 20 MB of 1,280 numbers
-_KEY_VERSION = 1  # of stored features, part of their key
+_KEY_VERSION = 2  # of stored features, part of their key
 _ALONE = Ranks()
 _G = TypeVar("_G")
 _T = TypeVar("_T")
@@ -347,7 +348,7 @@ def encode_token_rows(
     if folder is not None:
         tokens = pad_rows(rows, max(map(len, rows)), np.dtype(np.uint32))
         stored = stored_text_features(model, tokens, folder, ranks=_ALONE, progress=progress)
-        found = stored.take(stored.find(tokens)).to(device)
+        found = stored.take(stored.find(hashes_of(tokens))).to(device)
         if layer == "encoder":
             return found
         with precision.autocast(device.type):
