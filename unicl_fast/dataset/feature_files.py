@@ -11,7 +11,6 @@ a run that needs more rows adds them. `training.kept_rows` writes these files.
 """
 
 import base64
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.config import DataConfig
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.system.untrusted_files import read_file
@@ -50,39 +47,6 @@ class FeatureFile:
         """The features of a sample [width]; None if its image could not be read."""
         has_row = self.stored[sample] and sample not in self.unreadable
         return self.rows[sample] if has_row else None
-
-
-def feature_key(
-    data: DataConfig,
-    dataset: PackedDataset | None,
-    *,
-    encoder: str,
-    precision: str,
-    weights: str,
-    device_type: str,
-    view: Any,
-    **more: Any,
-) -> str:
-    """The key of a data set's features: equal if and only if the features are.
-
-    Without a data set: of all features made in the same way.
-
-    `encoder` is the image encoder's name, `weights` a digest of the weights that affect features,
-    `view` the part of an image shown, beyond the config's sizes. `view` and `more` (a version and
-    anything else relevant) are JSON values.
-    """
-    images = b"" if dataset is None else dataset.samples["xxh3"].tobytes()
-    facts = {
-        **more,
-        "encoder": encoder,
-        "weights": weights,
-        "images": [xxhash.xxh3_64_hexdigest(images), len(images) // 8],
-        "view": [data.image_size, view, data.interpolation, data.resample],
-        "normalisation": [*data.mean, *data.std],
-        "precision": precision,
-        "device": [device_type, data.decode_device],
-    }
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def has_features(folder: Path, key: str) -> bool:

@@ -54,7 +54,7 @@ def feed_features(
     images = stored_image_features(
         trainer.model, datasets, num_draws=num_draws, on_first_batch=on_first_batch,
         build_loader=lambda: build_loader(last, prompts=prompts, weights=weights),
-        ranks=trainer.ranks, device=trainer.device, progress=progress,
+        ranks=trainer.ranks, progress=progress,
     )  # fmt: skip
 
     def feed(texts: KnownRows | None) -> list[FeatureLoader]:

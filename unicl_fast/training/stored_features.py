@@ -28,7 +28,6 @@ from unicl_fast.dataset.feature_files import (
     KnownRows,
     as_tensor,
     bits_of,
-    feature_key,
     has_features,
     read_features,
 )
@@ -69,7 +68,6 @@ def stored_image_features(
     num_draws: int | None,
     on_first_batch: Callable[[Batch], None],
     ranks: Ranks,
-    device: torch.device,
     progress: bool = False,
 ) -> list[FeatureFile]:
     """The features of images, encoded now if they are not stored; all ranks call it.
@@ -85,9 +83,8 @@ def stored_image_features(
     """
     folder = Path(model.config.efficiency.stored_features)
     mark("looking for stored features", patience=START_PATIENCE)
-    weights = weights_digest(model, "image_encoder.")
     # data sets with the same images share a file
-    keys = from_rank_0([_key_of(model, one, weights, device) for one in datasets], ranks)
+    keys = from_rank_0([_key_of(model, one) for one in datasets], ranks)
     sizes = dict(zip(keys, map(len, datasets), strict=True))
     encoded = 0
     if from_rank_0(not all(found_rows(folder, *one).stored.all() for one in sizes.items()), ranks):
@@ -109,7 +106,7 @@ def stored_image_features(
 def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | None:
     """A data set's features [n w] that a run has stored, NaN for missing rows; None for none."""
     folder = Path(model.config.efficiency.stored_features)
-    key = _key_of(model, dataset, weights_digest(model, "image_encoder."), model.device)
+    key = _key_of(model, dataset)
     if not model.config.efficiency.stored_features or not has_features(folder, key):
         return None
     file = read_features(folder, key, num_samples=len(dataset), check=False)
@@ -119,14 +116,52 @@ def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | N
     return rows
 
 
-def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
+def feature_key(
+    model: UniCL,
+    dataset: PackedDataset | None,
+    *,
+    view: Any,
+    weights: str = "image_encoder.",
+    **more: Any,
+) -> str:
+    """The key of a data set's features: equal if and only if the features are.
+
+    Without a data set: of all features made in the same way. `view` is the part of an image shown,
+    beyond the config's sizes; names of weights that affect features begin with `weights`. `view`
+    and `more` are JSON values.
+    """
     config, data = model.config, model.config.data
-    view = data.crop_ratio[0] if data.part_shown == 1 else [data.crop_ratio[0], data.part_shown]
-    return feature_key(
-        data, dataset, encoder=config.model.image_encoder, precision=config.efficiency.precision,
-        weights=weights, device_type=device.type, view=view, version=_VERSION,
-        max_pixels=data.max_pixels,
+    images = b"" if dataset is None else dataset.samples["xxh3"].tobytes()
+    return _hash_of(
+        model, weights, encoder=config.model.image_encoder,
+        images=[xxhash.xxh3_64_hexdigest(images), len(images) // 8],
+        view=[data.image_size, view, data.interpolation, data.resample],
+        normalisation=[*data.mean, *data.std], decode_device=data.decode_device, **more,
     )  # fmt: skip
+
+
+def _key_of(model: UniCL, dataset: PackedDataset) -> str:
+    data = model.config.data
+    view = data.crop_ratio[0] if data.part_shown == 1 else [data.crop_ratio[0], data.part_shown]
+    return feature_key(model, dataset, view=view, max_pixels=data.max_pixels)
+
+
+def _key_of_texts(model: UniCL) -> str:
+    """A hash of all that features of texts depend on, besides their tokens."""
+    given = dataclasses.asdict(model.config.model)
+    facts = {name: given[name] for name in given if name.startswith("text_")}
+    del facts["text_projection"]
+    return _hash_of(model, "text_encoder.", length=model.config.model.context_length, **facts)
+
+
+def _hash_of(model: UniCL, weights: str, **facts: Any) -> str:
+    facts |= {
+        "weights": weights_digest(model, weights),
+        "precision": model.config.efficiency.precision,
+        "device": model.device.type,
+        "version": _VERSION,
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 class _Images:
@@ -289,18 +324,3 @@ def _encode_texts(model: UniCL, rows: TokenArray, ranks: Ranks) -> Tensor:
     tokens = torch.from_numpy(rows.astype(np.int64)).to(model.device)
     with encoder_autocast(model.config.efficiency, ranks, model.device.type):
         return model.text_encoder(tokens).cpu()  # type: ignore[no-any-return]
-
-
-def _key_of_texts(model: UniCL) -> str:
-    """A hash of all that features of texts depend on, besides their tokens."""
-    given = dataclasses.asdict(model.config.model)
-    facts = {name: given[name] for name in given if name.startswith("text_")}
-    facts |= {
-        "length": model.config.model.context_length,
-        "precision": model.config.efficiency.precision,
-        "weights": weights_digest(model, "text_encoder."),
-        "device": model.device.type,
-        "version": _VERSION,
-    }
-    del facts["text_projection"]
-    return xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
