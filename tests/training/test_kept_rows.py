@@ -7,7 +7,6 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from feature_folders import write_features
 
 from unicl_fast.dataset.feature_files import KnownRows, bits_of, read_features
 from unicl_fast.distributed.ranks import Ranks
@@ -17,6 +16,14 @@ from unicl_fast.training import kept_rows as room
 from unicl_fast.training.kept_rows import kept_rows, storing
 
 ROWS = np.arange(6, dtype="<f4").reshape(3, 2)
+
+
+def write_rows(folder: Path, key: str, rows: np.ndarray) -> None:
+    """Stores all rows that another process has not."""
+    with storing(folder, {key: 3}, Ranks()) as store, store.writing(width=2, dtype="float32"):
+        new = np.flatnonzero(~store.stored[key])
+        store.write(key, new, rows[new])
+        store.seal()
 
 
 def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path):
@@ -47,7 +54,7 @@ def test_of_two_that_store_the_same_rows_the_second_waits_and_reads(tmp_path, mo
 
     def let_the_other_begin(*of: object) -> None:
         if not second:
-            second.append(Thread(target=write_features, args=(tmp_path, "key", ROWS + 1)))
+            second.append(Thread(target=write_rows, args=(tmp_path, "key", ROWS + 1)))
             second[0].start()
             while not waits:
                 pass
@@ -55,7 +62,7 @@ def test_of_two_that_store_the_same_rows_the_second_waits_and_reads(tmp_path, mo
 
     monkeypatch.setattr(room, "describe_rows", let_the_other_begin)
     monkeypatch.setattr(atomic_files, "mark_progress", lambda: waits.append(True))
-    write_features(tmp_path, "key", ROWS)
+    write_rows(tmp_path, "key", ROWS)
     second[0].join()
     found = read_features(tmp_path, "key", num_samples=3)
     assert np.array_equal(found.rows, ROWS)
@@ -65,7 +72,7 @@ def test_of_two_that_store_the_same_rows_the_second_waits_and_reads(tmp_path, mo
 
 @pytest.mark.parametrize("field", ["stored", "unreadable", "dtype"])
 def test_a_description_that_was_changed_is_refused(tmp_path, field):
-    write_features(tmp_path, "key", ROWS)
+    write_rows(tmp_path, "key", ROWS)
     path = tmp_path / "key.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: "AAAA"}))
     with pytest.raises(ValueError, match=r"key\.npy are damaged: .*remove key\.npy and key\.json"):
@@ -73,7 +80,7 @@ def test_a_description_that_was_changed_is_refused(tmp_path, field):
 
 
 def test_features_of_another_model_under_this_one_s_name_are_refused(tmp_path):
-    write_features(tmp_path, "other", ROWS)
+    write_rows(tmp_path, "other", ROWS)
     for kind in ("json", "npy"):
         (tmp_path / f"other.{kind}").rename(tmp_path / f"key.{kind}")
     with pytest.raises(ValueError, match="another model's or data set's, other; remove key"):
