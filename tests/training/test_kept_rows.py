@@ -23,17 +23,17 @@ def write_rows(folder: Path, key: str, rows: np.ndarray) -> None:
     with storing(folder, {key: 3}, Ranks()) as store, store.writing(width=2, dtype="float32"):
         new = np.flatnonzero(~store.stored[key])
         store.write(key, new, rows[new])
-        store.seal()
+        store.record()
 
 
-def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path):
+def test_rows_are_stored_once_they_are_recorded_and_others_can_be_added(tmp_path):
     for killed in (True, False):
         with storing(tmp_path, {"key": 3}, Ranks()) as store, store.writing(width=2, dtype="f4"):
             assert not store.stored["key"].any()
             store.write("key", np.array([0]), ROWS[:1])
             store.leave_out("key", np.array([2]))
             if not killed:
-                store.seal()
+                store.record()
                 store.write("key", np.array([1]), -ROWS[1:2])  # and killed here
     found = read_features(tmp_path, "key", num_samples=3)
     assert found.stored.tolist() == [True, False, True]
@@ -44,7 +44,7 @@ def test_rows_are_stored_once_they_are_sealed_and_others_can_be_added(tmp_path):
         for _ in range(2):
             store.write("key", np.array([1]), ROWS[1:2])
             store.leave_out("key", np.array([2]))
-        store.seal()
+        store.record()
     assert np.array_equal(read_features(tmp_path, "key", num_samples=3).row(1), ROWS[1])
 
 
@@ -139,7 +139,7 @@ def test_of_changed_items_only_new_ones_are_encoded(tmp_path):
     first = list(range(20))
     with pytest.raises(KeyboardInterrupt):
         rows_of(first, "a", fails=16)
-    assert encoded == first[:16], "which are sealed"
+    assert encoded == first[:16], "which are recorded"
     assert rows_of(first, "a") == first
     changed = [99, *first[2:], 5, 50]  # added, deleted, doubled, moved
     assert rows_of(changed, "b") == changed

@@ -271,7 +271,7 @@ def test_a_killed_store_is_continued_and_gives_the_same_features(data, tmp_path,
     config = both_frozen(data / "labels", features=tmp_path / "whole", precision="fp32")
     trainer_of(config, tmp_path / "run").loader.close()
     broken = config.changed(efficiency={"stored_features": str(tmp_path / "killed")})
-    monkeypatch.setattr(stored_features, "SEALED_AT_ONCE", 8)
+    monkeypatch.setattr(stored_features, "RECORDED_AT_ONCE", 8)
     encode, calls = stored_features._Images._encode, itertools.count()
 
     def failing(self: object, images: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class FeatureFile:
     unreadable: frozenset[int]
     """Samples without features, since their images could not be read."""
     checksum: int
-    """Of the stored rows."""
+    """The sum of the stored rows' XXH3."""
 
     def row(self, sample: int) -> NDArray[Any] | None:
         """The features of a sample [width]; None if its image could not be read."""

@@ -1,6 +1,6 @@
 """Stores rows that are encoded once (`dataset.feature_files`), all ranks together.
 
-What is stored is sealed in steps, which a kill cannot undo. Rows of images and texts can also be
+What is stored is recorded in steps, which a kill cannot undo. Rows of images and texts can also be
 found by hashes of these, so that only new ones are encoded: a new state of the data copies known
 rows from older ones of its family. An older state is removed once a newer one has nine tenths of
 it, or a shop that changes each day would fill the disk.
@@ -40,7 +40,7 @@ from unicl_fast.distributed.ranks import (
 from unicl_fast.system.atomic_files import locked, make_folder, replacing
 from unicl_fast.system.untrusted_files import open_regular
 
-SEALED_AT_ONCE = 16_384
+RECORDED_AT_ONCE = 16_384
 """Rows between two resume points: about 80 s of a small encoder on two cores."""
 _COPIED_AT_ONCE = 4096
 _REPLACED = 0.9  # part of a state that a newer one has to hold
@@ -61,7 +61,7 @@ class Store:
         self._checksums = {key: one.checksum for key, one in found.items()}
         masks = {key: torch.from_numpy(one.stored) for key, one in found.items()}
         self.stored = {key: one.numpy() for key, one in tensors_from_rank_0(masks, ranks).items()}
-        """Which rows [N] are stored, or written by this rank; unreadable samples count."""
+        """True for rows that are stored, or written by this rank, and for unreadable samples."""
         unreadable = {key: sorted(one.unreadable) for key, one in found.items()}
         self._unreadable = {key: set(one) for key, one in from_rank_0(unreadable, ranks).items()}
         self._fresh: dict[str, list[int]] = {key: [] for key in self.stored}
@@ -107,7 +107,7 @@ class Store:
         assert isinstance(rows, np.memmap)
         return rows
 
-    def seal(self) -> None:
+    def record(self) -> None:
         """Says on rank 0 what all ranks have stored, once it is on disk; all ranks call it."""
         for file, _ in self._files.values():
             os.fsync(file)
@@ -124,11 +124,11 @@ class Store:
                     rows = self._rows(key)
                     self._checksums[key] += checksum_of(rows, fresh)
                     self._checksums[key] %= 2**64
-                    sealed = FeatureFile(
+                    described = FeatureFile(
                         rows=rows, dtype=self._dtype, stored=stored,
                         unreadable=frozenset(self._unreadable[key]), checksum=self._checksums[key],
                     )  # fmt: skip
-                    describe_rows(self._folder, key, sealed)
+                    describe_rows(self._folder, key, described)
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def storing(folder: Path, sizes: Mapping[str, int], ranks: Ranks) -> Iterator[St
 
 
 def found_rows(folder: Path, key: str, size: int) -> FeatureFile:
-    """Which of `size` rows are stored; unchecked."""
+    """Finds out which of `size` rows are stored, without checking them."""
     if has_features(folder, key):
         return read_features(folder, key, num_samples=size, check=False)
     stored = np.zeros(size, np.bool_)
@@ -176,7 +176,7 @@ def kept_rows(
 ) -> Float[np.ndarray, "n d"]:
     """The rows of all items, mapped from a file; all ranks call it and share the encoding.
 
-    Rows are sealed after `at_once` new items. `known` are those of the family, if they were read.
+    Rows are recorded after `at_once` new items. `known` are those of the family, if they were read.
 
     Raises ValueError if stored rows are damaged, OSError if the folder cannot be written.
     """
@@ -193,12 +193,12 @@ def kept_rows(
                     # later states find this one
                     with replacing(folder / f"{key}.{family}.items") as partial:
                         partial.write_bytes(items.tobytes())
-            store.seal()
+            store.record()
             new = np.flatnonzero(~store.stored[key]).tolist()
             for start in range(0, len(new), at_once):
                 for numbers, rows in encode(new[start : start + at_once]):
                     store.write(key, numbers, rows)
-                store.seal()
+                store.record()
             if ranks.is_main:
                 _remove_replaced(folder, key, family, items)
     with refused_together(ranks):

@@ -46,7 +46,7 @@ from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.token_rows import TokenArray, distinct_texts, hashes_of, lengths_of
 from unicl_fast.training.encoding import encoder_autocast, encoder_input, in_pieces
-from unicl_fast.training.kept_rows import SEALED_AT_ONCE, Store, found_rows, kept_rows, storing
+from unicl_fast.training.kept_rows import RECORDED_AT_ONCE, Store, found_rows, kept_rows, storing
 
 logger = logging.getLogger("unicl_fast")
 
@@ -214,8 +214,8 @@ class _Images:
                     on_first_batch(batch)
                 self._write(batch)
                 bar.update(size)
-                if number == steps or not number % max(1, SEALED_AT_ONCE // size):
-                    self._store.seal()
+                if number == steps or not number % max(1, RECORDED_AT_ONCE // size):
+                    self._store.record()
         return sum(map(np.count_nonzero, stored.values())) - before
 
     def _write(self, batch: Batch) -> None:
@@ -301,7 +301,7 @@ def stored_text_features(
         kept_rows(
             folder, xxhash.xxh3_128_hexdigest(family.encode() + items.tobytes()), family=family,
             items=items, **_kind_of(_encode_texts(model, wanted[:1], ranks)), encode=encode,
-            ranks=ranks, at_once=SEALED_AT_ONCE, known=stored,
+            ranks=ranks, at_once=RECORDED_AT_ONCE, known=stored,
         )  # fmt: skip
     with refused_together(ranks):
         return KnownRows(folder, family, check=False)
