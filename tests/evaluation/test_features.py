@@ -1,15 +1,13 @@
 """Features of labelled images: kept only while they would be the same, put together."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from rank_workers import gather_features_of_slices, open_class_folders, ranks_of, run_on_ranks
+from rank_workers import open_class_folders, ranks_of, run_on_ranks
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer
@@ -107,14 +105,6 @@ def test_rows_of_ranks_come_in_turn(monkeypatch, count):
     monkeypatch.setattr(features, "tensors_to_rank_0", lambda *_: parts)
     found = collect_rows(parts["0"], num_rows=count, ranks=Ranks(world_size=3))
     assert torch.equal(found, table)
-
-
-@pytest.mark.slow
-def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path):
-    path = tmp_path / "found.json"
-    run_on_ranks(gather_features_of_slices, 2, str(path))
-    tables = json.loads(path.read_text())
-    assert tables == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
 
 
 @pytest.mark.slow

@@ -138,23 +138,6 @@ def test_a_sample_without_an_image_is_replaced_as_in_every_run(data, tmp_path):
     assert "labels" in (tmp_path / "stored" / "quarantine.csv").read_text()
 
 
-@pytest.mark.slow
-def test_other_weights_images_or_preprocessing_have_features_of_their_own(data, tmp_path):
-    folder = tmp_path / "features"
-    config = config_of(data / "labels", features=folder)
-    others = (
-        config,
-        config.changed(data={"mean": (0.5, 0.5, 0.5)}),
-        config.changed(run={"seed": 1}),  # which draws the weights
-        config_of(data / "captions", features=folder),
-    )
-    for number, other in enumerate(others, start=1):
-        trainer_of(other, tmp_path / "run").loader.close()
-        assert len(list(folder.glob("*.npy"))) == number
-    trainer_of(config.changed(optim={"lr": 1.0}), tmp_path / "run")
-    assert len(list(folder.iterdir())) == 2 * 4
-
-
 def test_stored_features_that_are_damaged_are_refused(data, tmp_path):
     config = config_of(data / "labels", features=tmp_path / "features")
     trainer_of(config, tmp_path / "run").loader.close()
