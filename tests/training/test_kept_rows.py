@@ -155,3 +155,30 @@ def test_of_changed_items_only_new_ones_are_encoded(tmp_path):
     with pytest.raises(ValueError, match="are damaged"):
         rows_of([*changed, 7], "e")
     assert not list(tmp_path.glob(".*")), "leftovers"
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_a_killed_process_has_recorded_stays_beside_the_rest(tmp_path):
+    """As texts: the next process encodes the others, nearly all, into another file."""
+    items = np.arange(20, dtype=np.uint64)
+
+    def keep(key: str, count: int) -> None:
+        known = KnownRows(tmp_path, "f")
+        lacking = items[known.find(items) < 0]
+        assert len(lacking) == count
+
+        def encode(new):
+            if key == "killed" and new != [0]:
+                raise KeyboardInterrupt
+            yield np.array(new), lacking[new, None].astype(np.float32)
+
+        kept_rows(
+            tmp_path, key, family="f", items=lacking, width=1, encode=encode, ranks=Ranks(),
+            at_once=1, known=known,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        keep("killed", 20)
+    keep("rest", 19)
+    found = KnownRows(tmp_path, "f")
+    assert found.take(found.find(items)).flatten().tolist() == items.tolist()

@@ -176,7 +176,8 @@ def kept_rows(
 ) -> Float[np.ndarray, "n d"]:
     """The rows of all items, mapped from a file; all ranks call it and share the encoding.
 
-    Rows are recorded after `at_once` new items. `known` are those of the family, if they were read.
+    Rows are recorded after `at_once` new items. With `known`, which are those of the family, the
+    items are others, and no state replaces another.
 
     Raises ValueError if stored rows are damaged, OSError if the folder cannot be written.
     """
@@ -199,7 +200,7 @@ def kept_rows(
                 for numbers, rows in encode(new[start : start + at_once]):
                     store.write(key, numbers, rows)
                 store.record()
-            if ranks.is_main:
+            if ranks.is_main and known is None:
                 _remove_replaced(folder, key, family, items)
     with refused_together(ranks):
         # one rank is enough: the check reads the whole file
