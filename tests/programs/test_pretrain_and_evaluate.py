@@ -107,7 +107,7 @@ def test_captions_are_evaluated_in_training_as_unicl_eval_does(data, tmp_path):
             assert seen[f"retrieval/captions/{key}"] == found[key], key
     two = tmp_path / "two"
     quiet = run(
-        *("pretrain", *SMALL, "--data.train", data / "captions", *sets[:2], "--out", two),
+        *("pretrain", *SMALL, "--data.train", data / "labels", *sets[:2], "--out", two),
         *("--nproc", "2", "--checkpoint.best", "retrieval/captions/text_to_image_recall_at_5"),
         "--quiet",
     )
