@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from unicl_fast.batch import Batch, OneIterator, ReadingTime
-from unicl_fast.dataset.feature_files import FeatureFile
-from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
-from unicl_fast.text.token_rows import TokenArray
+from unicl_fast.dataset.feature_files import FeatureFile, KnownRows, as_tensor
+from unicl_fast.text.token_rows import TokenArray, distinct_texts, hashes_of
 
 from .read.bad_samples import BadSampleError
 from .steps import PlannedStep, RankSteps, TrainMetadata
@@ -28,7 +27,7 @@ class FeatureLoader(OneIterator):
         self,
         steps: RankSteps,
         features: Sequence[FeatureFile],
-        texts: TextFeatures | None = None,
+        texts: KnownRows | None = None,
         *,
         end_step: int,
         device: torch.device,
@@ -42,7 +41,6 @@ class FeatureLoader(OneIterator):
         self.reading = ReadingTime(decodes_files=False)
         self._features, self._texts, self._device = list(features), texts, device
         self._end_step = end_step
-        self._dtype: torch.dtype = getattr(torch, features[0].dtype)
         self._unreadable = [np.array(sorted(one.unreadable), np.int64) for one in features]
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -79,7 +77,7 @@ class FeatureLoader(OneIterator):
         metadata, values = self._metadata_of(step)
         if self._texts is not None:
             texts = metadata.texts
-            numbers = self._texts.find(texts.tokens.numpy())
+            numbers = self._texts.find(hashes_of(texts.tokens.numpy()))
             if (numbers < 0).any():
                 raise ValueError(
                     f"step {step.batch.step} has a text without stored features: resume the run, "
@@ -87,7 +85,7 @@ class FeatureLoader(OneIterator):
                 )
             texts = dataclasses.replace(texts, tokens=self._texts.take(numbers))
             metadata = dataclasses.replace(metadata, texts=texts)
-        return metadata.with_images(torch.from_numpy(values).view(self._dtype))
+        return metadata.with_images(as_tensor(values, self._features[0].dtype))
 
     def _metadata_of(self, step: PlannedStep) -> tuple[TrainMetadata, NDArray[np.generic]]:
         """A batch with tokens and without images, and its images' features [b w]."""

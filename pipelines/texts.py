@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.text_files import distinct_texts, lengths_of
 from unicl_fast.objectives.targets import ImageLabels
 from unicl_fast.system.kernels import kernel
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.token_rows import TokenArray
+from unicl_fast.text.token_rows import TokenArray, distinct_texts, lengths_of
 
 from .plan.plan import PlannedBatch
 

@@ -11,7 +11,7 @@ from typing import Any
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.conversion.packages import bases_at_hand, installed_packages
 from unicl_fast.presets import LARGE_SIDE, Facts, choose_preset
-from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.atomic_files import locked, make_folder, temporary_folder
 from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
 from unicl_fast.system.phases import START_PATIENCE, mark
@@ -73,7 +73,6 @@ def _start_from_best(
     """
     from unicl_fast.checkpoints.export import PIXELS
     from unicl_fast.conversion.sources import settings_of
-    from unicl_fast.dataset.feature_files import sole_storer
     from unicl_fast.training.data import folder_and_weight, held_out_beside
 
     usual = {config.model.init_image, config.model.init_text}
@@ -88,7 +87,8 @@ def _start_from_best(
             folder = stack.enter_context(temporary_folder("unicl-bases-"))
         else:
             folder = run_folder
-            stack.enter_context(sole_storer(folder, "bases"))
+            make_folder(folder)
+            stack.enter_context(locked(folder / ".bases.lock", wait=True))
         kept = folder / "bases.json"
         if not (kept.is_file() and parts.items() <= read_json(kept).items()):
             command += ["--features", str(folder / "features"), "--json", f"{kept}.partial"]

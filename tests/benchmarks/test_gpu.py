@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("name", "figure"),
     [
-        ("rates", "bf16 product, TFLOP/s"),
+        pytest.param("rates", "bf16 product, TFLOP/s", marks=pytest.mark.long),
         ("windows", "map of 7, 24 heads, shift 0: error, of the allowed"),
         ("loss", "tiled in fp32, scale 100: off by"),
-        ("ways", "timm, compile=off, images/s"),
+        pytest.param("ways", "timm, compile=off, images/s", marks=pytest.mark.long),
     ],
 )
 def test_checks_run_on_a_cpu(name, figure):

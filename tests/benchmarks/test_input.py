@@ -35,10 +35,6 @@ pytestmark = pytest.mark.slow
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
-LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool", "spdl", "ffcv",
-        "turboloader", "litdata", "mosaicml", "grain")  # fmt: skip
-"""Contestants that are like others that are tested."""
-
 
 def fake(function: str, kind: Kind = "peer", **more: Any) -> Contender:
     facts = {"name": function.replace("_", "-"), "about": "for tests"} | more
@@ -144,7 +140,7 @@ def test_an_image_is_compared_with_the_one_it_shows():
 @pytest.mark.dali
 @pytest.mark.parametrize(
     "contender",
-    [pytest.param(one, id=one.name, marks=[pytest.mark.long] * (one.name in LONG))
+    [pytest.param(one, id=one.name, marks=[pytest.mark.long] * (one.name != "dali"))
      for one in (OURS, *PEERS)],
 )  # fmt: skip
 def test_every_contender_makes_pillow_s_images(contender, packed, monkeypatch, tmp_path):

@@ -100,6 +100,7 @@ def test_input_measures_augmentation_and_a_store(packed, tmp_path):
     } <= found  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_pack_measures_writers(packed, tmp_path):
     options = ("--images", "24", "--formats", "keep", "webp", "--resize", "short:24")

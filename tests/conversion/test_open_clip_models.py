@@ -23,8 +23,9 @@ from unicl_fast.conversion.open_clip import write_open_clip
 
 # torch 2.13 crashes in the backward pass of timm's fastvit_mci1 in channels_last on a CPU
 UNTRAINABLE = "MobileCLIP-S1"
-MODELS = ("ViT-B-32", "RN50", UNTRAINABLE)
+MODELS = ("ViT-B-32", "RN50")
 LARGE_OR_LIKE_OTHERS = (
+    UNTRAINABLE,
     *("ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256"),
     *("ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-quickgelu", "ViT-B-32-256", "ViTamin-S"),
     *("RN50-quickgelu", "RN101", "convnext_base", "EVA02-B-16", "swin_base_patch4_window7_224"),

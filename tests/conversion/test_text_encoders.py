@@ -199,9 +199,8 @@ def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path):
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
-def test_a_run_can_freeze_adapt_and_split_it(kind, options, shared_data, tmp_path):
-    write_text_model(tmp_path / "text", kind)
+def test_a_run_can_freeze_adapt_and_split_it(options, shared_data, tmp_path):
+    write_text_model(tmp_path / "text", "bert")
     given = ("--init-text", str(tmp_path / "text"), "--model.image-encoder", "test_vit",
              "--model.drop-path", "0", "--efficiency.precision", "fp32")  # fmt: skip
     images = real_images(shared_data, 3)

@@ -102,6 +102,7 @@ def test_each_base_is_measured_by_all_that_the_data_can_and_encodes_once(
 @pytest.mark.dali
 def test_captions_are_found_by_ridge_and_by_heads(data, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "_STEPS", 100)
+    monkeypatch.setattr(bases, "_BATCH", 64)
     pairs = ["--data", data / "captions", "--held-out", data / "captions", "--features", "none"]
     found = compared(tmp_path, *pairs, "--bases", given["image"], given["text"])
     alone, joined = found["bases"]

@@ -1,23 +1,17 @@
 """Features of labelled images: kept only while they would be the same, put together."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 
-import numpy as np
 import pytest
 import torch
-from feature_folders import write_features
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from rank_workers import gather_features_of_slices, open_class_folders, ranks_of, run_on_ranks
+from rank_workers import open_class_folders, ranks_of, run_on_ranks
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.dataset import feature_files
-from unicl_fast.dataset.feature_files import read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features
@@ -103,23 +97,6 @@ def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
         assert on_ranks.model.config.data.decode_device == "cpu"
 
 
-def test_of_two_that_keep_the_same_features_the_first_is_read(tmp_path, monkeypatch):
-    """The second begins when the first has written its rows, and not yet said so."""
-    seal, second = feature_files.seal_rows, []
-
-    def let_the_other_begin_and_seal(*of: object, **more: object) -> None:
-        if not second:
-            second.append(Thread(target=write_features, args=(tmp_path, "key", np.ones((5, 3)))))
-            second[0].start()
-        seal(*of, **more)
-
-    monkeypatch.setattr(feature_files, "seal_rows", let_the_other_begin_and_seal)
-    write_features(tmp_path, "key", np.zeros((5, 3)))
-    second[0].join()
-    assert not read_features(tmp_path, "key", num_samples=5).rows.any()
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 @pytest.mark.parametrize("count", [1, 7])
 def test_rows_of_ranks_come_in_turn(monkeypatch, count):
     """Of a single row, two of three ranks have none."""
@@ -128,14 +105,6 @@ def test_rows_of_ranks_come_in_turn(monkeypatch, count):
     monkeypatch.setattr(features, "tensors_to_rank_0", lambda *_: parts)
     found = collect_rows(parts["0"], num_rows=count, ranks=Ranks(world_size=3))
     assert torch.equal(found, table)
-
-
-@pytest.mark.slow
-def test_ranks_put_their_rows_together_and_get_rank_0_s_result(tmp_path):
-    path = tmp_path / "found.json"
-    run_on_ranks(gather_features_of_slices, 2, str(path))
-    tables = json.loads(path.read_text())
-    assert tables == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 64, "vocab_size": 400, "max_position_embeddings": 40}
 
 
-def write_encoder(folder: Path, kind: str) -> Path:
+def write_encoder(folder: Path) -> Path:
     """Random weights, and a Unigram tokenizer of the titles with XLM-RoBERTa's NFKC and tokens.
 
     The small published encoders of many languages are BERTs with that tokenizer.
@@ -43,9 +43,7 @@ def write_encoder(folder: Path, kind: str) -> Path:
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
     torch.manual_seed(0)
-    own = {"type_vocab_size": 2} if kind == "bert" else {"type_vocab_size": 1, "pad_token_id": 1}
-    config = transformers.AutoConfig.for_model(kind, **SIZES, **own)
-    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
     return folder
@@ -70,8 +68,7 @@ def test_a_word_or_a_part_of_one_finds_its_title(query, found):
 
 @pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.parametrize("kind", ["xlm-roberta", "bert"])
-def test_titles_are_packed_trained_on_by_heads_and_searched(kind, tmp_path, monkeypatch):
+def test_titles_are_packed_trained_on_by_heads_and_searched(tmp_path, monkeypatch):
     check_inline(monkeypatch)
     forms = ("NFC", "NFD", "NFKC")
     with (tmp_path / "list.csv").open("w", newline="", encoding="utf-8") as file:
@@ -83,7 +80,7 @@ def test_titles_are_packed_trained_on_by_heads_and_searched(kind, tmp_path, monk
             rows.writerow([f"{number}.png", unicodedata.normalize(forms[number % 3], title)])
     packed, run = tmp_path / "packed", tmp_path / "run"
     build_set([tmp_path / "list.csv"], packed, caption_column="title")
-    encoder = write_encoder(tmp_path / "encoder", kind)
+    encoder = write_encoder(tmp_path / "encoder")
     call(
         *(pretrain, *SMALL, "--data.train", packed, "--init-text", encoder, "--out", run),
         *("--optim.freeze", "image", "text", "--efficiency.stored-features", tmp_path / "stored"),

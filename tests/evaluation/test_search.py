@@ -14,9 +14,7 @@ from small_runs import objective_config, tiny_config
 from unicl_fast import Model
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features, nearest, search
-from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.evaluation.nearest import Rows, best, similarities
 from unicl_fast.evaluation.search import SearchIndex, Titles, open_index
 from unicl_fast.evaluation.signals import fuse, measure, standardise, typed
@@ -231,39 +229,6 @@ def test_weights_follow_what_finds_the_titles_and_stay_above_zero():
     measure(sizes, [2] * 300, by_halves)
     assert typed("a", generator) == "a"
     assert len(typed("one two three four", generator).split()) == 2
-
-
-@pytest.mark.usefixtures("unchecked_shapes")
-def test_of_changed_items_only_new_ones_are_encoded(tmp_path):
-    encoded: list[int] = []
-
-    def rows_of(items: list[int], key: str, family: str = "f") -> list[float]:
-        def encode(new):
-            encoded.extend(items[number] for number in new)
-            yield np.array(new), np.array([[items[one], 1] for one in new], np.float32)
-
-        found = kept_rows(
-            tmp_path, key, family=family, items=np.array(items, np.uint64), width=2,
-            encode=encode, ranks=Ranks(),
-        )  # fmt: skip
-        return found[:, 0].tolist()
-
-    first = list(range(20))
-    assert rows_of(first, "a") == first
-    changed = [99, *first[2:], 5, 50]  # added, deleted, doubled, moved
-    assert rows_of(changed, "b") == changed
-    assert encoded == [*first, 99, 50]
-    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"b"}, "90 % are in b"
-    assert rows_of(first[10:], "c") == first[10:]
-    assert rows_of(changed, "b") == changed
-    assert encoded == [*first, 99, 50]
-    rows_of([1, 2], "d", family="g")
-    assert encoded[-2:] == [1, 2], "other weights"
-    kept = next(tmp_path.glob("b.npy"))
-    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="are damaged"):
-        rows_of([*changed, 7], "e")
-    assert not list(tmp_path.glob(".*")), "leftovers"
 
 
 @pytest.mark.dali

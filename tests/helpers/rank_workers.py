@@ -42,8 +42,8 @@ from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
 from unicl_fast.evaluation import data, zero_shot
-from unicl_fast.evaluation.features import ModelOnRanks, collect_rows, encode_token_rows
-from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult
+from unicl_fast.evaluation.features import ModelOnRanks, encode_token_rows
+from unicl_fast.evaluation.report import ClassificationResult
 from unicl_fast.evaluation.zero_shot import classify, zero_shot_classifier
 from unicl_fast.ledger.format import LedgerSource, SegmentHeader
 from unicl_fast.ledger.proof import prove
@@ -575,29 +575,6 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
                 assert len(opened.dataset) == 21
         except RuntimeError as error:
             sys.exit(4 if "another rank has ended" in str(explain(error)) else str(error))
-
-
-def gather_features_of_slices(ranks, path: str) -> None:
-    """Each rank has rows r, r + w, ... of a table; rank 0 writes the whole tables."""
-    tables = []
-    for count in (1, 7):  # of a single row, one rank has none
-        table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
-        mine = table[ranks.rank :: ranks.world_size]
-        whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
-        assert (whole is None) == (not ranks.is_main)
-        tables.append(None if whole is None else whole.tolist())
-    counts = ClassificationCounts(("a", "b"))
-    counts.add([[0], [1, 0], [1]], [[0], [0], []])
-    expected = counts.result(what="this")
-    on_ranks = ModelOnRanks(mock.Mock(spec=UniCL), ranks)
-    gathered = expected if ranks.is_main else None
-    assert on_ranks.on_rank_0(lambda value: value, gathered, ClassificationResult) == expected
-    kind = dict[str, ClassificationResult]
-    assert on_ranks.on_rank_0(lambda value: {"": value}, gathered, kind) == {"": expected}
-    with pytest.raises(ValueError, match="no label"):
-        on_ranks.on_rank_0(refuse, gathered, ClassificationResult)
-    if ranks.is_main:
-        Path(path).write_text(json.dumps(tables))
 
 
 def share_prompts(ranks: Ranks, class_names: list[str], templates: list[str]) -> None:

@@ -21,7 +21,14 @@ from unicl_fast.objectives.targets import (
     map_targets,
     slice_targets,
 )
-from unicl_fast.text.token_rows import find_rows, hash_rows, make_table, position_factors
+from unicl_fast.text.token_rows import (
+    distinct_texts,
+    find_rows,
+    hash_rows,
+    lengths_of,
+    make_table,
+    position_factors,
+)
 from unicl_fast.text.token_rows import unique_rows as unique_rows_kernel
 
 Rows = npt.NDArray[np.uint16]
@@ -273,3 +280,10 @@ def test_targets_and_prompts_load_neither_torch_nor_dali_and_the_tokenizer_no_ot
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+def test_distinct_texts_come_by_length_and_tokens():
+    rows = np.array([[5, 9, 0], [4, 9, 0], [5, 9, 0], [9, 0, 0], [1, 1, 1]], np.uint16)
+    found = distinct_texts(rows)
+    assert found.tolist() == [[9, 0, 0], [4, 9, 0], [5, 9, 0], [1, 1, 1]]
+    assert lengths_of(found).tolist() == [1, 2, 2, 3]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import official_forward
 import pytest
 import torch
 from hub_server import hub_of
@@ -26,7 +25,6 @@ from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models import small
 from unicl_fast.tools.convert import __main__ as convert
-from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.data import describe_datasets
 
 
@@ -72,6 +70,8 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
             r"16 drawn images prepared by open_clip: cosine with ours [01]\.\d{4}", said
         )
     assert "is there already" in refusal_of(convert, format, trained, out)
+    missing = refusal_of(convert, format, tmp_path / "nowhere", tmp_path / "other")
+    assert "expected a run folder" in missing
 
 
 @pytest.fixture(scope="module")
@@ -157,30 +157,3 @@ def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(documented, tmp
     damaged.write_text(json.dumps(values))
     said = refusal_of(convert, *arguments, damaged)
     assert "damaged.json is damaged: top1 must be a number in 0 to 1, not 7" in said
-
-
-def test_models_that_cannot_be_converted_are_refused(trained, tmp_path):
-    out = tmp_path / "out"
-    assert "expected a run folder" in refusal_of(convert, "hf", tmp_path / "nowhere", out)
-    page = tmp_path / "in1k.pth"
-    page.write_text("<html>")
-    assert "no checkpoint that torch can read" in refusal_of(convert, "hf", f"official:{page}", out)
-    assert "is a folder" in refusal_of(convert, "hf", f"official:{trained}", out)
-    assert not out.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.dali
-def test_a_released_checkpoint_is_converted_and_evaluated(data, tmp_path, capsys):
-    file, out, result = tmp_path / "random.pth", tmp_path / "model", tmp_path / "result.json"
-    entries = official_forward.random_entries("swin-tiny")
-    torch.save({"model": entries}, file)
-    call(convert, "hf", f"official:{file}", out)
-    said = capsys.readouterr().out
-    assert "91,340,667 parameters" in said
-    (tmp_path / "template.txt").write_text("a photo of a {}.\n")
-    call(
-        *(evaluate, "zero-shot", "--checkpoint", out, "--data", data / "labels", "--json", result),
-        *("--templates", tmp_path / "template.txt", "--device", "cpu"),
-    )
-    assert json.loads(result.read_text())["num_samples"] == 21

@@ -17,9 +17,11 @@ from program_runs import call, refusal_of, run
 
 from unicl_fast.system import kernels
 from unicl_fast.system.installation import install_command
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.doctor import __main__ as doctor
 from unicl_fast.tools.doctor import machine, software
 from unicl_fast.tools.doctor.rows import Found, run_checks
+from unicl_fast.tools.evaluate import __main__ as evaluate
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _SOUND = Found("ok", "sound")
@@ -83,13 +85,19 @@ def test_the_exit_code_is_1_with_a_fault_and_rows_say_their_state_and_no_secret(
     assert "secret" not in text
 
 
-def test_a_current_folder_that_was_removed_is_a_sentence(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (doctor, ""), (convert, "hf x y"), (evaluate, "retrieval --checkpoint x --data y"),
+    ],
+)  # fmt: skip
+def test_a_current_folder_that_was_removed_is_a_sentence(monkeypatch, tmp_path, program, words):
     """MKL would end the process when torch is imported."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gone").mkdir()
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert "cd ~" in refusal_of(doctor)
+    assert "cd ~" in refusal_of(program, *words.split())
 
 
 def test_every_row_is_explained_in_the_documentation():

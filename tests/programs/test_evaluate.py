@@ -384,7 +384,9 @@ def test_an_evaluation_is_a_file_and_a_line(
     "words",
     [
         "retrieval --data captions",
-        "linear-probe --train labels --data classes --features none",
+        pytest.param(
+            "linear-probe --train labels --data classes --features none", marks=pytest.mark.long
+        ),
         "zero-shot --data classes labels --batch-size 5",
     ],
 )

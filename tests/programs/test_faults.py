@@ -137,7 +137,7 @@ def test_a_signal_before_training_ends_the_program_at_once_with_75(data, tmp_pat
         program.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_nothing_outlives_a_killed_launcher(data, tmp_path, torchrun):
     with running(data, tmp_path, torchrun=torchrun) as program:
         program.wait_until_it_trains()

@@ -10,7 +10,6 @@ from packed_sets import Sample, pack
 from program_runs import SMALL, STEPS, call, evaluated, losses, refusal_of, run, weights
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.checkpoints.load import find_checkpoint
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
@@ -82,15 +81,6 @@ def test_images_of_several_labels_in_a_hierarchy(shared_data, data, tmp_path, ca
     labels = ["--data", data / "labels", "--hierarchy", "--device", "cpu"]
     said = refusal_of(evaluate, "zero-shot", "--checkpoint", one, *labels)
     assert "labels has no hierarchy of classes" in said
-
-
-def test_two_views_are_contrasted(data, tmp_path):
-    out = tmp_path / "run"
-    arguments = [*SMALL, "--objective.name", "supcon", "--data.augment", "supcon"]
-    call(pretrain, *arguments, "--data.train", data / "labels", "--out", out)
-    assert len(losses(out)) == STEPS
-    assert find_checkpoint(out).is_dir()
-    assert b"text_encoder" not in weights(out)
 
 
 def test_labels_are_needed_and_their_number_must_be_right(data):

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -22,12 +21,12 @@ from program_runs import (
     refusal_of,
     run,
     start,
-    wait_for_step,
 )
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import TrainConfig
+from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.metrics import read_metrics
@@ -107,71 +106,47 @@ def test_captions_are_evaluated_in_training_as_unicl_eval_does(data, tmp_path):
         for key in (f"{name}_recall_at_{k}" for k in (1, 5, 10)):
             assert seen[f"retrieval/captions/{key}"] == found[key], key
     two = tmp_path / "two"
-    run(
-        *("pretrain", *SMALL, "--data.train", data / "captions", *sets[:2], "--out", two),
+    quiet = run(
+        *("pretrain", *SMALL, "--data.train", data / "labels", *sets[:2], "--out", two),
         *("--nproc", "2", "--checkpoint.best", "retrieval/captions/text_to_image_recall_at_5"),
+        "--quiet",
     )
+    assert quiet.stderr == quiet.stdout == ""
     assert any("retrieval/captions/recall_at_1" in line for line in read_metrics(two))
     # there are no classes to tell apart
     next_one = f"Next: unicl-eval retrieval --checkpoint {two} --data {sets[1]}"
-    assert next_one in (two / "log.txt").read_text()
-
-
-@pytest.mark.slow
-def test_a_quiet_run_says_nothing_and_keeps_its_log(data, tmp_path):
-    out = tmp_path / "run"
-    run_ = run("pretrain", *SMALL, "--data.train", data / "labels", "--out", out, "--quiet")
-    assert run_.stderr == run_.stdout == ""
-    lines = (out / "log.txt").read_text().splitlines()
-    assert f"{STEPS} steps done" in lines[-1]
+    lines = (two / "log.txt").read_text().splitlines()
+    assert f"{STEPS} steps done. {next_one}" in lines[-1]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I ", line) for line in lines)
 
 
-LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]
-
-
-@pytest.mark.slow
-def test_a_run_folder_has_one_writer(data, tmp_path):
+def test_a_run_folder_has_one_writer(unbroken):
     """As when a scheduler starts a job again beside its own zombie."""
-    out = tmp_path / "run"
-    sources = ["--data.train", data / "labels", data / "captions"]
-    process = start(*LONG, *sources, "--out", out)
-    wait_for_step(out, 1, process)
-    config = (out / "config.json").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
     more = ["--run.seed", "7", "--resume", "auto"]
-    refused = run("pretrain", *LONG, *sources, "--out", out, *more, expect=2)
-    assert refused.stderr.count("is being written by process") == 1
-    assert (out / "config.json").read_bytes() == config
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
-    for checkpoint in list_checkpoints(out / "checkpoints"):
-        read_state(checkpoint)
+    with sole_writer(unbroken):
+        refused = refusal_of(pretrain, "--out", unbroken, *more)
+    assert refused.count("is being written by process") == 1
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.exists())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("of_rank_1", "expected"),
-    [
-        ("--run.seed 7", "run.seed is 0 on rank 0 and 7 on rank 1"),
-        ("--data.train {captions} {labels}", "contents of data."),
-    ],
-)
-def test_ranks_that_disagree_end_before_the_first_step(data, tmp_path, of_rank_1, expected):
+def test_ranks_that_disagree_end_before_the_first_step(data, tmp_path):
+    """Other differences: tests/training/test_agreement.py."""
     out = tmp_path / "run"
     train = ["--data.train", str(data / "labels"), str(data / "captions")]
-    others = of_rank_1.format(labels=data / "labels", captions=data / "captions").split()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = []
-    for rank, more in enumerate(([], others)):
+    for rank, more in enumerate(([], ["--run.seed", "7"])):
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         env |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks.append(start(*SMALL, *train, "--out", out, *more, env=env))
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], errors
-    assert f"unicl-pretrain: ranks disagree: {expected}" in errors[0]
+    said = "unicl-pretrain: ranks disagree: run.seed is 0 on rank 0 and 7 on rank 1"
+    assert said in errors[0]
     assert not (out / "metrics.jsonl").exists()
 
 
@@ -251,15 +226,8 @@ def test_a_missing_checkpoint_ends_ranks_before_they_start(data, unbroken):
     assert f"there is no such folder; {unbroken} is there" in said
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "pretrain --data.train x --out y",
-        pytest.param("evaluate retrieval --checkpoint x --data y", marks=pytest.mark.slow),
-        pytest.param("convert hf x y", marks=pytest.mark.slow),
-    ],
-)
-def test_a_removed_current_folder_is_reported(tmp_path, words):
+def test_a_removed_current_folder_is_reported(tmp_path):
+    """tests/programs/test_doctor.py has the other programs."""
     gone = tmp_path / "gone"
     gone.mkdir()
 
@@ -267,7 +235,7 @@ def test_a_removed_current_folder_is_reported(tmp_path, words):
         os.chdir(gone)
         gone.rmdir()
 
-    done = run(*words.split(), expect=2, preexec_fn=remove_and_stay)
+    done = run("pretrain", "--data.train", "x", "--out", "y", expect=2, preexec_fn=remove_and_stay)
     assert "the current directory was removed or replaced" in done.stderr
     assert "Traceback" not in done.stderr
 

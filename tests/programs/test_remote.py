@@ -14,10 +14,7 @@ from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.upload import upload_dataset
-from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.pack import __main__ as pack
@@ -79,54 +76,6 @@ def test_upload_and_reading_survive_faults_of_the_line(data, line, tmp_path, cap
             remote.image_bytes(0)
     gets = [path for method, path, _ in line.requests if method == "GET"]
     assert len(gets) < 400
-
-
-def test_an_upload_resumes_and_appears_when_it_is_complete(data, line, tmp_path):
-    url = f"s3://bucket/{tmp_path.name}/labels"
-    line.fault = lambda method, path: "500" if method == "PUT" and "captions.npy" in path else ""
-    with pytest.raises(StorageError, match=r"captions\.npy could not be written"):
-        upload_dataset(data / "labels", url, progress=False)
-    with pytest.raises(FileNotFoundError, match="is not a packed data set"):
-        PackedDataset(url)
-    line.fault = lambda method, path: ""
-    line.requests.clear()
-    said = upload_dataset(data / "labels", url, progress=False)
-    assert "were there already" in said
-    sent = [path for method, path, _ in line.requests if method == "PUT"]
-    assert not any(path.endswith(".tar") for path in sent)
-    assert sent[-1].endswith("manifest.json")
-    with local_copy(url) as folder:
-        assert not verify_dataset(folder, note=pytest.fail, decode=False).num_faults
-        assert folder.name == "labels"
-    assert not folder.exists()
-    upload_dataset(data / "labels", url, progress=False)  # the same once more: nothing to do
-    with pytest.raises(ValueError, match="already holds another packed data set"):
-        upload_dataset(data / "captions", url, progress=False)
-    put(ObjectStore(f"s3://bucket/{tmp_path.name}/used"), "notes.txt", b"x")
-    with pytest.raises(ValueError, match=r"holds 1 other object, notes\.txt for one"):
-        upload_dataset(data / "labels", f"s3://bucket/{tmp_path.name}/used", progress=False)
-
-
-def test_a_build_from_urls_to_a_url_is_the_build_of_files(data, line, tmp_path):
-    root = f"s3://bucket/{tmp_path.name}"
-    store = ObjectStore(f"{root}/classes")
-    for path in (data / "classes").rglob("*.jpg"):
-        store.write_file(path, str(path.relative_to(data / "classes")))
-    options = {"workers": 1, "progress": False}
-    with pytest.raises(FileNotFoundError, match="no folder of this name"):
-        build_dataset([f"{root}/nothing"], f"{root}/out", **options)
-    line.fault = lambda method, path: "503" if method == "PUT" and "samples" in path else ""
-    with pytest.raises(RuntimeError, match=r"packed, but not uploaded: .*samples.*pack upload"):
-        build_dataset([f"{root}/classes"], f"{root}/out", **options)
-    (packed,) = (tmp_path / "home").rglob("work/*/out")
-    line.fault = lambda method, path: ""
-    assert build_dataset([f"{root}/classes"], f"{root}/out", **options).was_complete
-    assert not packed.exists()
-    build_dataset([data / "classes"], tmp_path / "local", **options)
-    with PackedDataset(tmp_path / "local") as local, PackedDataset(f"{root}/out") as remote:
-        assert remote.manifest.shards == local.manifest.shards
-        assert remote.manifest.source == (f"{root}/classes",)
-    assert not list((tmp_path / "home").rglob("staging-*"))
 
 
 def test_no_file_and_no_message_holds_a_password_of_a_url(

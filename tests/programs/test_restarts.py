@@ -39,6 +39,7 @@ FP64 = [
     *[word if word != str(STEPS) else str(STEPS_OF_A_RUN) for word in SMALL],
     *("--run.global-batch-size", "12", "--efficiency.precision", "fp64", "--ledger"),
     *("--checkpoint.every-steps", "3", "--data.shuffle-window", "16"),
+    *("--data.flip-probability", "0.5"),
 ]
 
 
@@ -121,28 +122,26 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
 @pytest.mark.parametrize(
     ("precision", "tolerance", "steps", "numbers"),
     [
-        ("fp64", 1e-9, 60, (1, 3)),
+        ("fp64", 1e-9, STEPS_OF_A_RUN, (1, 3)),
         pytest.param("fp64", 1e-9, 300, (1, 2, 3, 4), marks=pytest.mark.long),
         pytest.param("fp32", 1e-2, 300, (1, 2, 3, 4), marks=pytest.mark.long),
     ],
     ids=["short", "fp64", "fp32"],
 )
 def test_a_run_resumes_with_any_number_of_ranks(
-    data, tmp_path, precision, tolerance, steps,
-    numbers,
+    data, unbroken, tmp_path, precision, tolerance,
+    steps, numbers,
 ):  # fmt: skip
     """With augmentation and drop path: stopped, and resumed on other ranks.
 
     The largest difference is printed (pytest -s), for docs/reliability.md.
     """
     *stopped, last = numbers
-    settings = [
-        *[word if word != str(STEPS) else str(steps) for word in SMALL],
-        *("--run.global-batch-size", "12", "--data.flip-probability", "0.5", "--ledger"),
-        *("--efficiency.precision", precision, "--checkpoint.every-steps", "5"),
-        *("--data.train", data / "labels", data / "captions", "--resume", "auto"),
-    ]
-    run("pretrain", *settings, "--out", tmp_path / "unbroken")
+    settings = [*FP64, *sources(data), "--resume", "auto", "--run.steps", str(steps)]
+    settings += ["--efficiency.precision", precision]
+    if steps != STEPS_OF_A_RUN:
+        unbroken = tmp_path / "unbroken"
+        run("pretrain", *settings, "--out", unbroken)
     out = tmp_path / "elastic"
     started = [0]
     for nproc in stopped:
@@ -159,7 +158,7 @@ def test_a_run_resumes_with_any_number_of_ranks(
     assert started[-1] < steps
     lines = [line for line in read_metrics(out) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    pairs = list(zip(losses(out), losses(tmp_path / "unbroken"), strict=True))
+    pairs = list(zip(losses(out), losses(unbroken), strict=True))
     largest = max(abs(one - other) / abs(other) for one, other in pairs)
     print(f"{precision}: largest relative difference of {steps} losses {largest:.2e}")
     assert largest <= tolerance
@@ -170,10 +169,11 @@ def test_a_run_resumes_with_any_number_of_ranks(
     assert values["num_steps_done_twice"] == 0, "a run that is asked to stop loses nothing"
 
 
+@pytest.mark.long  # tests/training/test_stages.py has the same on three ranks in one process
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("ranks", "tolerance"),
-    [pytest.param((1, 1, 1), 0.0, marks=pytest.mark.long), ((2, 3, 1), 1e-9)],
+    [((1, 1, 1), 0.0), ((2, 3, 1), 1e-9)],
     ids=["one rank", "2, 3, 1 ranks"],
 )
 def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unbroken(

@@ -268,6 +268,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OF_THE_SOURCE = "is another model: model."
+"""Others: tests/conversion/test_initial.py."""
 
 
 @pytest.mark.parametrize(
@@ -283,9 +284,6 @@ OF_THE_SOURCE = "is another model: model."
         (("--data.evaluation-resize", "31"), "must not be smaller", ""),
         (("--model.vocab-size", "999"), OF_THE_SOURCE + "vocab_size is 999", ""),
         (("--model.tokenizer", "here"), OF_THE_SOURCE + "tokenizer is here", ""),
-        (("--model.image-encoder", "test_vit2"), OF_THE_SOURCE + "image_encoder is test_vit2", ""),
-        (("--model.text-width", "24"), OF_THE_SOURCE + "text_width is 24", ""),
-        (("--model.embed-dim", "9"), OF_THE_SOURCE + "embed_dim is 9", ""),
         (("--efficiency.precision", "fp32"), "", ""),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,27 @@ def test_a_lock_ends_with_its_descriptor(tmp_path):
     path.unlink()
     assert not is_at(other, path)
     os.close(other)
+
+
+def test_a_lock_s_file_that_its_holder_removes_is_waited_for_again(tmp_path, monkeypatch):
+    """By then a third process can have made and locked a new one."""
+    waits, came = threading.Event(), list[str]()
+    monkeypatch.setattr(atomic_files, "mark_progress", waits.set)
+
+    def wait() -> None:
+        with locked(tmp_path / "lock", wait=True):
+            came.append("second")
+
+    second = threading.Thread(target=wait)
+    with contextlib.ExitStack() as third:
+        with locked(tmp_path / "lock"):
+            second.start()
+            waits.wait(60)
+            (tmp_path / "lock").unlink()
+            third.enter_context(locked(tmp_path / "lock"))
+        waits.clear()
+        while second.is_alive() and not waits.wait(0.01):
+            pass
+        came.append("third")
+    second.join()
+    assert came == ["third", "second"]

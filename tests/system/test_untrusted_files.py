@@ -183,7 +183,7 @@ ALLOWED = {
         unicl_fast/conversion/export.py unicl_fast/conversion/hugging_face.py
         unicl_fast/conversion/output.py
         unicl_fast/dataset/files.py unicl_fast/dataset/other_tokens.py
-        unicl_fast/distributed/ranks.py unicl_fast/evaluation/kept_rows.py
+        unicl_fast/distributed/ranks.py unicl_fast/training/kept_rows.py
         unicl_fast/ledger/writer.py
         unicl_fast/packing/sources/parquet_rows.py unicl_fast/packing/sources/spool.py
         unicl_fast/packing/sources/tables.py unicl_fast/packing/staging.py

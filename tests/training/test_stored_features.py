@@ -23,7 +23,7 @@ from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import fold_statistics
 from unicl_fast.pipelines.train_loader import TrainLoader
-from unicl_fast.tools import ledger
+from unicl_fast.tools import ledger, pretrain
 from unicl_fast.training import run as run_module
 from unicl_fast.training import stored_features
 from unicl_fast.training.settle import check_settings
@@ -52,6 +52,11 @@ def config_of(
     config = dataclasses.replace(config, data=data)
     efficiency = {"stored_features": str(features or "")}
     return config.changed(optim={"freeze": ("image",)}, efficiency=efficiency)
+
+
+def of_images(folder: Path, kind: str) -> list[Path]:
+    """The files of images' features, which are found by their key alone."""
+    return [one for one in folder.glob(f"*.{kind}") if not list(folder.glob(f"{one.stem}.*.items"))]
 
 
 def trainer_of(config: TrainConfig, folder: Path, checkpoint: Path | None = None) -> Trainer:
@@ -90,7 +95,7 @@ def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
     assert all(torch.equal(one.sample_ids, two.sample_ids) for one, two in pairs)
     assert (tmp_path / "stored" / "contact-sheet.png").exists()  # of the epoch that is encoded
     encode = Mock(side_effect=AssertionError("they are stored"))
-    monkeypatch.setattr(stored_features, "_Store", encode)
+    monkeypatch.setattr(stored_features, "_Images", encode)
     again, trainer, _ = trained(stored, tmp_path / "again")
     assert all(map(torch.equal, again, expected))
     monkeypatch.setattr(type(trainer.model.image_encoder), "forward", encode)
@@ -131,23 +136,6 @@ def test_a_sample_without_an_image_is_replaced_as_in_every_run(data, tmp_path):
     (sealed,) = (tmp_path / "features").glob("*.json")
     assert json.loads(sealed.read_text())["unreadable"] == [4]
     assert "labels" in (tmp_path / "stored" / "quarantine.csv").read_text()
-
-
-@pytest.mark.slow
-def test_other_weights_images_or_preprocessing_have_features_of_their_own(data, tmp_path):
-    folder = tmp_path / "features"
-    config = config_of(data / "labels", features=folder)
-    others = (
-        config,
-        config.changed(data={"mean": (0.5, 0.5, 0.5)}),
-        config.changed(run={"seed": 1}),  # which draws the weights
-        config_of(data / "captions", features=folder),
-    )
-    for number, other in enumerate(others, start=1):
-        trainer_of(other, tmp_path / "run").loader.close()
-        assert len(list(folder.glob("*.npy"))) == number
-    trainer_of(config.changed(optim={"lr": 1.0}), tmp_path / "run")
-    assert len(list(folder.iterdir())) == 2 * 4
 
 
 def test_stored_features_that_are_damaged_are_refused(data, tmp_path):
@@ -201,12 +189,12 @@ def test_a_run_of_two_stored_towers_is_the_run_that_encodes(data, tmp_path):
     pairs = zip(trainer.model.parameters(), encoding.model.parameters(), strict=True)
     for one, two in pairs:
         torch.testing.assert_close(one, two)
-    stored = [json.loads(one.read_text()) for one in (tmp_path / "features").glob("*.json")]
+    stored = [json.loads(one.read_text()) for one in of_images(tmp_path / "features", "json")]
     assert all("stored" in one for one in stored)  # only those that were drawn
     # a longer run adds what it needs, beside it or for all
     longer = config.changed(run={"steps": 30})
     trained(longer, tmp_path / "longer")
-    stored = [json.loads(one.read_text()) for one in (tmp_path / "features").glob("*.json")]
+    stored = [json.loads(one.read_text()) for one in of_images(tmp_path / "features", "json")]
     assert not any("stored" in one for one in stored)
     again, *_ = trained(config, tmp_path / "again")
     assert all(map(torch.equal, again, found))  # what was stored is never encoded anew
@@ -216,7 +204,7 @@ def test_heads_standardise_by_the_training_data_and_keep_the_statistics(data, tm
     config = both_frozen(data / "captions", features=tmp_path / "features", precision="fp32")
     config = config.changed(model={"standardise": True}, run={"steps": 5})  # three epochs
     trainer = trainer_of(config, tmp_path / "run")
-    (name,) = (tmp_path / "features").glob("*.npy")
+    (name,) = of_images(tmp_path / "features", "npy")
     rows = torch.from_numpy(np.load(name)).double()
     head = trainer.model.head("image")
     torch.testing.assert_close(head.mean.double(), rows.mean(0))
@@ -266,8 +254,8 @@ def test_a_killed_store_is_continued_and_gives_the_same_features(data, tmp_path,
     config = both_frozen(data / "labels", features=tmp_path / "whole", precision="fp32")
     trainer_of(config, tmp_path / "run").loader.close()
     broken = config.changed(efficiency={"stored_features": str(tmp_path / "killed")})
-    monkeypatch.setattr(stored_features, "_SEALED_AT_ONCE", 8)
-    encode, calls = stored_features._Store._encode, itertools.count()
+    monkeypatch.setattr(stored_features, "RECORDED_AT_ONCE", 8)
+    encode, calls = stored_features._Images._encode, itertools.count()
 
     def failing(self: object, images: torch.Tensor) -> torch.Tensor:
         if next(calls) == 2:  # a blank image comes first
@@ -275,32 +263,39 @@ def test_a_killed_store_is_continued_and_gives_the_same_features(data, tmp_path,
         return encode(self, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stored_features._Store, "_encode", failing)
+        patch.setattr(stored_features._Images, "_encode", failing)
         with pytest.raises(KeyboardInterrupt):
             trainer_of(broken, tmp_path / "run")
     (sealed,) = (tmp_path / "killed").glob("*.json")
     assert "stored" in json.loads(sealed.read_text())
     shown = Mock(wraps=encode)
-    monkeypatch.setattr(stored_features._Store, "_encode", lambda self, one: shown(self, one))
+    monkeypatch.setattr(stored_features._Images, "_encode", lambda self, one: shown(self, one))
     trainer_of(broken, tmp_path / "run").loader.close()
     assert shown.call_count < 1 + 2  # the blank one, and the batch that was not stored
-    (one,), (two,) = ((tmp_path / name).glob("*.npy") for name in ("whole", "killed"))
+    (one,), (two,) = (of_images(tmp_path / name, "npy") for name in ("whole", "killed"))
     assert np.array_equal(np.load(one), np.load(two))
 
 
 @pytest.mark.slow
-def test_two_ranks_store_and_feed_both_towers_as_one_does(data, tmp_path):
+def test_two_ranks_store_and_feed_both_towers_as_one_does(data, tmp_path, caplog):
+    caplog.set_level("INFO")
     frozen = [*LOCKED, "--optim.freeze", "image", "text", "--model.drop-path", "0"]
     frozen += ["--model.standardise", "--model.image-projection", "mlp"]
     frozen += ["--data.train", data / "labels", data / "captions"]
     for out, *more in (("one",), ("two", "--nproc", "2")):
         folder = tmp_path / f"features-{out}"
         given = ["--efficiency.stored-features", folder, "--out", tmp_path / out, *more]
-        done = run("pretrain", *frozen, *given)
-        assert done.stderr.count("encoding 41 images once") == 1
+        if out == "one":
+            call(pretrain, *frozen, *given)
+            said = caplog.text
+        else:
+            said = run("pretrain", *frozen, *given).stderr
+        assert said.count("encoding 41 images once") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    texts = [sorted((tmp_path / f"features-{one}").glob("text-*")) for one in ("one", "two")]
-    assert [one.name for one in texts[0]] == [two.name for two in texts[1]]  # the same bits
+    texts = [next((tmp_path / f"features-{one}").glob("*.items")) for one in ("one", "two")]
+    assert texts[0].name == texts[1].name
+    rows = [one.with_name(f"{one.name.partition('.')[0]}.npy").read_bytes() for one in texts]
+    assert rows[0] == rows[1]
     for checkpoint in (tmp_path / "one" / "checkpoints").iterdir():
         if checkpoint.name > "step-00000006":
             shutil.rmtree(checkpoint)

@@ -1,35 +1,31 @@
-"""Features of a frozen image encoder, one row for each sample, used instead of images.
+"""Rows that are stored once: features of images and texts by frozen encoders, and alike.
 
-    KEY.npy    [N width], in the encoder's output type; bfloat16 as its bits, uint16
-    KEY.json   the type, which rows are stored, their checksum, samples with unreadable images
+    KEY.npy            [N width], in the rows' own type; bfloat16 as its bits, uint16
+    KEY.json           the type, which rows are stored, their checksum, unreadable images
+    KEY.FAMILY.items   uint64 [N]: a hash of each row's image or text, if others can use the rows
 
-The key is a hash of everything that affects the features, so files of other weights, images or
-preprocessing are never found. A row is stored once KEY.json says so, and is never written again:
-what a killed process leaves is continued, and a run that needs more rows adds them.
+A key is a hash of everything that affects the rows, so files of other weights, images or
+preprocessing are never found; a family is a hash of all that but the items. A row is stored once
+KEY.json says so, and is never written again: a file that a killed process leaves is continued, and
+a run that needs more rows adds them. `training.kept_rows` writes these files.
 """
 
 import base64
-import contextlib
-import errno
-import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 
-from unicl_fast.config import DataConfig
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.atomic_files import is_at, lock, make_folder, write_text_atomically
+from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
-from unicl_fast.system.untrusted_files import open_regular, read_file
-
-_ROWS_AT_ONCE = 4096  # rows that are read together for a checksum
+from unicl_fast.system.untrusted_files import read_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +40,8 @@ class FeatureFile:
     """[N]: whether a sample's row is there. One that could not be read has none, and counts."""
     unreadable: frozenset[int]
     """Samples without features, since their images could not be read."""
+    checksum: int
+    """The sum of the stored rows' XXH3."""
 
     def row(self, sample: int) -> NDArray[Any] | None:
         """The features of a sample [width]; None if its image could not be read."""
@@ -51,106 +49,24 @@ class FeatureFile:
         return self.rows[sample] if has_row else None
 
 
-def feature_key(
-    data: DataConfig,
-    dataset: PackedDataset | None,
-    *,
-    encoder: str,
-    precision: str,
-    weights: str,
-    device_type: str,
-    view: Any,
-    **more: Any,
-) -> str:
-    """The key of a data set's features: equal if and only if the features are.
-
-    Without a data set: of all features made in the same way.
-
-    `encoder` is the image encoder's name, `weights` a digest of the weights that affect features,
-    `view` the part of an image shown, beyond the config's sizes. `view` and `more` (a version and
-    anything else relevant) are JSON values.
-    """
-    images = b"" if dataset is None else dataset.samples["xxh3"].tobytes()
-    facts = {
-        **more,
-        "encoder": encoder,
-        "weights": weights,
-        "images": [xxhash.xxh3_64_hexdigest(images), len(images) // 8],
-        "view": [data.image_size, view, data.interpolation, data.resample],
-        "normalisation": [*data.mean, *data.std],
-        "precision": precision,
-        "device": [device_type, data.decode_device],
-    }
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
-
-
 def has_features(folder: Path, key: str) -> bool:
     """Whether features, maybe not of all samples, are stored under that key."""
     return all((folder / f"{key}.{kind}").is_file() for kind in ("json", "npy"))
 
 
-@contextlib.contextmanager
-def sole_storer(folder: Path, key: str) -> Iterator[None]:
-    """Makes the folder, and waits until no other process writes features of that key."""
-    make_folder(folder)
-    path = folder / f".{key}.lock"
-    while True:
-        descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock(descriptor, wait=True)
-        if is_at(descriptor, path):  # the last writer removes it
-            break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+def checksum_of(rows: NDArray[Any], numbers: NDArray[np.int64]) -> int:
+    """The sum of the XXH3 of these rows, so that rows can be added without reading all again."""
+    digest = xxhash.xxh3_64_intdigest
+    found = sum(digest(rows[number].tobytes(), number) for number in numbers.tolist())
+    return found % 2**64
 
 
-def make_rows(folder: Path, key: str, *, num_samples: int, width: int, kind: str) -> None:
-    """Makes KEY.npy for rows of NumPy's type `kind`, unless rows are stored there."""
-    if not has_features(folder, key):
-        path, shape = folder / f"{key}.npy", (num_samples, width)
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
-
-
-class RowsWriter:
-    """Writes rows into the file of `make_rows`; several processes can write different ones at once.
-
-    With `pwrite`: on a network drive, pages of a mapped file would overwrite neighbouring rows.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        path = folder / f"{key}.npy"
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        self._offset, self._row_bytes = int(rows.offset), rows.shape[1] * rows.itemsize
-        self._file = open_regular(path, os.O_WRONLY)[0]
-
-    def write(self, samples: NDArray[np.int64], rows: NDArray[Any]) -> None:
-        """Writes `rows` [k width] for these samples."""
-        for sample, row in zip(samples.tolist(), rows, strict=True):
-            data, place = row.tobytes(), self._offset + sample * self._row_bytes
-            if os.pwrite(self._file, data, place) != len(data):
-                raise OSError(errno.ENOSPC, "features could not be written whole")
-
-    def flush(self) -> None:
-        """Returns when everything is on disk."""
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-def seal_rows(
-    folder: Path, key: str, *, dtype: str, stored: NDArray[np.bool_], unreadable: Iterable[int]
-) -> None:
-    """Says in KEY.json that these rows, which are on disk, are stored."""
-    rows = np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-    values = {"key": key, "dtype": dtype, "xxh3": _checksum(rows, stored),
-              "unreadable": sorted(unreadable)}  # fmt: skip
-    if not stored.all():
-        packed = zlib.compress(np.packbits(stored).tobytes())
+def describe_rows(folder: Path, key: str, file: FeatureFile) -> None:
+    """Writes KEY.json; its rows are on disk."""
+    values = {"key": key, "dtype": file.dtype, "xxh3": f"{file.checksum:016x}",
+              "unreadable": sorted(file.unreadable)}  # fmt: skip
+    if not file.stored.all():
+        packed = zlib.compress(np.packbits(file.stored).tobytes())
         values["stored"] = base64.b64encode(packed).decode()
     write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
 
@@ -173,10 +89,11 @@ def read_features(folder: Path, key: str, *, num_samples: int, check: bool = Tru
             stored = np.unpackbits(np.frombuffer(packed, np.uint8), count=num_samples).view(
                 np.bool_
             )
-        if check and (found := _checksum(rows, stored)) != values["xxh3"]:
-            raise ValueError(f"its xxh3 is {found}, {key}.json says {values['xxh3']}")
+        checksum = int(values["xxh3"], 16)
+        if check and checksum_of(rows, np.flatnonzero(stored)) != checksum:
+            raise ValueError(f"its xxh3 is another than {key}.json says")
         return FeatureFile(
-            rows=rows, dtype=str(values["dtype"]), stored=stored,
+            rows=rows, dtype=str(values["dtype"]), stored=stored, checksum=checksum,
             unreadable=frozenset(values["unreadable"]),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
@@ -186,10 +103,52 @@ def read_features(folder: Path, key: str, *, num_samples: int, check: bool = Tru
         ) from error
 
 
-def _checksum(rows: NDArray[Any], stored: NDArray[np.bool_]) -> str:
-    """XXH3 of the stored rows: what a killed process wrote beyond them does not matter."""
-    digest = xxhash.xxh3_64()
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        digest.update(rows[part][stored[part]].tobytes())
-    return digest.hexdigest()
+class KnownRows:
+    """All stored rows of a family, found by their items."""
+
+    def __init__(self, folder: Path, family: str, *, check: bool = True) -> None:
+        """Raises ValueError if a file is damaged; `check` reads all."""
+        self._files, known = list[FeatureFile](), [np.zeros((3, 0), np.int64)]
+        for number, (key, items) in enumerate(states(folder, family)):
+            self._files.append(read_features(folder, key, num_samples=len(items), check=check))
+            rows = np.flatnonzero(self._files[-1].stored)
+            known.append(np.stack([items[rows].view(np.int64), np.full_like(rows, number), rows]))
+        items, files, rows = np.concatenate(known, axis=1)
+        self._items, first = np.unique(items.view(np.uint64), return_index=True)
+        self._places = np.stack([files, rows])[:, first]
+
+    def find(self, items: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number int64 [k] of each item; -1 if its row is not stored."""
+        if not len(self._items):
+            return np.full(len(items), -1)
+        numbers = self._items.searchsorted(items).clip(max=len(self._items) - 1)
+        return np.where(self._items[numbers] == items, numbers, -1)
+
+    def take(self, numbers: NDArray[np.int64]) -> Tensor:
+        """The rows [k width] by the numbers of `find`."""
+        files, rows = self._places[:, numbers]
+        kind = self._files[0].rows
+        found = np.empty((len(numbers), kind.shape[1]), kind.dtype)
+        for file in np.unique(files).tolist():
+            mine = np.flatnonzero(files == file)
+            found[mine] = self._files[file].rows[rows[mine]]
+        return as_tensor(found, self._files[0].dtype)
+
+
+def states(folder: Path, family: str) -> Iterator[tuple[str, NDArray[np.uint64]]]:
+    """Keys and items of all files of a family."""
+    for path in sorted(folder.glob(f"*.{family}.items")):
+        key = path.name.partition(".")[0]
+        if has_features(folder, key):
+            yield key, np.fromfile(path, np.uint64)
+
+
+def as_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
+    """Rows of a file, whose type is `dtype`, as a tensor."""
+    return torch.from_numpy(rows).view(getattr(torch, dtype))
+
+
+def bits_of(features: Tensor) -> NDArray[Any]:
+    """Features as NumPy knows them, which has no bfloat16."""
+    known = features.view(torch.uint16) if features.dtype == torch.bfloat16 else features
+    return known.contiguous().numpy()

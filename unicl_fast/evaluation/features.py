@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
 from unicl_fast.conversion.initial import load_encoders
-from unicl_fast.dataset.feature_files import feature_key, has_features, read_features
+from unicl_fast.dataset.feature_files import has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
@@ -41,24 +41,24 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
-from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, set_device_arithmetic
-from unicl_fast.models.unicl import UniCL, weights_digest
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import EvaluationStopped, heartbeat_and_check_stop
+from unicl_fast.text.token_rows import hashes_of
 from unicl_fast.text.tokenizer import pad_rows
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input, in_pieces, loaded_at_once
+from unicl_fast.training.kept_rows import kept_rows
 from unicl_fast.training.settle import settle, settle_decoding
-from unicl_fast.training.stored_features import stored_text_features
+from unicl_fast.training.stored_features import feature_key, stored_text_features
 
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 4096  # projected at once: 20 MB of 1,280 numbers
-_KEY_VERSION = 1  # of stored features, part of their key
 _ALONE = Ranks()
 _G = TypeVar("_G")
 _T = TypeVar("_T")
@@ -266,11 +266,9 @@ def text_folder_of(model: UniCL) -> Path | None:
 
 def keys_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> tuple[str, str]:
     """The names of all stored features of a model, and of those of a data set."""
-    config, prefix = model.config, "image_" if layer == "projection" else "image_encoder."
     of = functools.partial(
-        feature_key, config.data, encoder=config.model.image_encoder, layer=layer,
-        weights=weights_digest(model, prefix), precision=config.efficiency.precision,
-        device_type=model.device.type, view=config.data.evaluation_resize, version=_KEY_VERSION,
+        feature_key, model, view=model.config.data.evaluation_resize, layer=layer,
+        weights="image_" if layer == "projection" else "image_encoder.",
     )  # fmt: skip
     return of(None), of(dataset)
 
@@ -347,7 +345,7 @@ def encode_token_rows(
     if folder is not None:
         tokens = pad_rows(rows, max(map(len, rows)), np.dtype(np.uint32))
         stored = stored_text_features(model, tokens, folder, ranks=_ALONE, progress=progress)
-        found = stored.take(stored.find(tokens)).to(device)
+        found = stored.take(stored.find(hashes_of(tokens))).to(device)
         if layer == "encoder":
             return found
         with precision.autocast(device.type):

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.kept_rows import kept_rows
+from unicl_fast.training.kept_rows import kept_rows
 
 _MOST_WORDS = 20_000
-_VERSION = 1  # of what is kept
+_VERSION = 2  # of what is kept
 _PENALTY = 5.0  # as a multiple of the width of standardised features
 
 

@@ -40,7 +40,6 @@ from unicl_fast.evaluation.features import (
     require_text_encoder,
 )
 from unicl_fast.evaluation.inference import ImageLike, Model
-from unicl_fast.evaluation.kept_rows import kept_rows
 from unicl_fast.evaluation.nearest import Rows, best
 from unicl_fast.evaluation.predicted import PredictedWords
 from unicl_fast.evaluation.signals import Scores, fuse, kept_measure, measure, standardise
@@ -50,11 +49,12 @@ from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.system.installation import install_command
 from unicl_fast.training.data import tokenizer_of
+from unicl_fast.training.kept_rows import kept_rows
 
 logger = logging.getLogger("unicl_fast")
 
 _TEXTS_AT_ONCE = 4096
-_VERSION = 1  # of the stored features
+_VERSION = 2  # of the stored features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -214,15 +214,22 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Locks a file, which is made if needed; yields False if another process holds the lock.
 
     `wait` polls until it is free, and counts as progress: the holder can work for hours, and its
-    own watchdog ends it if it hangs.
+    own watchdog ends it if it hangs. The holder may remove the file. On a file system without locks
+    nobody waits.
     """
-    descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
-    try:
-        is_ours = lock(descriptor)
-        while wait and not is_ours:
-            mark_progress()
-            time.sleep(_POLLED_SECONDS)
-            is_ours = lock(descriptor)
-        yield is_ours
-    finally:
-        os.close(descriptor)
+    while True:
+        descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
+        try:
+            try:
+                while not (is_ours := lock(descriptor)) and wait:
+                    mark_progress()
+                    time.sleep(_POLLED_SECONDS)
+            except OSError:
+                if not wait:
+                    raise
+                is_ours = True
+            if is_at(descriptor, path) or not wait:
+                yield is_ours
+                return
+        finally:
+            os.close(descriptor)

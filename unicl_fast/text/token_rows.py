@@ -187,6 +187,35 @@ def find_rows(
     return found
 
 
+def distinct_texts(*parts: TokenArray) -> TokenArray:
+    """The distinct rows of texts [k l], padded with 0, by length and then by their tokens.
+
+    Parts can be of different l; the result has the largest.
+    """
+    longest = max(one.shape[1] for one in parts)
+    rows = np.concatenate([
+        np.pad(np.asarray(one, np.uint32), ((0, 0), (0, longest - one.shape[1]))) for one in parts
+    ])  # fmt: skip
+    *_, distinct, lengths = unique_rows(rows, hashes_of(rows), make_table(len(rows)))
+    order = np.lexsort((*distinct.T[::-1], lengths))
+    return np.asarray(distinct[order])
+
+
+def hashes_of(tokens: TokenArray) -> UInt64Array:
+    """64-bit hashes of texts [k l], padded with 0, whatever l and their type are.
+
+    Of ten million texts, two have the same hash once in 400,000 such sets.
+    """
+    rows = np.ascontiguousarray(tokens, np.uint32)
+    return np.asarray(hash_rows(rows, position_factors(rows.shape[1])))
+
+
+def lengths_of(tokens: TokenArray) -> Int64Array:
+    """The number of tokens int64 [k] of texts [k l], padded with 0."""
+    ends = np.where(tokens, np.arange(1, tokens.shape[1] + 1), 0)
+    return np.asarray(ends.max(axis=1, initial=0), np.int64)
+
+
 @kernel
 def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
     """int64 [num_members]: the smallest member that the pairs [c, 2] connect each one with."""

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch
+from unicl_fast.dataset.feature_files import KnownRows
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.text_files import TextFeatures, distinct_texts
 from unicl_fast.distributed.ranks import sum_over_ranks
 from unicl_fast.models.unicl import Tower
 from unicl_fast.pipelines.feature_loader import FeatureLoader
 from unicl_fast.pipelines.texts import gather_every_text
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.token_rows import distinct_texts
 from unicl_fast.training.stages import PlannedLoader, in_stages
 from unicl_fast.training.stored_features import stored_image_features, stored_text_features
 from unicl_fast.training.trainer import Trainer
@@ -53,10 +54,10 @@ def feed_features(
     images = stored_image_features(
         trainer.model, datasets, num_draws=num_draws, on_first_batch=on_first_batch,
         build_loader=lambda: build_loader(last, prompts=prompts, weights=weights),
-        ranks=trainer.ranks, device=trainer.device, progress=progress,
+        ranks=trainer.ranks, progress=progress,
     )  # fmt: skip
 
-    def feed(texts: TextFeatures | None) -> list[FeatureLoader]:
+    def feed(texts: KnownRows | None) -> list[FeatureLoader]:
         device, pairs = trainer.device, zip(loaders, spans, strict=True)
         return [
             FeatureLoader(one.steps, images, texts, end_step=span.end_step, device=device)
@@ -78,7 +79,7 @@ def _stored_texts(
     loaders: Sequence[FeatureLoader],
     *,
     progress: bool,
-) -> TextFeatures:
+) -> KnownRows:
     """Features of all texts, or of those that a short run draws."""
     config, ranks = trainer.config, trainer.ranks
     mark("looking for the texts of the run", patience=START_PATIENCE)

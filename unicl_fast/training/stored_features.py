@@ -25,29 +25,17 @@ from torch import Tensor
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.dataset.feature_files import (
     FeatureFile,
-    RowsWriter,
-    feature_key,
+    KnownRows,
+    as_tensor,
+    bits_of,
     has_features,
-    make_rows,
     read_features,
-    seal_rows,
-    sole_storer,
 )
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.text_files import (
-    TextFeatures,
-    distinct_texts,
-    lengths_of,
-    read_text_features,
-    write_text_features,
-)
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
-    gather_integers,
-    gather_objects,
-    rank_0_alone,
     tensors_from_rank_0,
     tensors_to_rank_0,
 )
@@ -56,14 +44,13 @@ from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
-from unicl_fast.text.token_rows import TokenArray
+from unicl_fast.text.token_rows import TokenArray, distinct_texts, hashes_of, lengths_of
 from unicl_fast.training.encoding import encoder_autocast, encoder_input, in_pieces
+from unicl_fast.training.kept_rows import RECORDED_AT_ONCE, Store, found_rows, kept_rows, storing
 
 logger = logging.getLogger("unicl_fast")
 
-_VERSION = 2  # part of the keys; a change abandons all stored features
-_SEALED_AT_ONCE = 16_384
-"""Images, or texts, between two resume points: about 80 s of a small encoder on two cores."""
+_VERSION = 3  # part of the keys; a change abandons all stored features
 _TEXTS_AT_ONCE = 128  # 256 is no faster on two cores
 
 
@@ -81,7 +68,6 @@ def stored_image_features(
     num_draws: int | None,
     on_first_batch: Callable[[Batch], None],
     ranks: Ranks,
-    device: torch.device,
     progress: bool = False,
 ) -> list[FeatureFile]:
     """The features of images, encoded now if they are not stored; all ranks call it.
@@ -97,21 +83,15 @@ def stored_image_features(
     """
     folder = Path(model.config.efficiency.stored_features)
     mark("looking for stored features", patience=START_PATIENCE)
-    weights = weights_digest(model, "image_encoder.")
     # data sets with the same images share a file
-    keys = from_rank_0([_key_of(model, one, weights, device) for one in datasets], ranks)
+    keys = from_rank_0([_key_of(model, one) for one in datasets], ranks)
     sizes = dict(zip(keys, map(len, datasets), strict=True))
     encoded = 0
-    if from_rank_0(not all(_stored(folder, *one)[0].all() for one in sizes.items()), ranks):
-        with contextlib.ExitStack() as stack:
-            mark("waiting for runs that store the same features", waits_for_ranks=True)
-            if ranks.is_main:
-                for key in sorted(sizes):
-                    stack.enter_context(sole_storer(folder, key))
-            found = {key: _stored(folder, key, sizes[key]) for key in sizes}
-            loader = stack.enter_context(contextlib.closing(build_loader()))
-            store = _Store(model, folder, keys, found, ranks)
-            encoded = store.fill(loader, num_draws, on_first_batch, progress=progress)
+    if from_rank_0(not all(found_rows(folder, *one).stored.all() for one in sizes.items()), ranks):
+        mark("waiting for runs that store the same features", waits_for_ranks=True)
+        with storing(folder, sizes, ranks) as store, contextlib.closing(build_loader()) as loader:
+            images = _Images(model, keys, store, ranks)
+            encoded = images.encode(loader, num_draws, on_first_batch, progress=progress)
     mark("reading stored features", patience=START_PATIENCE)
     with refused_together(ranks):
         files = [  # checksums are compared once, by rank 0
@@ -126,56 +106,72 @@ def stored_image_features(
 def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | None:
     """A data set's features [n w] that a run has stored, NaN for missing rows; None for none."""
     folder = Path(model.config.efficiency.stored_features)
-    key = _key_of(model, dataset, weights_digest(model, "image_encoder."), model.device)
+    key = _key_of(model, dataset)
     if not model.config.efficiency.stored_features or not has_features(folder, key):
         return None
     file = read_features(folder, key, num_samples=len(dataset), check=False)
-    rows = torch.from_numpy(np.array(file.rows)).view(getattr(torch, file.dtype)).float().numpy()
+    rows = as_tensor(np.array(file.rows), file.dtype).float().numpy()
     rows[~file.stored] = np.nan
     rows[sorted(file.unreadable)] = np.nan
     return rows
 
 
-def _stored(folder: Path, key: str, size: int) -> tuple[NDArray[np.bool_], frozenset[int]]:
-    """The samples that are stored under a key, and the unreadable ones among them."""
-    if not has_features(folder, key):
-        return np.zeros(size, np.bool_), frozenset()
-    found = read_features(folder, key, num_samples=size, check=False)
-    return found.stored, found.unreadable
+def feature_key(
+    model: UniCL,
+    dataset: PackedDataset | None,
+    *,
+    view: Any,
+    weights: str = "image_encoder.",
+    **more: Any,
+) -> str:
+    """The key of a data set's features: equal if and only if the features are.
 
-
-def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
+    Without a data set: of all features made in the same way. `view` is the part of an image shown,
+    beyond the config's sizes; names of weights that affect features begin with `weights`. `view`
+    and `more` are JSON values.
+    """
     config, data = model.config, model.config.data
-    view = data.crop_ratio[0] if data.part_shown == 1 else [data.crop_ratio[0], data.part_shown]
-    return feature_key(
-        data, dataset, encoder=config.model.image_encoder, precision=config.efficiency.precision,
-        weights=weights, device_type=device.type, view=view, version=_VERSION,
-        max_pixels=data.max_pixels,
+    images = b"" if dataset is None else dataset.samples["xxh3"].tobytes()
+    return _hash_of(
+        model, weights, encoder=config.model.image_encoder,
+        images=[xxhash.xxh3_64_hexdigest(images), len(images) // 8],
+        view=[data.image_size, view, data.interpolation, data.resample],
+        normalisation=[*data.mean, *data.std], decode_device=data.decode_device, **more,
     )  # fmt: skip
 
 
-class _Store:
-    """Encodes batches, each rank its own, into files that all ranks write to."""
+def _key_of(model: UniCL, dataset: PackedDataset) -> str:
+    data = model.config.data
+    view = data.crop_ratio[0] if data.part_shown == 1 else [data.crop_ratio[0], data.part_shown]
+    return feature_key(model, dataset, view=view, max_pixels=data.max_pixels)
 
-    def __init__(
-        self,
-        model: UniCL,
-        folder: Path,
-        keys: Sequence[str],
-        found: dict[str, tuple[NDArray[np.bool_], frozenset[int]]],
-        ranks: Ranks,
-    ) -> None:
-        """`keys` are each data set's; `found` says on rank 0 what is stored under each."""
-        self._model, self._folder, self._keys, self._ranks = model, folder, list(keys), ranks
-        stored = {key: torch.from_numpy(one) for key, (one, _) in found.items()}
-        unreadable = {key: sorted(one) for key, (_, one) in found.items()}
-        # other ranks might see other files
-        self._stored = {key: one.numpy() for key, one in tensors_from_rank_0(stored, ranks).items()}
-        self._unreadable = {key: set(one) for key, one in from_rank_0(unreadable, ranks).items()}
-        self._fresh: dict[str, list[int]] = {key: [] for key in found}  # stored by this rank
-        self._dtype = ""
 
-    def fill(
+def _key_of_texts(model: UniCL) -> str:
+    """A hash of all that features of texts depend on, besides their tokens."""
+    given = dataclasses.asdict(model.config.model)
+    facts = {name: given[name] for name in given if name.startswith("text_")}
+    del facts["text_projection"]
+    return _hash_of(model, "text_encoder.", length=model.config.model.context_length, **facts)
+
+
+def _hash_of(model: UniCL, weights: str, **facts: Any) -> str:
+    facts |= {
+        "weights": weights_digest(model, weights),
+        "precision": model.config.efficiency.precision,
+        "device": model.device.type,
+        "version": _VERSION,
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+class _Images:
+    """Encodes batches, each rank its own."""
+
+    def __init__(self, model: UniCL, keys: Sequence[str], store: Store, ranks: Ranks) -> None:
+        """`keys` are each data set's."""
+        self._model, self._keys, self._store, self._ranks = model, list(keys), store, ranks
+
+    def encode(
         self,
         loader: EpochLoader,
         num_draws: int | None,
@@ -184,7 +180,8 @@ class _Store:
         progress: bool,
     ) -> int:
         """Stores what a loader's first `num_draws` samples lack; returns how many were encoded."""
-        size, plan, before = loader.plan.global_batch_size, loader.plan, self._count()
+        size, plan, stored = loader.plan.global_batch_size, loader.plan, self._store.stored
+        before = sum(map(np.count_nonzero, stored.values()))
         steps = -(-(num_draws or sum(plan.sizes)) // size)
         while num_draws is None and min(plan.epochs(steps)) < 1:
             steps += 1
@@ -192,15 +189,20 @@ class _Store:
         sources, samples = plan.schedule(0, steps, rank=0, world_size=1)
         for number, key in enumerate(self._keys):
             mine = np.flatnonzero(sources == number)
-            missing[mine] = ~self._stored[key][samples[mine]]
+            missing[mine] = ~stored[key][samples[mine]]
             count += len(np.unique(samples[mine][missing[mine]]))
         if not count:
             return 0
         first = int(missing.argmax()) // size
-        logger.info("encoding %s once, for %s", count_of(count, "image"), self._folder)
+        logger.info(
+            "encoding %s once, for %s", count_of(count, "image"),
+            self._model.config.efficiency.stored_features,
+        )  # fmt: skip
+        side = self._model.config.data.image_size
+        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self._model.device)
         with (
             _in_evaluation_mode(self._model),
-            self._open() as writers,
+            self._store.writing(**_kind_of(self._encode(blank))),
             Bar(desc="encode images", total=(steps - first) * size, shown=progress) as bar,
         ):
             batches = itertools.islice(loader.batches(first), steps - first)
@@ -210,34 +212,13 @@ class _Store:
                 batch = next(batches)
                 if number == first + 1:
                     on_first_batch(batch)
-                self._write(batch, writers)
+                self._write(batch)
                 bar.update(size)
-                if number == steps or not number % max(1, _SEALED_AT_ONCE // size):
-                    self._seal(writers)
-        return self._count() - before
+                if number == steps or not number % max(1, RECORDED_AT_ONCE // size):
+                    self._store.record()
+        return sum(map(np.count_nonzero, stored.values())) - before
 
-    def _count(self) -> int:
-        return sum(int(np.count_nonzero(one)) for one in self._stored.values())
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[dict[str, RowsWriter]]:
-        """The files, made if needed, for the shape and type of this encoder's features."""
-        side = self._model.config.data.image_size
-        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self._model.device)
-        features = self._encode(blank)
-        self._dtype = str(features.dtype).removeprefix("torch.")
-        bits = _bits_of(features)
-        with rank_0_alone(self._ranks):
-            for key, stored in self._stored.items() if self._ranks.is_main else ():
-                shape = {"num_samples": len(stored), "width": bits.shape[1]}
-                make_rows(self._folder, key, **shape, kind=bits.dtype.str)
-        with contextlib.ExitStack() as stack:
-            writers = {key: RowsWriter(self._folder, key) for key in self._stored}
-            for one in writers.values():
-                stack.callback(one.close)
-            yield writers
-
-    def _write(self, batch: Batch, writers: dict[str, RowsWriter]) -> None:
+    def _write(self, batch: Batch) -> None:
         """Writes the rows of a batch that are not stored, and collects the unreadable samples."""
         assert batch.source_ids is not None
         assert batch.sample_ids is not None
@@ -246,36 +227,14 @@ class _Store:
         scheduled, lacks = batch.scheduled_ids.numpy(), np.zeros(batch.batch_size, np.bool_)
         for number, key in enumerate(self._keys):
             mine = np.flatnonzero(sources == number)
-            lacks[mine] = ~self._stored[key][shown[mine]]
-            bad = scheduled[mine][shown[mine] != scheduled[mine]].tolist()
-            self._unreadable[key].update(bad)
-            self._keep(key, bad)
+            lacks[mine] = ~self._store.stored[key][shown[mine]]
+            self._store.leave_out(key, scheduled[mine][shown[mine] != scheduled[mine]])
         if not lacks.any():
             return
-        bits = _bits_of(self._encode(batch.images))
+        bits = bits_of(self._encode(batch.images))
         for number, key in enumerate(self._keys):
             mine = np.flatnonzero((sources == number) & lacks)
-            writers[key].write(shown[mine], bits[mine])
-            self._keep(key, shown[mine].tolist())
-
-    def _keep(self, key: str, samples: list[int]) -> None:
-        self._stored[key][samples] = True
-        self._fresh[key] += samples
-
-    def _seal(self, writers: dict[str, RowsWriter]) -> None:
-        """Says on rank 0 what all ranks have stored; no rank writes these rows again."""
-        for one in writers.values():
-            one.flush()
-        mine = {key: [self._fresh[key], sorted(self._unreadable[key])] for key in self._stored}
-        for found in gather_objects(mine, self._ranks):
-            for key, (fresh, unreadable) in found.items():
-                self._stored[key][fresh] = True
-                self._unreadable[key] |= set(unreadable)
-        self._fresh = {key: [] for key in self._stored}
-        with rank_0_alone(self._ranks):
-            for key, stored in self._stored.items() if self._ranks.is_main else ():
-                bad = self._unreadable[key]
-                seal_rows(self._folder, key, dtype=self._dtype, stored=stored, unreadable=bad)
+            self._store.write(key, shown[mine], bits[mine])
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
@@ -289,15 +248,13 @@ class _Store:
             ).cpu()
 
 
-def _bits_of(features: Tensor) -> NDArray[Any]:
-    """Features as NumPy knows them, which has no bfloat16."""
-    known = features.view(torch.uint16) if features.dtype == torch.bfloat16 else features
-    return known.contiguous().numpy()
+def _kind_of(features: Tensor) -> dict[str, Any]:
+    return {"width": features.shape[1], "dtype": str(features.dtype).removeprefix("torch.")}
 
 
 def stored_text_features(
     model: UniCL, tokens: TokenArray, folder: Path, *, ranks: Ranks, progress: bool = False
-) -> TextFeatures:
+) -> KnownRows:
     """The features of texts [m l], padded with 0, encoded now if they are not stored.
 
     All ranks call it with the same folder, each with any texts; all get the features of all.
@@ -308,10 +265,10 @@ def stored_text_features(
         SharedRefusal: stored features are damaged.
         OSError: the folder cannot be written.
     """
-    key = from_rank_0(_key_of_texts(model), ranks)
+    family = from_rank_0(_key_of_texts(model), ranks)
     with refused_together(ranks):
-        stored = read_text_features(folder, key, check=ranks.is_main)
-    lacking = np.ascontiguousarray(tokens[stored.find(tokens) < 0], np.uint32)
+        stored = KnownRows(folder, family, check=ranks.is_main)
+    lacking = np.ascontiguousarray(tokens[stored.find(hashes_of(tokens)) < 0], np.uint32)
     parts = tensors_to_rank_0({str(ranks.rank): torch.from_numpy(lacking.view(np.int32))}, ranks)
     united = {}
     if ranks.is_main:
@@ -321,36 +278,33 @@ def stored_text_features(
     if not len(wanted):
         return stored
     logger.info("encoding %s once, for %s", count_of(len(wanted), "text"), folder)
-    lengths = lengths_of(wanted)
-    new = np.flatnonzero(np.diff(lengths, prepend=-1))  # where longer texts begin
-    ends = [*new[1:].tolist(), len(wanted)]
-    batches = [
-        slice(at, min(at + _TEXTS_AT_ONCE, end))
-        for start, end in zip(new.tolist(), ends, strict=True)
-        for at in range(start, end, _TEXTS_AT_ONCE)
-    ]
+    lengths, items = lengths_of(wanted), hashes_of(wanted)
+
+    def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        batches = [
+            group[start : start + _TEXTS_AT_ONCE]
+            for group in (list(one) for _, one in itertools.groupby(new, lengths.__getitem__))
+            for start in range(0, len(group), _TEXTS_AT_ONCE)
+        ]
+        for number, batch in enumerate(batches):
+            if number % ranks.world_size == ranks.rank:
+                mark(f"storing features of text {batch[0]} of {len(wanted)}",
+                     patience=START_PATIENCE)  # fmt: skip
+                rows = wanted[batch, : max(1, int(lengths[batch[0]]))]
+                yield np.array(batch), bits_of(_encode_texts(model, rows, ranks))
+            bar.update(len(batch))
+
     with (
         _in_evaluation_mode(model),
         Bar(desc="encode texts", total=len(wanted), shown=progress) as bar,
     ):
-        pending, begun = dict[str, Tensor](), 0
-        for number, batch in enumerate(batches):
-            if number % ranks.world_size == ranks.rank:
-                mark(f"storing features of text {batch.start} of {len(wanted)}",
-                     patience=START_PATIENCE)  # fmt: skip
-                rows = wanted[batch, : max(1, int(lengths[batch.start]))]
-                pending[str(number)] = _encode_texts(model, rows, ranks)
-            bar.update(batch.stop - batch.start)
-            if batch.stop - begun >= _SEALED_AT_ONCE or batch.stop == len(wanted):
-                found = tensors_to_rank_0(pending, ranks)
-                with rank_0_alone(ranks):
-                    if ranks.is_main:
-                        features = torch.cat([found[one] for one in sorted(found, key=int)])
-                        write_text_features(folder, key, wanted[begun : batch.stop], features)
-                pending, begun = {}, batch.stop
-    gather_integers(0, ranks)  # once all is written
+        kept_rows(
+            folder, xxhash.xxh3_128_hexdigest(family.encode() + items.tobytes()), family=family,
+            items=items, **_kind_of(_encode_texts(model, wanted[:1], ranks)), encode=encode,
+            ranks=ranks, at_once=RECORDED_AT_ONCE, known=stored,
+        )  # fmt: skip
     with refused_together(ranks):
-        return read_text_features(folder, key, check=False)
+        return KnownRows(folder, family, check=False)
 
 
 @contextlib.contextmanager
@@ -370,18 +324,3 @@ def _encode_texts(model: UniCL, rows: TokenArray, ranks: Ranks) -> Tensor:
     tokens = torch.from_numpy(rows.astype(np.int64)).to(model.device)
     with encoder_autocast(model.config.efficiency, ranks, model.device.type):
         return model.text_encoder(tokens).cpu()  # type: ignore[no-any-return]
-
-
-def _key_of_texts(model: UniCL) -> str:
-    """A hash of all that features of texts depend on, besides their tokens."""
-    given = dataclasses.asdict(model.config.model)
-    facts = {name: given[name] for name in given if name.startswith("text_")}
-    facts |= {
-        "length": model.config.model.context_length,
-        "precision": model.config.efficiency.precision,
-        "weights": weights_digest(model, "text_encoder."),
-        "device": model.device.type,
-        "version": _VERSION,
-    }
-    del facts["text_projection"]
-    return xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
