@@ -88,8 +88,8 @@ class BuildOptions(ListOptions):
     """Images whose headers declare more pixels are left out undecoded. Also limits a worker's
     memory to the need of such an image: 5 GB by default."""
     image_seconds: Annotated[float, Meta(ge=0, le=86_400)] = DEFAULT_IMAGE_SECONDS
-    """Images that need longer to read and check are left out after two tries, like images that
-    crash a decoder. 0 sets no limit."""
+    """Images that need longer to read and check, also when tried again, are left out, like images
+    that crash a decoder. 0 sets no limit."""
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Processes that read and check images; 0 starts one for each core, here or of the cluster."""
     engine: Engine = "local"

@@ -1,9 +1,9 @@
 """Checks and tokenises samples in worker processes; one bad image costs nothing but itself.
 
 A decoder written in C can crash, hang or use all memory. So images are checked in separate
-processes, under a timer and a memory limit that the kernel enforces. A process counts its finished
-images in shared memory, so it is known which image killed it; that image is tried once more in a
-fresh process, and left out if it kills that one too.
+processes, under a timer and a memory limit that the kernel enforces. If a process dies, the images
+that it has not answered for are checked one by one, each twice at most: one that kills the process
+both times is left out.
 """
 
 # concurrent.futures.ProcessPoolExecutor was tried instead. The rates are equal within the spread (2
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import mmap
 import os
 import queue
 import signal
@@ -230,27 +229,20 @@ class ImageWorker:
     def __init__(self, options: ImageOptions, *, context_length: int) -> None:
         self._options = options
         self._context_length = context_length
-        self._counter = open(os.memfd_create("unicl-pack"), "r+b")  # noqa: SIM115
-        self._counter.truncate(8)
-        self._num_finished = _shared_count(self._counter.fileno())
         self._process: Child | None = None
         self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
         """Returns one result for each task, even if the process dies."""
-        results: list[Checked | Problem] = []
-        while len(results) < len(tasks):
-            left = tasks[len(results) :]
-            answers, death = self._ask(left)
-            results += answers
-            if death is not None:
-                bad = self._num_finished[0]  # the task that was under way
-                # Something else can have killed it: a neighbour's leak, a signal from outside, or a
-                # clock that ran while the whole job was stopped (Ctrl-Z).
-                second, death = self._ask(left[bad : bad + 1])
-                # Answers to the tasks before it died with the process; they are sound.
-                results += self.check(left[len(answers) : bad])
-                results += second if death is None else [death]
+        results, death = self._ask(tasks)
+        for task in tasks[len(results) :]:
+            # Twice, since something else can have killed it: a neighbour's leak, a signal from
+            # outside, or a clock that ran while the whole job was stopped (Ctrl-Z).
+            for _ in range(2):
+                answers, death = self._ask([task])
+                if death is None:
+                    break
+            results += answers if death is None else [death]
         return results
 
     def kill(self) -> None:
@@ -263,12 +255,10 @@ class ImageWorker:
         """Reaps the process, after `kill` and once no thread uses it."""
         if self._process is not None:
             self._process.reap()
-        self._counter.close()
 
     def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
         """Returns the results received, and a problem if the process died."""
         results: list[Checked | Problem] = []
-        self._num_finished[0] = 0
         process = self._running()
         try:
             process.connection.send(tasks)
@@ -291,30 +281,20 @@ class ImageWorker:
 
     def _running(self) -> Child:
         if self._process is None:
-            counter = self._counter.fileno()
-            self._process = Child(
-                _serve, self._options, self._context_length, counter, descriptors=[counter]
-            )
+            self._process = Child(_serve, self._options, self._context_length)
             if self._closed:  # while it was started
                 self._process.kill()
         return self._process
 
 
-def _shared_count(descriptor: int) -> memoryview:
-    """One int64 in a file's memory, which several processes share."""
-    return memoryview(mmap.mmap(descriptor, 8)).cast("q")
-
-
 # From here on: what runs inside the process.
 
 
-def _serve(
-    connection: Connection, options: ImageOptions, context_length: int, counter: int
-) -> None:
+def _serve(connection: Connection, options: ImageOptions, context_length: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, memory_bytes=options.memory_bytes)
-    checker, num_finished = ImageChecker(options, context_length), _shared_count(counter)
+    checker = ImageChecker(options, context_length)
     gc.freeze()  # imported objects need no scanning
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
@@ -327,7 +307,6 @@ def _serve(
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
                 result = checker.check(task)
                 answers.append(result)
-                num_finished[0] += 1
                 num_bytes += len(result.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
                     signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow

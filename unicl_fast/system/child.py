@@ -39,15 +39,13 @@ class Death(NamedTuple):
 class Child:
     """The parent's end of a child."""
 
-    def __init__(
-        self, serve: Callable[..., None], *arguments: Any, descriptors: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
         """Starts `serve(connection, *arguments)` in a child, and waits until it calls `enter`.
 
-        The child inherits `descriptors`. Raises RuntimeError if it cannot start.
+        Raises RuntimeError if it cannot start.
         """
         for _ in range(_STARTS):
-            code = self._start(serve, arguments, descriptors)
+            code = self._start(serve, arguments)
             if code == 0:
                 return
             if code > 0:  # it ended by itself, and would do so again
@@ -57,9 +55,7 @@ class Child:
             "whether memory is free"
         )
 
-    def _start(
-        self, serve: Callable[..., None], arguments: Sequence[Any], descriptors: Sequence[int]
-    ) -> int:
+    def _start(self, serve: Callable[..., None], arguments: Sequence[Any]) -> int:
         """Returns 0 when the child has called `enter`, else its exit code."""
         self.connection, theirs = multiprocessing.Pipe()
         program = _PROGRAM.format(path=sys.path, module=__name__, descriptor=theirs.fileno())
@@ -67,7 +63,7 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *descriptors],
+                pass_fds=[theirs.fileno()],
             )
         try:
             self.connection.send((serve, arguments))
