@@ -13,10 +13,12 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from unicl_fast.dataset.arrays import PIXELS_NAME
@@ -127,33 +129,22 @@ def _check_samples(
     progress: bool,
 ) -> int:
     """Checks all samples; returns how many images were decoded, 0 without `options`."""
-    tokenizer = _tokenizer_of(dataset, faults=faults)
-    checks = _SampleChecks(dataset, faults=faults, has_tokenizer=tokenizer is not None)
-    sound = Bar(checks.walk(), total=len(dataset), desc="verifying", unit=" images", shown=progress)
+    checks = _SampleChecks(dataset, faults=faults, tokenizer=_tokenizer_of(dataset, faults=faults))
+    walk = Bar(checks.walk(), total=len(dataset), desc="verifying", unit=" images", shown=progress)
+    sound = checks.compare_tokens(walk)
     if options is None:
-        _tokenise_again(sound, tokenizer, checks)
+        deque(sound, maxlen=0)
         return 0
-    waiting: deque[_Sound] = deque()
-
-    def tasks() -> Iterator[Task]:
-        for sample in sound:
-            waiting.append(sample)
-            entry = image_entry(dataset, sample.index)
-            yield Task(sample_key(sample.index), entry, sample.captions)
-
+    ahead, behind = itertools.tee(sound)
+    tasks = (Task(sample_key(one.index), image_entry(dataset, one.index)) for one in ahead)
     num_decoded = 0
-    results = check_in_order(
-        tasks(), options=options, context_length=dataset.manifest.context_length, workers=workers
-    )
+    results = check_in_order(tasks, options=options, context_length=0, workers=workers)
     with contextlib.closing(results):
-        for result in results:
-            sample = waiting.popleft()
+        for result, sample in zip(results, behind, strict=False):  # results come first
             if isinstance(result, Problem):
-                kind = "tokens" if result.kind == "bad caption" else "image"
-                checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
+                checks.fault(sample.index, "image", f"{result.kind}: {result.message}")
             else:
                 checks.compare_image(sample.index, result, extension=sample.extension)
-                checks.compare_tokens(sample.index, result.tokens)
                 num_decoded += 1
     return num_decoded
 
@@ -192,26 +183,15 @@ class _Sound:
     """The extension of the image's member; empty if the image is not in the shard."""
 
 
-def _tokenise_again(
-    samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
-) -> None:
-    """Compares captions with tokens without workers, in groups for the tokenizer's threads."""
-    left = iter(samples)
-    while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
-        if tokenizer is not None:
-            texts = [text for sample in group for text in sample.captions]
-            rows = iter(encode_all(tokenizer, texts))
-            for sample in group:
-                checks.compare_tokens(sample.index, [next(rows).tobytes() for _ in sample.captions])
-
-
 class _SampleChecks:
     """Compares samples with the arrays and the index; notes differences."""
 
-    def __init__(self, dataset: PackedDataset, *, faults: FaultLog, has_tokenizer: bool) -> None:
+    def __init__(
+        self, dataset: PackedDataset, *, faults: FaultLog, tokenizer: Tokenizer | None
+    ) -> None:
         self._dataset = dataset
         self._faults = faults
-        self._has_tokenizer = has_tokenizer
+        self._tokenizer = tokenizer
 
     def fault(self, index: int, kind: str, message: str) -> None:
         """Notes a sample's fault."""
@@ -234,11 +214,8 @@ class _SampleChecks:
                     if sample is None:
                         continue
                     lines.append(sample.index_line(index))
-                    yield _Sound(
-                        index,
-                        sample.description.captions if self._has_tokenizer else (),
-                        "" if sample.image is None else sample.image.extension,
-                    )
+                    extension = "" if sample.image is None else sample.image.extension
+                    yield _Sound(index, sample.description.captions, extension)
                 if len(lines) == shard.num_samples:
                     expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
                     file = path.with_suffix(".idx")
@@ -277,19 +254,32 @@ class _SampleChecks:
             self.fault(index, kind, message)
         return None if faults else sample
 
-    def compare_tokens(self, index: int, tokens: Sequence[bytes]) -> None:
-        """Compares tokens made anew with the stored ones."""
-        for which, ids in enumerate(tokens):
-            try:
-                stored = self._dataset.caption_tokens(index, which).tobytes()
-            except (IndexError, OverflowError):  # a damaged array
-                stored = b""
-            if ids != stored:
-                message = (
-                    f"caption {which} gives other tokens than tokens.npy has: one of them was "
-                    "changed, or they were made with another version of ftfy or regex"
-                )
-                self.fault(index, "tokens", message)
+    def compare_tokens(self, samples: Iterable[_Sound]) -> Iterator[_Sound]:
+        """Compares tokens made anew with the stored ones, and yields the samples.
+
+        In groups, for the tokenizer's threads.
+        """
+        left = iter(samples)
+        while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
+            if self._tokenizer is not None:
+                texts = [text for sample in group for text in sample.captions]
+                rows = iter(encode_all(self._tokenizer, texts))
+                for sample in group:
+                    for which, _ in enumerate(sample.captions):
+                        self._compare_caption(sample.index, which, next(rows))
+            yield from group
+
+    def _compare_caption(self, index: int, which: int, tokens: npt.NDArray[np.uint16]) -> None:
+        try:
+            stored = self._dataset.caption_tokens(index, which)
+        except (IndexError, OverflowError):  # a damaged array
+            stored = np.empty(0, np.uint16)
+        if not np.array_equal(tokens, stored):
+            message = (
+                f"caption {which} gives other tokens than tokens.npy has: one of them was "
+                "changed, or they were made with another version of ftfy or regex"
+            )
+            self.fault(index, "tokens", message)
 
     def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
         """Compares a strictly decoded image with its row and its member's name."""
