@@ -181,7 +181,7 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
     quick = 1 + 3  # a line without a path, and images that are not there
     assert tried - done - quick <= len(checked) <= tried - done
     rows = unbroken["quarantine.csv"].decode().splitlines()[1:]
-    assert summary.num_quarantined == len(rows)
+    assert summary.manifest.num_quarantined == len(rows)
     assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_vanishes_by_itself_is_listed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build_module, "shuffled_order", shuffled_order)
     summary = build([photos], tmp_path / "set")
-    assert (summary.num_samples, summary.num_quarantined) == (8, 1)
+    assert (summary.manifest.num_samples, summary.manifest.num_quarantined) == (8, 1)
     assert "1 unreadable" in summary.quarantined
 
 
@@ -261,9 +261,9 @@ def test_a_build_killed_again_and_again_resumes_each_time(sources, checked, tmp_
             killed(lambda: build(sources, tmp_path / "set", **options))
     summary = build(sources, tmp_path / "set", **options)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert 20 < summary.num_taken_over < summary.num_samples
+    assert 20 < summary.num_taken_over < summary.manifest.num_samples
     assert len(checked) < expected - 20
-    assert summary.image_size == (16, 16)
+    assert summary.manifest.pixels.height == 16
 
 
 def test_a_build_from_urls_resumes_with_the_copies_that_it_made(sources, tmp_path):
@@ -307,7 +307,8 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(sources, tmp_pat
 
     kill(60)
     system.rm(changed)  # or it would be packed from its old copy
-    assert build_dataset([url], tmp_path / "set", restart=True, **options).num_samples == 79
+    summary = build_dataset([url], tmp_path / "set", restart=True, **options)
+    assert summary.manifest.num_samples == 79
     empty()
 
 

@@ -113,8 +113,8 @@ def test_the_program_scales_counts_and_writes_what_it_did(folder, tmp_path, pack
     assert "15 re-encoded as WebP q40, 0 copied unchanged" in text
     summary: dict[str, Any] = json.loads(told.read_text())
     assert summary.keys() == set(BuildSummary.__dataclass_fields__)
-    assert (summary["num_samples"], summary["num_reencoded"]) == (15, 15)
-    assert summary["num_quarantined"] == 1
+    assert (summary["manifest"]["num_samples"], summary["num_reencoded"]) == (15, 15)
+    assert summary["manifest"]["num_quarantined"] == 1
     with PackedDataset(tmp_path / "out") as dataset:
         assert set(dataset.samples["height"].tolist()) == {12}
 

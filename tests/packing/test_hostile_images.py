@@ -42,7 +42,8 @@ if __name__ == "__main__":
         [source], out, max_pixels=int(max_pixels), format=format, workers=1, progress=False
     )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(json.dumps({"peak": peak, "packed": summary.num_samples, "seconds": summary.seconds}))
+    packed = summary.manifest.num_samples
+    print(json.dumps({"peak": peak, "packed": packed, "seconds": summary.seconds}))
 """
 
 

@@ -170,7 +170,10 @@ def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path, monkeypa
     file = tmp_path / "list.jsonl"
     file.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     summary = build_set([file], tmp_path / "out")
-    assert (summary.num_samples, summary.num_quarantined) == (len(rows), len(rows))
+    assert (summary.manifest.num_samples, summary.manifest.num_quarantined) == (
+        len(rows),
+        len(rows),
+    )
     file.write_text(
         row('"good-0.jpg"', label="9" * 4000)
     )  # a number like any other, in no list of names

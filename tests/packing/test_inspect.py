@@ -61,17 +61,17 @@ def inspection(packed: Path) -> Inspection:
 
 
 def test_the_numbers_are_those_of_the_data(inspection):
-    assert (inspection.num_samples, inspection.num_labels) == (24, 24)
+    assert (inspection.manifest.num_samples, inspection.manifest.num_labels) == (24, 24)
     assert dict(inspection.class_counts) == {
         "cat": 6, "Cat": 6, "dog & fox": 7, CLASSES[3]: 5, "empty": 0
     }  # fmt: skip
-    assert inspection.num_captions == 2 * 12 + 3
+    assert inspection.manifest.num_captions == 2 * 12 + 3
     assert inspection.num_distinct_captions == 14
     assert inspection.repeated_captions[0] == ("a photo of a dog & fox .", 12)
     assert inspection.quarantined == {"damaged": 1}
-    assert inspection.heights.largest == 360
-    assert sum(inspection.widths.counts) == 24
-    assert inspection.captions_per_image.counts == (3, 12)
+    assert inspection.spreads["height"].largest == 360
+    assert sum(inspection.spreads["width"].counts) == 24
+    assert inspection.spreads["captions/image"].counts == (3, 12)
 
 
 def test_copies_are_found_by_bytes_and_by_eye(inspection):
@@ -128,7 +128,7 @@ def test_the_list_of_copies_can_be_left_out(packed, written):
     main(["build", str(packed), "--leave-out", str(written / "list.csv"),
           "--out", str(written / "clean")])  # fmt: skip
     again = inspect_dataset(written / "clean", near=False, progress=False)
-    assert (again.num_samples, again.exact_copies.num_groups) == (20, 0)
+    assert (again.manifest.num_samples, again.exact_copies.num_groups) == (20, 0)
     assert again.near_copies is None
     found = json.loads((written / "all.json").read_text())
     assert found["class_counts"][0] == ["cat", 6]
@@ -138,7 +138,7 @@ def test_the_list_of_copies_can_be_left_out(packed, written):
 def test_a_browser_shows_all_parts(written, tmp_path):
     found = look_at(written / "page.html", tmp_path)
     assert found["headings"] == [
-        "set", "Contact sheet", "Classes", "Captions", "Images",
+        "set", "Contact sheet", "Classes", "Captions", "Sizes",
         "Copies", "Left out when packed",
     ]  # fmt: skip
     assert (found["images"], found["broken_images"]) == (32, 0)
@@ -182,15 +182,13 @@ def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):
     assert "MB, kept as pixels" in text
     assert "exact copies: 1 in 1 group, labels differ in 1" in text
     found = json.loads((tmp_path / "all.json").read_text())
-    files = [*(tmp_path / "set").glob("*.tar"), tmp_path / "set" / "pixels.npy"]
-    assert found["num_bytes"] == sum(path.stat().st_size for path in files)
-    assert found["image_bytes"]["smallest"] == found["image_bytes"]["largest"] == 20 * 24 * 3
+    sizes = found["spreads"]["bytes"]
+    assert sizes["smallest"] == sizes["largest"] == 20 * 24 * 3
     assert found["near_copies"]["num_groups"] == 0
     (row,) = csv.DictReader((tmp_path / "list.csv").open(newline=""))
     assert row["kind"] == "duplicate"
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "pixels.npy and 1 shard" in page
-    assert "Size of the pixels" in page
     tags = Tags()
     tags.feed(page)
     sheet = [dict(attributes)["src"] for tag, attributes in tags.tags if tag == "img"][:3]

@@ -82,7 +82,11 @@ def test_parts_and_joined_data_sets_keep_their_columns(shop, tmp_path, pack):
     code, text = pack("inspect", out / "train", "--json", tmp_path / "all.json", "--html",
                       tmp_path / "page.html")  # fmt: skip
     assert (code, "of 4 classes (kind 3, colour 2)" in text) == (0, True), text
-    assert json.loads((tmp_path / "all.json").read_text())["label_columns"]["kind"] == [0, 1, 2]
+    assert json.loads((tmp_path / "all.json").read_text())["manifest"]["label_columns"]["kind"] == [
+        0,
+        1,
+        2,
+    ]
     assert "(kind 3, colour 2)" in (tmp_path / "page.html").read_text()
     for number in range(3):
         (tmp_path / "folders" / ("red", "wool")[number % 2]).mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ def test_a_build_of_packed_sets_is_the_build_of_their_sources(
     both = packed[f"{format}both"]
     assert samples_of(tmp_path / "set") == samples_of(both)
     assert sorted(quarantined(tmp_path / "set")) == sorted(quarantined(both))
-    assert summary.class_names == ("cat", "dog", "sea lion", "ape")
+    assert summary.manifest.class_names == ("cat", "dog", "sea lion", "ape")
     assert summary.num_reencoded == 0
     assert not faults_of(tmp_path / "set")
     ours, theirs = Manifest.load(tmp_path / "set"), Manifest.load(both)
@@ -125,7 +125,7 @@ def test_damage_is_left_out_by_name(packed, tmp_path):
         data[data.index(what, offset) + len(what)] ^= 1
         shard.write_bytes(data)
     summary = build(packed["photos"], damaged, out=tmp_path / "set")
-    assert (summary.num_samples, summary.left_out_by_kind["damaged"]) == (47, 1 + 3)
+    assert (summary.manifest.num_samples, summary.quarantined[:9]) == (47, "4 damaged")
     rows = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]
     assert [row[2] for row in rows] == ["damaged"] * 3
     said = {row[3].split(": ", 1)[1]: row[:2] for row in rows}

@@ -101,7 +101,7 @@ def test_both_sides_share_classes_and_no_image(shop, tmp_path, pack):
     command = f"--data.train {out}/train --data.evaluate {out}/held-out --out runs/first"
     assert f"next: unicl-pretrain --preset auto {command}" in text
     told = json.loads((tmp_path / "told.json").read_text())
-    assert told["held_out"]["num_samples"] == len(held_out)
+    assert told["held_out"]["manifest"]["num_samples"] == len(held_out)
     code, text = pack("build", shop, "--out", out, *arguments)
     assert (code, text.count("complete already")) == (0, 1), text
     code, text = pack("build", out, "--out", tmp_path / "again")
@@ -123,8 +123,8 @@ def test_the_seed_decides_what_is_held_out(shop, tmp_path):
 def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
     build_set([shop], tmp_path / "whole", **COLUMNS)
     summary = build_set([tmp_path / "whole"], tmp_path / "set", split=0.8)
-    assert summary.num_samples + summary.held_out.num_samples == 120
-    assert (summary.num_quarantined, summary.held_out.num_quarantined) == (1, 0)
+    assert summary.manifest.num_samples + summary.held_out.manifest.num_samples == 120
+    assert (summary.manifest.num_quarantined, summary.held_out.manifest.num_quarantined) == (1, 0)
     assert summary.num_copies + summary.held_out.num_copies == 20
     sides = [{one.image for one in samples_of(tmp_path / "set" / side)} for side in SIDES]
     assert sides[0].isdisjoint(sides[1])

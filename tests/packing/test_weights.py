@@ -56,9 +56,9 @@ def weights_of(out: Path) -> list[tuple[float, str]]:
 def test_a_column_of_weights_is_stored_and_bad_ones_are_named(kind, tmp_path):
     out = tmp_path / "out"
     options = {"caption_column": "title", "weight_column": "clicks"}
-    summary = build_set([write(kind, tmp_path)], out, **options)
+    build_set([write(kind, tmp_path)], out, **options)
     assert weights_of(out) == GOOD
-    assert summary.left_out_by_kind == {"bad row": 6}
+    assert [kind for kind, _ in left_out(out).values()] == ["bad row"] * 6
     assert all("the weight in " in message for _, message in left_out(out).values())
     assert not faults_of(out)
 
@@ -82,7 +82,7 @@ def test_rows_of_an_image_have_their_mean_and_other_sources_one(tmp_path, pack):
     build_set([table, photos], out, weight_column="clicks")
     assert weights_of(out) == [(1, ""), (1, ""), (2.5, "a cat")]
     assert "| weight" in pack("inspect", out, "--no-near", "--json", tmp_path / "found.json")[1]
-    found = json.loads((tmp_path / "found.json").read_text())["weights"]
+    found = json.loads((tmp_path / "found.json").read_text())["spreads"]["weight"]
     assert (found["smallest"], found["mean"], found["largest"]) == (1, 1.5, 2.5)
     again, in_place = tmp_path / "again", tmp_path / "in-place"
     build_set([out, plain], again)  # packed again, with one that has no weights

@@ -190,28 +190,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report_build(summary: "BuildSummary", *, encoding: str, is_held_out: bool) -> str:
     """The report, with the next command; `encoding` describes re-encoded images."""
     sides = [summary] if summary.held_out is None else [summary, summary.held_out]
-    num_samples = sum(one.num_samples for one in sides)
-    if summary.in_place is not None:
-        kept = sum(one.in_place.num_bytes for one in sides if one.in_place is not None)
-        files = sum(one.in_place.num_files for one in sides if one.in_place is not None)
-        treatment = f"{kept / 1e6:,.1f} MB of images stay in {count_of(files, 'source file')}"
-        if num_converted := sum(one.num_reencoded for one in sides):
-            treatment += f", {num_converted:,} are kept here as {encoding}"
-    elif summary.image_size is None:
-        num_reencoded = sum(one.num_reencoded for one in sides)
+    manifest, manifests = summary.manifest, [one.manifest for one in sides]
+    num_samples = sum(one.num_samples for one in manifests)
+    num_reencoded = sum(one.num_reencoded for one in sides)
+    if manifest.in_place is not None:
+        lying = [one.in_place for one in manifests if one.in_place is not None]
+        files = count_of(sum(one.num_files for one in lying), "source file")
+        megabytes = sum(one.num_bytes for one in lying) / 1e6
+        treatment = f"{megabytes:,.1f} MB of images stay in {files}"
+        if num_reencoded:
+            treatment += f", {num_reencoded:,} are kept here as {encoding}"
+    elif manifest.pixels is None:
         how = f" as {encoding}" if num_reencoded else ""
         kept = num_samples - num_reencoded
         treatment = f"{num_reencoded:,} re-encoded{how}, {kept:,} copied unchanged"
     else:
-        height, width = summary.image_size
-        treatment = f"decoded, {width} x {height} pixels each"
+        pixels = manifest.pixels
+        treatment = f"decoded, {pixels.width} x {pixels.height} pixels each"
     num_taken_over = sum(one.num_taken_over for one in sides)
     rate = (num_samples - num_taken_over) / summary.seconds
-    lines = [f"{one.out}: {contents_of(one, num_classes=len(one.class_names))}" for one in sides]
+    lines = [f"{one.out}: {contents_of(one.manifest)}" for one in sides]
     if all(one.was_complete for one in sides):
         lines.append("complete already: an earlier run of this command has written all of it")
     else:
-        megabytes = sum(one.num_bytes for one in sides) / 1e6
+        megabytes = sum(one.num_bytes for one in manifests) / 1e6
         seconds = f"{summary.seconds:,.1f} s"
         lines.append(f"{megabytes:,.1f} MB in {seconds}, {rate:,.0f} images/s; {treatment}")
         if num_taken_over:
@@ -221,29 +223,28 @@ def _report_build(summary: "BuildSummary", *, encoding: str, is_held_out: bool) 
         lines.append(f"passed over: {', '.join(parts)}")
     lines += [f"note: {count_of_kind(count, kind)}" for kind, count in summary.notes.items()]
     for one in sides:
-        if one.num_quarantined:
-            lines.append(
-                f"left out: {one.num_quarantined:,}, listed in {one.out}/{QUARANTINE_NAME} - "
-                + one.quarantined
-            )
+        if num_left_out := one.manifest.num_quarantined:
+            listed = f"{one.out}/{QUARANTINE_NAME}"
+            lines.append(f"left out: {num_left_out:,}, listed in {listed} - {one.quarantined}")
         if one.num_copies:
             lines.append(
                 f"note: {count_of(one.num_copies, 'image')} of {one.out} that an earlier sample "
                 f"has too, byte for byte: unicl-pack inspect {one.out} --duplicates-list FILE "
                 "lists them for --leave-out"
             )
-    if summary.hierarchy:
-        lines.append(f"hierarchy: {summary.hierarchy}")
-    if summary.templates:
-        count = count_of(len(summary.templates), "template")
-        prompt = fill_template(summary.templates[0], summary.class_names[0])
+    if manifest.hierarchy is not None:
+        lines.append(f"hierarchy: {manifest.hierarchy.describe()}")
+    if manifest.templates:
+        count = count_of(len(manifest.templates), "template")
+        prompt = fill_template(manifest.templates[0], manifest.class_names[0])
         lines.append(f"prompts: {count} for each class; the first: {shorten(prompt)}")
     if summary.first_caption:
         lines.append(f"first caption: {shorten(summary.first_caption)}")
-    if summary.class_names and all(map(_KEY.fullmatch, summary.class_names)):
-        more = ", ..." if len(summary.class_names) > 3 else ""
+    names = manifest.class_names
+    if names and all(map(_KEY.fullmatch, names)):
+        more = ", ..." if len(names) > 3 else ""
         lines.append(
-            f"WARNING: the class names are keys ({', '.join(summary.class_names[:3])}{more}), from "
+            f"WARNING: the class names are keys ({', '.join(names[:3])}{more}), from "
             "which no text encoder learns much; --class-names FILE, with lines KEY<TAB>NAME whose "
             "keys are the folders' names, gives them words; imagenet has those of WordNet's ids"
         )

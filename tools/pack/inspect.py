@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from unicl_fast.dataset.manifest import QUARANTINE_COLUMNS, describe_columns
+from unicl_fast.dataset.manifest import QUARANTINE_COLUMNS, Manifest, describe_columns
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.images.limits import DEFAULT_DISTANCE, MAX_DISTANCE
 from unicl_fast.system.atomic_files import write_text_atomically
@@ -20,7 +20,6 @@ from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 from ..numbers import OneDataSet
 
 if TYPE_CHECKING:
-    from unicl_fast.packing.build import BuildSummary
     from unicl_fast.packing.inspect import Copies, Inspection, Spread
 
 
@@ -80,8 +79,8 @@ class Inspect:
         if is_url(self.folder):  # the copy will be removed
             inspection = dataclasses.replace(inspection, folder=without_secrets(self.folder))
         if self.json is not None:
-            values = dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
-            write_text_atomically(self.json, json.dumps(values, indent=1) + "\n")
+            text = json.dumps(dataclasses.asdict(inspection), indent=1, default=str)  # a path
+            write_text_atomically(self.json, text + "\n")
         if self.html is not None:
             write_text_atomically(self.html, make_page(inspection, folder))
         lines = [_in_words(inspection)]
@@ -132,22 +131,13 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
 
 
 def _in_words(inspection: Inspection) -> str:
+    manifest = inspection.manifest
     lines = [
-        f"{inspection.folder}: "
-        f"{contents_of(inspection, num_classes=len(inspection.class_counts))}, "
-        f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
+        f"{inspection.folder}: {contents_of(manifest)}, {manifest.num_bytes / 1e6:,.1f} MB"
+        f"{', kept as pixels' if manifest.pixels else ''}",
         "",
     ]
-    spreads = [
-        ("caption tokens", inspection.caption_tokens),
-        ("captions/image", inspection.captions_per_image),
-        ("width", inspection.widths),
-        ("height", inspection.heights),
-        ("width/height", inspection.aspects),
-        ("bytes", inspection.image_bytes),
-        ("weight", inspection.weights),
-    ]
-    numbers = [_numbers(what, spread) for what, spread in spreads if spread]
+    numbers = [_numbers(what, spread) for what, spread in inspection.spreads.items()]
     lines += [markdown_table(("", "least", "median", "mean", "95 %", "most"), numbers), ""]
     if inspection.class_counts:
         ordered = sorted(inspection.class_counts, key=lambda entry: -entry[1])
@@ -155,7 +145,7 @@ def _in_words(inspection: Inspection) -> str:
         ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
         shown = " to ".join(f"{name} {count:,}" for name, count in ends)
         lines.append(f"classes: {shown}" + (f"; {empty:,} have no image" if empty else ""))
-    if inspection.num_captions:
+    if manifest.num_captions:
         lines.append(
             f"distinct captions: {inspection.num_distinct_captions:,}; as long as the context: "
             f"{inspection.num_cut_captions:,}"
@@ -166,18 +156,19 @@ def _in_words(inspection: Inspection) -> str:
             f"near copies (within {inspection.near_distance} of 64 bits): "
             f"{_copies(inspection.near_copies)}"
         )
-    if inspection.num_quarantined:
+    if manifest.num_quarantined:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in inspection.quarantined.items())
         lines.append(f"left out when packed: {kinds}")
     return "\n".join(lines)
 
 
-def contents_of(summary: BuildSummary | Inspection, *, num_classes: int) -> str:
+def contents_of(manifest: Manifest) -> str:
     """Counts of images, captions, labels and classes."""
+    num_classes = len(manifest.class_names)
     classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
-    classes += f" ({describe_columns(summary.label_columns)})" if summary.label_columns else ""
-    images, captions = count_of(summary.num_samples, "image"), summary.num_captions
-    labels = count_of(summary.num_labels, "label")
+    classes += f" ({describe_columns(manifest.label_columns)})" if manifest.label_columns else ""
+    images, captions = count_of(manifest.num_samples, "image"), manifest.num_captions
+    labels = count_of(manifest.num_labels, "label")
     return f"{images}, {count_of(captions, 'caption')}, {labels}{classes}"
 
 

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from unicl_fast.dataset.manifest import QUARANTINE_NAME, InPlaceInfo, Manifest
+from unicl_fast.dataset.manifest import QUARANTINE_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images
@@ -40,7 +40,6 @@ from unicl_fast.packing.label_space import (
 )
 from unicl_fast.packing.quarantine import (
     are_wanted,
-    count_left_out,
     describe_left_out,
     read_leave_out,
 )
@@ -72,11 +71,6 @@ from unicl_fast.text.class_lists import read_templates, templates_for
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, vocabulary_hash
 
-_OF_MANIFEST = (
-    *("num_samples", "num_captions", "num_labels", "num_quarantined", "num_bytes"),
-    *("class_names", "label_columns", "templates", "in_place"),
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSummary:
@@ -84,26 +78,11 @@ class BuildSummary:
 
     out: Path | str
     """A folder, or the URL that it was uploaded to."""
-    num_samples: int
-    num_captions: int
-    num_labels: int
-    num_quarantined: int
-    """Rows of quarantine.csv, including rows taken over from packed sources."""
-    class_names: tuple[str, ...]
-    label_columns: dict[str, tuple[int, ...]]
-    templates: tuple[str, ...]
-    hierarchy: str
-    """How many classes have a place in a hierarchy, in words; empty without one."""
-    num_bytes: int
-    """Bytes of the shards, and of decoded images."""
+    manifest: Manifest
     seconds: float
-    in_place: InPlaceInfo | None
-    """The source files of a data set in place."""
     num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
-    left_out_by_kind: dict[str, int]
-    """Images in quarantine.csv by kind: damage, duplicates and filters."""
     passed_over: dict[str, int]
     """Skipped files and rows, and dropped captions, by reason."""
     notes: dict[str, int]
@@ -112,8 +91,6 @@ class BuildSummary:
     """Images whose bytes equal an earlier sample's."""
     first_caption: str
     """The first sample's that has one; empty without captions."""
-    image_size: tuple[int, int] | None = None
-    """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
     """Samples that an earlier, interrupted run of this build had packed."""
     was_complete: bool = False
@@ -251,17 +228,13 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
         captioned = np.flatnonzero(dataset.samples["captions_count"])[:1].tolist()
         with contextlib.closing(SampleReader(dataset)) as reader:
             shown = [reader.read(sample).description.captions[0] for sample in captioned]
-    pixels, hierarchy = manifest.pixels, manifest.hierarchy
     return BuildSummary(
         out=out,
-        **{name: getattr(manifest, name) for name in _OF_MANIFEST},
-        hierarchy="" if hierarchy is None else hierarchy.describe(),
+        manifest=manifest,
         seconds=time.perf_counter() - started,
         quarantined=describe_left_out(out / QUARANTINE_NAME),
-        left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
         num_copies=num_copies,
         first_caption="".join(shown),
-        image_size=None if pixels is None else (pixels.height, pixels.width),
         **outcome,
     )
 

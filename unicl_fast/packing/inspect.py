@@ -4,6 +4,7 @@ Numbers come from the arrays, texts from the shards; images are only read for th
 hashes, in worker processes (`near_duplicates`).
 """
 
+import itertools
 import math
 import os
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.manifest import QUARANTINE_NAME
+from unicl_fast.dataset.manifest import QUARANTINE_NAME, Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import equal_images, image_sizes
 from unicl_fast.images.limits import DEFAULT_DISTANCE
@@ -70,58 +71,30 @@ class Copies:
     groups: tuple[Group, ...]
 
 
-_OF_MANIFEST = (
-    *("num_samples", "num_captions", "num_tokens", "num_labels", "num_bytes", "num_quarantined"),
-    *("source", "seed", "tool_version", "label_columns"),
-)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
     """The full description of a data set."""
 
     folder: Path | str
     """The folder, or the URL of which it is a copy."""
-    num_samples: int
-    num_captions: int
-    num_tokens: int
-    num_labels: int
-    num_shards: int
-    num_bytes: int
-    """Bytes of the shards, and of decoded images."""
-    is_raw: bool
-    """Whether images are kept as pixels."""
-    num_quarantined: int
+    manifest: Manifest
     quarantined: dict[str, int]
     """By kind."""
-    source: tuple[str, ...]
-    seed: int
-    tool_version: str
-    num_with_labels: int
-    num_with_captions: int
     num_with_both: int
+    """Images with labels and captions."""
     class_counts: tuple[tuple[str, int], ...]
     """Name and number of images of each class, in label order."""
-    label_columns: dict[str, tuple[int, ...]]
-    """Numbers of the classes of each label column, if there are several."""
     labels_per_image: dict[int, int]
     """How many images have one label, two, and so on."""
-    captions_per_image: Spread | None
-    caption_tokens: Spread | None
-    """Lengths without start and end token."""
+    spreads: dict[str, Spread]
+    """Of all quantities that the data set has, by name: width, height, width/height, bytes, caption
+    tokens (without start and end token), captions/image, weight."""
     num_cut_captions: int
     """Captions as long as the context allows, most of which were cut."""
     num_distinct_captions: int
     """Captions with distinct tokens."""
     repeated_captions: tuple[tuple[str, int], ...]
     """The most frequent captions that occur more than once."""
-    heights: Spread
-    widths: Spread
-    aspects: Spread
-    """Width divided by height."""
-    image_bytes: Spread
-    weights: Spread | None
-    """None if samples have no weights."""
     exact_copies: Copies
     near_distance: int
     near_copies: Copies | None
@@ -153,10 +126,15 @@ def inspect_dataset(
             dataset.folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined
         )
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
-        per_image = lengths = None
+        quantities: dict[str, npt.NDArray[Any]] = {}
         if len(dataset.captions):
-            per_image = _spread(rows["captions_count"][has_captions])
-            lengths = _spread(dataset.captions["tokens_length"].astype(int) - 2)
+            quantities["caption tokens"] = dataset.captions["tokens_length"].astype(int) - 2
+            quantities["captions/image"] = rows["captions_count"][has_captions]
+        quantities |= {name: rows[name] for name in ("width", "height")}
+        quantities["width/height"] = rows["width"] / rows["height"]
+        quantities["bytes"] = image_sizes(dataset)
+        if dataset.weights is not None:
+            quantities["weight"] = dataset.weights.astype(float)
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
         class_counts = tuple(zip(manifest.class_names, counts, strict=True))
         labels_per_image = Counter(rows["labels_count"][has_labels].tolist())
@@ -169,22 +147,12 @@ def inspect_dataset(
             near_copies = _near_copies(dataset, hashes, exact, near_distance)
         return Inspection(
             folder=dataset.folder,
-            **{name: getattr(manifest, name) for name in _OF_MANIFEST},
-            num_shards=len(manifest.shards),
-            is_raw=manifest.pixels is not None,
+            manifest=manifest,
             quarantined=quarantined,
-            num_with_labels=int(has_labels.sum()),
-            num_with_captions=int(has_captions.sum()),
             num_with_both=int((has_labels & has_captions).sum()),
             class_counts=class_counts,
             labels_per_image=dict(sorted(labels_per_image.items())),
-            captions_per_image=per_image,
-            caption_tokens=lengths,
-            heights=_spread(rows["height"]),
-            widths=_spread(rows["width"]),
-            aspects=_spread(rows["width"] / rows["height"], unit=0.05),
-            image_bytes=_spread(image_sizes(dataset)),
-            weights=None if dataset.weights is None else _spread(dataset.weights.astype(float)),
+            spreads={name: _spread(values) for name, values in quantities.items()},
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,
@@ -193,20 +161,19 @@ def inspect_dataset(
         )
 
 
-def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
-    """Five numbers, and a histogram with at most about 30 round bins, at least `unit` wide.
+def _spread(values: npt.NDArray[Any]) -> Spread:
+    """Five numbers, and a histogram with at most about 30 round bins, at least one wide.
 
-    A few very large values, which would squeeze all others into one bin, share a wider last bin.
+    Quotients and weights, which are fractions, have bins of at least 0.05. A few very large values,
+    which would squeeze all others into one bin, share a wider last bin.
     """
+    unit = 0.05 if values.dtype.kind == "f" else 1
     low, high = float(values.min()), float(values.max())
     reach, most = high, float(np.percentile(values, 99))
     if (high - low) / unit > _BINS and high - low > _FAR * (most - low):
         reach = most
-    step = unit
-    while (reach - low) / step > _BINS:
-        exponent = math.floor(math.log10(step) + 1e-9)
-        mantissa = round(step / 10**exponent)
-        step = {1: 2, 2: 5, 5: 10}[mantissa] * 10.0**exponent
+    steps = (unit * part * 10**power for power in itertools.count() for part in (1, 2, 5))
+    step = next(one for one in steps if reach - low <= _BINS * one)
     first = math.floor(low / step + 1e-9)
     num_bins = math.floor(reach / step + 1e-9) - first + 1
     edges = np.round((first + np.arange(num_bins + 1)) * step, 6)

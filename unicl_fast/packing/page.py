@@ -80,38 +80,26 @@ def make_page(inspection: Inspection, folder: Path) -> str:
             ]
             for copies in (inspection.exact_copies, inspection.near_copies)
         )
-    caption_plots = []
-    if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
-        caption_plots = [
-            _histogram("Tokens of a caption", inspection.caption_tokens, "tokens", of="caption"),
-            _histogram("Captions of an image", inspection.captions_per_image, "captions"),
-        ]
     near_copies = inspection.near_copies
+    manifest = inspection.manifest
     tiles = [
-        (inspection.num_samples, "images"),
-        (inspection.num_captions, "captions"),
-        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
+        (manifest.num_samples, "images"),
+        (manifest.num_captions, "captions"),
+        (manifest.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
         *([(both, "with labels and captions")] if (both := inspection.num_with_both) else ()),
         (inspection.exact_copies.num_surplus, "exact copies"),
         *([(near_copies.num_surplus, "look like another")] if near_copies is not None else ()),
-        (inspection.num_quarantined, "left out when packed"),
+        (manifest.num_quarantined, "left out when packed"),
     ]
-    size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
     return fill_page(
         Path(__file__).with_name("page.html"),
         data=inspection,
+        manifest=manifest,
         name=Path(inspection.folder).resolve().name,  # works for a URL too
         tiles=tiles,
         sheet=sheet,
         classes=_classes(inspection) if inspection.class_counts else None,
-        caption_plots=caption_plots,
-        image_plots=[
-            _histogram("Width", inspection.widths, "pixels"),
-            _histogram("Height", inspection.heights, "pixels"),
-            _histogram("Width / height", inspection.aspects),
-            _histogram(size_of, inspection.image_bytes, "bytes"),
-            *([_histogram("Weight", inspection.weights)] if inspection.weights else ()),
-        ],
+        plots=[_histogram(name, spread) for name, spread in inspection.spreads.items()],
         exact=exact,
         near=near,
     )
@@ -136,7 +124,7 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
         "range": f"{smallest:,} to {count_of(largest, 'image')}"
         if smallest < largest
         else count_of(largest, "image"),
-        "columns": describe_columns(inspection.label_columns),
+        "columns": describe_columns(inspection.manifest.label_columns),
         "num_empty": len(ordered) - len(present),
         "several": f"{sum(several.values()):,} images have several labels, up to {max(several):,}"
         if several
@@ -146,12 +134,12 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _histogram(title: str, spread: Spread, unit: str = "", *, of: str = "image") -> dict[str, Any]:
-    """A histogram's columns: how many `of` (images, say) lie in each bin; `unit` of the values."""
-    words_of = f" {unit}" if unit else ""
+def _histogram(name: str, spread: Spread) -> dict[str, Any]:
+    """A histogram's title and columns: how many images or captions lie in each bin."""
+    of = "caption" if name == "caption tokens" else "image"
+    title = name.capitalize()
     if spread.smallest == spread.largest:
-        words = f"all {_number(spread.smallest)}{words_of}"
-        return {"title": title, "words": words, "columns": []}
+        return {"title": title, "words": f"all {_number(spread.smallest)}", "columns": []}
     first, second, *_, before_last, last = (*spread.edges[:2], *spread.edges)
     if last - before_last > second - first + 1e-6:
         end = f"{_number(before_last)} and more"
@@ -159,10 +147,9 @@ def _histogram(title: str, spread: Spread, unit: str = "", *, of: str = "image")
         end = _number(last - 1 if second - first == 1 else last)
     return {
         "title": title,
-        "words": f"{_number(spread.smallest)} to {_number(spread.largest)}{words_of}, median "
+        "words": f"{_number(spread.smallest)} to {_number(spread.largest)}, median "
         f"{_number(spread.median)}, 95 % up to {_number(spread.percentile_95)}",
         "top": count_of(max(spread.counts), of),
-        "unit": unit,
         "ends": (_number(first), end),
         "columns": [
             (count, f"{_number(low)} to {_number(high)}: {count:,}")
