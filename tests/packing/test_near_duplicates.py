@@ -47,7 +47,7 @@ def clustered(draw: st.DrawFn) -> list[int]:
 @examples(60)
 def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(hashes, distance):
     distinct = list(dict.fromkeys(hashes))
-    found = near_pairs(np.array(distinct, np.uint64), distance)
+    _, found = near_pairs(np.array(distinct, np.uint64), distance)
     assert found.tolist() == all_pairs(distinct, distance)
     expected = list(range(len(hashes)))
     for later, value in enumerate(hashes):
@@ -78,8 +78,6 @@ def test_what_is_all_alike_is_an_error(monkeypatch):
     hashes = np.array([number ^ (number >> 1) for number in range(60)], np.uint64)
     with pytest.raises(ValueError, match="choose a smaller distance"):
         find_leaders(hashes, 6)
-    with pytest.raises(ValueError, match="0 to 12"):
-        find_leaders(hashes, 13)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", quality: int = 80) -> bytes:

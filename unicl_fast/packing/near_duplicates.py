@@ -1,22 +1,22 @@
 """Finds images that look alike: their 64-bit perceptual hashes (pHash) differ little.
 
 Copies in another size, quality or format differ in a few bits, unrelated photographs in about 32.
-Not all pairs are compared. The bits are divided into r + m blocks: hashes that differ in at most r
-bits agree in at least m blocks, so for each choice of m blocks the hashes are sorted by them, and
-only neighbours with equal blocks are compared.
+Not all pairs are compared. The bits are divided into r + 3 blocks: hashes that differ in at most r
+bits agree in at least 3 blocks, so for each choice of 3 blocks the hashes are sorted by them, and
+only neighbours with equal blocks are compared. (35 sorts for r = 4, 455 for r = 12. With 1 or 2
+equal blocks there are fewer sorts, but millions of hashes have too many neighbours; a million and
+r = 4 take some seconds with 3, and an hour's decoding before that.)
 """
 
 import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.limits import MAX_DISTANCE
 from unicl_fast.packing.looks import LOOK
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.packed import image_entry
@@ -26,6 +26,7 @@ from unicl_fast.system.bar import Bar
 MAX_PAIRS = 20_000_000
 _BITS = 64
 _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
+_EQUAL_BLOCKS = 3
 _COMPARED_AT_ONCE = 1 << 14
 _SPLIT_DISTANCE = 4
 _MOST_DIFFERENCE, _LEAST_CONTRAST = 0.1, 2.0
@@ -91,9 +92,8 @@ def find_copies(looks: npt.NDArray[np.void]) -> tuple[Indices, npt.NDArray[np.bo
     count = len(looks)
     # number n + i is the mirror image of i
     hashes = np.concatenate([looks["hash"], looks["mirrored"]])
-    distinct, first, index = np.unique(hashes, return_index=True, return_inverse=True)
-    equal = np.stack([first[index.reshape(-1)], np.arange(2 * count)], axis=1)
-    pairs = np.concatenate([equal, first[near_pairs(distinct, _SPLIT_DISTANCE)]])
+    firsts, pairs = near_pairs(hashes, _SPLIT_DISTANCE)
+    pairs = np.concatenate([np.stack([firsts, np.arange(2 * count)], axis=1), pairs])
     pairs = pairs[(pairs[:, 0] % count != pairs[:, 1] % count) & (pairs.min(axis=1) < count)]
     are_mirrored = (pairs >= count).sum(axis=1) == 1
     pairs %= count
@@ -111,37 +111,34 @@ def find_copies(looks: npt.NDArray[np.void]) -> tuple[Indices, npt.NDArray[np.bo
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
     """Finds the earlier image that each image looks like, int64 [n] for uint64 [n].
 
-    An image follows the first earlier one within `max_distance` bits (0 to 12) that follows no
-    other, so every copy is near its original; an image without such a leader has its own number.
-    Raises ValueError if more than 20 million pairs are near each other.
+    An image follows the first earlier one within `max_distance` bits that follows no other, so
+    every copy is near its original; an image without such a leader has its own number. Raises as
+    `near_pairs`.
     """
-    if not 0 <= max_distance <= MAX_DISTANCE:
-        raise ValueError(f"the distance must lie in 0 to {MAX_DISTANCE} bits, not {max_distance}")
-    if not len(hashes):
-        return np.empty(0, np.int64)
-    distinct, first, index = np.unique(hashes, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")  # distinct hashes as they first occur
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    leaders = np.arange(len(order))
-    for later, earlier in near_pairs(distinct[order], max_distance)[:, ::-1].tolist():
+    firsts, pairs = near_pairs(hashes, max_distance)
+    leaders = np.arange(len(hashes))
+    for earlier, later in pairs.tolist():
         if leaders[later] == later and leaders[earlier] == earlier:
             leaders[later] = earlier
-    result: Indices = first[order][leaders][rank[index.reshape(-1)]].astype(np.int64)
-    return result
+    return leaders[firsts]
 
 
-def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
-    """All pairs of distinct hashes, uint64 [n], within `max_distance` bits, as int64 [pairs, 2].
+def near_pairs(hashes: Hashes, max_distance: int) -> tuple[Indices, Indices]:
+    """The first image with the same hash as each, and pairs of such firsts that are near.
 
-    Each pair has the smaller number first; pairs are sorted by the larger, then the smaller one.
+    Returns int64 [n] for uint64 [n]; and int64 [pairs 2], all pairs with different hashes within
+    `max_distance` bits, the earlier image first, sorted by the later, then the earlier one. Raises
+    ValueError for more than 20 million pairs.
     """
-    num_exact = _choose_blocks(len(hashes), max_distance)
-    num_blocks = max_distance + num_exact
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    firsts = first[which.reshape(-1)]
+    first.sort()
+    hashes = hashes[first]
+    num_blocks = max_distance + _EQUAL_BLOCKS
     bounds = [_BITS * block // num_blocks for block in range(num_blocks + 1)]
     masks = [(1 << end) - (1 << start) for start, end in itertools.pairwise(bounds)]
     found: Indices = np.empty(0, np.int64)  # later * n + earlier, each pair once
-    for blocks in itertools.combinations(masks, num_exact):
+    for blocks in itertools.combinations(masks, _EQUAL_BLOCKS):
         found = np.union1d(found, _pairs_by_key(hashes, sum(blocks), max_distance))
         if len(found) > MAX_PAIRS:
             raise ValueError(
@@ -150,18 +147,7 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
                 "smaller distance"
             )
     later, earlier = np.divmod(found, max(1, len(hashes)))
-    return np.stack([earlier, later], axis=1)
-
-
-def _choose_blocks(count: int, max_distance: int) -> int:
-    """How many blocks must agree for the least sorting and comparing."""
-
-    def cost(num_exact: int) -> float:
-        num_blocks = max_distance + num_exact
-        by_chance = count * count / 2 ** (_BITS * num_exact / num_blocks + 1)
-        return math.comb(num_blocks, num_exact) * (20 * count + by_chance)
-
-    return min(range(1, 7), key=cost)
+    return firsts, first[np.stack([earlier, later], axis=1)]
 
 
 def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
