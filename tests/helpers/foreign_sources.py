@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ def read_source(
     place: object, options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> Source:
     """One source by itself; without a spool nothing can be unpacked."""
-    (source,) = read_sources([str(place)], options, spool or Spool(None))
+    (source,) = read_sources([str(place)], options, spool or Spool(Path(tempfile.gettempdir())))
     return source
 
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ labels = st.sampled_from(["cat", 7, True, -1, None, ["dog", 2**70]])
 
 
 def new_store() -> ItemStore:
-    return Spool(None).new_items()
+    return Spool(Path(tempfile.gettempdir())).new_items()
 
 
 @given(st.lists(st.tuples(st.sampled_from("uvw"), texts, labels), max_size=30))

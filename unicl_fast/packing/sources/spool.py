@@ -36,12 +36,8 @@ _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Item 
 class Spool:
     """The folder, made when first needed; it stays for a build that resumes."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Makes nothing yet.
-
-        Without a folder there are no files, and items wait in the system's folder for temporary
-        files.
-        """
+    def __init__(self, folder: Path) -> None:
+        """Makes nothing yet."""
         self._folder = folder
         self._num_files = self._num_stores = 0
         self._database: sqlite3.Connection | None = None
@@ -57,10 +53,6 @@ class Spool:
 
     def new_file(self) -> Path:
         """Returns the path for one more file, which the caller makes."""
-        if self._folder is None:
-            raise ValueError(
-                "this source must be unpacked to be read, and there is no place for it"
-            )
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
@@ -105,13 +97,12 @@ def _decode(data: bytes) -> Item:
     return msgspec.convert(json.loads(found), Item) if isinstance(found, str) else found
 
 
-def _open_database(folder: Path | None) -> sqlite3.Connection:
+def _open_database(folder: Path) -> sqlite3.Connection:
     """Opens an empty database in an unlinked file, so that nothing outlives the process.
 
     It runs one transaction that is never committed.
     """
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor, path = tempfile.mkstemp(dir=folder)
     os.close(descriptor)
     try:
@@ -132,9 +123,9 @@ class ItemStore:
     are written and read many at a time: one statement costs as much as reading a small image.
     """
 
-    def __init__(self, database: sqlite3.Connection, number: int, spool: Path | None) -> None:
+    def __init__(self, database: sqlite3.Connection, number: int, spool: Path) -> None:
         """Makes the store's two tables in a database; `spool` has the unpacked files, if any."""
-        self._database, self._spool = database, None if spool is None else f"{spool}/"
+        self._database, self._spool = database, f"{spool}/"
         self._count = 0
         self._num_rows = self._num_sound = self._num_captioned = self._num_labelled = 0
         self.has_weights = False
@@ -189,7 +180,7 @@ class ItemStore:
         if entry is not None:
             self.kinds.add(type(entry))
             if not isinstance(entry, FileEntry):  # a FileEntry knows its time
-                is_unpacked = self._spool is not None and entry.path.startswith(self._spool)
+                is_unpacked = entry.path.startswith(self._spool)
                 if not is_unpacked:
                     self._holders[entry.path] = None
         self._write(number, item, is_unpacked=is_unpacked)
@@ -295,7 +286,7 @@ class ItemStore:
                 raise OSError(
                     errno.ENOSPC,
                     "no room left for the list of samples, about 200 bytes for each, on the disk "
-                    f"of --out, or without --out in {tempfile.gettempdir()}",
+                    "of --out",
                 ) from error
             raise
 
