@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,51 +82,36 @@ class Inspect:
             write_text_atomically(self.json, text + "\n")
         if self.html is not None:
             write_text_atomically(self.html, make_page(inspection, folder))
+        if self.duplicates_list is not None:
+            _write_duplicates(inspection, folder, self.duplicates_list)
         lines = [_in_words(inspection)]
-        if self.duplicates_list is not None and (
-            num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
-        ):
-            lines.append(
-                f"note: --leave-out will refuse {self.duplicates_list}: names in it that images to "
-                f"keep have too: {num_unclear:,}, since several sources have one name. Pack these "
-                "under different names (links to them will do) and inspect that"
-            )
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
             lines.append(f"written: {', '.join(map(str, written))}")
         return "\n".join(lines)
 
 
-def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
-    """Writes a list for --leave-out; returns how many of its names are ambiguous."""
+def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> None:
+    """Writes all but the first image of each group, as a list for --leave-out."""
     from unicl_fast.dataset.growing_files import ListFile
     from unicl_fast.dataset.reader import PackedDataset
     from unicl_fast.dataset.stored_samples import SampleReader
 
-    groups = [(group, False) for group in inspection.exact_copies.groups]
-    if inspection.near_copies is not None:
-        groups += [(group, True) for group in inspection.near_copies.groups]
-    listed: Counter[tuple[str, str]] = Counter()
+    near = inspection.near_copies.groups if inspection.near_copies is not None else ()
+    groups = [("duplicate", group) for group in inspection.exact_copies.groups]
+    groups += [("near duplicate", group) for group in near]
     with (
         contextlib.closing(ListFile(path, QUARANTINE_COLUMNS)) as names,
         PackedDataset(folder, verify=False) as dataset,
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
-        for group, is_near in groups:
-            first = reader.read_description(group.samples[0])
-            kind = "near duplicate" if is_near else "duplicate"
-            distances = group.distances or (0,) * len(group.samples)
-            for index, distance in zip(group.samples[1:], distances[1:], strict=True):
-                copy = reader.read_description(index)
-                likeness = f"{distance} of 64 bits from" if is_near else "the same bytes as"
-                message = f"{likeness} {first.name} of {first.source}"
+        for kind, group in groups:
+            first, *copies = map(reader.read_description, group.samples)
+            likeness = [f"{distance} of 64 bits from" for distance in group.distances[1:]]
+            likeness = likeness or ["the same bytes as"] * len(copies)
+            for copy, like in zip(copies, likeness, strict=True):
+                message = f"{like} {first.name} of {first.source}"
                 names.write_row([copy.source, copy.name, kind, message])
-                listed[copy.source, copy.name] += 1
-        for index in range(len(dataset)) if listed else ():
-            sample = reader.read_description(index)
-            if (key := (sample.source, sample.name)) in listed:
-                listed[key] -= 1
-    return sum(count < 0 for count in listed.values())
 
 
 def _in_words(inspection: Inspection) -> str:
