@@ -269,17 +269,17 @@ def test_jsonl_takes_lists_and_single_values(tmp_path):
     assert outcomes(source)["4.jpg"] == "no text"
 
 
-def test_rows_of_a_low_score_are_listed_unless_another_row_keeps_their_image(tmp_path):
+def test_rows_of_a_low_score_are_listed_by_their_line(tmp_path):
+    """By line, since another row can keep the image."""
     make_files(tmp_path, *(f"{number}.jpg" for number in range(4)))
     scores = [(0, 0.3), (1, 0.1), (2, None), (3, "0.15"), (0, 0.1)]
     rows = [{"image": f"{n}.jpg", "caption": f"{n}: {clip}", "clip": clip} for n, clip in scores]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = ListOptions(min_score=["clip=0.15"])
-    source = read_source(tmp_path / "list.jsonl", options)
+    source = read_source(tmp_path / "list.jsonl", ListOptions(min_score=["clip=0.15"]))
     found = {item.name: item.problem and item.problem.message for item in source.items}
     assert found == {
-        **{"0.jpg": None, "3.jpg": None, "1.jpg": "clip is 0.1, below 0.15"},
-        **{"2.jpg": "clip is None, below 0.15", "line 5": "0.jpg: clip is 0.1, below 0.15"},
+        **{"0.jpg": None, "3.jpg": None, "line 2": "1.jpg: clip is 0.1, below 0.15"},
+        **{"line 3": "2.jpg: clip is None, below 0.15", "line 5": "0.jpg: clip is 0.1, below 0.15"},
     }
     assert by_name(source)["0.jpg"].captions == ["0: 0.3"]
 

@@ -56,7 +56,7 @@ def collect_rows(
     """Makes samples of rows; calls `find` at an image's first row."""
     columns = cells.columns
     conditions, scores = options.conditions(), options.scores()
-    items, broken, low_rows = spool.new_items(), spool.new_items(), spool.new_items()
+    items, broken = spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
     for number, row in rows:
         line = f"line {number}"
@@ -70,20 +70,13 @@ def collect_rows(
             where = " or ".join(map(repr, columns.images))
             broken.append(refused(line, "bad row", f"no image path in {where}"))
         elif (low := too_low(row, scores)) is not None:
-            low_rows.extend(Item(line, captions=[name], problem=low) for name in names)
+            broken.append(refused(line, low.kind, f"{', '.join(names)}: {low.message}"))
         else:
             texts = cells.texts_of(row, names)
             for name in names:
                 item = Item(name)
                 add_texts(item, texts, columns, line)
                 add_named(items, item, find)
-    for item in low_rows:
-        (name,), low = item.captions, item.problem
-        if items.find(name) is None:
-            broken.append(Item(name, problem=low))
-        elif low is not None:
-            # another row keeps the image, so its name must not be listed as left out
-            broken.append(refused(item.name, low.kind, f"{name}: {low.message}"))
     if not items and not broken:
         left = ", ".join(options.where)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
