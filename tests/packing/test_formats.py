@@ -20,7 +20,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import check_image
 from unicl_fast.images.limits import ImageFormat
 from unicl_fast.packing.build import BuildSummary
-from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
+from unicl_fast.packing.workers import ImageOptions, Task, make_chunks
 
 FILES = ("jpeg", "webp", "png", "ppm")
 
@@ -150,17 +150,6 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(tmp_path, pack)
 
 def png(pixels: np.ndarray) -> bytes:
     return saved(Image.fromarray(pixels), format="PNG")
-
-
-def test_pixels_of_another_size_stay_in_the_worker():
-    """Or a chunk of images that are larger than they look would fill the memory."""
-    options = ImageOptions(short_side=0, quality=90, max_pixels=10_000, seconds=0, format="raw")
-    entries = [CrashingOnce("/", png(noise(*size))) for size in ((9, 8), (90, 80))]
-    tasks = [Task(name="", entry=entry, size=(9, 8)) for entry in entries]
-    results = list(check_in_order(tasks, options=options, context_length=77, workers=1))
-    assert all(isinstance(result, Checked) for result in results)
-    sizes = [(result.height, len(result.data)) for result in results if isinstance(result, Checked)]
-    assert sizes == [(9, 216), (90, 0)]
 
 
 def test_chunks_are_as_small_as_answers_are_large():

@@ -435,7 +435,6 @@ def _check(
                 item.name,
                 item.entry,
                 item.captions,
-                None if one_size is None else one_size.size,
                 0 if one_size is None else one_size.answer_bytes(images),
             )
             for _, item in ahead

@@ -71,8 +71,6 @@ class Task(msgspec.Struct):
     name: str
     entry: Entry
     captions: Sequence[str] = ()
-    size: tuple[int, int] | None = None
-    """Required height and width; the pixels of other images are not sent back."""
     answer_bytes: int = 0
     """Most bytes of the checked image, if they can exceed its file's."""
 
@@ -348,9 +346,7 @@ class ImageChecker:
     def _check(self, task: Task) -> Checked | Problem:
         options, entry = self._options, task.entry
         image = self._check_image(entry)
-        data, height, width = image.data, image.height, image.width
-        if task.size is not None and (height, width) != task.size:
-            data = b""
+        data = image.data
         tokens: list[bytes] = []
         if task.captions:
             assert self._tokenizer is not None
@@ -366,7 +362,8 @@ class ImageChecker:
             data = b""
         if options.look:
             data = look_at(data)
-        return Checked(data, image.extension, height, width, image.reencoded, xxh3, tokens)
+        size = image.height, image.width
+        return Checked(data, image.extension, *size, image.reencoded, xxh3, tokens)
 
     def _check_image(self, entry: Entry) -> CheckedImage:
         options = self._options
