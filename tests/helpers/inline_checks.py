@@ -8,8 +8,7 @@ from unicl_fast.packing import build as build_module
 from unicl_fast.packing import near_duplicates
 from unicl_fast.packing.sources import tables
 from unicl_fast.packing.sources.entries import Problem
-from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_sample
 
 
 def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -19,13 +18,10 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def check(
         tasks: Iterable[Task], *, options: ImageOptions, context_length: int, **_: object
     ) -> Iterator[Checked | Problem]:
-        checker = ImageChecker(options, context_length)
-        checker._tokenizer = tokenizer
         for task in tasks:
             names.append(task.name)
-            yield checker.check(task)
+            yield check_sample(task, options, context_length=context_length)
 
-    tokenizer = Tokenizer()
     for module in (build_module, near_duplicates):
         monkeypatch.setattr(module, "check_in_order", check)
     monkeypatch.setattr(tables, "run_limited", lambda work, tasks, **_: map(work, tasks))

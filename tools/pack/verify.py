@@ -105,21 +105,25 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
     if summary.num_faults > len(first):
         rest = f"and {summary.num_faults - len(first):,} more"
         lines.append(f"{rest}, listed in {listed}" if listed else f"{rest}; --list FILE has all")
-    decoded = "kept as pixels" if summary.is_raw else f"{summary.num_decoded:,} decoded"
-    checked = (
-        f"{count_of(summary.num_samples, 'image')} ({decoded}), "
-        f"{count_of(summary.num_captions, 'caption')}, {count_of(summary.num_labels, 'label')}, "
-        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
-    )
+    manifest = summary.manifest
+    checked = f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
+    is_raw = manifest is not None and manifest.pixels is not None
+    if manifest is not None:
+        decoded = "kept as pixels" if is_raw else f"{summary.num_decoded:,} decoded"
+        checked = (
+            f"{count_of(manifest.num_samples, 'image')} ({decoded}), "
+            f"{count_of(manifest.num_captions, 'caption')}, "
+            f"{count_of(manifest.num_labels, 'label')}, {checked}"
+        )
     if summary.num_faults:
         kinds = sorted(summary.faults.items(), key=lambda item: -item[1])
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
         lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; checked {checked}")
-        if not summary.num_samples:
+        if manifest is None:
             lines.append("the samples were not checked, which needs a manifest and all arrays")
         lines.append((_AT_A_URL if is_url(summary.folder) else _IN_A_FOLDER).format(summary.folder))
     else:
         lines.append(f"{summary.folder}: sound; {checked}")
-        if not summary.num_decoded and not summary.is_raw:
+        if not summary.num_decoded and not is_raw:
             lines.append("images were compared with their checksums, but not decoded")
     return "\n".join(lines)

@@ -8,7 +8,6 @@ strictly as when they were packed. Checking continues after a fault.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import time
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from unicl_fast.dataset.arrays import PIXELS_NAME
-from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.limits import MAX_PIXELS
@@ -30,7 +29,13 @@ from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.packed import encode_all, image_entry, text_faults
-from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.packing.workers import (
+    Checked,
+    ImageOptions,
+    Task,
+    check_in_order,
+    make_tokenizer,
+)
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.tokenizer import Tokenizer
@@ -43,13 +48,10 @@ class VerifySummary:
     """The outcome of a verification."""
 
     folder: Path | str
-    num_samples: int
-    num_captions: int
-    num_labels: int
+    manifest: Manifest | None
+    """None if the samples could not be checked, which needs it and all arrays."""
     num_bytes: int
     """Bytes of all files."""
-    is_raw: bool
-    """Whether images are kept as pixels, so that nothing is decoded."""
     num_decoded: int
     faults: dict[str, int]
     """How many faults of each kind."""
@@ -80,10 +82,8 @@ def verify_dataset(
     faults = FaultLog(note)
     dataset = check_folder(folder, faults=faults, progress=progress)
     is_raw = dataset is not None and dataset.image_shape is not None
-    numbers = dict.fromkeys(("num_samples", "num_captions", "num_labels"), 0)
     num_decoded = 0
     if dataset is not None:
-        numbers = {name: getattr(dataset.manifest, name) for name in numbers}
         options = ImageOptions(
             max_pixels=max_pixels, seconds=image_seconds, format="packed", return_images=False
         )
@@ -99,9 +99,8 @@ def verify_dataset(
             )
     return VerifySummary(
         folder=folder,
-        **numbers,
+        manifest=None if dataset is None else dataset.manifest,
         num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        is_raw=is_raw,
         num_decoded=num_decoded,
         faults=dict(faults.counts),
         seconds=time.perf_counter() - started,
@@ -156,7 +155,7 @@ def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | No
         message = f"context_length is {length}; expected is 2 to 255"
         faults.add(MANIFEST_NAME, "manifest", message)
         return None
-    tokenizer = _make_tokenizer(length)
+    tokenizer = make_tokenizer(length)
     ours = tokenizer.name, tokenizer.vocabulary_hash
     theirs = dataset.manifest.tokenizer, dataset.manifest.vocabulary_hash
     if theirs == ours:
@@ -168,9 +167,6 @@ def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | No
     )
     faults.add(MANIFEST_NAME, "tokens", message)
     return None
-
-
-_make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,14 @@ both times is left out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import os
 import queue
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -124,37 +125,27 @@ class ImageOptions:
         return images + _BYTES_BESIDE_IMAGES
 
 
-class OneSize:
-    """The size that all images of a raw data set must have, once it is known."""
+def require_one_size(image: Checked, name: str, notes: dict[str, Any]) -> None:
+    """Raises ValueError for an image with another size than the first one's.
 
-    def __init__(self, square_side: int, notes: dict[str, Any]) -> None:
-        """`square_side` is the side that images are scaled to; if 0, the first image decides."""
-        self._square = (square_side, square_side) if square_side else None
-        self._notes = notes  # the writer's, which keep the first image's size for a resumed build
+    `notes` are the writer's, which keep the first image's size for a resumed build.
+    """
+    first = (image.height, image.width), name
+    (height, width), name_of_first = notes.setdefault("first_image", first)
+    if (image.height, image.width) != (height, width):
+        raise ValueError(
+            f"--format raw needs images of one size, but {name_of_first} has {width} x {height} "
+            f"pixels and {name} has {image.width} x {image.height}: add --resize square:PIXELS, "
+            f"such as square:{min(height, width)}, which scales and cuts all"
+        )
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width; None before the first image."""
-        if self._square is not None or "first_image" not in self._notes:
-            return self._square
-        (height, width), _ = self._notes["first_image"]
-        return height, width
 
-    def require(self, image: Checked, name: str) -> None:
-        """Raises ValueError for an image with another size than the first one's."""
-        if self.size is None:
-            self._notes["first_image"] = (image.height, image.width), name
-        elif (image.height, image.width) != self.size:
-            (height, width), first = self.size, self._notes["first_image"][1]
-            raise ValueError(
-                f"--format raw needs images of one size, but {first} has {width} x {height} pixels "
-                f"and {name} has {image.width} x {image.height}: add --resize square:PIXELS, such "
-                f"as square:{min(self.size)}, which scales and cuts all"
-            )
-
-    def answer_bytes(self, options: ImageOptions) -> int:
-        """Most bytes of a checked image."""
-        return 3 * (math.prod(self.size) if self.size else options.max_pixels)
+def answer_bytes(options: ImageOptions, notes: Mapping[str, Any]) -> int:
+    """Most bytes of a checked image that becomes pixels; 0 for a file."""
+    if options.format != "raw":
+        return 0
+    size = (options.square_side,) * 2 if options.square_side else notes.get("first_image", [()])[0]
+    return 3 * (math.prod(size) if size else options.max_pixels)
 
 
 def check_in_order(
@@ -292,7 +283,6 @@ def _serve(connection: Connection, options: ImageOptions, context_length: int) -
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, memory_bytes=options.memory_bytes)
-    checker = ImageChecker(options, context_length)
     gc.freeze()  # imported objects need no scanning
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
@@ -300,10 +290,10 @@ def _serve(connection: Connection, options: ImageOptions, context_length: int) -
             num_bytes = 0
             tasks = connection.recv()
             if any(task.captions for task in tasks):
-                checker.load_tokenizer()
+                make_tokenizer(context_length)  # before a timer starts
             for task in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                result = checker.check(task)
+                result = check_sample(task, options, context_length=context_length)
                 answers.append(result)
                 num_bytes += len(result.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
@@ -315,82 +305,73 @@ def _serve(connection: Connection, options: ImageOptions, context_length: int) -
                 connection.send(answers)
 
 
-class ImageChecker:
-    """Checks one sample after another."""
+make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
 
-    def __init__(self, options: ImageOptions, context_length: int) -> None:
-        self._options = options
-        self._context_length = context_length
-        self._tokenizer: Tokenizer | None = None
 
-    def load_tokenizer(self) -> None:
-        """Loads the tokenizer before the timer of a sample with captions starts."""
-        if self._tokenizer is None:  # labels need none
-            self._tokenizer = Tokenizer(self._context_length)
+def check_sample(task: Task, options: ImageOptions, *, context_length: int) -> Checked | Problem:
+    """Returns the image and its tokens, or its problem; raises nothing."""
+    try:
+        return _check(task, options, context_length)
+    except EntryError as error:
+        return error.problem
+    except ImageError as error:
+        if isinstance(error.__cause__, MemoryError):
+            os._exit(OUT_OF_MEMORY)
+        return Problem(error.kind, str(error))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # it is tried again with a fresh heap
+    except Exception as error:  # a bug of ours or of a library must cost one sample only
+        return Problem("failed", f"{type(error).__name__}: {error}")
 
-    def check(self, task: Task) -> Checked | Problem:
-        """Returns the image and its tokens, or its problem; raises nothing."""
+
+def _check(task: Task, options: ImageOptions, context_length: int) -> Checked | Problem:
+    entry = task.entry
+    image = _check_image(entry, options)
+    data, size = image.data, (image.height, image.width)
+    tokens: list[bytes] = []
+    if task.captions:
+        tokenizer = make_tokenizer(context_length)
         try:
-            return self._check(task)
-        except EntryError as error:
-            return error.problem
-        except ImageError as error:
-            if isinstance(error.__cause__, MemoryError):
-                os._exit(OUT_OF_MEMORY)
-            return Problem(error.kind, str(error))
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)  # it is tried again with a fresh heap
-        except Exception as error:  # a bug of ours or of a library must cost one sample only
-            return Problem("failed", f"{type(error).__name__}: {error}")
+            tokens = [ids.tobytes() for ids in tokenizer.encode(task.captions)]
+        except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
+            return Problem("bad caption", f"cannot be tokenised: {error}")
+    if options.in_place and isinstance(entry, PackedFile) and not image.reencoded:
+        xxh3 = entry.xxh3
+    else:
+        xxh3 = xxhash.xxh3_64_intdigest(data)
+    if not options.return_images or (options.in_place and not image.reencoded):
+        data = b""
+    if options.look:
+        data = look_at(data)
+    return Checked(data, image.extension, *size, image.reencoded, xxh3, tokens)
 
-    def _check(self, task: Task) -> Checked | Problem:
-        options, entry = self._options, task.entry
-        image = self._check_image(entry)
-        data = image.data
-        tokens: list[bytes] = []
-        if task.captions:
-            assert self._tokenizer is not None
-            try:
-                tokens = [ids.tobytes() for ids in self._tokenizer.encode(task.captions)]
-            except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
-                return Problem("bad caption", f"cannot be tokenised: {error}")
-        if options.in_place and isinstance(entry, PackedFile) and not image.reencoded:
-            xxh3 = entry.xxh3
-        else:
-            xxh3 = xxhash.xxh3_64_intdigest(data)
-        if not options.return_images or (options.in_place and not image.reencoded):
-            data = b""
-        if options.look:
-            data = look_at(data)
-        size = image.height, image.width
-        return Checked(data, image.extension, *size, image.reencoded, xxh3, tokens)
 
-    def _check_image(self, entry: Entry) -> CheckedImage:
-        options = self._options
-        if options.in_place and isinstance(entry, PackedFile):
-            # packing has checked it, and its checksum is known
-            if (pixels := entry.height * entry.width) > options.max_pixels:
-                raise EntryError("too large", f"{pixels:,} pixels (--max-pixels)")
-            size = {"height": entry.height, "width": entry.width}
-            return CheckedImage(data=b"", extension="", **size, reencoded=False)
-        data = entry.read(max_bytes=options.max_file_bytes)
-        if options.in_place and len(data) != entry.num_bytes:
-            raise EntryError("damaged", "it was changed while it was indexed")
-        format: ImageFormat | Literal["packed"] = options.format
-        if isinstance(entry, PackedFile) and format == "keep":
-            height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")
-            keeps_size = not (options.short_side or options.square_side)
-            if keeps_size and extension and height * width <= options.max_pixels:
-                # its checksum has just shown that it is the file that packing checked
-                return CheckedImage(
-                    data=data, extension=extension, height=height, width=width, reencoded=False
-                )
-            format = "packed"
-        return check_image(
-            data,
-            short_side=options.short_side,
-            square_side=options.square_side,
-            quality=options.quality,
-            max_pixels=options.max_pixels,
-            format=format,
+def _check_image(entry: Entry, options: ImageOptions) -> CheckedImage:
+    if options.in_place and isinstance(entry, PackedFile):
+        # packing has checked it, and its checksum is known
+        if (pixels := entry.height * entry.width) > options.max_pixels:
+            raise EntryError("too large", f"{pixels:,} pixels (--max-pixels)")
+        return CheckedImage(
+            data=b"", extension="", height=entry.height, width=entry.width, reencoded=False
         )
+    data = entry.read(max_bytes=options.max_file_bytes)
+    if options.in_place and len(data) != entry.num_bytes:
+        raise EntryError("damaged", "it was changed while it was indexed")
+    format: ImageFormat | Literal["packed"] = options.format
+    if isinstance(entry, PackedFile) and format == "keep":
+        height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")
+        keeps_size = not (options.short_side or options.square_side)
+        if keeps_size and extension and height * width <= options.max_pixels:
+            # its checksum has just shown that it is the file that packing checked
+            return CheckedImage(
+                data=data, extension=extension, height=height, width=width, reencoded=False
+            )
+        format = "packed"
+    return check_image(
+        data,
+        short_side=options.short_side,
+        square_side=options.square_side,
+        quality=options.quality,
+        max_pixels=options.max_pixels,
+        format=format,
+    )
