@@ -76,9 +76,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish() -> None:
     """From here on the collector looks at what tests make, and not at what was imported."""
     gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None  # packing's, or a build would undo it
     gc.enable()
     atexit.register(gc.unfreeze)  # or libraries that look for leaks at the end find some
+    gc.freeze = gc.unfreeze = lambda: None  # packing's, or a build would undo it
 
 
 @pytest.fixture
