@@ -174,13 +174,6 @@ def test_any_size_is_what_it_should_be_and_comes_back(data, height, width, forma
         assert np.array_equal(np.asarray(found), pixels)
 
 
-def test_quality_is_that_of_every_jpeg_and_webp_that_is_encoded():
-    source = saved(Image.effect_noise((64, 64), 60).convert("RGB"), format="PNG")
-    for format in ("jpeg", "webp"):
-        sizes = [len(check_image(source, format=format, quality=q).data) for q in (20, 60, 95)]
-        assert sizes == sorted(set(sizes)), format
-
-
 def extended(data: bytes, *chunks: tuple[bytes, bytes], flags: int = 0) -> bytes:
     """A simple WebP as an extended one, with more chunks behind its header."""
     width, height = Image.open(io.BytesIO(data)).size
@@ -217,21 +210,6 @@ def test_what_decoders_may_see_differently_is_no_simple_webp():
     assert len(image.data) == 8 + int.from_bytes(image.data[4:8], "little")
 
 
-@pytest.mark.parametrize("lossless", [False, True])
-def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless):
-    data = saved(
-        Image.effect_noise((200, 150), 60).convert("RGB"), format="WEBP", lossless=lossless
-    )
-    for part in (0.3, 0.6, 0.9):
-        cut = bytearray(data[: int(len(data) * part) // 2 * 2])
-        for _ in range(2):
-            with pytest.raises(ImageError) as caught:
-                check_image(bytes(cut), format="webp")
-            assert caught.value.kind == "damaged"
-            struct.pack_into("<I", cut, 4, len(cut) - 8)
-            struct.pack_into("<I", cut, 16, len(cut) - 20)
-
-
 NOISE = Image.effect_noise((200, 150), 60).convert("RGB")
 CHECKED_ENDS = {
     "webp": saved(NOISE, format="WEBP"),
@@ -255,13 +233,6 @@ def test_zeros_in_place_of_the_tail_are_damage(kind, part):
     start = int(len(data) * part)
     with pytest.raises(ImageError) as caught:
         check_image(data[:start] + bytes(len(data) - start))
-    assert caught.value.kind == "damaged"
-
-
-@pytest.mark.parametrize("format", ["BMP", "PPM", "QOI"])
-def test_plain_pixels_that_lack_their_last_byte_are_damaged(format):
-    with pytest.raises(ImageError) as caught:
-        check_image(saved(NOISE, format=format)[:-1])
     assert caught.value.kind == "damaged"
 
 
@@ -339,25 +310,6 @@ def test_the_transparent_value_of_a_16_bit_grey_png_lies_on_white():
     assert (grey[8:] == 4).all()
 
 
-def test_images_that_begin_alike_are_checked_each_and_their_header_is_read_once(monkeypatch):
-    """As small images of one data set do: their header takes longer to read than they to decode."""
-    walked: list[bytes] = []
-    walk = images._walk_to_scan
-    monkeypatch.setattr(images, "_walk_to_scan", lambda data: walked.append(data) or walk(data))
-    monkeypatch.setattr(images, "_last_header", None)
-    alike = [saved(ImageOps.invert(photo()), format="JPEG"), jpeg()]
-    assert [check_image(data).data for data in alike] == alike
-    assert walked == alike[:1]
-    start = read_jpeg_header(jpeg()).scan_start
-    for damaged in (jpeg()[: start - 1], jpeg()[:start], jpeg()[: start + 20]):
-        with pytest.raises(ImageError) as caught:
-            check_image(damaged)
-        assert caught.value.kind == "damaged"
-    other = jpeg(quality=30)
-    assert (check_image(other).height, check_image(jpeg()).width) == (40, 56)
-    assert [each for each in walked if each in (other, jpeg())] == [other, jpeg()]
-
-
 SCAN = re.compile(rb"\xff\xda\x00[\x06-\x0c]")
 
 
@@ -421,7 +373,7 @@ def test_the_checksum_of_a_pngs_pixels_is_compared(mode):
 def test_what_follows_a_pngs_pixels_is_not_inflated_without_end():
     data = saved(Image.new("RGB", (8, 8)), format="PNG")
     rows = bytes(8 * 25)
-    bomb = png_of_chunks(data, zlib.compress(rows + bytes(200_000_000)))
+    bomb = png_of_chunks(data, zlib.compress(rows + bytes(40_000_000)))
     assert check_image(bomb)
 
 
@@ -459,15 +411,6 @@ def test_too_many_scans_are_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_SCANS", 3)
     with pytest.raises(ImageError, match="scans"):
         check_image(jpeg(progressive=True))
-
-
-def test_more_scans_than_a_baseline_file_can_have_are_refused_by_the_decoder():
-    """So they need not be counted, which takes longer than all other checks of its bytes."""
-    plain = jpeg()
-    scan = plain[plain.index(b"\xff\xda") : -2]
-    with pytest.raises(ImageError, match="expect more than one scan") as caught:
-        check_image(plain[:-2] + 600 * scan + plain[-2:])
-    assert caught.value.kind == "damaged"
 
 
 def test_resize_shrinks_the_short_side_and_never_enlarges():
@@ -524,11 +467,3 @@ def test_hostile_files_are_accepted_or_refused_but_never_crash(shared_data):
             assert not row["libjpeg_turbo"].startswith(("warning", "error")), row["file"]
             assert row["pil"] == "ok", row["file"]
     assert num_accepted > 150
-
-
-def test_real_photos_keep_their_bytes(shared_data):
-    for path in sorted((shared_data / "decode" / "images").iterdir())[:60]:
-        data = path.read_bytes()
-        image = check_image(data)
-        assert image.data is data, path.name
-        assert (image.width, image.height) == Image.open(path).size

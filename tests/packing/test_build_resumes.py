@@ -3,12 +3,8 @@
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +16,7 @@ import xxhash
 from damage import limited_files
 from inline_checks import check_inline
 from object_stores import FaultyStore, empty
-from pack_runs import contents, jpeg, left_out, write_photos
+from pack_runs import contents, jpeg, write_photos
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
@@ -368,11 +364,6 @@ def test_another_build_or_a_changed_source_is_named_and_does_not_resume_it(
     assert contents(unfinished) == unbroken
 
 
-def test_restart_begins_anew(sources, unfinished):
-    assert build(sources, unfinished, seed=1, restart=True).num_taken_over == 0
-    assert os.listdir(unfinished.parent) == ["set"]
-
-
 def test_finished_shards_that_are_damaged_are_made_again(sources, unfinished, unbroken):
     """The last shard was changed; then an array behind the first one's rows."""
     folder = unfinished.parent / "set.partial" / "set"
@@ -472,21 +463,6 @@ def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
     assert contents(tmp_path / "set") == unbroken
 
 
-def test_processes_of_a_build_end_before_the_program_where_a_disk_is_full(tmp_path):
-    (tmp_path / "photos" / "cat").mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, [40, 96, 96, 3], np.uint8)
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / "photos" / "cat" / f"{number}.jpg")
-    command = [sys.executable, "-m", "unicl_fast.tools.pack", "build", tmp_path / "photos"]
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 60; exec "$@"', "-", *command, "--out", tmp_path / "set"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "make room there" in done.stderr
-    assert "Exception ignored" not in done.stderr
-
-
 def test_the_bytes_of_a_build_stay_what_they_are(tmp_path):
     """Pinned, so that the order of a seed, and all else that is written, stays for good.
 
@@ -516,47 +492,3 @@ def test_the_bytes_of_a_build_stay_what_they_are(tmp_path):
     for name, data in files.items():
         digest.update(name.encode() + data.replace(str(tmp_path).encode(), b""))
     assert digest.hexdigest() == "5c846404074f2d63"
-
-
-@pytest.mark.slow
-def test_a_build_of_real_images_killed_ten_times(shared_data, tmp_path):
-    """The whole session is killed at random moments; the number of workers changes each time."""
-    source = shared_data / "cifar10" / "cifar10-test.zip" / "test"
-    with zipfile.ZipFile(source.parent) as archive:
-        names = [name for name in archive.namelist() if name[-5:] in ("1.jpg", "4.jpg", "7.jpg")]
-    (tmp_path / "list.csv").write_text(  # some 200 shards: each of ten runs may finish twenty
-        "image,label\n" + "".join(f"{name},{name.split('/')[-2]}\n" for name in names)
-    )
-    for name in (names[5], names[500]):  # and two that are not there
-        with (tmp_path / "list.csv").open("a") as file:
-            file.write(f"{name}.png,cat\n")
-    command = [
-        *(sys.executable, "-m", "unicl_fast.tools.pack", "build"),
-        *(str(tmp_path / "list.csv"), "--image-root", str(source.parent)),
-        *("--shard-bytes", "40000"),
-    ]
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
-    generator = random.Random(3)
-    journals = []
-    while len(journals) < 10:
-        process = subprocess.Popen(
-            [*command, "--out", str(tmp_path / "set"), "--workers", str(1 + len(journals) % 3)],
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        journal = tmp_path / "set.partial" / "journal"
-        while process.poll() is None and len(read_journal(journal)) <= sum(journals[-1:]):
-            time.sleep(0.01)  # until it has done more than the one before
-        time.sleep(generator.uniform(0, 0.05))
-        assert process.poll() is None, f"the build was done after {len(journals)} kills"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        journals.append(len(read_journal(journal)))
-    assert journals == sorted(journals)
-    done = subprocess.run([*command, "--out", tmp_path / "set"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "had been packed before this run" in done.stdout
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert [kind for kind, _ in left_out(tmp_path / "set").values()] == ["missing", "missing"]
-    assert sorted(os.listdir(tmp_path)) == ["list.csv", "set", "whole"]

@@ -86,23 +86,6 @@ def test_all_become_files_of_the_format_and_show_the_same(packed):
                         assert difference.mean() < 5
 
 
-def test_verify_inspect_and_build_take_every_format(packed, tmp_path, pack):
-    sets = [packed[format] for format in FILES]
-    code, text = pack("build", "--workers", 1, *sets, "--out", tmp_path / "all")
-    assert code == 0, text
-    with PackedDataset(tmp_path / "all") as dataset:
-        assert len(dataset) == 60
-    assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "ppm", "json"}
-    code, text = pack("verify", tmp_path / "all", "--workers", 1)
-    assert code == 0, text
-    assert "60 decoded" in text
-    assert Manifest.load(tmp_path / "all").version == 5
-    page = tmp_path / "page.html"
-    code, text = pack(*("inspect", packed["webp"], "--workers", 1, "--html", page))
-    assert code == 0, text
-    assert page.read_text().count("<img") >= 15
-
-
 def test_the_program_scales_counts_and_writes_what_it_did(folder, tmp_path, pack):
     told = tmp_path / "told.json"
     code, text = pack(
@@ -193,10 +176,3 @@ def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole():
     )
     twin = np.asarray(near)[:, 10 * 400 : 11 * 400].astype(int)
     assert np.abs(twin - np.frombuffer(found.data, np.uint8).reshape(400, 400, 3)).max() <= 1
-
-
-def test_squares_of_files_are_encoded_anew_unless_they_are_squares():
-    large = check_image(png(noise(60, 40)), square_side=20)
-    assert (large.extension, large.height, large.width, large.reencoded) == ("jpg", 20, 20, True)
-    data = png(noise(20, 20))
-    assert check_image(data, square_side=20).data is data

@@ -14,12 +14,10 @@ from foreign_sources import write_tar
 from inline_checks import check_inline
 from pack_runs import (
     build_set,
-    contents,
     faults_of,
     jpeg,
     left_out,
     samples_of,
-    stop_at,
     write_photos,
 )
 from PIL import Image
@@ -221,17 +219,3 @@ def test_sources_under_urls_are_read_where_they_lie(shared, tmp_path, monkeypatc
         assert remote.image_bytes(0).tobytes() == local.image_bytes(0).tobytes()
     with pytest.raises(ValueError, match="in files of the machine that it was made on"):
         PackedDataset(f"file://{shared}/index")
-
-
-def test_a_build_that_was_killed_resumes_in_place(shared, tmp_path, monkeypatch):
-    out, options = tmp_path / "index", {"shard_bytes": 4096}
-    build(shared / "tars", tmp_path / "unbroken", **options)
-    with monkeypatch.context() as patched:
-        stop_at(patched, 11)
-        with pytest.raises(KeyboardInterrupt):
-            build(shared / "tars", out, **options)
-    done = build(shared / "tars", out, **options)
-    assert done.num_taken_over > 3
-    assert contents(out) == contents(tmp_path / "unbroken")
-    with PackedDataset(out) as dataset:
-        assert len(dataset.sources or ()) == 3

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import look_at
 from inline_checks import check_inline
 from pack_runs import build_set
 from PIL import Image
@@ -133,29 +132,6 @@ def test_the_list_of_copies_can_be_left_out(packed, written):
     found = json.loads((written / "all.json").read_text())
     assert found["class_counts"][0] == ["cat", 6]
     assert found["exact_copies"]["num_surplus"] == 3
-
-
-def test_a_browser_shows_all_parts(written, tmp_path):
-    found = look_at(written / "page.html", tmp_path)
-    assert found["headings"] == [
-        "set", "Contact sheet", "Classes", "Captions", "Sizes",
-        "Copies", "Left out when packed",
-    ]  # fmt: skip
-    assert (found["images"], found["broken_images"]) == (32, 0)
-    assert found["plots"] >= 6
-    assert (found["scripts"], found["handlers"], found["broken"]) == (0, 0, False)
-    assert set(found["addresses"]) == {"data:"}
-    for text in (HOSTILE[:40], CLASSES[3], "dog & fox", "labels differ"):
-        assert text in found["text"]
-
-
-def test_the_program_prints_the_numbers(packed, pack):
-    code, text = pack("inspect", packed, "--no-near")
-    assert code == 0
-    assert "24 images, 27 captions, 24 labels of 5 classes" in text
-    assert "exact copies: 3 in 3 groups" in text
-    assert "near copies" not in text
-    assert "left out when packed: 1 damaged" in text
 
 
 def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(packed, monkeypatch):

@@ -59,18 +59,16 @@ def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(hashes, d
     assert find_leaders(np.array(hashes, np.uint64), distance).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("count", "limit"), [(100_000, 30), pytest.param(1_000_000, 120, marks=pytest.mark.slow)]
-)
-def test_many_hashes_take_no_time(count, limit):
-    """One in a hundred has a copy. Comparing 100,000 with each other would be 5 billion steps."""
+def test_many_hashes_take_no_time():
+    """One in a hundred has a copy. Comparing all with each other would be 5 billion steps."""
+    count = 100_000
     hashes = np.random.default_rng(0).integers(0, 2**64, count, np.uint64)
     copies, expected = count // 100, np.arange(count)
     hashes[-copies:] = hashes[:copies] ^ np.uint64(0b1011)
     expected[-copies:] = np.arange(copies)
     started = time.process_time()
     assert (find_leaders(hashes, 4) == expected).all()
-    assert time.process_time() - started < limit
+    assert time.process_time() - started < 30
 
 
 def test_what_is_all_alike_is_an_error(monkeypatch):

@@ -199,7 +199,7 @@ def pieces_of(value: Any) -> list[tuple[str, Any]]:
     indent=st.sampled_from([None, 0, 3]),
     cut=st.floats(0, 1, exclude_max=True),
 )
-@examples(60)
+@examples(25)
 def test_json_in_pieces_is_json(tmp_path_factory, value, indent, cut):
     path = tmp_path_factory.mktemp("json") / "a.json"
     text = json.dumps(value, indent=indent, ensure_ascii=False)

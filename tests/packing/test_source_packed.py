@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from damage import copy_of, flip_byte, mend_checksums
 from inline_checks import check_inline
-from pack_runs import build_set, faults_of, jpeg, samples_of, stop_at, write_photos
+from pack_runs import build_set, faults_of, jpeg, samples_of, write_photos
 from packed_sets import sample_of, write_set
 
 from unicl_fast.dataset.manifest import Manifest
@@ -146,19 +145,6 @@ def contents_in_order(folder: Path) -> list[tuple[str, str]]:
     return [(text.source, text.name) for text in texts]
 
 
-def test_damaged_pixels_are_left_out_by_name(packed, tmp_path):
-    with PackedDataset(packed["rawpairs"]) as dataset:
-        damaged = copy_of(dataset, tmp_path / "pairs")
-    name = contents_in_order(damaged)[4]
-    data = bytearray((damaged / "pixels.npy").read_bytes())
-    data[512 + 4 * 24 * 32 * 3] ^= 1
-    (damaged / "pixels.npy").write_bytes(data)
-    build(damaged, out=tmp_path / "set", format="raw")
-    (row,) = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]
-    assert row[:3] == (*name, "damaged")
-    assert "pixels.npy, offset 9728: " in row[3]
-
-
 def test_captions_of_another_tokenizer_are_tokenized_anew(packed, tmp_path):
     """By another vocabulary, by packages that clean texts otherwise, or cut shorter."""
     folders = []
@@ -184,23 +170,6 @@ def test_captions_of_another_tokenizer_are_tokenized_anew(packed, tmp_path):
     assert not faults_of(tmp_path / "set")
     short, long = samples_of(tmp_path / "set")[:2]
     assert short.tokens == long.tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
-
-
-def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(packed, tmp_path, monkeypatch):
-    shutil.copytree(packed["pairs"], tmp_path / "pairs")
-    places, options = (packed["photos"], tmp_path / "pairs"), {"shard_bytes": 20_000}
-    build(*places, out=tmp_path / "whole", **options)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 30)
-        with pytest.raises(KeyboardInterrupt):
-            build(*places, out=tmp_path / "set", **options)
-    assert build(*places, out=tmp_path / "set", **options).num_taken_over > 0
-    assert build(*places, out=tmp_path / "set", **options).was_complete
-    for name in set(os.listdir(tmp_path / "whole")) - {"made-of.json"}:
-        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    change_manifest(tmp_path / "pairs", license="CC0-1.0")
-    with pytest.raises(ValueError, match="made with other sources:"):
-        build(*places, out=tmp_path / "set", **options)
 
 
 def change_manifest(folder: Path, **fields: object) -> None:

@@ -1,9 +1,7 @@
 """Parquet lists, also those of Hugging Face."""
 
-import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import outcomes, read, read_source, texts, write_zip
-from hypothesis import given
-from hypothesis import strategies as st
+from foreign_sources import outcomes, read, read_source, texts
 from inline_checks import check_inline
 from pack_runs import jpeg
-from property_tests import examples
 
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.list_options import ListOptions
-from unicl_fast.packing.sources.parquet_rows import TableResult, TableTask, convert
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.trees import ZipTree
 
 FEATURES = {
     "image": {"_type": "Image"},
@@ -72,23 +65,6 @@ def test_images_in_parquet_with_names_for_numbers(tmp_path, spool):
     assert sorted(outcomes(source).values()) == ["low score"] * 3 + ["read"] * 3
 
 
-def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path, spool):
-    for number in (1, 2):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-    rows = {
-        "path": ["1.jpg", "2.jpg", "1.jpg", "../x.jpg", "gone.jpg", "http://host/1.jpg", None],
-        "TEXT": ["one", "two", "eins", "x", "x", "x", "x"],
-        "label": [3, -1, 3, 3, 3, 3, 3],
-    }
-    pq.write_table(pa.table(rows), tmp_path / "list.parquet")
-    source = read_source(tmp_path / "list.parquet", spool=spool)
-    assert texts(source) == {"1.jpg": (["one", "eins"], [3]), "2.jpg": (["two"], [])}
-    assert list(outcomes(source).values()) == [
-        *("read", "read", "outside", "missing", "missing", "missing")
-    ]
-    assert not source.labels_are_names
-
-
 def test_paths_in_files_of_several_folders_take_a_root(tmp_path, spool):
     for number, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
@@ -100,29 +76,6 @@ def test_paths_in_files_of_several_folders_take_a_root(tmp_path, spool):
         read_source(pattern, spool=spool)
     source = read_source(pattern, ListOptions(image_root=str(tmp_path)), spool)
     assert texts(source) == {"a/1.jpg": (["a"], []), "b/1.jpg": (["b"], [])}
-
-
-def test_a_zip_of_images_is_opened_once_for_all_files(tmp_path, spool, monkeypatch):
-    opened: list[Path] = []
-
-    class CountedZip(ZipTree):
-        def __init__(self, archive: Path, prefix: str) -> None:
-            super().__init__(archive, prefix)
-            opened.append(archive)
-
-    monkeypatch.setattr(trees, "ZipTree", CountedZip)
-    (tmp_path / "set").mkdir()
-    write_zip(tmp_path / "p.zip", {f"{number}.jpg": jpeg(number) for number in (1, 2)})
-    for number in (1, 2):
-        rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
-        pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
-    options = ListOptions(image_root=str(tmp_path / "p.zip"))
-    source = read_source(tmp_path / "set", options, spool)
-    assert outcomes(source) == {"1.jpg": "read", "2.jpg": "read"}
-    assert opened == [tmp_path / "p.zip"]
-    (tmp_path / "p.zip").unlink()
-    with pytest.raises(FileNotFoundError, match=r"p\.zip: no such folder or zip"):
-        read_source(tmp_path / "set", options, spool)
 
 
 def test_what_img2dataset_and_others_call_their_columns(tmp_path, spool):
@@ -245,55 +198,6 @@ def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(tmp_path, spoo
     assert not source.passed_over
 
 
-def damaged_copies(data: st.DataObject) -> bytes:
-    found = table(4, tags=[[1], [], None, [0, 1]])
-    file = io.BytesIO()
-    pq.write_table(found, file, row_group_size=2, compression="snappy")
-    content = bytearray(file.getvalue())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    return bytes(content)
-
-
-@given(data=st.data())
-@examples(60)
-def test_any_damage_to_a_table_is_named(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("table")
-    path = folder / "a.parquet"
-    path.write_bytes(damaged_copies(data))
-    options = ListOptions(label_column="label")
-    task = TableTask(
-        path=str(path),
-        options=options,
-        rows_file=str(folder / "rows"),
-        images_file=str(folder / "images"),
-    )
-    try:
-        result = convert(task)
-    except ValueError as error:
-        assert str(path) in str(error)  # noqa: PT017
-        return
-    except MemoryError:
-        return
-    assert isinstance(result, TableResult)
-    rows = folder / "rows"
-    for line in rows.read_bytes().splitlines() if rows.exists() else ():
-        _, item, _ = source_tables._decode_row(line)
-        if item.entry is not None:
-            end = item.entry.offset + item.entry.num_bytes
-            assert end <= (folder / "images").stat().st_size
-
-
-def test_a_build_with_where_remembers_what_it_left_out(tmp_path, spool):
-    pq.write_table(table(6, set=[*"aab", *"aab"]), tmp_path / "a.parquet")
-    stays = Spool(tmp_path / "spool")
-    again = Spool(tmp_path / "spool")
-    for each in (stays, again):
-        source = read_source(tmp_path / "a.parquet", ListOptions(where=["set=b"]), each)
-        assert source.passed_over == {"rows that --where left out": 4}
-        assert [read(item) for item in source.items] == [jpeg(2), jpeg(5)]
-
-
 def test_a_file_that_ends_its_process_costs_what_comes_after(tmp_path, monkeypatch):
     """One value of 20 MB that a dictionary repeats: read out, 20 GB."""
     monkeypatch.setattr(source_tables, "_MEMORY_BYTES", 200_000_000)
@@ -307,21 +211,6 @@ def test_a_file_that_ends_its_process_costs_what_comes_after(tmp_path, monkeypat
     found = outcomes(source)
     assert found.pop("b.parquet from row 0") == "too large"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
-
-
-def test_a_script_needs_no_guard(tmp_path):
-    """Processes that read and check do not begin with its main part again."""
-    pq.write_table(described(table(3, tags=[[0]] * 3)), tmp_path / "a.parquet")
-    places = str(tmp_path / "a.parquet"), str(tmp_path / "out")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from pathlib import Path\n"
-        "from unicl_fast.packing.build import build_dataset\n"
-        "print('begun')\n"
-        f"build_dataset([Path({places[0]!r})], Path({places[1]!r}), workers=1, progress=False)\n"
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, spool, monkeypatch):

@@ -238,16 +238,6 @@ def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(tmp_path_
             assert len(read(item)) in {len(jpeg(number)) for number in range(3)}
 
 
-def test_img2dataset_in_tars_counts_its_failures(tmp_path):
-    three_samples(tmp_path / "00000.tar")
-    statistics = {"count": 10, "successes": 3, "failed_to_download": 6, "failed_to_resize": 1}
-    (tmp_path / "00000_stats.json").write_text(json.dumps(statistics))
-    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
-    source = read_source(tmp_path)
-    assert len(source.items) == 3
-    assert source.passed_over == {"failed downloads of img2dataset": 7}
-
-
 def test_img2dataset_in_files(tmp_path):
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")

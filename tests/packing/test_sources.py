@@ -243,23 +243,6 @@ def test_a_caption_of_too_many_bytes_is_refused_by_name_and_kept_nowhere(tmp_pat
     assert "100,001 bytes; files of at most 100,000 are read" in problem.message
 
 
-def test_jsonl_takes_lists_and_single_values(tmp_path):
-    make_files(tmp_path / "images", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
-    rows = [
-        {"path": "1.jpg", "captions": ["one", "eins"]},
-        {"path": "2.jpg", "captions": "two", "label": 0},
-        {"path": "3.jpg", "label": ["x", "y"]},
-        {"path": "4.jpg", "label": -1, "captions": [" "]},
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    options = ListOptions(image_root=str(tmp_path / "images"))
-    source = read_source(tmp_path / "list.jsonl", options)
-    assert texts(source) == {
-        **{"1.jpg": (["one", "eins"], []), "2.jpg": (["two"], [0]), "3.jpg": ([], ["x", "y"])}
-    }
-    assert outcomes(source)["4.jpg"] == "no text"
-
-
 def test_rows_of_a_low_score_are_listed_by_their_line(tmp_path):
     """By line, since another row can keep the image."""
     make_files(tmp_path, *(f"{number}.jpg" for number in range(4)))
@@ -312,15 +295,6 @@ def test_a_list_of_missing_images_ends_after_a_thousand_with_advice(tmp_path, na
         with pytest.raises(ValueError, match=re.escape(advice)) as caught:
             read_source(tmp_path / "set" / "list.jsonl")
         assert f"list.jsonl: not one of {said} is there, such as" in str(caught.value)
-
-
-def test_a_condition_is_compared_with_values_nested_to_any_depth(tmp_path):
-    make_files(tmp_path, "1.jpg", "2.jpg")
-    rows = [("1.jpg", "[" * 900 + '"x"' + "]" * 900), ("2.jpg", '{"a":' * 900 + "1" + "}" * 900)]
-    lines = (f'{{"image": "{name}", "label": "x", "deep": {value}}}' for name, value in rows)
-    (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    source = read_source(tmp_path / "list.jsonl", ListOptions(where=["deep=x"]))
-    assert list(texts(source)) == ["1.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -390,32 +364,6 @@ def test_labels_found_become_names_in_sorted_order_but_for_numbers_of_lists():
     assert collect_label_space(["0", "1"]).names == ("0", "1")
     with pytest.raises(ValueError, match="rename"):
         collect_label_space(["caf\udce9"])
-
-
-CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
-
-
-@pytest.mark.usefixtures("checked")
-def test_one_build_from_all_kinds(shared_data, tmp_path):
-    """Ten images of CIFAR-10 as Parquet, tar, and map of a zip, byte for byte."""
-    with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
-        files = [archive.read(f"test/{name}/0001.jpg") for name in CIFAR_NAMES]
-    features = {"label": {"_type": "ClassLabel", "names": CIFAR_NAMES}}
-    table = pa.table({"img": files, "label": list(range(10))}).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": features}})}
-    )
-    pq.write_table(table, tmp_path / "test-00000-of-00001.parquet", row_group_size=4)
-    members = {f"{number}.jpg": file for number, file in enumerate(files)}
-    write_tar(tmp_path / "0.tar", members | {f"{n}.cls": b"%d" % n for n in range(10)})
-    write_zip(tmp_path / "val.zip", members)
-    (tmp_path / "val_map.txt").write_text("".join(f"{n}.jpg\t{n}\n" for n in range(10)))
-    (tmp_path / "names.txt").write_text("\n".join(CIFAR_NAMES))
-    sources = [tmp_path / name for name in ("test-00000-of-00001.parquet", "0.tar", "val_map.txt")]
-    out, names = tmp_path / "out", str(tmp_path / "names.txt")
-    build_set(sources, out, class_names=names)
-    assert not list(tmp_path.glob("out.*"))  # what was unpacked is gone
-    found = sorted((one.image, one.labels) for one in samples_of(out))
-    assert found == sorted((file, [CIFAR_NAMES[n]]) for n, file in enumerate(files) for _ in "123")
 
 
 @pytest.mark.parametrize("extra", ["a.tar", "cat.parquet", "train_map.txt"])

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
-from unicl_fast.packing.split import SIDES, _choose, _join, plain_key
+from unicl_fast.packing.split import _choose, _join, plain_key
 
 pytestmark = pytest.mark.usefixtures("checked")
 
@@ -60,7 +59,8 @@ def shop(tmp_path: Path) -> Path:
                 "title": f"product {number // 2}" if number % 10 else " ",
                 "category": ("shoe", "hat", "sock")[number // 40],
                 "department": "feet" if number // 40 != 1 else "heads",
-                "product": number // 2,
+                # 7, "7\u200b ", and "7.0": no person sees a difference
+                "product": (number // 2, f"{number // 2}\u200b ", f"{number // 2}.0")[number % 3],
             }
         )
     (tmp_path / "cut.jpg").write_bytes(jpeg(1)[:200])
@@ -97,6 +97,7 @@ def test_both_sides_share_classes_and_no_image(shop, tmp_path, pack):
     assert "note: 1 row of an image that an earlier row names\n" in text
     assert "note: 13 rows without a caption, where others have one\n" in text
     assert "note: 121 images kept on one side with others" in text
+    assert "note: 80 spellings of values of --group-column that mean an earlier one" in text
     assert "left out: 1, listed in" in text
     command = f"--data.train {out}/train --data.evaluate {out}/held-out --out runs/first"
     assert f"next: unicl-pretrain --preset auto {command}" in text
@@ -120,16 +121,6 @@ def test_the_seed_decides_what_is_held_out(shop, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
-    build_set([shop], tmp_path / "whole", **COLUMNS)
-    summary = build_set([tmp_path / "whole"], tmp_path / "set", split=0.8)
-    assert summary.manifest.num_samples + summary.held_out.manifest.num_samples == 120
-    assert (summary.manifest.num_quarantined, summary.held_out.manifest.num_quarantined) == (1, 0)
-    assert summary.num_copies + summary.held_out.num_copies == 20
-    sides = [{one.image for one in samples_of(tmp_path / "set" / side)} for side in SIDES]
-    assert sides[0].isdisjoint(sides[1])
-
-
 @pytest.mark.parametrize(
     ("key", "plain"),
     [
@@ -148,32 +139,6 @@ def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
 )
 def test_keys_are_equal_if_a_person_sees_no_difference(key, plain):
     assert plain_key(key) == plain
-
-
-def test_one_key_in_several_spellings_is_on_one_side(tmp_path):
-    spellings = ["{}", "{} ", "\ufeff{}", "{}\u200b", "{}.0", 0]
-    rows = []
-    for number in range(120):
-        product, spelling = number // 6, spellings[number % 6]
-        key = spelling.format(product) if isinstance(spelling, str) else product
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-        rows.append({"image": f"{number}.jpg", "label": "x", "product": key})
-    rows[0]["product"] = math.nan  # none, as pandas writes it
-    (tmp_path / "shop.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"group_column": "product", "split": 0.7}
-    summary = build_set([tmp_path / "shop.jsonl"], tmp_path / "set", **options)
-    sides = [
-        {
-            int(Path(one.name).stem) // 6
-            for one in samples_of(tmp_path / "set" / side)
-            if one.name != "0.jpg"
-        }
-        for side in ("train", "held-out")
-    ]
-    assert not sides[0] & sides[1]
-    assert sides[1]
-    (note,) = [kind for kind in summary.notes if kind.startswith("spellings")]
-    assert summary.notes[note] == 20 * 4  # a number and its text are spelled alike
 
 
 def photograph(number: int) -> Image.Image:
@@ -206,7 +171,7 @@ def copies_of(number: int) -> dict[str, bytes]:
 
 
 def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path):
-    for number in range(60):
+    for number in range(20):
         for name, data in copies_of(number).items():
             path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}-{name}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,13 +182,13 @@ def test_copies_of_an_image_are_on_one_side_and_counted_by_kind(tmp_path):
         for side in ("train", "held-out")
     ]
     assert sides[0].isdisjoint(sides[1])
-    assert 9 <= len(sides[1]) <= 15
+    assert 2 <= len(sides[1]) <= 6
     found = {kind.partition(",")[0]: count for kind, count in summary.notes.items()}
-    assert found["images with the bytes of an earlier one"] >= 60
-    assert found["images with the pixels of an earlier one"] >= 60 * 4
-    assert found["images that are near copies of an earlier one (saved again"] >= 60 * 2
-    assert 60 <= found["images that are near copies of an earlier one"] <= 66  # mirrored
-    assert found["images kept on one side with others"] == 60 * 11
+    assert found["images with the bytes of an earlier one"] >= 20
+    assert found["images with the pixels of an earlier one"] >= 20 * 4
+    assert found["images that are near copies of an earlier one (saved again"] >= 20 * 2
+    assert 20 <= found["images that are near copies of an earlier one"] <= 22  # mirrored
+    assert found["images kept on one side with others"] == 20 * 11
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,15 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 from foreign_sources import read_source
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.packing.samples import Samples
 from unicl_fast.packing.sources.entries import FileEntry, Problem, Span, ZipEntry
 from unicl_fast.packing.sources.items import Item, require_text
 from unicl_fast.packing.sources.rows import Columns, add_texts
-from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
+from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import open_tree
 
 COLUMNS = Columns((), ("caption",), ("label",))
@@ -50,27 +48,6 @@ def test_rows_in_any_order_make_the_items_that_they_make_in_memory(rows):
     assert list(store) == list(expected.values())
 
 
-def test_a_image_with_too_many_texts_stays_one(monkeypatch):
-    monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 3)
-    store = new_store()
-    store.append(Item("a"))
-    for number in range(6):
-        row = Item("a")
-        add_texts(row, {"caption": str(number)}, COLUMNS, "")
-        store.add_row(0, row)
-    problem = store.at([0])[0].problem
-    assert problem.kind == "too many texts"
-
-
-def test_rows_that_are_left_out_do_not_count_as_rows_without_texts():
-    store = new_store()
-    store.append(Item("a", captions=["text"]))
-    store.append(Item("b", problem=Problem(kind="missing", message="b")))
-    assert not store.notes()
-    store.append(Item("c", labels=["cat"]))
-    assert store.notes()["rows without a caption, where others have one"] == 1
-
-
 def test_all_kinds_of_entries_come_back(tmp_path):
     entries = [
         FileEntry("a/\udcff.jpg", 5, 17),
@@ -85,26 +62,6 @@ def test_all_kinds_of_entries_come_back(tmp_path):
     assert [item.entry for item in store] == entries * 100
     assert [item.labels for item in store] == [[number] for number in range(count)]
     assert list((tmp_path / "a spool? of\udcff #1").iterdir()) == []  # the file has no name
-
-
-def test_many_items_are_read_in_any_order_by_few_statements():
-    """One for each would take as long as reading a small image."""
-    store = new_store()
-    for number in range(700):
-        store.append(Item(str(number), FileEntry(f"{number}.jpg", number), labels=["cat"]))
-    store.add_row(5, Item("5", labels=["dog"]))
-    numbers = np.random.default_rng(0).permutation(700)
-    source = Source(name="s", items=store, labels_are_names=True, passed_over=None)
-    statements: list[str] = []
-    store._database.set_trace_callback(statements.append)
-    shuffled = list(Samples([source]).at(numbers))
-    assert [item.name for _, item in shuffled] == [str(number) for number in numbers]
-    assert [item.entry for _, item in shuffled] == [
-        FileEntry(f"{number}.jpg", number) for number in numbers
-    ]
-    joined = [item for _, item in shuffled if item.name == "5"]
-    assert [item.labels for item in joined] == [["cat", "dog"]]
-    assert sum("SELECT" in statement for statement in statements) <= 4
 
 
 def test_a_full_disk_is_told_by_what_it_is_needed_for():

@@ -63,12 +63,8 @@ def raising(error: BaseException) -> Callable[..., None]:
     return function
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"]
-)
-def test_a_stopped_build_to_a_url_says_what_is_kept(
-    photos, url, work, error, code, monkeypatch, pack
-):
+def test_a_stopped_build_to_a_url_says_what_is_kept(photos, url, work, monkeypatch, pack):
+    error, code = SystemExit(143), 143
     arguments = ("build", photos, "--out", url, "--shard-bytes", SHARD_BYTES)
     with monkeypatch.context() as patch:
         stop_at(patch, 3, error)

@@ -63,15 +63,14 @@ def build(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
 def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
-    monkeypatch, folder, tmp_path, workers
+    monkeypatch, folder, tmp_path
 ):
     bad = {name: entry for name, (entry, _, _) in BAD.items()}
     refused: dict[str, Entry] = {
         name: Refused(kind, message) for name, (_, kind, message) in BAD.items()
     }
-    found = build(monkeypatch, folder, tmp_path / "bad", bad, workers)
+    found = build(monkeypatch, folder, tmp_path / "bad", bad, 3)
     assert found == build(monkeypatch, folder, tmp_path / "refused", refused, 1)
     expected = {name: (kind, message) for name, (_, kind, message) in BAD.items()}
     assert left_out(tmp_path / "bad") == expected
