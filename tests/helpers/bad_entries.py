@@ -3,15 +3,12 @@
 import ctypes
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from unicl_fast.packing.sources.entries import EntryError
-from unicl_fast.packing.workers import ImageOptions
 
 
 class BadEntry(msgspec.Struct, kw_only=True):
@@ -27,25 +24,6 @@ class Crashing(BadEntry):
     def read(self, *, max_bytes: int = 0) -> bytes:
         os.kill(os.getpid(), self.signal)
         raise AssertionError
-
-
-@dataclass(frozen=True, kw_only=True)
-class KillingAtStart(ImageOptions):
-    """Options with which a worker process is killed before it is ready, some times."""
-
-    folder: str
-    times: int
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _start, (self.folder, self.times)
-
-
-def _start(folder: str, times: int) -> ImageOptions:
-    starts = len(os.listdir(folder))
-    (Path(folder) / str(starts)).touch()
-    if starts < times:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return ImageOptions(short_side=0, quality=90, max_pixels=10_000_000, seconds=60)
 
 
 class Hanging(BadEntry):

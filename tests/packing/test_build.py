@@ -17,7 +17,6 @@ from waiting import wait_until
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
-from unicl_fast.tools.pack.__main__ import main
 
 PROGRAM = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
 
@@ -173,30 +172,18 @@ def test_a_stopped_build_leaves_nothing(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("checked")
-def test_classes_get_their_places_in_a_hierarchy(folder, tmp_path, capsys):
-    """By names, by WordNet-style keys with words, and by columns of a list."""
-    by_name, by_key, words = (tmp_path / name for name in ("a.json", "is_a.txt", "words.txt"))
-    by_name.write_text('{"cat": "mammal", "sea_lion": "mammal", "mammal": "animal", "ox": "cow"}')
-    by_key.write_text("n1 n2\nn2 n3\nn2 n4\nn9 n8\n")
-    words.write_text("n1\tanimal, beast\nn2\tmammal\nn3\tcat, true cat\nn4\tsea lion\nn8\tox\n")
-    table = tmp_path / "taxa.csv"
-    table.write_text("kingdom,class,name\nanimal,mammal,cat\nanimal,mammal,sea lion\n")
-    for number, options in enumerate(
-        (
-            ["--hierarchy", by_name],
-            ["--hierarchy", by_key, "--hierarchy-names", words],
-            ["--hierarchy", table, "--hierarchy-columns", "kingdom", "class", "name"],
-        )
-    ):
-        out = tmp_path / str(number)
-        main(["build", *map(str, [folder, "--out", out, "--workers", 1, *options])])
-        assert "hierarchy: 2 of 3 classes placed, 2 classes above" in capsys.readouterr().out
-        with PackedDataset(out) as dataset:
-            hierarchy = dataset.manifest.hierarchy
-            assert dataset.manifest.class_names == ("cat", "dog", "sea lion")
-        names = (*dataset.manifest.class_names, *hierarchy.names)
-        chains = [[names[one] for one in chain] for chain in hierarchy.chains()[:3]]
-        assert chains == [["animal", "mammal", "cat"], ["dog"], ["animal", "mammal", "sea lion"]]
+def test_classes_get_their_places_in_a_hierarchy(folder, tmp_path, pack):
+    """By WordNet-style keys with words; some name no class."""
+    (tmp_path / "is_a.txt").write_text("n1 n2\nn2 n3\nn2 n4\nn9 n8\n")
+    words = "n1\tanimal, beast\nn2\tmammal\nn3\tcat, true cat\nn4\tsea lion\nn8\tox\n"
+    (tmp_path / "words.txt").write_text(words)
+    options = ("--hierarchy", tmp_path / "is_a.txt", "--hierarchy-names", tmp_path / "words.txt")
+    _, text = pack("build", folder, "--out", tmp_path / "set", *options)
+    assert "hierarchy: 2 of 3 classes placed, 2 classes above" in text
+    manifest = Manifest.load(tmp_path / "set")
+    names = (*manifest.class_names, *manifest.hierarchy.names)
+    chains = [[names[one] for one in chain] for chain in manifest.hierarchy.chains()[:3]]
+    assert chains == [["animal", "mammal", "cat"], ["dog"], ["animal", "mammal", "sea lion"]]
 
 
 @pytest.mark.usefixtures("checked")

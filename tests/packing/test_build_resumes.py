@@ -110,16 +110,12 @@ def torn_line(patch: pytest.MonkeyPatch) -> None:
 
 PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
     "before the first sample": (lambda p: at_call(p, DatasetWriter, "add", 1, after=False), 0),
-    "in the first shard": (lambda p: at_call(p, DatasetWriter, "add", 9, after=True), 0),
-    "with a shard finished": (lambda p: at_call(p, ShardJournal, "append", 1, after=True), 1),
-    "a shard without its line": (lambda p: at_call(p, ShardJournal, "append", 3, after=False), 2),
     "a torn line": (torn_line, 2),
     "in mid-shard": (lambda p: at_call(p, DatasetWriter, "add", 70, after=True), 3),
     "at a bad image": (lambda p: at_call(p, DatasetWriter, "quarantine", 9, after=True), 1),
     "before the checksums": (lambda p: at_call(p, shard_writer, "format_checksums", 1, after=False),
                              -1),
     "before the renaming": (lambda p: at_call(p, Path, "rename", 1, after=False), -1),
-    "behind the renaming": (lambda p: at_call(p, Path, "rename", 1, after=True), -1),
 }  # fmt: skip
 
 
@@ -151,13 +147,7 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
     assert os.listdir(tmp_path) == ["set"]
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(place, marks=[pytest.mark.slow] * (number in (1, 2, 3, 9)))
-        for number, place in enumerate(PLACES)
-    ],
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_a_killed_build_resumes_as_if_nothing_had_happened(
     sources, unbroken, checked, tmp_path, place
 ):
@@ -181,7 +171,7 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
     assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
 
 
-@pytest.mark.parametrize("num_more", [pytest.param(-3, marks=pytest.mark.slow), 0, 1])
+@pytest.mark.parametrize("num_more", [0, 1])
 def test_a_split_that_is_killed_on_either_side_resumes(sources, tmp_path, num_more):
     """Killed so many shards after the last one for training."""
     build(sources, tmp_path / "whole", split=0.7)

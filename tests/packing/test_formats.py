@@ -164,15 +164,3 @@ def test_squares_show_the_middle(size, channels):
     assert gap.max() <= 1
     if size == (20, 20):
         assert np.array_equal(found, np.broadcast_to(pixels, found.shape))
-
-
-def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole():
-    """That would be 26 million pixels wide."""
-    pixels = noise(1, 65_000)
-    found = check_image(png(pixels), square_side=400, format="raw")
-    # as if it had been scaled whole and cut then: the filter looks at its neighbours
-    near = Image.fromarray(pixels[:, 32_489:32_510]).resize(
-        (21 * 400, 400), Image.Resampling.BICUBIC
-    )
-    twin = np.asarray(near)[:, 10 * 400 : 11 * 400].astype(int)
-    assert np.abs(twin - np.frombuffer(found.data, np.uint8).reshape(400, 400, 3)).max() <= 1

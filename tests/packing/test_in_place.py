@@ -185,7 +185,6 @@ def test_what_is_no_file_as_it_is_is_refused(place, pack):
     for arguments, words in (
         ((zipped,), "in a zip"),
         ((gzipped,), "is compressed, and images are read in place; unpack it to a .tar first"),
-        ((gzipped,), ".tar first: gunzip"),
         (("https://user:word@host/a.tar",), "https://host/a.tar: a URL with a password"),
         ((place / "tars", "--resize", "short:16"), "--resize"),
     ):

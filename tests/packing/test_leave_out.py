@@ -1,9 +1,6 @@
 """`unicl-pack build --leave-out`."""
 
-import json
 import os
-import zipfile
-from pathlib import Path
 
 import pytest
 from pack_runs import build_set, jpeg, samples_of
@@ -11,36 +8,6 @@ from pack_runs import build_set, jpeg, samples_of
 from unicl_fast.packing.build import build_dataset
 
 pytestmark = pytest.mark.usefixtures("checked")
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> list[Path]:
-    """Class folders in a zip, and a list with captions."""
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        for name, number in {"cat/1": 1, "cat/2": 2, "cat/2b": 2, "dog/1": 1, "dog/3": 3}.items():
-            archive.writestr(f"{name}.jpg", jpeg(number))
-        archive.writestr("dog/cut.jpg", jpeg(5)[:200])
-        archive.writestr("dog/cut2.jpg", jpeg(5)[:200])
-    (tmp_path / "a.jpg").write_bytes(jpeg(1))
-    (tmp_path / "b.jpg").write_bytes(jpeg(4))
-    rows = [
-        {"image": "a.jpg", "captions": ["so", "so it is"], "label": "cat"},
-        {"image": "b.jpg", "captions": ["so"]},
-        {"image": "missing.jpg", "captions": ["so"]},
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return [tmp_path / "photos.zip", tmp_path / "list.jsonl"]
-
-
-def test_what_a_list_names_is_passed_over(sources, tmp_path):
-    (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
-    summary = build_set(sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"))
-    assert {one.name for one in samples_of(tmp_path / "set")} == {
-        "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
-    }  # fmt: skip
-    assert summary.passed_over[f"images named in {tmp_path / 'out.csv'}"] == 1
-    with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
-        build_set(sources, tmp_path / "no", leave_out="s3://bucket/list.csv")
 
 
 def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(tmp_path, pack):
@@ -78,10 +45,15 @@ def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path):
     for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
         with open(bytes(tmp_path / "in" / "cat") + b"/" + name, "wb") as file:
             file.write(jpeg(number))
-    (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
+    (tmp_path / "out.csv").write_text(
+        "source,name\nin,cat/\\udcff.jpg\nother,cat/plain.jpg\nin,cat/none.jpg\n"
+    )
     options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
     build_set([tmp_path / "in"], tmp_path / "all")
     assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
     for name in ("in", "all"):
-        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)
+        summary = build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)
+        assert summary.passed_over == {f"images named in {tmp_path / 'out.csv'}": 1}
         assert {one.name for one in samples_of(tmp_path / f"of {name}")} == {"cat/plain.jpg"}
+    with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
+        build_set([tmp_path / "in"], tmp_path / "no", leave_out="s3://bucket/list.csv")

@@ -83,14 +83,6 @@ def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path):
         read_source(tmp_path / "s-{09..07}.tar")
 
 
-@pytest.mark.parametrize("place", ["b.tgz", "B.TAR.GZ", ""])
-def test_compressed_tars_are_refused_not_passed_over(tmp_path, place):
-    three_samples(tmp_path / "a.tar")
-    (tmp_path / (place or "b.tar.gz")).write_bytes(b"")
-    with pytest.raises(ValueError, match="compressed.*unpack it to a .tar first: gunzip"):
-        read_source(tmp_path / place)
-
-
 def test_folders_that_programs_leave_do_not_hide_tars(tmp_path):
     three_samples(tmp_path / "a.tar")
     for folder in ("_tmp", "__MACOSX"):

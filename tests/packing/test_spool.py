@@ -12,7 +12,7 @@ from foreign_sources import read_source
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.packing.sources.entries import FileEntry, Problem, Span, ZipEntry
+from unicl_fast.packing.sources.entries import FileEntry, Problem
 from unicl_fast.packing.sources.items import Item, require_text
 from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import ItemStore, Spool
@@ -46,22 +46,6 @@ def test_rows_in_any_order_make_the_items_that_they_make_in_memory(rows):
     for item in expected.values():
         require_text(item)
     assert list(store) == list(expected.values())
-
-
-def test_all_kinds_of_entries_come_back(tmp_path):
-    entries = [
-        FileEntry("a/\udcff.jpg", 5, 17),
-        Span("b", 3, 8),
-        ZipEntry("c.zip", 1, 2, 3, 8, 5, 0),
-        None,
-    ]
-    spool = Spool(tmp_path / "a spool? of\udcff #1")
-    store = spool.new_items()
-    count = len(entries) * 100  # more than are read at once
-    store.extend(Item(str(n), entry, ["x"], [n]) for n, entry in enumerate(entries * 100))
-    assert [item.entry for item in store] == entries * 100
-    assert [item.labels for item in store] == [[number] for number in range(count)]
-    assert list((tmp_path / "a spool? of\udcff #1").iterdir()) == []  # the file has no name
 
 
 def test_a_full_disk_is_told_by_what_it_is_needed_for():

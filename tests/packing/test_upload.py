@@ -91,7 +91,13 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(photos, url, work, monkeypat
         found, text = pack("upload", packed, "--out", url)
     assert found == code
     assert f"stopped; uploaded files stay under {url}" in text
-    assert pack("upload", packed, "--out", url)[0] == 0
+    assert "files sent and read back, " in pack("upload", packed, "--out", url)[1]
+    build_set([str(photos)], packed.with_name("other"))
+    code, text = pack("upload", packed.with_name("other"), "--out", url)
+    assert (code, "already holds another packed data set" in text) == (2, True)
+    put(ObjectStore(f"{url}-used"), "notes.txt", b"x")
+    code, text = pack("upload", packed, "--out", f"{url}-used")
+    assert (code, "holds 1 other object, notes.txt for one" in text) == (2, True)
 
 
 def test_the_same_build_resumes_an_upload_that_was_cut_off(
@@ -177,25 +183,10 @@ def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(photos, tmp_p
         code, text = pack("verify", url)
         assert code == 1
         assert "samples.npy" in text
+        assert f"unicl-pack upload DIR --out {url}" in text
     finally:
         server.shutdown()
         server.server_close()
-
-
-def test_advice_about_a_damaged_url_can_be_followed(photos, url, tmp_path, pack):
-    build(photos, url)
-    build(photos, str(tmp_path / "sound"))
-    store = ObjectStore(url)
-    data = bytearray(store.read_whole("shard-000000.tar") or b"")
-    data[600] ^= 1
-    put(store, "shard-000000.tar", bytes(data))
-    code, text = pack("verify", url, "--no-decode")
-    assert code == 1
-    assert f"unicl-pack upload DIR --out {url}" in text
-    assert f"build {url}" not in text
-    code, text = pack("upload", tmp_path / "sound", "--out", url)
-    assert code == 0, text
-    assert pack("verify", url, "--no-decode")[0] == 0
 
 
 def test_an_inspection_names_the_url_and_not_its_copy(photos, url, tmp_path, monkeypatch, pack):

@@ -1,13 +1,12 @@
 """An image that crashes, hangs or devours memory costs a build itself and nothing else."""
 
-import dataclasses
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, KillingAtStart, Refused
+from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, Refused
 from pack_runs import build_set, jpeg, left_out, write_photos
 
 from unicl_fast.dataset.reader import PackedDataset
@@ -91,20 +90,6 @@ def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path):
         assert isinstance(result, Checked)
         assert result.data == jpeg(number)
         assert [len(ids) for ids in result.tokens] == [2 * 4]
-
-
-@pytest.mark.parametrize("times", [1, 99])
-def test_a_worker_that_is_killed_while_it_starts_is_started_again(tmp_path, times):
-    """The kernel's OOM killer does not wait for the first image."""
-    killing = KillingAtStart(**dataclasses.asdict(options()), folder=str(tmp_path), times=times)
-    tasks = [Task(name=str(number), entry=CrashingOnce("/", jpeg(number))) for number in range(3)]
-    results = check_in_order(tasks, options=killing, context_length=77, workers=1)
-    if times == 1:
-        assert all(isinstance(result, Checked) for result in results)
-        return
-    with pytest.raises(RuntimeError, match=r"could not start \(exit code -9\)"):
-        list(results)
-    assert len(list(tmp_path.iterdir())) == 3, "not for ever"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from unicl_fast.system.child import Death, describe_death, fault_of, run_limited
+from unicl_fast.system.child import Child, Death, describe_death, fault_of, run_limited
 
 GB = 10**9
 
@@ -66,3 +66,13 @@ def test_errors_of_the_function_are_raised_or_described():
 def test_a_child_that_is_killed_may_have_been_out_of_memory():
     assert describe_death(-signal.SIGKILL).how == "was killed, possibly out of memory"
     assert describe_death(-60).how == "crashed (signal 60)"
+
+
+def test_a_child_that_is_killed_while_it_starts_is_started_again(monkeypatch):
+    """The kernel's OOM killer does not wait for the first task. But not for ever."""
+    codes = iter([-9, -9, 0, *[-9] * 3])
+    monkeypatch.setattr(Child, "_start", lambda *_: next(codes))
+    Child(print)
+    with pytest.raises(RuntimeError, match=r"could not start \(exit code -9\)"):
+        Child(print)
+    assert not list(codes)
