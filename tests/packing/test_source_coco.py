@@ -277,4 +277,4 @@ def test_what_cannot_be_packed_is_named(file):
     file.write_text(json.dumps(content))
     source = read_source(file)
     kinds = [item.problem.kind for item in source.items if item.problem]
-    assert kinds == ["bad row", "no text", "bad row", "outside", "bad row"]
+    assert kinds == ["no text", "bad row", "outside", "bad row", "bad row"]
