@@ -229,3 +229,21 @@ def test_odd_names_reach_the_lists_whole(tmp_path, capsys, monkeypatch):
     assert "\r" not in printed
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["source"] == [str(root)]
+
+
+@pytest.mark.parametrize("kind", ["zip", "list"])
+def test_nothing_is_written_outside_the_output_folder(tmp_path, kind, monkeypatch):
+    names = ["../escaped.jpg", f"{tmp_path}/absolute/cat/1.jpg", "cat/ok.jpg", "../../cat/up.jpg"]
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "ok.jpg").write_bytes(IMAGE)
+    (tmp_path / "work").mkdir()
+    if kind == "zip":
+        source = write_zip(tmp_path / "in" / "set.zip", dict.fromkeys(names, IMAGE))
+    else:
+        source = tmp_path / "in" / "list.csv"
+        source.write_text("image,caption\n" + "".join(f"{name},text\n" for name in names))
+    monkeypatch.chdir(tmp_path / "work")
+    check_inline(monkeypatch)
+    before, out = set(tmp_path.rglob("*")), tmp_path / "out"
+    build_set([source], out)
+    assert set(tmp_path.rglob("*")) - before == {out, *out.iterdir()}

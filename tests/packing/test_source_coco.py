@@ -262,19 +262,11 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(file):
 
 def test_what_cannot_be_packed_is_named(file):
     content = json.loads(file.read_text())
-    content["images"] = content["images"][:4]
-    changes: list[dict[str, Any]] = [
-        {"filename": 7},
-        {"sentences": []},
-        {"sentences": [{"raw": ["x", 3]}]},
-        {"filename": "../x"},
-    ]
-    for image, changed in zip(content["images"], changes, strict=True):
-        image |= changed
-    content["images"][1]["filename"] = file.name  # something that is there
-    content["images"][1]["filepath"] = ""
-    content["images"].append(None)
+    content["images"] = [*content["images"][:3], None]
+    content["images"][0]["filename"] = 7
+    content["images"][1] |= {"sentences": [7, {"raw": ["x", 3]}], "filename": file.name}
+    content["images"][2]["filename"] = "../x"
+    content["images"].append(content["images"][1] | {"sentences": 7, "filepath": ""})
     file.write_text(json.dumps(content))
-    source = read_source(file)
-    kinds = [item.problem.kind for item in source.items if item.problem]
-    assert kinds == ["no text", "bad row", "outside", "bad row", "bad row"]
+    kinds = [item.problem.kind for item in read_source(file).items if item.problem]
+    assert kinds == ["bad row", "outside", "no text", "bad row", "bad row"]

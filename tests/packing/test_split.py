@@ -16,7 +16,7 @@ from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
-from unicl_fast.packing.split import _choose, _join, plain_key
+from unicl_fast.packing.split import SIDES, _choose, _join, plain_key
 
 pytestmark = pytest.mark.usefixtures("checked")
 
@@ -111,6 +111,17 @@ def test_both_sides_share_classes_and_no_image(shop, tmp_path, pack):
     assert (code, f"name one, or each: {out}/held-out {out}/train" in text) == (2, True)
     code, text = pack("inspect", out)
     assert (code, f"it holds some; name {out}/held-out or {out}/train" in text) == (2, True)
+
+
+def test_packed_sets_are_divided_by_their_checksums(shop, tmp_path):
+    build_set([shop], tmp_path / "whole", **COLUMNS)
+    summary = build_set([tmp_path / "whole"], tmp_path / "set", split=0.8)
+    assert summary.manifest.num_samples + summary.held_out.manifest.num_samples == 120
+    counts = (side.manifest.num_quarantined for side in (summary, summary.held_out))
+    assert [*counts] == [1, 0]
+    assert summary.num_copies + summary.held_out.num_copies == 20
+    sides = [{one.image for one in samples_of(tmp_path / "set" / side)} for side in SIDES]
+    assert sides[0].isdisjoint(sides[1])
 
 
 @pytest.mark.parametrize(

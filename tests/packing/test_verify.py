@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -233,6 +234,18 @@ def test_a_damaged_shard_of_a_raw_set_leaves_its_images_compared(raw):
     with Damaged(raw, "shard-000000.tar", 3, 1), Damaged(raw, "pixels.npy", 512, 1, mend=True):
         found = {(fault.file, fault.kind) for fault in faults_of(raw) if fault.sample == 0}
     assert found == {("shard-000000.tar", "shard"), ("pixels.npy", "checksum")}
+
+
+def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw):
+    path = raw / "manifest.json"
+    with Damaged(raw, "manifest.json", 0, 0):
+        values = json.loads(path.read_text())
+        values["pixels"]["height"] += 1
+        path.write_text(json.dumps(values))
+        mend_checksums(raw, "manifest.json")
+        messages = [fault.message for fault in faults_of(raw) if fault.kind == "manifest"]
+    assert len(messages) == 1
+    assert "9 images of 6 x 6 pixels" in messages[0]
 
 
 def test_the_program_prints_some_and_lists_all(packed, copy, tmp_path, pack):
