@@ -1,7 +1,6 @@
 """An image that crashes, hangs or devours memory costs a build itself and nothing else."""
 
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -91,17 +90,6 @@ def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path):
         assert isinstance(result, Checked)
         assert result.data == jpeg(number)
         assert [len(ids) for ids in result.tokens] == [2 * 4]
-
-
-@pytest.mark.slow
-def test_the_limit_is_for_each_image_and_not_for_waiting():
-    """A consumer slower than the limit (a full disk cache) makes no image too slow."""
-    tasks = [Task(name=str(n), entry=CrashingOnce("/", jpeg(n))) for n in range(200)]
-    results = check_in_order(tasks, options=options(seconds=5), context_length=77, workers=1)
-    for place, result in enumerate(results):
-        assert isinstance(result, Checked)
-        if place in (0, 128):
-            time.sleep(6)
 
 
 def test_workers_are_gone_when_the_results_are_not_wanted_any_more():

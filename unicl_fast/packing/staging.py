@@ -164,8 +164,11 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy
 def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
     store = ObjectStore(url)
     listed = store.list_objects()
-    if listed is None:
-        listed = _packed_objects(store)
+    if listed is None and (data := store.read_whole(CHECKSUMS_NAME)) is not None:
+        # a packed data set, whose list of checksums names its files
+        names = parse_checksums(data, where=store.url_of(CHECKSUMS_NAME))
+        found = store.find_all([CHECKSUMS_NAME, *names])
+        listed = {name: one for name, one in found.items() if one is not None}
     if listed is None:
         raise ValueError(
             f"{store.url} is no file, and http cannot list folders: name each archive or list"
@@ -182,13 +185,3 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
             raise ValueError(f"{store.url_of(name)} has a name that leaves its folder")
         copies.append(_Copy(store, name, listed[name], path))
     return str(target), copies
-
-
-def _packed_objects(store: ObjectStore) -> dict[str, StoredObject] | None:
-    """The files of a packed data set, by its list of checksums; None without a list."""
-    data = store.read_whole(CHECKSUMS_NAME)
-    if data is None:
-        return None
-    names = parse_checksums(data, where=store.url_of(CHECKSUMS_NAME))
-    found = store.find_all([CHECKSUMS_NAME, *names])
-    return {name: one for name, one in found.items() if one is not None}

@@ -245,7 +245,11 @@ class ImageWorker:
 
     def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
         """Returns the results; or none, and a problem, if the process died."""
-        process = self._running()
+        if self._process is None:
+            self._process = Child(_serve, self._options, self._context_length)
+            if self._closed:  # while it was started
+                self._process.kill()
+        process = self._process
         try:
             process.connection.send(tasks)
             return process.connection.recv(), None
@@ -262,13 +266,6 @@ class ImageWorker:
             message = "uses more memory than its number of pixels should"
             return [], Problem("too large", message)
         return [], problem_of(death)
-
-    def _running(self) -> Child:
-        if self._process is None:
-            self._process = Child(_serve, self._options, self._context_length)
-            if self._closed:  # while it was started
-                self._process.kill()
-        return self._process
 
 
 # From here on: what runs inside the process.
