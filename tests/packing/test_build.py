@@ -148,7 +148,7 @@ def test_a_stopped_build_leaves_nothing(folder, tmp_path):
         for index in range(600):
             archive.writestr(f"cat/{index}.jpg", big.getvalue())
     process = subprocess.Popen(
-        [*PROGRAM, tmp_path / "many.zip", "--out", tmp_path / "out"],
+        [*PROGRAM, tmp_path / "many.zip", "--workers", "1", "--out", tmp_path / "out"],
         stderr=subprocess.PIPE,
         # a shell that starts tests behind itself lets its children ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

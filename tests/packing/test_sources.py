@@ -338,6 +338,7 @@ def test_labels_are_found_by_key_name_folder_spelling_and_number(tmp_path):
             read_label_space(str(tmp_path / "names.txt"))
 
 
+@pytest.mark.slow
 def test_imagenets_names_are_built_in_and_names_that_occur_twice_need_keys():
     space = read_label_space("imagenet")
     assert (len(space.names), space.number_of("n01440764"), space.names[0]) == (1000, 0, "tench")

@@ -88,8 +88,8 @@ class Inspection:
     labels_per_image: dict[int, int]
     """How many images have one label, two, and so on."""
     spreads: dict[str, Spread]
-    """Of all quantities that the data set has, by name: width, height, width/height, bytes, caption
-    tokens (without start and end token), captions/image, weight."""
+    """By name: width, height, width/height, bytes, caption tokens (without start and end token),
+    captions/image and weight, if the data set has them."""
     num_cut_captions: int
     """Captions as long as the context allows, most of which were cut."""
     num_distinct_captions: int
