@@ -1,6 +1,7 @@
 """Items on the disk are equal to those in memory, and memory does not grow with them."""
 
 import errno
+import gc
 import json
 import os
 import tempfile
@@ -82,6 +83,7 @@ def test_memory_does_not_hold_what_is_read(tmp_path):
     read_source(place, spool=spool)  # what is loaded once
     tracemalloc.start()
     found = read_source(place, spool=spool)
+    gc.collect()
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.items) == count
