@@ -18,7 +18,7 @@ from unicl_fast.system.checked_fields import (
     NonNegative,
     PositiveFraction,
     check_fields,
-    plain_number,
+    plain_value,
     require,
 )
 
@@ -154,24 +154,13 @@ def parse_augmentation(text: str) -> Augmentation:
                 f"{', '.join(_JITTER)} at once",
             )
             for name_of_field in _JITTER if field == "jitter" else (field,):
-                values[name_of_field] = _parse_value(field, value, kind=_FIELDS[name_of_field])
+                kind = _FIELDS[name_of_field]  # `Augmentation` checks the policy
+                values[name_of_field] = (
+                    value if kind == Policy else plain_value(value, kind, name=field)
+                )
         return dataclasses.replace(AUGMENTATIONS[name], **values)
     except ValueError as error:
         raise ValueError(f"augmentation {text!r}: {error}") from error
-
-
-def _parse_value(field: str, text: str, *, kind: Any) -> Any:
-    if kind == Policy:
-        return text  # `Augmentation` checks it
-    expected = "a whole number" if kind is int else "a number"
-    try:
-        if tuple[float, float] in (kind, *typing.get_args(kind)):  # or that or None
-            expected = "a range LOW..HIGH"
-            low, high = text.split("..")
-            return plain_number(low, float), plain_number(high, float)
-        return plain_number(text, int if kind is int else float)
-    except ValueError as error:
-        raise ValueError(f"{field} must be {expected}, not {text!r}") from error
 
 
 def read_entries(entries: Sequence[str]) -> dict[str, Augmentation]:

@@ -103,21 +103,6 @@ class Batch:
         return _tensors(self, _INPUTS) | _tensors(self.texts) | _tensors(self.targets)
 
 
-def repeated_texts(batch: Batch) -> Batch:
-    """The same batch without shared texts or skipped padding; its step gives the same result."""
-    texts, targets = batch.texts, batch.targets
-    tokens = texts.tokens[texts.index]
-    each = Texts(
-        tokens=tokens,
-        lengths=np.full(len(tokens), tokens.shape[1]),
-        index=torch.arange(len(tokens), device=tokens.device),
-        counts=torch.ones_like(texts.index),
-        weights=batch.weights,
-    )
-    targets = dataclasses.replace(targets, text_class_ids=targets.class_ids)
-    return dataclasses.replace(batch, texts=each, targets=targets)
-
-
 _INPUTS = ("images", "second_images", "weights", "global_index")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unicl_fast.system.checked_fields import plain_number, require
+from unicl_fast.system.checked_fields import plain_number, plain_value, require
 
 STAGE_SETTINGS = {
     "image_size": "data",
@@ -18,6 +18,7 @@ STAGE_SETTINGS = {
     "micro_batch_size": "efficiency",
 }
 """The settings that a stage can replace, and their groups in the config."""
+_KINDS = {"crop_scale": tuple[float, float]}  # others are whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +68,16 @@ def parse_stage(text: str) -> StageEntry:
             f"run.stages: {text!r}: expected NAME=VALUE, each NAME once and one of "
             f"{', '.join(STAGE_SETTINGS)}, not {change.strip()!r}",
         )
-        settings[name] = _parse_value(name, value, where=text)
+        try:
+            settings[name] = plain_value(value, _KINDS.get(name, int), name=name)
+            least = int(name != "micro_batch_size")
+            require(
+                name in _KINDS or settings[name] >= least,
+                f"{name} must be a whole number of at least {least}, not {value!r}",
+            )
+        except ValueError as error:
+            raise ValueError(f"run.stages: {text!r}: {error}") from None
     return StageEntry(length, settings)
-
-
-def _parse_value(name: str, value: str, *, where: str) -> Any:
-    least = int(name != "micro_batch_size")
-    expected = f"a whole number of at least {least}"
-    try:
-        if name == "crop_scale":
-            expected = "a range LOW..HIGH"
-            low, high = value.split("..")
-            return plain_number(low, float), plain_number(high, float)
-        number = plain_number(value, int)
-        require(number >= least, "")
-        return number
-    except ValueError:
-        raise ValueError(
-            f"run.stages: {where!r}: {name} must be {expected}, not {value!r}"
-        ) from None
 
 
 @functools.lru_cache(maxsize=64)

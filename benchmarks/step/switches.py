@@ -4,12 +4,14 @@ Two trainers take turns on the same batch: one as `unicl-pretrain` runs it here,
 changed. Memory is that of the first step above the model, at most, in a fresh process.
 """
 
+import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unicl_fast.batch import Batch, repeated_texts
+from unicl_fast.batch import Batch, Texts
 from unicl_fast.config import TrainConfig
 from unicl_fast.system.machine import keep_freed_memory
 
@@ -82,3 +84,18 @@ def _peak(config: TrainConfig, batch: Batch, device_type: str) -> float:
     keep_freed_memory()
     step = steps_of(config, batch)
     return peak_bytes(lambda: step().item(), device_type=device_type)
+
+
+def repeated_texts(batch: Batch) -> Batch:
+    """The same batch without shared texts or skipped padding; its step gives the same result."""
+    texts, targets = batch.texts, batch.targets
+    tokens = texts.tokens[texts.index]
+    each = Texts(
+        tokens=tokens,
+        lengths=np.full(len(tokens), tokens.shape[1]),
+        index=torch.arange(len(tokens), device=tokens.device),
+        counts=torch.ones_like(texts.index),
+        weights=batch.weights,
+    )
+    targets = dataclasses.replace(targets, text_class_ids=targets.class_ids)
+    return dataclasses.replace(batch, texts=each, targets=targets)

@@ -56,7 +56,8 @@ FULL = ["full", "stages, full"]
     ("world_size", "names"),
     [
         (3, [*(name for name in RUNS if name not in FULL), "stored"]),
-        *(pytest.param(*one, marks=needs_full) for one in [(3, FULL), (4, ["ddp", "full"])]),
+        pytest.param(3, FULL, marks=needs_full),
+        pytest.param(4, ["ddp", "full"], marks=[needs_full, pytest.mark.long]),
     ],
 )
 def test_ranks_call_the_same_collectives_in_the_same_order(

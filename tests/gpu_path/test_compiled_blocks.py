@@ -150,19 +150,19 @@ def test_more_traffic_and_breaks_are_seen(stand_in, monkeypatch, figure):
 
 
 def text_row() -> TokenRow:
-    """Texts of 1 to 40 tokens, and padding that is computed with them."""
-    last = torch.tensor([39, 0, 6, 17, 11, 30, 2])
-    return TokenRow.build(last, num_tokens=128, shape=(len(last), 40))
+    """Texts of 1 to 16 tokens, and padding that is computed with them."""
+    last = torch.tensor([15, 0, 6, 11, 2])
+    return TokenRow.build(last, num_tokens=48, shape=(len(last), 16))
 
 
 EXECUTED = {
-    "swin, with timm's attention": ("image_encoder.layers.0.blocks.1", (2, 8, 8, 96)),
+    "swin, with timm's attention": ("image_encoder.layers.0.blocks.1", (1, 8, 8, 96)),
     "swin-tiny, 96 wide": ("image_encoder.layers.0.blocks.1", (2, 14, 14, 96)),
     "swin-tiny, 192 wide": ("image_encoder.layers.1.blocks.1", (1, 14, 14, 192)),
     "swin-tiny, 384 wide": ("image_encoder.layers.2.blocks.1", (1, 14, 14, 384)),
     "swin-tiny, 768 wide": ("image_encoder.layers.3.blocks.1", (2, 7, 7, 768)),
     "vit-base": ("image_encoder.blocks.1", (1, 197, 768)),
-    "text": ("text_encoder.resblocks.1", (128, 512)),
+    "text": ("text_encoder.resblocks.1", (48, 512)),
 }
 """Blocks of the presets' widths, of few rows."""
 

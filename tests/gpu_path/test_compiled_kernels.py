@@ -13,7 +13,14 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from compiled_kernels import check_window, compile_loss, compile_window, execute
+from compiled_kernels import (
+    SHARED_BYTES,
+    check_fit,
+    check_window,
+    compile_loss,
+    compile_window,
+    execute,
+)
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -21,7 +28,7 @@ pytest.importorskip("triton")
 SIDE, WINDOW, WIDTH = 14, 7, 32
 SCALE = WIDTH**-0.5
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
-slow = pytest.mark.slow
+slow, long = pytest.mark.slow, pytest.mark.long
 
 
 @dataclasses.dataclass
@@ -224,3 +231,38 @@ def test_a_missing_barrier_fence_or_wait_is_noticed(name, tmp_path):
     print(len(noticed), "noticed; missed:", *missed, sep="\n")
     assert not [one for one in missed if "wait" in one]
     assert len(noticed) >= 4 * len(missed)  # which may be redundant
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+WINDOWS = [(dtype, {"shift": shift}) for dtype in (BF16, FP16, FP32) for shift in (0, 3)]
+PLAIN = {"counted": False}
+LOSSES = [
+    *((BF16, {}), (FP32, {}), (FP64, {}), (FP32, {"precision": "tf32"})),
+    *((BF16, PLAIN | {"exclude_self": True}), (FP32, PLAIN | {"exclude_self": True})),
+    (BF16, PLAIN | {"with_columns": False}),
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "options"),
+    [
+        # a case costs 8 s; those above look at some kernels at each run
+        pytest.param(*case, marks=slow if case[1:] in ((BF16, {}), (BF16, {"shift": 3})) else long)
+        for case in (
+            (capability, *form) for capability in SHARED_BYTES for form in WINDOWS + LOSSES
+        )
+    ],
+)
+def test_kernels_fit_and_spill_no_register(capability, dtype, options, tmp_path):
+    """Compiled ahead of time with the blocks and windows that would run, which needs no GPU."""
+    from unicl_fast.models import window_attention
+    from unicl_fast.objectives import loss_triton
+
+    how = {"folder": tmp_path, **options}
+    if "shift" in options:
+        for name in ("_forward", "_backward", "_sum_table"):
+            kernel = getattr(window_attention, name)
+            check_window(compile_window(kernel, capability, dtype, **how), tmp_path)
+    else:
+        for kernel in (loss_triton._sum_exps, loss_triton._logit_gradients):
+            check_fit(compile_loss(kernel, capability, dtype, **how), tmp_path)

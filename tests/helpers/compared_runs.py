@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -57,3 +58,19 @@ def assert_close_states(
     for name, tensor in states.items():
         allowed = (of_in_proj_bias or 10 * atol) if name.endswith("in_proj_bias") else atol
         torch.testing.assert_close(tensor, expected_states[name], rtol=rtol, atol=allowed, msg=name)
+
+
+def assert_same_gradients(
+    found: tuple[float, dict], expected: tuple[float, dict], *,
+    of_loss: float = 1e-13, rtol: float = 1e-9, atol: float = 1e-13, where: str = "",
+) -> None:  # fmt: skip
+    """Compares losses and parameters' gradients, as `rank_workers.first_gradients` gives them."""
+    assert found[0] == pytest.approx(expected[0], rel=of_loss), where
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        ours, name = found[1][name], f"{where} {name}"
+        if gradient is None:
+            assert ours is None, name
+            continue
+        assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+        torch.testing.assert_close(ours, gradient, rtol=rtol, atol=atol, msg=name)

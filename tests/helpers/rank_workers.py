@@ -53,7 +53,6 @@ from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.sharding import whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
@@ -65,6 +64,10 @@ from unicl_fast.training.trainer import Trainer
 needs_full = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
     reason=f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}",
+)
+compiled_by_torchs_own_kernels = mock.patch(
+    "unicl_fast.training.parallel.compile_encoders",
+    functools.partial(compile_encoders, backend="aot_eager"),
 )
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
 # interpreter would import torch and timm for five seconds each time.
@@ -189,14 +192,6 @@ def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[f
     }
 
 
-@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
-def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
-    """Loss and parameter gradients of this rank, with the loss in both forms and several tiles."""
-    for form in ("dense", "tiled"):
-        loss, gradients = first_gradients(images, ranks, tiny_config(**efficiency, loss=form))
-        torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
-
-
 @contextlib.contextmanager
 def blocks_gathered_in_bf16(devices: set[str]) -> Iterator[None]:
     """As on a GPU, whose autocast computes norms in fp32."""
@@ -223,24 +218,18 @@ def write_divided_gradients(ranks, images: torch.Tensor, folder: Path) -> None:
             torch.save((loss, found), folder / f"{name}.pt")
 
 
-def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
-    """The same, compiled, with torch's own kernels in the graphs."""
-    compiled = functools.partial(compile_encoders, backend="aot_eager")
-    with mock.patch("unicl_fast.training.parallel.compile_encoders", compiled):
-        write_gradients(ranks, images, folder, efficiency)
-
-
+@compiled_by_torchs_own_kernels
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
-def write_objective_gradients(
-    ranks, images: torch.Tensor, folder: str, objectives: list, efficiency: dict
+def write_gradients(
+    ranks, images: torch.Tensor, folder: Path, objectives: list[str], efficiency: dict
 ) -> None:
-    """The same under each objective."""
+    """Loss and gradients of this rank under each objective, in both forms and several tiles."""
     for objective in objectives:
         for form in ("dense", "tiled"):
             config = objective_config(objective, loss=form, **efficiency)
             loader = labelled_loader(images, objective, **place_of(ranks))
             result = first_gradients(images, ranks, config, loader)
-            torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
+            torch.save(result, folder / f"{objective}-{form}{ranks.rank}.pt")
 
 
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
@@ -268,6 +257,7 @@ class PassesByRank:
         return {"worst": max((abs(norm - len(pixels)) for norm in found), default=0.0)}
 
 
+@compiled_by_torchs_own_kernels
 @mock.patch("unicl_fast.training.observers._CHECKED_EVERY", 1)
 def train_each(
     ranks, images: torch.Tensor, folder: Path, runs: dict[str, tuple[TrainConfig, Path | None]]
@@ -286,6 +276,10 @@ def train_each(
         if checkpoint is not None:
             trainer.resume(checkpoint)
         trainer.fit()
+        if config.efficiency.compile == "blocks":
+            from torch._dynamo.utils import counters  # its import lasts a second
+
+            assert counters["stats"]["unique_graphs"] >= 2
         parameters = list(map(local_part, trainer.model.parameters()))
         states = [one for state in trainer.optimizer.state.values() for one in state.values()]
         held = parameters, map(local_part, states)
@@ -319,18 +313,6 @@ def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-@mock.patch(
-    "unicl_fast.training.parallel.compile_encoders",
-    functools.partial(compile_encoders, backend="aot_eager"),
-)
-def train_each_compiled(ranks, *arguments) -> None:
-    """The same, with torch's own kernels in the graphs."""
-    from torch._dynamo.utils import counters  # its import lasts a second
-
-    train_each(ranks, *arguments)
-    assert counters["stats"]["unique_graphs"] >= 2
 
 
 def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], config) -> None:
@@ -511,16 +493,10 @@ def exchange_objects(ranks: Ranks) -> None:
     assert not unpickle.called
     # as their affinities, which they exchanged when they met
     assert ranks.cores == max(1, usable_cores() // ranks.world_size)
-
-
-def agree_on_a_precision(ranks: Ranks) -> None:
-    """Rank 0 finds bf16 faster; the others, which find it slower, are not asked."""
+    # rank 0 finds bf16 faster; the others, which find it slower, are not asked
     seconds = (2.0, 1.0) if ranks.is_main else (1.0, 2.0)
     with mock.patch.object(precision, "seconds_of_products", return_value=seconds):
-        given = build_preset("digits-small").efficiency.precision
-        assert given == "auto"
-        settled = precision.settle_precision(given, torch.device("cpu"), ranks=ranks)
-    assert settled == "bf16"
+        assert precision.settle_precision("auto", torch.device("cpu"), ranks=ranks) == "bf16"
 
 
 def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:

@@ -180,7 +180,7 @@ def labelled_batch(
         image_labels[-1] = image_labels[-1] if objective.startswith("ce") else []
     if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
-        tokens[-3:] = TOKENS[2:5]
+        tokens[-3:] = TOKENS[[3, 3, 4]]
     if objective.startswith(("clip", "siglip")):
         labels[:] = -1
     batch = collate(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from compiled_kernels import check_window, compile_window, windows_as_ptx
+from compiled_kernels import windows_as_ptx
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import Compute, attention_and_gradients, check_operators, gradients_of_swin
@@ -192,33 +192,6 @@ def test_operations_are_counted_as_those_of_timm():
         counts.append(counter.get_total_flops())
     product = 2 * 2 * 4 * 49 * block.dim * 49
     assert counts[1] - counts[0] == product
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "shift"),
-    [
-        pytest.param(80, torch.bfloat16, 3, marks=slow),
-        # test_compiled_kernels.py looks at the two large kernels of this one at each run
-        pytest.param(90, torch.bfloat16, 3, marks=slow),
-        pytest.param(100, torch.bfloat16, 3, marks=slow),
-        *(
-            pytest.param(capability, dtype, shift, marks=pytest.mark.long)
-            for capability in (80, 90, 100)
-            for dtype in (torch.bfloat16, torch.float16, torch.float32)
-            for shift in (0, 3)
-            if (dtype, shift) != (torch.bfloat16, 3)
-        ),
-    ],
-)
-def test_compiled_kernels_fit_and_spill_no_register(capability, dtype, shift, tmp_path):
-    """Compiled ahead of time as the windows of the presets' models are, which needs no GPU."""
-    from unicl_fast.models import window_attention
-
-    for name in ("_forward", "_backward", "_sum_table"):
-        kernel = getattr(window_attention, name)
-        check_window(
-            compile_window(kernel, capability, dtype, shift=shift, folder=tmp_path), tmp_path
-        )
 
 
 def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:

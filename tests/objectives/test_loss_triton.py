@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import SHARED_BYTES, check_fit, compile_loss
 from interpreted_kernels import loss_and_gradients, loss_in_tf32
 from loss_inputs import rows
 
@@ -155,31 +154,3 @@ def test_tiles_of_torch_are_rounded_too(monkeypatch, rounds, least, most):
     pairs = rows(48, 64, seed=1).float()
     loss = unified_contrastive_loss(pairs, pairs, torch.arange(48), 100.0, form="tiled")
     assert least < loss < most
-
-
-FORMS = [
-    (torch.bfloat16, {}),
-    (torch.float32, {}),
-    (torch.float64, {}),
-    (torch.bfloat16, {"counted": False, "exclude_self": True}),
-    (torch.float32, {"counted": False, "exclude_self": True}),
-    (torch.bfloat16, {"counted": False, "with_columns": False}),
-    (torch.float32, {"precision": "tf32"}),
-]
-SOON = [(80, torch.float32, {}), (90, torch.bfloat16, {}), (100, torch.bfloat16, {})]
-
-
-@pytest.mark.slow  # a case costs 8 s; gpu_path/test_compiled_kernels.py computes with one each time
-@pytest.mark.parametrize(
-    ("capability", "dtype", "options"),
-    [
-        pytest.param(*case, marks=[pytest.mark.long] * (case not in SOON))
-        for case in ((capability, *form) for capability in SHARED_BYTES for form in FORMS)
-    ],
-)
-def test_compiled_kernels_fit_and_spill_no_register(capability, dtype, options, tmp_path):
-    """Compiled ahead of time with the blocks that would run, which needs no GPU."""
-    from unicl_fast.objectives import loss_triton
-
-    for kernel in (loss_triton._sum_exps, loss_triton._logit_gradients):
-        check_fit(compile_loss(kernel, capability, dtype, folder=tmp_path, **options), tmp_path)

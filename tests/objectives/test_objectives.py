@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
+from compared_runs import assert_same_gradients
+from rank_workers import first_gradients, run_on_ranks, write_gradients
 from small_runs import (
     OBJECTIVES,
     global_batch,
@@ -17,7 +18,7 @@ from small_runs import (
 )
 from torch.nn import functional as F
 
-from unicl_fast.batch import Batch, ListLoader, repeated_texts
+from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.config_json import config_from_dict
@@ -91,15 +92,12 @@ def classes_of(batch: Batch) -> torch.Tensor:
     ).double()
 
 
-@pytest.mark.parametrize(("form", "every_text"), [("dense", True), ("tiled", False)])
+@pytest.mark.parametrize("form", ["dense", "tiled"])
 @pytest.mark.parametrize(
     "objective",
     [name for name in OBJECTIVES if name.startswith(("unicl", "clip", "sigmoid", "siglip"))],
 )
-def test_images_and_texts_give_the_loss_of_a_dense_matrix(
-    images, objective, form, every_text,
-    monkeypatch,
-):  # fmt: skip
+def test_images_and_texts_give_the_loss_of_a_dense_matrix(images, objective, form, monkeypatch):
     """Weights of pairs: 1 in a common class.
 
     Of CLIP's they are the diagonal, whatever is equal: an equal text has the same logit.
@@ -117,7 +115,6 @@ def test_images_and_texts_give_the_loss_of_a_dense_matrix(
             assert (batch.targets.class_ids >= CAPTION_KEYS_START).sum() == 2
         if objective == "clip":
             weights = torch.eye(len(images), dtype=torch.float64)
-        batch = repeated_texts(batch) if every_text else batch
         logits = logits_of(model, pixels, batch)
         if objective.startswith("sig"):
             total = F.binary_cross_entropy_with_logits(logits, weights, reduction="sum")
@@ -163,49 +160,48 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images):
 
 
 # One for each thing that ranks exchange: classes and texts, views, memberships.
-FEW = ["unicl", "supcon", "ce, labels", "sigmoid, labels", "unicl, weighted labels"]
+FEW = [
+    "unicl",
+    "unicl, labels",
+    "supcon",
+    "ce, labels",
+    "sigmoid, labels",
+    "unicl, weighted labels",
+]
+MICRO = ["unicl, labels", "unicl, weighted labels", "sigmoid"], {"micro_batch_size": 3}
+COMPILED = [{"compile": "encoders"}, {"compile": "blocks", "activation_checkpointing": True}]
+slow, long = pytest.mark.slow, pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ("world_size", "chosen"),
+    ("world_size", "chosen", "efficiency"),
     [
-        pytest.param(2, FEW, id="2"),
-        pytest.param(2, {*OBJECTIVES} - {*FEW}, id="2-more", marks=pytest.mark.slow),
-        pytest.param(3, [*OBJECTIVES], id="3", marks=pytest.mark.long),
-        pytest.param(4, [*OBJECTIVES], id="4", marks=pytest.mark.slow),
+        pytest.param(4, FEW, {}, id="4"),
+        pytest.param(1, *MICRO, id="1, micro-batches"),
+        pytest.param(3, *MICRO, id="3, micro-batches", marks=slow),
+        pytest.param(2, {*OBJECTIVES} - {*FEW}, {}, id="2, others", marks=slow),
+        pytest.param(3, [*OBJECTIVES], {}, id="3, all", marks=long),
+        *(pytest.param(2, FEW[:1], one, id=f"2, {one['compile']}", marks=long) for one in COMPILED),
     ],
 )
-def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, chosen):
-    """Loss and every parameter's gradient in fp64, drop path on; two views of different masks."""
-    run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), [*chosen], {})
+def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, chosen, efficiency):
+    """Loss and every parameter's gradient in fp64, drop path on; two views of different masks.
+
+    Of four ranks the last has captions, and fewer distinct texts.
+    """
+    arguments = images, tmp_path, [*chosen], efficiency
+    if world_size == 1:
+        write_gradients(Ranks(), *arguments)
+    else:
+        run_on_ranks(write_gradients, world_size, *arguments)
+    near = {"of_loss": 1e-10, "rtol": 1e-7, "atol": 1e-11} if "compile" in efficiency else {}
     for objective in chosen:
         config = objective_config(objective, loss="dense")
-        alone_loss, alone = first_gradients(
-            images, Ranks(), config, labelled_loader(images, objective)
-        )
+        alone = first_gradients(images, Ranks(), config, labelled_loader(images, objective))
         for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
-            written = f"{form}{rank}"
-            loss, gradients = torch.load(tmp_path / f"{objective}-{written}.pt", weights_only=True)
-            assert loss == pytest.approx(alone_loss, rel=1e-13)
-            for name, gradient in alone.items():
-                if gradient is None:
-                    assert gradients[name] is None
-                    continue
-                assert gradient.abs().max() > 0, f"{objective}: {name} has nothing to compare"
-                torch.testing.assert_close(
-                    gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=f"{objective} {name}"
-                )
-
-
-@pytest.mark.parametrize("objective", ["unicl, labels", "unicl, weighted labels"])
-def test_micro_batches_of_images_of_several_classes(images, objective):
-    loader = labelled_loader(images, objective)
-    loss, expected = first_gradients(images, Ranks(), objective_config(objective), loader)
-    config = objective_config(objective, micro_batch_size=5)
-    in_parts, gradients = first_gradients(images, Ranks(), config, loader)
-    assert in_parts == pytest.approx(loss, rel=1e-13)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13, msg=name)
+            written = f"{objective}-{form}{rank}"
+            found = torch.load(tmp_path / f"{written}.pt", weights_only=True)
+            assert_same_gradients(found, alone, **near, where=written)
 
 
 def test_second_views_have_slots_of_their_own(images):

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from compared_runs import assert_same_gradients
 from rank_workers import first_gradients
 from small_runs import StepLoader, labelled_loader, tiny_config
 from torch.nn import functional as F
@@ -44,11 +45,9 @@ def clip_loader(images: torch.Tensor) -> StepLoader:
 def test_without_a_margin_it_is_clip(images):
     clip = dataclasses.replace(tiny_config(), objective=make_objective("clip"))
     loader = labelled_loader(images, "clip, weighted")
-    loss, gradients = first_gradients(images, Ranks(), clip, loader)
-    found, again = first_gradients(images, Ranks(), config_of(margin=0.0), loader)
-    assert found == loss
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-15, msg=name)
+    expected = first_gradients(images, Ranks(), clip, loader)
+    found = first_gradients(images, Ranks(), config_of(margin=0.0), loader)
+    assert_same_gradients(found, expected, of_loss=0, rtol=1e-12, atol=1e-15)
 
 
 def test_positives_lose_the_margin(images):
@@ -67,12 +66,9 @@ def test_positives_lose_the_margin(images):
 
 def test_micro_batches_give_the_same_gradients(images):
     config = config_of(margin=0.2)
-    loss, gradients = first_gradients(images, Ranks(), config, clip_loader(images))
+    expected = first_gradients(images, Ranks(), config, clip_loader(images))
     parts = config.changed(efficiency={"micro_batch_size": 5})
-    found, again = first_gradients(images, Ranks(), parts, clip_loader(images))
-    assert found == pytest.approx(loss, rel=1e-13)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
+    assert_same_gradients(first_gradients(images, Ranks(), parts, clip_loader(images)), expected)
 
 
 def test_a_form_that_it_lacks_is_refused():

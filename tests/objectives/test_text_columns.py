@@ -14,7 +14,6 @@ from small_runs import labelled_batch
 
 from unicl_fast.batch import Batch, Texts
 from unicl_fast.config import EfficiencyConfig
-from unicl_fast.distributed import ranks as ranks_module
 from unicl_fast.distributed.ranks import PendingMaximum, Ranks
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.objectives import text_columns
@@ -102,43 +101,6 @@ def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(piece, round
         assert largest() == len(counts)
         encoded.append(len(counts))
     assert encoded == sorted(encoded)  # so the rank with the most texts encodes the most
-
-
-def test_a_maximum_over_gpus_is_read_after_its_copy(monkeypatch):
-    """The calls of torch.cuda are stood in for: the order of what the stream does is checked."""
-    done: list[str] = []
-
-    class Work:
-        def wait(self) -> None:
-            done.append("stream waits")
-
-    class Stream:
-        def record_event(self) -> Stream:
-            done.append("event")
-            return self
-
-        def synchronize(self) -> None:
-            done.append("host waits")
-
-    def all_reduce(value: torch.Tensor, **_: object) -> Work:
-        value.fill_(9)  # the largest of another rank
-        done.append("sent")
-        return Work()
-
-    plain = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(
-        torch.Tensor, "to",
-        lambda self, device, **options: self.clone() if device == "cuda" else plain(self, device),
-    )  # fmt: skip
-    monkeypatch.setattr(ranks_module, "_stream_of_numbers", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(ranks_module, "uses_nccl", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    asked = PendingMaximum(4, TWO)
-    assert done == ["sent", "stream waits", "event"]
-    assert [asked.wait(), asked.wait()] == [9, 9]
-    assert done == ["sent", "stream waits", "event", "host waits"]
 
 
 def test_ranks_on_gpus_ask_by_the_network_of_their_gpus():

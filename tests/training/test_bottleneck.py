@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -26,75 +27,55 @@ def find(usage: Usage, **settings: Any) -> tuple[str, str]:
     return find_bottleneck(dataclasses.replace(usage, **settings)) or NOTHING
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_run_that_does_not_wait_hears_nothing(on_gpu):
-    assert find(SOUND, on_gpu=on_gpu, is_remote=True) == NOTHING
-    assert find(SOUND, reading_blocked=0.9, on_gpu=on_gpu) == NOTHING  # decoding hides it
+SILENT = {
+    "a run that does not wait": find(SOUND, is_remote=True),
+    "on a GPU": find(SOUND, on_gpu=True, is_remote=True),
+    "decoding hides reading": find(SOUND, reading_blocked=0.9),
+    "a GPU computes on": find(CROWDED, on_gpu=True),
+    "its own threads wait for each other": find(CROWDED, others_cpu_seconds=8),
+    "it had nearly all": find(CROWDED, cpu_seconds=70),
+    "it did not want more": find(CROWDED, cpu_wait_seconds=5),
+}
+BLOCKED = {"reading_blocked": 0.8, "read_bytes": 480_000_000, "on_gpu": True}
+IDLE = {"cores": 8, "threads": 2, "on_gpu": True}
+LATE = {"data_wait_seconds": 20, "reading_blocked": 0.9}
 
 
-def test_other_processes_are_named_though_data_is_there():
-    found = find(CROWDED, on_gpu=False)
-    assert found[0] == "other processes"
-    assert "this one got 1.0 of 2 cores in the last 40 s, others 0.9" in found[1]
-    assert "its threads waited 55 s" in found[1]
-    assert "waits for data" not in found[1]
-    assert "OMP_NUM_THREADS" not in found[1]  # it has one thread already
-    assert "OMP_NUM_THREADS=1" in find(CROWDED, on_gpu=False, compute_threads=2)[1]
-    # a GPU computes on
-    assert find(CROWDED, on_gpu=True) == NOTHING
-
-
-def test_other_processes_explain_waiting_for_data_before_anything_else():
-    for on_gpu in (False, True):
-        found = find(CROWDED, data_wait_seconds=20, reading_blocked=0.9, on_gpu=on_gpu)
-        assert found[0] == "other processes"
-        assert "training waits for data 50% of the time" in found[1]
+def test_runs_that_lose_nothing_hear_nothing():
+    assert {name: found for name, found in SILENT.items() if found != NOTHING} == {}
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("usage", "settings", "name", "said", "unsaid"),
     [
-        {"others_cpu_seconds": 8},  # its own threads wait for each other
-        {"cpu_seconds": 70},  # it had nearly all
-        {"cpu_wait_seconds": 5},  # it did not want more
+        (CROWDED, {}, "other processes",
+         ["this one got 1.0 of 2 cores in the last 40 s, others 0.9", "its threads waited 55 s"],
+         ["waits for data", "OMP_NUM_THREADS"]),  # it has one thread already
+        (CROWDED, {"compute_threads": 2}, "other processes", ["OMP_NUM_THREADS=1"], []),
+        # they explain waiting before anything else
+        (CROWDED, LATE, "other processes", ["training waits for data 50% of the time"], []),
+        (CROWDED, LATE | {"on_gpu": True}, "other processes", ["waits for data 50%"], []),
+        (WAITING, BLOCKED | {"is_remote": True}, "storage",
+         ["20% of the time, for storage: its readers are blocked 80%",
+          "12.0 MB/s come from the store",
+          "data.cache_bytes", "data.shuffle_window", "data.cache_folder"], []),
+        (WAITING, BLOCKED, "storage", ["faster disk"], ["data."]),
+        (WAITING, {}, "decoding",
+         ["the process uses 1.8 of 2 cores", "unicl-pack build --resize short:256"], []),
+        (WAITING, {"on_gpu": True}, "decoding", ["data.decode_device=gpu"], []),
+        (WAITING, {"on_gpu": True, "decodes_files": False}, "decoding", [], ["raw", "data."]),
+        (WAITING, IDLE | {"cpu_seconds": 100}, "decoding threads",
+         ["data.threads=2, while 69% of 8 cores have no work"], []),
+        (WAITING, IDLE | {"cpu_seconds": 300}, "decoding", [], []),
     ],
-    ids=str,
-)
-def test_others_are_blamed_only_if_they_took_what_was_wanted(changes):
-    assert find(CROWDED, **changes, on_gpu=False) == NOTHING
-
-
-def test_storage_is_named_with_its_rate_and_the_options_of_a_url():
-    blocked = {"reading_blocked": 0.8, "read_bytes": 480_000_000, "on_gpu": True}
-    remote = find(WAITING, **blocked, is_remote=True)
-    assert remote[0] == "storage"
-    assert "20% of the time, for storage: its readers are blocked 80%" in remote[1]
-    assert "12.0 MB/s come from the store" in remote[1]
-    for option in ("cache_bytes", "shuffle_window", "cache_folder"):
-        assert f"data.{option}" in remote[1]
-        assert hasattr(DataConfig(), option)
-    local = find(WAITING, **blocked)
-    assert "faster disk" in local[1]
-    assert "data." not in local[1]
-
-
-def test_decoding_is_named_with_what_can_be_changed():
-    found = find(WAITING, on_gpu=False)
-    assert found[0] == "decoding"
-    assert "the process uses 1.8 of 2 cores" in found[1]
-    assert "unicl-pack build --resize short:256" in found[1]
-    assert "data.decode_device=gpu" in find(WAITING, on_gpu=True)[1]
-    raw = find(WAITING, on_gpu=True, decodes_files=False)
-    assert "raw" not in raw[1]
-    assert "data." not in raw[1]
-
-
-def test_too_few_threads_are_named_where_cores_are_idle():
-    idle = {"cores": 8, "threads": 2, "on_gpu": True}
-    found = find(WAITING, **idle, cpu_seconds=100)
-    assert found[0] == "decoding threads"
-    assert "data.threads=2, while 69% of 8 cores have no work" in found[1]
-    assert find(WAITING, **idle, cpu_seconds=300)[0] == "decoding"
+)  # fmt: skip
+def test_a_limit_is_named_with_its_numbers_and_what_helps(usage, settings, name, said, unsaid):
+    found = find(usage, **settings)
+    assert found[0] == name
+    assert [part for part in said if part not in found[1]] == []
+    assert [part for part in unsaid if part in found[1]] == []
+    options = [part.partition(".")[2] for part in said if re.fullmatch(r"data\.\w+", part)]
+    assert all(hasattr(DataConfig(), option) for option in options)
 
 
 class Machine:

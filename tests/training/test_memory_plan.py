@@ -211,7 +211,7 @@ def test_dividing_the_state_is_offered_where_it_fits():
     assert "shard" not in str(refused.value)
 
 
-@pytest.mark.parametrize("objective", ["supcon", "ce"])
+@pytest.mark.parametrize("objective", ["supcon", pytest.param("ce", marks=pytest.mark.slow)])
 def test_objectives_without_texts_are_planned_too(objective):
     found = plan_on_cpu(objective_config(objective))
     assert found.parts["texts: activations"] == 0
@@ -235,7 +235,7 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch, image_encoder):
         assert plan_on_cpu(config, **{name: 2 * size}).total > int(needed.certain * 0.6)
 
 
-@pytest.mark.parametrize("compile", ["off", "blocks"])
+@pytest.mark.parametrize("compile", [pytest.param("off", marks=pytest.mark.slow), "blocks"])
 def test_compiled_blocks_are_refused_what_exceeds_the_memory_without_half_of_the_activations(
     compile,
 ):

@@ -1,6 +1,7 @@
 """Parameter groups, the optimizers by name, and whose apex is installed."""
 
 import dataclasses
+import itertools
 import math
 import sys
 from types import ModuleType
@@ -103,16 +104,18 @@ def test_apex_gets_the_settings(name, kind, extra, monkeypatch):
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("lamb", Lamb)])
 def test_every_parameter_is_in_one_of_the_papers_groups(name, kind):
-    config = tiny_config(optimizer=name)
+    config = tiny_config(optimizer=name, image_encoder="unicl_swin6_small")
     model = build_model(config)
     optimizer = optim.build_optimizer(model, config)
     assert type(optimizer) is kind
-    decayed, spared = optimizer.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert all(parameter.ndim > 1 for parameter in decayed["params"])
-    assert any(parameter is model.logit_scale for parameter in spared["params"])
-    grouped = [id(parameter) for parameter in decayed["params"] + spared["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[one] for one in group["params"]] for group in optimizer.param_groups]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert sorted(itertools.chain(*groups)) == sorted(names.values())
+    assert all(parameter.ndim > 1 or name in groups[1] for parameter, name in names.items())
+    assert {"logit_scale", "text_encoder.positional_embedding"} <= {*groups[1]}
+    assert any("relative_position_bias_table" in name for name in groups[1])
+    assert {"image_projection", "text_encoder.token_embedding.weight"} <= {*groups[0]}
 
 
 def test_rates_fall_with_depth():

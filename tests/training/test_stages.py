@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from compared_runs import assert_equal, last_of, losses_of
-from rank_workers import needs_full, run_on_ranks, train_each, train_each_compiled
-from safetensors.torch import load_file
+from compared_runs import (
+    IN_FP64,
+    assert_close_states,
+    assert_equal,
+    last_of,
+    losses_of,
+    state_of,
+)
+from rank_workers import needs_full, run_on_ranks, train_each
 from small_runs import StepLoader, staged_batch, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -41,30 +47,32 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
 @needs_full
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("train", "settings"),
+    ("settings", "frozen"),
     [
-        (train_each, {"image_encoder": "test_vit"}),
-        pytest.param(train_each, {"image_encoder": "unicl_swin6_small"}, marks=pytest.mark.long),
+        ({"image_encoder": "test_vit"}, ("image:2", "text:1")),
+        pytest.param({"image_encoder": "test_vit"}, ("image", "text:1"), marks=pytest.mark.long),
+        pytest.param({"image_encoder": "unicl_swin6_small"}, (), marks=pytest.mark.long),
         pytest.param(
-            train_each_compiled,
-            {"image_encoder": "test_vit", "compile": "blocks"},
+            *({"image_encoder": "test_vit", "compile": "blocks"}, ()),
             marks=[
                 pytest.mark.long,
                 pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for torch.compile"),
             ],
         ),
     ],
-    ids=["ViT", "Swin", "compiled ViT"],
+    ids=["ViT, frozen blocks", "ViT, frozen encoder", "Swin", "compiled ViT"],
 )
 def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
-    images, tmp_path, train, settings
+    images, tmp_path, settings, frozen
 ):
     """The order in which DDP's buckets are added up shows from three ranks on."""
     stages = ("12:image_size=16,global_batch_size=6,context_length=6", "12:crop_scale=0.5..1")
-    plain = config_of(*stages, samples=36, **settings).changed(checkpoint={"every_steps": 1})
+    plain = config_of(*stages, samples=36, **settings)
+    plain = plain.changed(checkpoint={"every_steps": 1}, optim={"freeze": frozen})
     shards = ("off", "optimizer", "full")
     config = {shard: plain.changed(efficiency={"shard": shard}) for shard in shards}
-    run_on_ranks(train, 3, images, tmp_path, {shard: (config[shard], None) for shard in config})
+    first = {shard: (config[shard], None) for shard in config}
+    run_on_ranks(train_each, 3, images, tmp_path, first)
     checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
     assert all(len(found) == 4 for found in checkpoints.values())
     again = {
@@ -72,17 +80,18 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
         for shard in config
         for number in (range(3) if shard == "off" else [1])  # all steps, or between two stages
     }
-    run_on_ranks(train, 3, images, tmp_path, again)
-    runs = (*config, *again)
-    weights = {run: load_file(last_of(tmp_path / run) / "model.safetensors") for run in runs}
+    run_on_ranks(train_each, 3, images, tmp_path, again)
+    states = {run: state_of(last_of(tmp_path / run)) for run in (*config, *again)}
     for run, (resumed, _) in again.items():
-        assert_equal(weights[run], weights[resumed.efficiency.shard])
-    assert_equal(weights["optimizer"], weights["off"])
+        assert_equal(states[run], states[resumed.efficiency.shard])
+    assert_equal(states["optimizer"], states["off"])
     if "vit" in settings["image_encoder"]:  # BatchNorm of the small Swin sees the local batch
         trainer_in(tmp_path / "alone", config["off"], images).fit()
         alone = pytest.approx(losses_of(tmp_path / "alone"), rel=1e-9)
-        assert losses_of(tmp_path / "off") == alone
-        assert losses_of(tmp_path / "full") == alone
+        for shard in ("off", "full"):
+            assert losses_of(tmp_path / shard) == alone
+            runs = tmp_path / shard, tmp_path / "alone"
+            assert_close_states(*runs, **IN_FP64, of_in_proj_bias=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,7 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(images, t
     trainer_in(None, longer, images).resume(after_4)
 
 
+@pytest.mark.slow
 def test_work_of_a_stage_is_its_own(images):
     config = config_of(*STAGES, image_encoder="test_vit")
     work = []

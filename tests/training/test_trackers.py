@@ -39,8 +39,6 @@ def _local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each package's own local back end."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read once in a process
-    monkeypatch.setenv("TRACKIO_PROJECT", tmp_path.name)
     monkeypatch.chdir(tmp_path)  # MLflow puts artifacts there
 
 
@@ -112,18 +110,6 @@ def curves_of_mlflow(folder: Path) -> Curves:
     }
 
 
-def curves_of_trackio(folder: Path) -> Curves:
-    from trackio import SQLiteStorage
-
-    (name,) = SQLiteStorage.get_runs(folder.name)
-    found: Curves = {}
-    for row in SQLiteStorage.get_logs(folder.name, name):
-        for key, value in row.items():
-            if key not in ("step", "timestamp") and isinstance(value, float):
-                found.setdefault(key, []).append((row["step"], value))
-    return found
-
-
 def curves_of_wandb(folder: Path) -> Curves:
     from wandb.proto import wandb_internal_pb2
 
@@ -163,7 +149,7 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 READ: dict[str, Callable[[Path], Curves]] = {
     **{"tensorboard": curves_of_tensorboard, "mlflow": curves_of_mlflow},
-    **{"trackio": curves_of_trackio, "wandb": curves_of_wandb},
+    "wandb": curves_of_wandb,
 }
 
 

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from compared_runs import assert_equal, last_of, losses_of
+from compared_runs import assert_equal, last_of, losses_of, state_of
 from small_runs import (
     StepLoader,
     labelled_loader,
@@ -56,37 +56,40 @@ def test_a_batch_is_let_go_before_the_next_one_is_requested(images):
     assert len(held) == tiny_config().run.total_steps
 
 
-FORMATS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb")]
-FORMATS += [("fp16", "lamb"), ("fp32", "muon")]
+VIT, CONVNET, FROZEN = "test_vit", "unicl_convnet7_small", ("image:2", "text")
+slow, long = pytest.mark.slow, pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ("image_encoder", "precision", "optimizer"),
+    ("image_encoder", "precision", "optimizer", "frozen", "micro_batch_size"),
     [
-        ("test_vit", *FORMATS[0]),
-        *(pytest.param("test_vit", *names, marks=pytest.mark.slow) for names in FORMATS[1:]),
+        (VIT, "fp32", "adamw", FROZEN, 0),
+        (VIT, "fp32", "muon", (), 0),
+        pytest.param(VIT, "fp16", "lamb", (), 0, marks=slow),
+        pytest.param(VIT, "fp16", "adamw", (), 0, marks=slow),
+        pytest.param(VIT, "bf16", "adamw", FROZEN, 5, marks=slow),
+        pytest.param(VIT, "fp64", "lamb", FROZEN, 0, marks=slow),
+        pytest.param(CONVNET, "bf16", "adamw", (), 0, marks=slow),
+        pytest.param(CONVNET, "fp32", "lamb", FROZEN, 0, marks=slow),
         # few processors have kernels for convolutions in fp16: without them it takes minutes
-        *(
-            pytest.param(
-                *("unicl_convnet7_small", *names),
-                marks=[pytest.mark.slow, *([pytest.mark.long] if names[0] == "fp16" else [])],
-            )
-            for names in FORMATS
-        ),
+        pytest.param(CONVNET, "fp16", "adamw", (), 0, marks=long),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    images, tmp_path, precision, optimizer, image_encoder
+    images, tmp_path, image_encoder, precision, optimizer, frozen, micro_batch_size
 ):
-    config = tiny_config(image_encoder=image_encoder, precision=precision, optimizer=optimizer)
-    unbroken = trainer_of(images, config, tmp_path / "unbroken")
-    unbroken.fit()
+    config = tiny_config(
+        image_encoder=image_encoder, precision=precision, optimizer=optimizer,
+        micro_batch_size=micro_batch_size,
+    ).changed(optim={"freeze": frozen})  # fmt: skip
+    trainer_of(images, config, tmp_path / "unbroken").fit()
     resumed = trainer_of(images, config, tmp_path / "resumed")
     resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000004")
     assert resumed.step == 4
     resumed.fit()
-    assert_equal(unbroken.model.state_dict(), resumed.model.state_dict())
-    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "unbroken")[4:]
+    runs = tmp_path / "resumed", tmp_path / "unbroken"
+    assert_equal(*(state_of(last_of(run)) for run in runs))
+    assert losses_of(runs[0]) == losses_of(runs[1])[4:]
 
 
 def test_a_run_folder_holds_what_was_promised(images, tmp_path):

@@ -8,7 +8,6 @@ If the fault is in a collective, NCCL's flight recorder tells the ranks apart.
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import tempfile
 import threading
@@ -22,8 +21,6 @@ from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.system.phases import Phase, current_phase
 from unicl_fast.system.untrusted_files import open_file
 
-logger = logging.getLogger(__name__)
-
 _WAITING = 2.0  # how many times longer a phase can last if it waits for other ranks
 # Longer than any phase can last, so that the watchdog's message, which says more, comes first;
 # torch ends a collective that exceeds this because the watchdog itself cannot run.
@@ -31,7 +28,6 @@ _GROUP_TIMEOUTS = 15
 _DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's own
 _DUMP_SECONDS = 20.0
 _NO_LIMIT_SECONDS = 365 * 24 * 3600.0
-_MOST_FAILED_TICKS = 20
 
 _ADVICE = {
     "waiting for the next batch": "the storage of data.train is stuck, or a thread that reads or "
@@ -71,8 +67,6 @@ class Watchdog:
         self._phase, self._age = current_phase(), 0.0
         self._ticked = time.monotonic()
         self._stopped = threading.Event()
-        self._num_failed_ticks = 0
-        self._logged_errors: set[type[Exception]] = set()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -89,30 +83,13 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             while not self._stopped.wait(self._interval):
-                self._tick_or_log(time.monotonic())
+                self._tick(time.monotonic())
         except BaseException as error:  # or the thread would die silently
             self._end_process(
                 f"rank {self._rank}: THE WATCHDOG CANNOT CONTINUE, and no hang would be noticed "
                 f"({type(error).__name__}: {error}). Resume with --resume auto. Ending with code "
                 f"{EXIT_HUNG}; stacks of its threads:"
             )
-
-    def _tick_or_log(self, now: float) -> None:
-        """Keeps watching after an error, unless every tick fails."""
-        try:
-            self._tick(now)
-        except Exception as error:
-            self._num_failed_ticks += 1
-            if self._num_failed_ticks == _MOST_FAILED_TICKS:
-                raise
-            if type(error) not in self._logged_errors:
-                self._logged_errors.add(type(error))
-                logger.error(
-                    "THE WATCHDOG FAILED with %s: %s; it continues to watch (please report this)",
-                    type(error).__name__, error, exc_info=error,
-                )  # fmt: skip
-        else:
-            self._num_failed_ticks = 0
 
     def _end_process(self, text: str) -> None:
         try:

@@ -5,10 +5,12 @@ Text counts and lengths are rounded up to a few sizes, to reuse compiled graphs
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 
 import timm
 import torch
@@ -22,6 +24,7 @@ from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.models.blocks import KNOWN_BLOCKS, SWIN_BLOCK, find_blocks, has_batch_norm
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.checked_fields import require
 from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
 from unicl_fast.system.version import __version__
 
@@ -48,10 +51,10 @@ def settle_compilation(
     """
     if efficiency.compile != "auto":
         return efficiency.compile
-    obstacle, fault = _obstacle_to_blocks(model, device), ""
-    if not obstacle and not ranks.local_rank:
-        fault = _fault_of_blocks(dataclasses.replace(model.config, efficiency=efficiency), device)
-    can = all_can("compile", "blocks", "off", obstacle, device, ranks, fault=fault)
+    config = dataclasses.replace(model.config, efficiency=efficiency)
+    obstacle = _obstacle_to_blocks(model, device)
+    trial = functools.partial(_fault_of_blocks, config, device)
+    can = all_can("compile", "blocks", "off", obstacle, device, ranks, trial=trial)
     return "blocks" if can else "off"
 
 
@@ -63,9 +66,13 @@ def all_can(
     device: torch.device,
     ranks: Ranks,
     *,
-    fault: str = "",
+    trial: Callable[[], str],
 ) -> bool:
-    """Whether no rank has an obstacle to `best`; logs it on a GPU, as a warning for a `fault`."""
+    """Whether no rank has an obstacle to `best`; logs it on a GPU, as a warning for a fault.
+
+    One rank of each machine without an obstacle calls `trial`, which returns a fault or "".
+    """
+    fault = "" if obstacle or ranks.local_rank else trial()
     can = not any(gather_integers(bool(obstacle or fault), ranks))
     if device.type == "cuda":
         level, reason = logging.INFO, ""
@@ -158,29 +165,25 @@ def settle_window_attention(
     has_swin_blocks = any(type(one).__name__ == SWIN_BLOCK for one in find_blocks(model))
     if chosen == "timm" or (chosen == "auto" and not has_swin_blocks):
         return "timm"
-    obstacle = obstacle_to_window_attention(efficiency, model, device)
+    obstacle = _obstacle_to_window_attention(efficiency, model, device)
     if chosen == "triton":
         with refused_together(ranks):  # the others would wait for a rank that has exited
-            refuse_window_attention(obstacle)
+            require(
+                not obstacle,
+                f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto "
+                "or timm",
+            )
         return "triton"
-    fault = ""
-    if not obstacle and not ranks.local_rank:
-        name = str(Precision(efficiency.precision).compute_type).removeprefix("torch.")
-        fault = fault_in_trial("unicl_fast.models.window_trial", device, name)
-    can = all_can("window_attention", "triton", "timm", obstacle, device, ranks, fault=fault)
+    name = str(Precision(efficiency.precision).compute_type).removeprefix("torch.")
+
+    def trial() -> str:
+        return fault_in_trial("unicl_fast.models.window_trial", device, name)
+
+    can = all_can("window_attention", "triton", "timm", obstacle, device, ranks, trial=trial)
     return "triton" if can else "timm"
 
 
-def refuse_window_attention(obstacle: str) -> None:
-    """Raises a ValueError if there is an obstacle to the requested triton."""
-    if obstacle:
-        raise ValueError(
-            f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
-            "timm"
-        )
-
-
-def obstacle_to_window_attention(
+def _obstacle_to_window_attention(
     efficiency: EfficiencyConfig, model: UniCL, device: torch.device
 ) -> str:
     """Why the kernels cannot compute a model's attention; empty if they can."""

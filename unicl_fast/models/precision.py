@@ -21,7 +21,7 @@ from unicl_fast.config import EfficiencyConfig, PrecisionName
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.models.text_encoder import TextAttention, find_varlen_attention
 from unicl_fast.system.kernels import kernel
-from unicl_fast.system.machine import HostBuffers, choose_device
+from unicl_fast.system.machine import choose_device
 from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,7 @@ def set_device_arithmetic(efficiency: EfficiencyConfig, device: torch.device) ->
 
 _CACHED_VALUES = 1 << 18  # values normalised at once on the CPU: 1 MiB of fp32, one core's L2 cache
 _LARGE_VALUES = 1 << 20
-"""From 4 MiB of fp32 on, the result is stored past the caches, which could not hold it, in reused
-memory."""
-_BUFFERS = HostBuffers()
+"""From 4 MiB of fp32 on, the result is stored past the caches, which could not hold it."""
 
 
 def normalise_images(
@@ -200,10 +198,7 @@ def normalise_images(
     arithmetic = torch.promote_types(torch.float32, dtype)
     # a row of pixels as one long line: broadcasting over 3 channels would not vectorise
     scale, shift = _lines(tuple(mean), tuple(std), w, arithmetic, images.device)
-    if images.device.type == "cpu" and images.numel() >= _LARGE_VALUES:
-        normalised = _BUFFERS.empty((b, h, w * c), dtype)
-    else:
-        normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
+    normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
     lines = images.reshape(b, h, w * c)
     if images.device.type == "cpu" and dtype == torch.float32:
         _normalise_on_host(normalised, lines, scale, shift, channels=c)

@@ -61,13 +61,14 @@ class CrossEntropyObjective(LabelObjective):
 
     def loss(self, operands: Operands) -> Tensor:
         import torch
+        from torch.nn import functional as F
 
         from unicl_fast.objectives.loss import unified_contrastive_loss
         from unicl_fast.objectives.text_columns import all_reduce_over
 
         rows = operands.learnt["class_rows"]
         return unified_contrastive_loss(
-            with_one(operands.images),
+            F.pad(operands.images, (0, 1), value=1.0),  # for the biases
             rows,
             _rows_of_classes(operands.classes, self.num_classes),
             1.0,
@@ -76,13 +77,6 @@ class CrossEntropyObjective(LabelObjective):
             form=operands.form,
             all_reduce=all_reduce_over(operands.ranks),
         )
-
-
-def with_one(features: Tensor) -> Tensor:
-    """Appends a 1 for the bias to features [b width]; `class_rows` multiplies the result."""
-    from torch.nn import functional as F
-
-    return F.pad(features, (0, 1), value=1.0)
 
 
 def _rows_of_classes(

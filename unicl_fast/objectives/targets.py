@@ -154,34 +154,12 @@ def map_steps(
     size: int,
     image_labels: ImageLabels | None = None,
 ) -> list[HostTargets]:
-    """`map_targets` of consecutive batches of `size` samples; one kernel call for small ones."""
-    if size == len(rows):
-        return [map_targets(rows, labels, prompts, image_labels)]
-    rows, labels = _check(rows, labels)
-    tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
-        rows, labels, position_factors(rows.shape[1]), size
-    )
+    """`map_targets` of consecutive batches of `size` samples."""
     steps = []
-    for step, plain in enumerate(is_plain.tolist()):
-        start, stop = step * size, (step + 1) * size
-        mine = None if image_labels is None else image_labels.part(start, stop)
-        if not plain:
-            steps.append(map_targets(rows[start:stop], labels[start:stop], prompts, mine))
-            continue
-        texts, text_index = slice(start, start + num_texts[step]), index[start:stop]
-        of_images = None
-        if mine is not None:
-            of_images = _classes_of_images(classes[texts][text_index], mine)
-        steps.append(
-            HostTargets(
-                tokens=tokens[texts],
-                text_index=text_index,
-                text_class_ids=classes[texts],
-                text_counts=counts[texts],
-                text_lengths=lengths[texts],
-                image_classes=of_images,
-            )
-        )
+    for start in range(0, len(rows), size):
+        own = slice(start, start + size)
+        mine = None if image_labels is None else image_labels.part(start, start + size)
+        steps.append(map_targets(rows[own], labels[own], prompts, mine))
     return steps
 
 
@@ -390,68 +368,19 @@ def _group_texts(rows: TokenArray, labels: Int64Array, factors: UInt64Array) -> 
     return tokens, keys, index, counts, lengths, *known
 
 
-@kernel(inline="always")
-def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: Any) -> Any:
-    """Writes a sample's class to entry `end`, unless it is among the entries from `first` on.
-
-    Entry `first` is compared without a branch, since which label is the text's is unpredictable.
-    `seen` has a bit for each of the others, by the class's last 6 bits, so that most are known to
-    be new without comparing. Returns the new `end` and `seen`.
-    """
-    is_new = entries[1, first] != one
-    bit = np.uint64(is_new) << (np.uint64(one) & np.uint64(63))
-    if seen & bit:
-        for other in range(first + np.uint64(1), end):
-            if entries[1, other] == one:
-                is_new = False
-                break
-    entries[0, end], entries[1, end] = sample, one
-    return end + np.uint64(is_new), seen | bit
-
-
 @kernel
 def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64Array) -> Int64Array:
     """Sample and class of each entry [2 e]; an image's repeated classes are one entry."""
     entries = np.empty((2, class_ids.size + starts[-1] - starts[0]), np.int64)
-    end = np.uint64(0)
+    end = 0
     for sample in range(class_ids.size):
-        first, seen = end, np.uint64(0)
-        entries[0, first], entries[1, first] = sample, class_ids[sample]
-        end += np.uint64(1)
-        for position in range(np.uint64(starts[sample]), np.uint64(starts[sample + 1])):
-            end, seen = _add_entry(entries, first, end, seen, sample, classes[position])
-    return entries[:, : np.int64(end)]
-
-
-@kernel
-def _group_steps(rows: TokenArray, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
-    """`_group_texts` of consecutive batches of `size` rows.
-
-    The entries of a batch's texts begin at its first row, and are 0 after its last text.
-
-    Returns:
-        tokens [b, l], index, counts, lengths and text_labels int64 [b]; for each batch
-        num_texts int64, and bool is_plain: each of its texts has exactly one label.
-    """
-    steps = rows.shape[0] // size
-    tokens = np.zeros(rows.shape, rows.dtype)
-    index = np.empty(rows.shape[0], np.int64)
-    counts = np.zeros(rows.shape[0], np.int64)
-    lengths, text_labels = np.zeros_like(counts), np.zeros_like(counts)
-    num_texts = np.empty(steps, np.int64)
-    is_plain = np.empty(steps, np.bool_)
-    for step in range(steps):
-        start, end = step * size, (step + 1) * size
-        found = _group_texts(rows[start:end], labels[start:end], factors)
-        num_texts[step] = found[0].shape[0]
-        is_plain[step] = found[7] == 0 and found[8] == 0
-        # element by element: to report slices that do not fit, Numba would compile for seconds
-        for row in range(size):
-            index[start + row] = found[2][row]
-        for text in range(num_texts[step]):
-            for place in range(rows.shape[1]):
-                tokens[start + text, place] = found[0][text, place]
-            counts[start + text] = found[3][text]
-            lengths[start + text] = found[4][text]
-            text_labels[start + text] = found[5][text]
-    return tokens, index, counts, lengths, text_labels, num_texts, is_plain
+        first = end
+        entries[0, end], entries[1, end] = sample, class_ids[sample]
+        end += 1
+        for position in range(starts[sample], starts[sample + 1]):
+            is_new = True
+            for entry in range(first, end):
+                is_new &= entries[1, entry] != classes[position]
+            entries[0, end], entries[1, end] = sample, classes[position]
+            end += int(is_new)
+    return entries[:, :end]

@@ -93,15 +93,14 @@ def read_fully(descriptor: int, buffer: memoryview, *, offset: int) -> int:
     return done
 
 
-def lock(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
+def lock(descriptor: int, *, wait: bool = False) -> bool:
     """Locks an open file until it is closed; False if another process holds the lock.
 
-    Several processes can hold a `shared` lock. The kernel releases it however the process ends.
+    The kernel releases it however the process ends.
     """
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         # not a file with a process id: containers can share a folder
-        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True

@@ -41,6 +41,22 @@ def plain_number(text: str, kind: type[N]) -> N:
     return kind(text)
 
 
+def plain_value(text: str, kind: Any, *, name: str) -> Any:
+    """Reads an int, a float, or LOW..HIGH for a pair of floats (also an optional one).
+
+    Raises ValueError: another text; says what `name` must be.
+    """
+    expected = "a whole number" if kind is int else "a number"
+    try:
+        if tuple[float, float] in (kind, *typing.get_args(kind)):
+            expected = "a range LOW..HIGH"
+            low, high = text.split("..")
+            return plain_number(low, float), plain_number(high, float)
+        return plain_number(text, int if kind is int else float)
+    except ValueError as error:
+        raise ValueError(f"{name} must be {expected}, not {text!r}") from error
+
+
 def check_fields(instance: object, *, name: str = "") -> None:
     """Raises ValueError if a value does not fit its field's type; called by `__post_init__`."""
     for field, kind in _field_types(type(instance)).items():  # type: ignore[arg-type]

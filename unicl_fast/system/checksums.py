@@ -3,6 +3,7 @@
 A JSON object carries its own in the field `seal`; white space and order do not matter.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,18 +16,13 @@ from unicl_fast.system.untrusted_files import open_file, parse_json, read_file
 
 CHECKSUMS_NAME = "checksums.txt"
 _LINE = re.compile(r"XXH3_([0-9a-f]{16})  ([^/\0]+)")
-_BLOCK_BYTES = 1 << 18  # stays in the processor's cache
 _FIELD = "seal"
 
 
 def file_checksum(path: Path) -> str:
     """Computes the XXH3-64 of a file, as 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    block = memoryview(bytearray(_BLOCK_BYTES))
     with open_file(path, buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def format_checksums(checksums: Iterable[tuple[str, str]]) -> str:

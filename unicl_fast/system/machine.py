@@ -10,9 +10,7 @@ import math
 import mmap
 import os
 import socket
-import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +18,6 @@ from unicl_fast.system.wording import count_of
 
 if TYPE_CHECKING:  # programs that do not train need not wait for torch
     import torch
-    from torch import Tensor
 
 Cores = tuple[str, str, Sequence[int]]
 """A process's kernel, container (by host name), and the cores that it can run on."""
@@ -41,7 +38,6 @@ _NEVER = 2**31 - 1
 # Cores that feed 4,500 images/s, the goal for Swin-T on an H100: a JPEG of ImageNet costs 1.03 ms
 # of a core (one packed at 256 pixels 0.31, so 3 would do), and the trainer needs a core.
 _THREADS_TO_DECODE = 6
-_SPARE = 1  # free buffers that are kept, for users that sometimes hold two
 
 
 def check_current_folder() -> None:
@@ -290,47 +286,3 @@ def resident_bytes() -> int:
     """Returns how much of this process's memory is in RAM."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * mmap.PAGESIZE
-
-
-class HostBuffers:
-    """Hands out large tensors and reclaims their memory when they are freed.
-
-    From the heap, a batch that is made and freed at every step costs three times its size: other
-    blocks land in the hole that it leaves.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._buffers: list[tuple[mmap.mmap, Callable[[], object]]] = []
-        """Memory, and a function that returns its user, None without one."""
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """As `torch.empty`, contiguous, on the CPU, at the start of a page.
-
-        Its memory is reused once the tensor, its views and all graphs that saved it are gone.
-        """
-        import numpy as np
-        import torch
-
-        num_bytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            # each user is looked up once: if one went between two look-ups, its memory would count
-            # as held and as free
-            asked = [(memory, user, user() is not None) for memory, user in self._buffers]
-            held = [(memory, user) for memory, user, is_held in asked if is_held]
-            free = [memory for memory, _, is_held in asked if not is_held]
-            fitting = sorted((each for each in free if len(each) >= num_bytes), key=len)
-            memory, *others = fitting or [_take(max(1, num_bytes))]
-            # a tensor keeps its array alive: once the array is gone, so is the tensor
-            array = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
-            spare = [(each, lambda: None) for each in others[:_SPARE]]
-            self._buffers = [*held, (memory, weakref.ref(array)), *spare]
-            return torch.from_numpy(array).view(dtype).view(*shape)
-
-
-def _take(num_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # only a hint: some systems have no name for it, some kernels and sandboxes refuse it
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -49,7 +49,6 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
             continue
         last_name = name.rsplit(".", 1)[-1]
         spared = parameter.ndim <= 1 or last_name == "bias" or last_name in _UNDECAYED_NAMES
-        spared = spared or "lora_magnitude_vector" in name  # of weights, in any shape
         (undecayed if spared else decayed).append(parameter)
     return decayed, undecayed
 

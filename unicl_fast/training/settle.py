@@ -6,6 +6,7 @@ settled one: a run that resumes keeps its precision and its decoder, and chooses
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -139,9 +140,8 @@ def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loss
     largest = _MOST_LOGITS_PER_PAIR * max(ranks.local_batch_size(one) * one for one in sizes)
     if form != "auto" or device.type != "cuda" or stores_logits(form, largest, device.type):
         return form
-    fault = "" if ranks.local_rank else fault_of_triton(device)
-    best = "dense, or triton for many logits"
-    if not all_can("loss", best, "tiled", "", device, ranks, fault=fault):
+    best, trial = "dense, or triton for many logits", functools.partial(fault_of_triton, device)
+    if not all_can("loss", best, "tiled", "", device, ranks, trial=trial):
         return "tiled"
     adopt_answer("", TRIAL, device, "float32")  # else each rank would try them in its first step
     return "auto"
