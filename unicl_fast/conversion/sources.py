@@ -69,7 +69,7 @@ _OPEN_CLIP_WEIGHTS = (
 )
 _LIBRARY_WEIGHTS = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")
 _PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
-"""What transformers 5 writes, where the image processor is a part, and 4."""
+"""Image settings of transformers 5, as a part of the file, and of 4."""
 _POOLING = "1_Pooling/config.json"
 """The pooling of a text encoder of sentence-transformers."""
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
