@@ -1,8 +1,8 @@
-"""The two sides of a race: `unicl-pretrain`, and open_clip's own training program.
+"""The sides of a race: `unicl-pretrain`, open_clip's program and sentence-transformers' trainer.
 
-Both train the same image encoder and a text encoder of the same size, on the same images, crops and
+All train the same image encoder and a text encoder of the same size, on the same images, crops and
 batch. Everything else is each side's own: optimizer, weight decay, fresh weights, order, loss.
-open_clip reads a list of files as its users write it: a row for each caption, or of five prompts.
+The others read a list of files as their users write it: a row for each caption, or of five prompts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.untrusted_files import read_json
 
 OPEN_CLIP = "open_clip"
+SENTENCE_TRANSFORMERS = "sentence_transformers"
 ROWS_OF_IMAGE = 5
-"""Rows of an image in open_clip's list, with other texts each: COCO and Flickr have 5 captions."""
+"""Rows of an image in the others' list, with other texts each: COCO and Flickr have 5 captions."""
 _OPEN_CLIP_RATIO = (3 / 4, 4 / 3)
 _OPEN_CLIP_PRECISIONS = {"fp32": "fp32", "bf16": "amp_bfloat16", "fp16": "amp"}
 
@@ -42,21 +43,22 @@ class Contestant:
 
     @classmethod
     def parse(cls, text: str) -> Contestant:
-        """Reads "NAME" or "NAME: OPTIONS"; a name that begins with open_clip is its loop."""
+        """Reads "NAME" or "NAME: OPTIONS"; how a name begins says whose program trains it."""
         name, _, options = text.partition(":")
         if not name.strip():
             raise ValueError(f"a contestant is NAME or NAME: OPTIONS, not {text!r}")
         return cls(name.strip(), tuple(shlex.split(options)))
 
     @property
-    def is_open_clip(self) -> bool:
-        """Whether open_clip's program trains it, not ours."""
-        return self.name.startswith(OPEN_CLIP)
+    def peer(self) -> str:
+        """Whose program trains it; empty for ours."""
+        peers = OPEN_CLIP, SENTENCE_TRANSFORMERS
+        return next((peer for peer in peers if self.name.startswith(peer)), "")
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long a run is; open_clip counts whole epochs of its list."""
+    """How long a run is; the others count whole epochs of their list."""
 
     epochs: int
     steps_of_epoch: int
@@ -152,8 +154,39 @@ def open_clip_options(
     ]
 
 
+def sentence_transformers_job(
+    contestant: Contestant,
+    config: TrainConfig,
+    length: Length,
+    *,
+    rows: Path,
+    lr: float,
+    seed: int,
+    start: Path,
+) -> dict[str, Any]:
+    """What `sentence_transformers_loop` does, as the options of a contestant say.
+
+    They are the name of a loss and its arguments, such as
+    `CachedMultipleNegativesRankingLoss mini_batch_size=32`. `start` is an export for transformers.
+    """
+    data = config.data
+    return {
+        "start": str(start),
+        "rows": str(rows),
+        "loss": contestant.options or ["MultipleNegativesRankingLoss"],
+        "crop": {"size": data.image_size, "scale": data.crop_scale, "ratio": data.crop_ratio},
+        "arguments": {
+            **{"per_device_train_batch_size": length.batch_size, "max_steps": length.steps},
+            **{"learning_rate": lr, "seed": seed, "dataloader_drop_last": True, "use_cpu": True},
+            "warmup_steps": round(config.optim.warmup_fraction * length.steps),
+            "bf16": config.efficiency.precision == "bf16",
+            **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True},
+        },
+    }
+
+
 class ImageList:
-    """Images of packed data sets as files, and lists of them with texts, for open_clip."""
+    """Images of packed data sets as files, and lists of them with texts, for the others."""
 
     def __init__(self, packed: Sequence[str], folder: Path) -> None:
         """Writes the image files once; `packed` are entries DIR or DIR=WEIGHT."""

@@ -2,7 +2,7 @@
 
     unicl-bench race --train packed/train --test packed/test --out race
 
-Runs of several lengths by `unicl-pretrain` and by open_clip's own program, judged by neither. At
+Runs of several lengths by `unicl-pretrain` and by others' own programs, judged by none. At
 the longest length each contestant tries all learning rates with the first seed, and keeps the best.
 """
 
@@ -21,25 +21,30 @@ from typing import Annotated, Any
 
 import tyro
 
+from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY
 from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_to_dict, load_config
+from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
+from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.tools.diagnose.measuring import describe_machine
 
 from ..harness import Program, end_of, module_command, run_apart
 from ..input.worker import session_bytes
 from .contestants import (
     OPEN_CLIP,
+    SENTENCE_TRANSFORMERS,
     Contestant,
     ImageList,
     Length,
     open_clip_model,
     open_clip_options,
     our_options,
+    sentence_transformers_job,
 )
 from .report import START, Outcome, draw, table, verdict
 
@@ -64,7 +69,7 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Race(Program):
-    """Accuracy by images and by CPU seconds, next to open_clip's own training loop.
+    """Accuracy by images and by CPU seconds, next to others' own training loops.
 
     All options of unicl-pretrain are taken too, such as --data.image-size; they hold for all
     contestants.
@@ -79,17 +84,18 @@ class Race(Program):
     init: str = ""
     """A model of any source that all contestants start from; it is judged as it is, too."""
     preset: str = "mixed-small"
-    """Preset of unicl-pretrain. open_clip gets its encoders, image size, crops, batch, warm-up."""
+    """Preset of unicl-pretrain. Others get its encoders, image size, crops, batch, warm-up."""
     contestants: tuple[str, ...] = ("unicl", "clip: --objective.name clip", "open_clip")
     """Each NAME or NAME: OPTIONS. A name that begins with open_clip is its program, with options of
-    open_clip_train.main; others are unicl-pretrain. The first one is compared with open_clip's."""
+    open_clip_train.main, and with sentence_transformers its trainer, with a loss and its arguments;
+    others are unicl-pretrain. The first one is compared with each that is not."""
     images: tuple[int, ...] = (11_520, 23_040, 46_080)
-    """Images of the runs, rounded to whole epochs of open_clip's list."""
+    """Images of the runs, rounded to whole epochs of the others' list."""
     lr: tuple[float, ...] = ()
     """Learning rates that ours try at the longest length, without scaling by the batch. Default:
     half, all and twice of what the preset and the options say."""
-    open_clip_lr: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Learning rates that open_clip's try there."""
+    peer_lr: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates that others try there."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     probe: bool = False
@@ -111,13 +117,17 @@ class Race(Program):
         """Does the runs that are missing, and writes the report.
 
         Raises:
-            ValueError: options that unicl-pretrain does not take, or no data set.
+            ValueError: options that unicl-pretrain does not take, no data set, or no model that
+                sentence-transformers could start from.
             RuntimeError: a run failed; with the end of its log.
         """
         contestants = [Contestant.parse(text) for text in self.contestants]
         config = self._config()
         if self.init and config.model.tokenizer:
             raise ValueError(f"a race is judged with CLIP's tokenizer, and {self.init} has another")
+        peers = {one.peer for one in contestants} - {""}
+        if SENTENCE_TRANSFORMERS in peers and not self.init:
+            raise ValueError("sentence-transformers starts from a model: add --init MODEL")
         images = ImageList(self.train, self.out / "open_clip-images")
         batch = config.run.global_batch_size
         lengths = [
@@ -126,15 +136,13 @@ class Race(Program):
         ]
         before = _Task(Contestant(START, ()), Length(0, 0, batch), 0.0, self.seeds[0])
         started = [self._do(before, config, images)] if self.init else []
-        is_theirs = any(one.is_open_clip for one in contestants)
-        if self._start is not None and is_theirs and not self._start.exists():
-            gap = write_open_clip(load_encoders(self.init).float(), self._start)
-            print(f"open_clip starts from features that differ from ours by {gap:.1e} at most")
+        for peer in peers if self.init else ():
+            self._write_start(peer)
         own = self.lr or tuple(part * config.optim.lr for part in _PARTS_OF_RATE)
         longest = [
             _Task(one, lengths[-1], lr, self.seeds[0])
             for one in contestants
-            for lr in (self.open_clip_lr if one.is_open_clip else own)
+            for lr in (self.peer_lr if one.peer else own)
         ]
         rest_count = len(contestants) * (len(lengths) * len(self.seeds) - 1)
         with Bar(total=len(longest) + rest_count, unit="run") as bar:
@@ -172,10 +180,21 @@ class Race(Program):
         init = ["--model.init", self.init] if self.init else []
         return ["--preset", self.preset, "--data.train", *self.train, *init, *self.options]
 
-    @property
-    def _start(self) -> Path | None:
-        """The folder of the start as open_clip reads it."""
-        return self.out / START.replace(" ", "-") / OPEN_CLIP if self.init else None
+    def _start(self, peer: str) -> Path:
+        """The folder of the start as a peer reads it."""
+        return self.out / START.replace(" ", "-") / peer
+
+    def _write_start(self, peer: str) -> None:
+        folder, write = self._start(peer), write_open_clip if peer == OPEN_CLIP else write_export
+        if not folder.exists():
+            gap = write(load_encoders(self.init).float(), folder)
+            if gap is None:
+                raise ValueError(f"transformers has no model such as {self.init}")
+            if write is write_export:  # which then is a model of transformers and no longer ours
+                described = read_json(path := folder / CONFIG_FILE)
+                del described[LIBRARY]
+                path.write_text(json.dumps(described), encoding="utf-8")
+            print(f"{peer} starts from features that differ from ours by {gap:.1e} at most")
 
     def _do_all(
         self, tasks: Sequence[_Task], config: TrainConfig, images: ImageList, bar: Any
@@ -212,27 +231,23 @@ class Race(Program):
         command: list[str] = []
         if not task.length.steps:
             checkpoint = self.init
-        elif task.contestant.is_open_clip:
-            model, rows = open_clip_model(config, self._start), folder / "rows.tsv"
+        elif peer := task.contestant.peer:
+            rows, start = folder / "rows.tsv", self._start(peer) if self.init else None
             images.write_rows(
                 rows, task.length.steps_of_epoch * task.length.batch_size, seed=task.seed
             )
-            options = open_clip_options(
-                task.contestant,
-                config,
-                task.length,
-                rows=rows,
-                out=folder,
-                lr=task.lr,
-                seed=task.seed,
-                workers=self.threads,
-                precision=config.efficiency.precision,
-                start=self._start,
-            )
-            job = {"model": model, "options": options}
+            asked_of = (task.contestant, config, task.length)
+            facts: dict[str, Any] = {"rows": rows, "lr": task.lr, "seed": task.seed, "start": start}
+            if peer == OPEN_CLIP:
+                model = open_clip_model(config, start)
+                facts |= {"workers": self.threads, "precision": config.efficiency.precision}
+                job = {"model": model, "options": open_clip_options(*asked_of, out=folder, **facts)}
+                checkpoint = f"{folder}/open_clip/checkpoints/epoch_{task.length.epochs}.pt"
+            else:
+                job = sentence_transformers_job(*asked_of, **facts)
+                checkpoint = f"{folder}/model"
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            command = [*module_command("race.open_clip_loop"), str(folder / "job.json")]
-            checkpoint = f"{folder}/open_clip/checkpoints/epoch_{task.length.epochs}.pt"
+            command = [*module_command(f"race.{peer}_loop"), str(folder / "job.json")]
         else:
             options = our_options(task.contestant, task.length, lr=task.lr, seed=task.seed)
             execution = ("--data.threads", str(self.threads), "--out", str(folder / "run"))
@@ -242,7 +257,7 @@ class Race(Program):
         cost: dict[str, Any] = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_bytes": 0}
         if command:
             cost = _measured(command, folder / "train.log", threads=self.threads)
-        if command and model is None:  # with the contestant's own options
+        if command and not task.contestant.peer:  # with the contestant's own options
             config = load_config(folder / "run" / "config.json")
         judge_job = {
             "model": model,
@@ -278,7 +293,7 @@ class Race(Program):
         found = ""
         ours = contestants[0].name
         for one in contestants[1:]:
-            if one.is_open_clip:
+            if one.peer:
                 found += verdict(kept, ours, one.name) + "\n"
         print(f"\n{text}\n\n{found}")
         (self.out / "race.md").write_text(f"{text}\n\n{found}", encoding="utf-8")
@@ -289,7 +304,7 @@ class Race(Program):
             "rates_tried": [dataclasses.asdict(one) for one in tried],
             "options": self._common(),
             "contestants": list(self.contestants),
-            "machine": describe_machine("open_clip_torch", "timm"),
+            "machine": describe_machine("open_clip_torch", "sentence-transformers", "timm"),
         }
         path = self.out / "race.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

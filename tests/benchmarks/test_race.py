@@ -41,8 +41,8 @@ def outcome(contestant: str, images: int, seconds: float, score: float, seed: in
 def test_contestants_are_named_before_a_colon():
     muon = Contestant.parse("muon: --optim.name muon --data.augment 'none,blur=0.5'")
     assert muon == Contestant("muon", ("--optim.name", "muon", "--data.augment", "none,blur=0.5"))
-    assert Contestant.parse("open_clip").is_open_clip
-    assert not muon.is_open_clip
+    assert Contestant.parse("open_clip, light").peer == "open_clip"
+    assert not muon.peer
     with pytest.raises(ValueError, match="NAME or NAME: OPTIONS"):
         Contestant.parse(": --wd 1")
 
@@ -142,7 +142,7 @@ def test_a_race_of_a_few_steps(packed, tmp_path):
         *("race", "--train", str(packed["labels"]), str(packed["captions"])),
         *("--test", str(packed["both"]), "--out", str(tmp_path / "race")),
         *("--preset", "mixed-small", "--images", "32", "--seeds", "0"),
-        *("--lr", "1e-3", "--open-clip-lr", "1e-3"),
+        *("--lr", "1e-3", "--peer-lr", "1e-3"),
         *("--data.image-size", "32", "--run.global-batch-size", "16"),
         *("--contestants", "unicl", "open_clip, light: --wd 0.01"),
     ]
@@ -194,7 +194,7 @@ def test_both_sides_start_from_a_model_by_name(packed, tmp_path):
     options = [
         *("race", "--train", str(packed["both"]), "--test", str(packed["both"])),
         *("--out", str(tmp_path / "race"), "--init", str(tmp_path / "start")),
-        *("--images", "16", "--seeds", "0", "--lr", "1e-12", "--open-clip-lr", "1e-12"),
+        *("--images", "16", "--seeds", "0", "--lr", "1e-12", "--peer-lr", "1e-12"),
         *("--run.global-batch-size", "16", "--efficiency.precision", "fp32"),
         *("--contestants", "unicl: --optim.name adamw", "open_clip: --wd 0"),
     ]
@@ -204,3 +204,27 @@ def test_both_sides_start_from_a_model_by_name(packed, tmp_path):
     assert [run["images"] for run in found] == [0, 16, 16]
     assert found[0]["scores"] == found[1]["scores"] == found[2]["scores"]
     assert found[0]["cpu_seconds"] == 0
+
+
+@pytest.mark.dali
+@pytest.mark.timeout(280)
+def test_sentence_transformers_trains_from_the_same_model(packed, tmp_path):
+    """At a rate of nothing the scores are of its start, which its judge reads back."""
+    pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    vit = "unicl_vit_clip_patch16_w32_d1_h2_m64_gelu_32"
+    sizes = {"image_size": 32, "evaluation_resize": 32}
+    config = build_preset("mixed-small").changed(model={"image_encoder": vit}, data=sizes)
+    write_export(build_model(config).eval(), tmp_path / "start")
+    options = [
+        *("race", "--train", str(packed["both"]), "--test", str(packed["both"])),
+        *("--images", "16", "--seeds", "0", "--peer-lr", "1e-12", "--run.global-batch-size", "16"),
+        *("--out", str(tmp_path / "race"), "--efficiency.precision", "fp32", "--contestants"),
+        "sentence_transformers: CachedMultipleNegativesRankingLoss mini_batch_size=8",
+    ]
+    with pytest.raises(SystemExit):
+        unicl_bench.main(options)
+    unicl_bench.main([*options, "--init", str(tmp_path / "start")])
+    before, after = json.loads((tmp_path / "race/race.json").read_text())["runs"]
+    assert before["scores"] == after["scores"]
+    assert after["cpu_seconds"] > 0
