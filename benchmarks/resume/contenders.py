@@ -144,6 +144,11 @@ RESUMERS = (
         **_HUGGING_FACE,
     ),
     _resumer(
+        "datasets-shuffle",
+        "shuffle(seed) as it comes: a buffer of 1,000, filled from 10 shards at a time",
+        **_HUGGING_FACE,
+    ),
+    _resumer(
         "torchdata",
         "StatefulDataLoader with StatefulDistributedSampler; nodes.MultiNodeWeightedSampler, "
         "ALL_DATASETS_EXHAUSTED",
@@ -316,7 +321,7 @@ def write_tars(task: Task) -> None:
                 writer.write({"__key__": str(one), "id": str(one).encode()})
 
 
-def datasets(task: Task, state: Any, *, buffer_size: int = 1) -> Loop:
+def datasets(task: Task, state: Any, *, buffer_size: int = 1, shards: int = 1) -> Loop:
     from datasets import interleave_datasets, load_dataset
     from datasets.distributed import split_dataset_by_node
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -327,8 +332,7 @@ def datasets(task: Task, state: Any, *, buffer_size: int = 1) -> Loop:
     ]
     strategy = "all_exhausted_without_replacement"
     mix = sets[0] if len(sets) == 1 else interleave_datasets(sets, stopping_strategy=strategy)
-    # with more shards at a time, 5.2.0 raises IndexError when a worker loads its state
-    shuffled = mix.shuffle(seed=_SEED, buffer_size=buffer_size, max_buffer_input_shards=1)
+    shuffled = mix.shuffle(_SEED, buffer_size=buffer_size, max_buffer_input_shards=shards)
     dataset = split_dataset_by_node(shuffled, rank=task.rank, world_size=task.world_size)
     loader = StatefulDataLoader(dataset, batch_size=task.local_batch, num_workers=task.workers)
     if state is not None:
@@ -340,6 +344,7 @@ def datasets(task: Task, state: Any, *, buffer_size: int = 1) -> Loop:
 
 
 datasets_buffer = functools.partial(datasets, buffer_size=_BUFFER)
+datasets_shuffle = functools.partial(datasets, buffer_size=1000, shards=10)  # its defaults
 
 
 def _with_epoch(loader: Any, epoch: int) -> dict[str, Any]:

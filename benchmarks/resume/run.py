@@ -53,7 +53,7 @@ class Resume(Program):
     """Samples of each data set, a multiple of 96, so that no epoch has an incomplete batch."""
     only: tuple[str, ...] = ("all",)
     """Loaders to try: unicl_fast, litdata, streaming, grain, webdataset, datasets, datasets-buffer,
-    torchdata; or all."""
+    datasets-shuffle, torchdata; or all."""
 
     def run(self) -> None:
         if self.samples % (2 * _BATCH) or not 0 < self.samples <= _MOST_SAMPLES:
