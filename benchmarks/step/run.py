@@ -1,4 +1,4 @@
-"""`unicl-bench step`: a training step against open_clip's, its switches, parts and memory.
+"""`unicl-bench step`: a training step against open_clip's, its switches and parts.
 
     unicl-bench step [--data PACKED] [--parts switches profile] [--device cuda] [--json FILE]
 
@@ -20,16 +20,15 @@ from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.training.settle import settle
 
 from ..harness import Figures, Stage
-from .memory import measure_micro_batches
 from .parts import measure_parts, random_batch, step_config
 from .switches import measure_switches
 
-Part = Literal["open-clip", "switches", "profile", "micro-batches"]
+Part = Literal["open-clip", "switches", "profile"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Stage):
-    """Training steps: against open_clip's, by switch, by part, by memory."""
+    """Training steps: against open_clip's, by switch, by part."""
 
     data: Path | None = None
     """Packed data set with captions, or with labels (one prompt per class shows the most). Without
@@ -41,7 +40,7 @@ class Step(Stage):
     image_size: int = 224
     """Side of the images."""
     batch_size: int = 16
-    """Images in a step; in the part `micro-batches`, images in a micro-batch."""
+    """Images in a step."""
     memory: bool = True
     """Also measure the memory of each switch."""
     tune_contender: bool = False
@@ -62,7 +61,6 @@ class Step(Stage):
                 auto, batch, device=device, rounds=rounds, memory=self.memory
             ),
             "profile": lambda: measure_parts(auto, batch, rounds=rounds),
-            "micro-batches": lambda: measure_micro_batches(bf16, self.data),
         }
         figures: Figures = {}
         precision = auto.efficiency.precision

@@ -80,9 +80,9 @@ def test_step_measures_its_parts(packed, tmp_path):
 @pytest.mark.timeout(1200)
 def test_step_measures_memory(packed, tmp_path):
     options = ("--image-encoder", "test_vit", "--image-size", "32", "--batch-size", "4")
-    parts = ("--parts", "switches", "micro-batches", "--data", str(packed["labels"]))
+    parts = ("--parts", "switches", "--data", str(packed["labels"]))
     found = check(tmp_path / "step.json", "step", *options, *parts)
-    assert {"batch 512 in micro-batches of 4, peak GB", "as it is, MB above the model"} <= found
+    assert "as it is, MB above the model" in found
 
 
 @pytest.mark.dali
