@@ -83,7 +83,7 @@ def _resumer(name: str, about: str, *, state: str, prepare: str = "", **more: An
     return Resumer(name=name, about=about, state=state, **(facts | more))
 
 
-_STATE_DICT = "the loader's state_dict()"
+_STATE_DICT = "state_dict()"
 _HUGGING_FACE: dict[str, Any] = {
     "state": _STATE_DICT,
     "prepare": "write_parquet",
@@ -120,7 +120,7 @@ RESUMERS = (
     _resumer(
         "grain",
         "MapDataset, shuffled and repeated, in an ElasticIterator; MapDataset.mix",
-        state="the iterator's get_state()",
+        state="get_state()",
         imports=("grain", "grain.experimental"),
         packages=("grain",),
     ),

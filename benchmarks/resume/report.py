@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from unicl_fast.system.wording import markdown_table
 
 from .chain import Step
 
-DATA = {"one": "one data set", "mix": "a mix of three"}
+DATA = {"one": "one set", "mix": "mix"}
 HOW = {"same": "same ranks and workers", "ranks": "other ranks", "workers": "other workers"}
 
 
@@ -52,7 +53,7 @@ def _samples(step: Step) -> list[int]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Two rows for each loader, and the messages of those that could not be resumed."""
-    rows, failures = [], dict[str, list[str]]()
+    rows, failures = [], dict[str, dict[str, None]]()
     for name, facts in result["contenders"].items():
         for data, words in DATA.items():
             cells = []
@@ -60,12 +61,12 @@ def table(result: Mapping[str, Any]) -> str:
                 chain = facts["chains"][f"{data}, {how}"]
                 cells.append(_cell(chain))
                 if chain["failure"]:
-                    failures.setdefault(chain["failure"], []).append(f"{name}, {words}, {HOW[how]}")
+                    failures.setdefault(chain["failure"], {})[name] = None
             rows.append([name, facts["state"] or "none", words, *cells])
     rows += [[name, f"left out: {why}", *[""] * 4] for name, why in result["left_out"].items()]
     head = ["", "state", "data", *HOW.values()]
     said = "A cell: samples lost, samples doubled, steps out of order of the run's steps."
-    messages = [f"- {'; '.join(where)}: `{failure}`" for failure, where in failures.items()]
+    messages = [f"- {', '.join(names)}: `{shorten(why, 99)}`" for why, names in failures.items()]
     return "\n\n".join([said, markdown_table(head, rows), "\n".join(messages)]).strip()
 
 

@@ -127,4 +127,4 @@ def test_the_program_writes_table_and_json(tmp_path, monkeypatch, capsys):
     assert refused["failure"] == "ValueError: the state is that of 2 ranks, not 1"
     said = capsys.readouterr().out
     assert table(result) in said
-    assert re.search(r"refuses +\| +none \| +one data set \| .* error at resume 1", said)
+    assert re.search(r"refuses +\| +none \| +one set \| .* error at resume 1", said)
