@@ -53,8 +53,8 @@ on a mix of three. Steps out of order differ from those of the unbroken run.
 
 The versions (datasets 5.2.0, grain 0.2.18, LitData 0.2.76), each kill and each message are in
 `docs/results/resume.json`. datasets 5.0.0 began anew at its second resume in a row (768 samples
-doubled in 3 kills, one data set); 5.2.0 does not. Its shuffle() as it comes (datasets-shuffle) feeds
-all workers again, but with more than one of them its state cannot be loaded."""
+doubled in 3 kills); 5.2.0 does not. Its shuffle() as it comes (datasets-shuffle) feeds all workers
+again, but the state of several workers cannot be loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
