@@ -164,7 +164,7 @@ def sentence_transformers_job(
     seed: int,
     start: Path,
 ) -> dict[str, Any]:
-    """What `sentence_transformers_loop` does, as the options of a contestant say.
+    """The job of `sentence_transformers_loop`, as the options of a contestant say.
 
     They are the name of a loss and its arguments, such as
     `CachedMultipleNegativesRankingLoss mini_batch_size=32`. `start` is an export for transformers.
