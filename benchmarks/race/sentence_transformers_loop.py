@@ -8,16 +8,12 @@ from typing import Any
 
 def main(job: dict[str, Any], folder: Path) -> None:
     """Trains on (image, text) rows, and writes the model into `folder`/model."""
+    import sentence_transformers as theirs
     from datasets import Dataset, Image
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
     from sentence_transformers.sentence_transformer import losses
     from torchvision.transforms import v2
 
-    model = SentenceTransformer(job["start"], device="cpu")
+    model = theirs.SentenceTransformer(job["start"], device="cpu")
     rows = Dataset.from_csv(job["rows"], delimiter="\t", cache_dir=str(folder / "rows"))
     crop = v2.Compose([v2.RGB(), v2.RandomResizedCrop(**job["crop"])])
     decode = Image().decode_example
@@ -28,9 +24,9 @@ def main(job: dict[str, Any], folder: Path) -> None:
 
     name, *settings = job["loss"]
     named = {key: json.loads(value) for key, _, value in (one.partition("=") for one in settings)}
-    SentenceTransformerTrainer(
+    theirs.SentenceTransformerTrainer(
         model,
-        SentenceTransformerTrainingArguments(str(folder / "out"), **job["arguments"]),
+        theirs.SentenceTransformerTrainingArguments(str(folder / "out"), **job["arguments"]),
         train_dataset=rows.with_transform(prepare),
         loss=getattr(losses, name)(model, **named),
     ).train()
