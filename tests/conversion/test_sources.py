@@ -149,6 +149,12 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(kind, shared_dat
     back = transformers.AutoModel.from_pretrained(tmp_path / "hf")
     assert type(back).__name__ in (type(theirs).__name__, "CLIPModel")
     assert difference(ours, back.eval()) < 1e-5
+    with torch.no_grad():  # as a library that trains it further leaves it
+        torch._foreach_mul_(list(back.parameters()), 1.01)
+        back.save_pretrained(tmp_path / "hf")
+    assert difference(load_encoders(tmp_path / "hf"), back) < 1e-5
+    shutil.rmtree(tmp_path / "hf")
+    write_export(ours, tmp_path / "hf")
     write_open_clip(ours, tmp_path / "open_clip")
     for folder in ("hf", "open_clip"):
         again = load_encoders(tmp_path / folder)

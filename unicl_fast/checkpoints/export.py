@@ -33,6 +33,11 @@ def is_export(path: Path) -> bool:
     return has_both and not (path / STATE_FILE).exists()
 
 
+def is_own(values: Mapping[str, Any]) -> bool:
+    """Whether a config is of an export. Transformers keeps our part when it saves other weights."""
+    return LIBRARY in values and "transformers_version" not in values
+
+
 def read_description(folder: Path) -> Mapping[str, Any]:
     """Reads our part of an export's config; raises ValueError if it is damaged or has none."""
     path = folder / CONFIG_FILE

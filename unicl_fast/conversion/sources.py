@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints import load
-from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS, download_export
+from unicl_fast.checkpoints.export import CONFIG_FILE, PIXELS, download_export, is_own
 from unicl_fast.checkpoints.load import read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
@@ -252,7 +252,7 @@ def find_own(given: str) -> Path | None:
         if (folder / open_clip_models.CONFIG_FILE).is_file():
             return None
         values = read_json(folder / CONFIG_FILE)
-        if isinstance(values, dict) and LIBRARY not in values:
+        if isinstance(values, dict) and not is_own(values):
             return None
     with _naming_sources():
         return load.find_model(folder)
@@ -319,7 +319,7 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
             given, model_cfg, images, locate, towers, tokenizer=place if has_tokenizer else "",
             folder=None if is_on_hub else config.parent,
         )  # fmt: skip
-    if LIBRARY in values:
+    if is_own(values):
         return None
     if "architecture" in values:
         with _blaming(str(config)):
