@@ -88,7 +88,9 @@ def _start_from_best(
         else:
             folder = run_folder
             make_folder(folder)
-            stack.enter_context(locked(folder / ".bases.lock", wait=True))
+            lock = folder / ".bases.lock"
+            stack.enter_context(locked(lock, wait=True))
+            stack.callback(lock.unlink, missing_ok=True)
         kept = folder / "bases.json"
         if not (kept.is_file() and parts.items() <= read_json(kept).items()):
             command += ["--features", str(folder / "features"), "--json", f"{kept}.partial"]

@@ -507,9 +507,10 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
     if ranks.rank:
         dataset.cache, dataset.fetched_bytes = mock.Mock(), 9
     data = mock.Mock(config=TrainConfig(), datasets=[dataset], description={})
+    plan = mock.Mock(global_batch_size=4, seed=1, weights=(1,), weighted={})
     with mock.patch.object(build, "Ledger") as ledger:
-        build._build_ledger(Path(), data, mock.Mock(weighted={}), ranks)
-    assert [source.name for source in ledger.call_args.kwargs["sources"]] == ["here"]
+        build._build_ledger(Path(), data, plan, ranks)
+    assert [source.name for source in ledger.call_args.args[1].sources] == ["here"]
     meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
     found = described(meter, global_batch(images), ranks, num_steps=1)
     assert (found["storage_bytes_read"], found["storage_bytes_needed"]) == (9, 7)
