@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY
 from unicl_fast.config import TrainConfig
 from unicl_fast.config_json import config_to_dict, load_config
 from unicl_fast.conversion.export import write_export
@@ -30,7 +29,6 @@ from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
-from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.tools.diagnose.measuring import describe_machine
 
 from ..harness import Program, end_of, module_command, run_apart
@@ -189,11 +187,8 @@ class Race(Program):
         if not folder.exists():
             gap = write(load_encoders(self.init).float(), folder)
             if gap is None:
-                raise ValueError(f"transformers has no model such as {self.init}")
-            if write is write_export:  # which then is a model of transformers and no longer ours
-                described = read_json(path := folder / CONFIG_FILE)
-                del described[LIBRARY]
-                path.write_text(json.dumps(described), encoding="utf-8")
+                shutil.rmtree(folder)
+                raise ValueError(f"transformers has no model such as {self.init}, or is missing")
             print(f"{peer} starts from features that differ from ours by {gap:.1e} at most")
 
     def _do_all(
@@ -326,5 +321,5 @@ def _measured(command: Sequence[str], log: Path, *, threads: int) -> dict[str, A
     return {
         "cpu_seconds": round(ended.cpu_seconds, 1),
         "wall_seconds": round(ended.wall_seconds, 1),
-        "peak_bytes": max(peak, ended.largest_bytes),  # between two looks too
+        "peak_bytes": max(peak, ended.largest_bytes),  # its floor is this process's own
     }

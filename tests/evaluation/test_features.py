@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pack_runs import jpeg
@@ -95,6 +96,30 @@ def test_the_decoding_device_is_settled_before_a_model_is_evaluated(
     monkeypatch.setattr(features, "load_encoders", lambda *_, **__: model)
     with model_on_ranks("run", device="cpu") as on_ranks:
         assert on_ranks.model.config.data.decode_device == "cpu"
+
+
+def test_what_a_killed_evaluation_has_encoded_is_not_projected(model, tmp_path, monkeypatch):
+    """A linear probe that was killed leaves a file of which a search must not take empty rows."""
+    monkeypatch.setattr(features.ModelOnRanks, "loader", lambda self, dataset, samples: samples)
+    ours, ends_at = features.ModelOnRanks(model.double().eval()), 2
+    images = torch.arange(3, dtype=torch.uint8).mul(80)[:, None, None, None, None]
+    images = images.expand(3, 1, 32, 32, 3)
+
+    def encoded(self, samples, *, num_samples, layer):
+        for number in samples:
+            if number == ends_at:
+                raise KeyboardInterrupt
+            yield torch.tensor([number]), features.encode_images(model, images[number], layer=layer)
+
+    monkeypatch.setattr(features.ModelOnRanks, "encoded", encoded)
+    with packed(tmp_path / "set", [0, 1, 2]) as dataset, torch.inference_mode():
+        with pytest.raises(KeyboardInterrupt):
+            ours.stored(dataset, tmp_path / "kept", layer="encoder")
+        ends_at = None
+        _, found = ours.stored(dataset, tmp_path / "kept", layer="projection")
+        _, expected = ours.stored(dataset, tmp_path / "whole", layer="projection")
+    assert np.array_equal(found, expected)
+    assert (np.linalg.norm(found, axis=1) > 0.9).all()
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -141,6 +141,15 @@ def of_transformers(values: Mapping[str, Any], image_size: int, kind: str) -> di
     return found | {"image_size": image_size}
 
 
+def of_export(pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for our part of an export's config, but the size, which is its model's."""
+    return {
+        "interpolation": pixels["interpolation"],
+        "evaluation_resize": pixels["evaluation_resize"],
+        **_statistics(pixels["mean"], pixels["std"]),
+    }
+
+
 def _statistics(mean: Any, std: Any) -> dict[str, Any]:
     return {
         name: tuple(map(float, numbers))

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints import load
-from unicl_fast.checkpoints.export import CONFIG_FILE, PIXELS, download_export, is_own
+from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS, download_export, is_own
 from unicl_fast.checkpoints.load import read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
@@ -562,10 +562,13 @@ def _transformers_source(
         if towers.text:
             is_clips = settings["text_pool"] == "end"
             settings["tokenizer"] = "" if is_clips else tokenizer + CANONICAL * is_siglip
+        data = preprocessing.of_transformers(images, image_size, kind) if kind else {}
+        if data and not images and LIBRARY in values:  # an export, saved again without a processor
+            data |= preprocessing.of_export(values[LIBRARY]["pixels"])
         return Source(
             name=given,
             settings=settings,
-            data=preprocessing.of_transformers(images, image_size, kind) if kind else {},
+            data=data,
             locate=functools.cache(functools.partial(_library_weights, find)),
             rename=hugging_face.text_encoder_names if is_only_text else from_transformers,
             objective="sigmoid" if is_siglip else "unicl",

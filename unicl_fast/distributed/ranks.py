@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from unicl_fast.system.gradients import first_only
-from unicl_fast.system.phases import WaitingForRanks
+from unicl_fast.system.phases import WaitingForRanks, mark_progress
 
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
 """Values that ranks exchange; without tuples, paths or arrays they arrive as they were sent."""
@@ -170,7 +170,7 @@ def rank_0_alone(ranks: Ranks) -> Iterator[None]:
         yield
         with WaitingForRanks():
             while _rank_0_works(ranks):
-                pass
+                mark_progress()  # rank 0's own watchdog ends it if it hangs
         return
     done = threading.Event()
 

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
 from unicl_fast.conversion.initial import load_encoders
-from unicl_fast.dataset.feature_files import has_features, read_features
+from unicl_fast.dataset.feature_files import read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
@@ -52,7 +52,7 @@ from unicl_fast.text.token_rows import hashes_of
 from unicl_fast.text.tokenizer import pad_rows
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input, in_pieces, loaded_at_once
-from unicl_fast.training.kept_rows import kept_rows
+from unicl_fast.training.kept_rows import all_stored, kept_rows
 from unicl_fast.training.settle import settle, settle_decoding
 from unicl_fast.training.stored_features import feature_key, stored_text_features
 
@@ -148,14 +148,15 @@ class ModelOnRanks:
         """
         model, ranks = self.model, self.ranks
         family, key = from_rank_0([*keys_of_features(model, dataset, layer=layer)], ranks)
-        if says_found and ranks.is_main and has_features(folder, key):
+        if says_found and ranks.is_main and all_stored(folder, key, len(dataset)):
             logger.info("features of %s: found again", dataset.location)
         dtype = "float64" if model.config.efficiency.precision == "fp64" else "float32"
         is_space = layer == "projection" and model.has_space
 
         def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
             encoder = keys_of_features(model, dataset, layer="encoder")[1]
-            if layer == "projection" and has_features(folder, encoder):
+            is_known = layer == "projection" and all_stored(folder, encoder, len(dataset))
+            if from_rank_0(is_known, ranks):
                 known = read_features(folder, encoder, num_samples=len(dataset), check=False).rows
                 mine = np.array(new[ranks.rank :: ranks.world_size])
                 for some in np.array_split(mine, len(mine) // _ROWS_AT_ONCE + 1):

@@ -378,9 +378,9 @@ def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64A
         entries[0, end], entries[1, end] = sample, class_ids[sample]
         end += 1
         for position in range(starts[sample], starts[sample + 1]):
-            is_new = True
-            for entry in range(first, end):
-                is_new &= entries[1, entry] != classes[position]
+            entry = first
+            while entry < end and entries[1, entry] != classes[position]:
+                entry += 1
             entries[0, end], entries[1, end] = sample, classes[position]
-            end += int(is_new)
+            end += int(entry == end)
     return entries[:, :end]

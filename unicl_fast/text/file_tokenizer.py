@@ -172,7 +172,7 @@ def _growth_of(part: Any) -> int:
 
 def _state(part: Any) -> Any:
     """The JSON of a normalizer or another part; not all can be pickled, Gemma's cannot (0.23)."""
-    return part and json.loads(part.__getstate__())
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _probe(task: tuple[dict[str, Any], int]) -> str:

@@ -1,6 +1,7 @@
 """Stores rows that are encoded once (`dataset.feature_files`), all ranks together.
 
-What is stored is recorded in steps, which a kill cannot undo. Rows of images and texts can also be
+A run records what is stored in steps, which a kill cannot undo; an evaluation, of fewer images, at
+its end. Rows of images and texts can also be
 found by hashes of these, so that only new ones are encoded: a new state of the data copies known
 rows from older ones of its family. An older state is removed once a newer one has nine tenths of
 it, or a shop that changes each day would fill the disk.
@@ -64,7 +65,7 @@ class Store:
         """True for rows that are stored, or written by this rank, and for unreadable samples."""
         unreadable = {key: sorted(one.unreadable) for key, one in found.items()}
         self._unreadable = {key: set(one) for key, one in from_rank_0(unreadable, ranks).items()}
-        self._fresh: dict[str, list[int]] = {key: [] for key in self.stored}
+        self._fresh: dict[str, list[NDArray[np.int64]]] = {key: [] for key in self.stored}
         self._files, self._dtype = dict[str, tuple[int, int]](), ""
 
     @contextlib.contextmanager
@@ -99,7 +100,7 @@ class Store:
         self._keep(key, samples)
 
     def _keep(self, key: str, samples: NDArray[np.int64]) -> None:
-        self._fresh[key] += samples[~self.stored[key][samples]].tolist()
+        self._fresh[key].append(samples[~self.stored[key][samples]])
         self.stored[key][samples] = True
 
     def _rows(self, key: str) -> np.memmap[Any, Any]:
@@ -111,12 +112,14 @@ class Store:
         """Says on rank 0 what all ranks have stored, once it is on disk; all ranks call it."""
         for file, _ in self._files.values():
             os.fsync(file)
-        mine = {key: [self._fresh[key], sorted(self._unreadable[key])] for key in self.stored}
+        mine = {
+            key: [_spans(self._fresh[key]), sorted(self._unreadable[key])] for key in self.stored
+        }
         every = gather_objects(mine, self._ranks)
         with rank_0_alone(self._ranks):
             for key, stored in self.stored.items():
-                fresh = np.unique([sample for one in every for sample in one[key][0]])
-                fresh = fresh.astype(np.int64)
+                spans = [np.arange(*span) for one in every for span in one[key][0]]
+                fresh = np.unique(np.concatenate([np.zeros(0, np.int64), *spans]))
                 stored[fresh] = True
                 self._unreadable[key].update(*(one[key][1] for one in every))
                 self._fresh[key] = []
@@ -129,6 +132,13 @@ class Store:
                         unreadable=frozenset(self._unreadable[key]), checksum=self._checksums[key],
                     )  # fmt: skip
                     describe_rows(self._folder, key, described)
+
+
+def _spans(parts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
+    """Numbers as [start, stop]: a state that copies ten million rows sends few of these."""
+    numbers = np.unique(np.concatenate([np.zeros(0, np.int64), *parts]))
+    groups = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [[int(group[0]), int(group[-1]) + 1] for group in groups if len(group)]
 
 
 @contextlib.contextmanager
@@ -161,6 +171,11 @@ def found_rows(folder: Path, key: str, size: int) -> FeatureFile:
     )
 
 
+def all_stored(folder: Path, key: str, size: int) -> bool:
+    """Whether all of `size` rows are stored; a run or a killed process can have stored some."""
+    return has_features(folder, key) and bool(found_rows(folder, key, size).stored.all())
+
+
 def kept_rows(
     folder: Path,
     key: str,
@@ -182,7 +197,7 @@ def kept_rows(
     Raises ValueError if stored rows are damaged, OSError if the folder cannot be written.
     """
     with refused_together(ranks):
-        is_whole = ranks.is_main and bool(found_rows(folder, key, len(items)).stored.all())
+        is_whole = ranks.is_main and all_stored(folder, key, len(items))
     if not from_rank_0(is_whole, ranks):
         with (
             storing(folder, {key: len(items)}, ranks) as store,
@@ -221,7 +236,10 @@ def _remove_replaced(folder: Path, key: str, family: str, items: NDArray[np.uint
     for older, known in states(folder, family):
         if older != key and np.isin(known, items).mean() >= _REPLACED:
             path = folder / f".{older}.lock"
-            with contextlib.suppress(OSError), locked(path) as is_free:
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                is_free = True  # also on a file system without locks
+                with contextlib.suppress(OSError):
+                    is_free = stack.enter_context(locked(path))
                 # otherwise another process is adding rows
                 for file in [*folder.glob(f"{older}.*"), path] if is_free else ():
                     file.unlink(missing_ok=True)
