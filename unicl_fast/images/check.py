@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 import struct
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +88,7 @@ class CheckedImage:
     """jpg, webp, png, ppm or raw."""
     height: int
     width: int
-    reencoded: bool = False
+    reencoded: bool
     """Whether `data` differs from the file that was checked."""
 
 
@@ -140,9 +139,12 @@ def check_image(
             data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
         _check_jpeg_data(data)
         extension = "jpg"
-    is_file = format not in ("ppm", "raw")
     return CheckedImage(
-        data=data, extension=extension, height=height, width=width, reencoded=is_file
+        data=data,
+        extension=extension,
+        height=height,
+        width=width,
+        reencoded=format not in ("ppm", "raw"),
     )
 
 
@@ -214,7 +216,9 @@ def _decode_any_jpeg(
     decoded: CheckedImage | Pixels
     if keep and header.is_plain and not target.needs_resize(height, width):
         _check_jpeg_data(data)
-        decoded = CheckedImage(data=data, extension="jpg", height=height, width=width)
+        decoded = CheckedImage(
+            data=data, extension="jpg", height=height, width=width, reencoded=False
+        )
     else:
         with pillow_limits(max_pixels):
             decoded = _jpeg_pixels(data, header)
@@ -278,7 +282,7 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
         and largest_extra(data) <= MAX_PNG_EXTRA
         and not target.needs_resize(height, width)
     ):
-        return CheckedImage(data=data, extension="png", height=height, width=width)
+        return CheckedImage(data=data, extension="png", height=height, width=width, reencoded=False)
     return pixels
 
 
@@ -302,7 +306,7 @@ def _decode_ppm(data: bytes, image: Image.Image, target: _Target) -> CheckedImag
     width, height = image.size
     if target.needs_resize(height, width) or data != encode_ppm(pixels):
         return pixels
-    return CheckedImage(data=data, extension="ppm", height=height, width=width)
+    return CheckedImage(data=data, extension="ppm", height=height, width=width, reencoded=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -458,10 +462,8 @@ def _exif_orientation(tiff: bytes) -> int | None:
     """Exif orientation: 1 if none is given, None if it cannot be read."""
     exif = Image.Exif()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of what is cut short
-            exif.load(b"Exif\0\0" + tiff)
-            value = exif.get(_ORIENTATION_TAG, 1)
+        exif.load(b"Exif\0\0" + tiff)
+        value = exif.get(_ORIENTATION_TAG, 1)
     except Exception:  # of any kind, depending on the bytes
         return None
     # 0 is "unknown", which Picasa wrote into many photos; nobody rotates it

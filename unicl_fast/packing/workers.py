@@ -335,7 +335,9 @@ def _check_image(entry: Entry, options: ImageOptions) -> CheckedImage:
         # packing has checked it, and its checksum is known
         if (pixels := entry.height * entry.width) > options.max_pixels:
             raise EntryError("too large", f"{pixels:,} pixels (--max-pixels)")
-        return CheckedImage(data=b"", extension="", height=entry.height, width=entry.width)
+        return CheckedImage(
+            data=b"", extension="", height=entry.height, width=entry.width, reencoded=False
+        )
     data = entry.read(max_bytes=options.max_file_bytes)
     if options.in_place and len(data) != entry.num_bytes:
         raise EntryError("damaged", "it was changed while it was indexed")
@@ -345,7 +347,9 @@ def _check_image(entry: Entry, options: ImageOptions) -> CheckedImage:
         keeps_size = not (options.short_side or options.square_side)
         if keeps_size and extension and height * width <= options.max_pixels:
             # its checksum has just shown that it is the file that packing checked
-            return CheckedImage(data=data, extension=extension, height=height, width=width)
+            return CheckedImage(
+                data=data, extension=extension, height=height, width=width, reencoded=False
+            )
         format = "packed"
     return check_image(
         data,
