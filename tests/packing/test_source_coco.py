@@ -55,7 +55,7 @@ def coco(tmp_path: Path) -> Path:
 
 def test_captions_and_instances_meet_at_the_image(coco):
     places = [str(path) for path in sorted((coco / "annotations").iterdir())]
-    (source,) = read_sources(places, ListOptions(), Spool(coco / "spool"))
+    (source,) = read_sources(places, ListOptions(), Spool(None))
     assert source.name == "captions_val2017.json+instances_val2017.json"
     assert texts(source) == {
         "1.jpg": (["one", "eins"], []),
@@ -66,7 +66,7 @@ def test_captions_and_instances_meet_at_the_image(coco):
     alone = read_source(places[1], ListOptions(image_root=str(coco / "val2017")))
     assert texts(alone).keys() == {"2.jpg", "3.jpg"}
     again = [places[0], *places, places[0]]  # named several times, read once
-    (once,) = read_sources(again, ListOptions(), Spool(coco / "spool"))
+    (once,) = read_sources(again, ListOptions(), Spool(None))
     assert (once.name, len(once.items)) == (source.name, 3)
 
 
@@ -199,7 +199,7 @@ def pieces_of(value: Any) -> list[tuple[str, Any]]:
     indent=st.sampled_from([None, 0, 3]),
     cut=st.floats(0, 1, exclude_max=True),
 )
-@examples(25)
+@examples(60)
 def test_json_in_pieces_is_json(tmp_path_factory, value, indent, cut):
     path = tmp_path_factory.mktemp("json") / "a.json"
     text = json.dumps(value, indent=indent, ensure_ascii=False)
@@ -262,11 +262,19 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(file):
 
 def test_what_cannot_be_packed_is_named(file):
     content = json.loads(file.read_text())
-    content["images"] = [*content["images"][:3], None]
-    content["images"][0]["filename"] = 7
-    content["images"][1] |= {"sentences": [7, {"raw": ["x", 3]}], "filename": file.name}
-    content["images"][2]["filename"] = "../x"
-    content["images"].append(content["images"][1] | {"sentences": 7, "filepath": ""})
+    content["images"] = content["images"][:4]
+    changes: list[dict[str, Any]] = [
+        {"filename": 7},
+        {"sentences": []},
+        {"sentences": [{"raw": ["x", 3]}]},
+        {"filename": "../x"},
+    ]
+    for image, changed in zip(content["images"], changes, strict=True):
+        image |= changed
+    content["images"][1]["filename"] = file.name  # something that is there
+    content["images"][1]["filepath"] = ""
+    content["images"].append(None)
     file.write_text(json.dumps(content))
-    kinds = [item.problem.kind for item in read_source(file).items if item.problem]
-    assert kinds == ["bad row", "outside", "no text", "bad row", "bad row"]
+    source = read_source(file)
+    kinds = [item.problem.kind for item in source.items if item.problem]
+    assert kinds == ["bad row", "no text", "bad row", "outside", "bad row"]

@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -261,10 +261,8 @@ def _pack(
     places = Places(work.out) if options.in_place else None
     # samples that were left out before cannot be packed now; the first side lists them
     packed = contents.packed if side == 0 else ()
-    kept_as: Literal["encoded", "raw", "in place"] = "raw" if options.format == "raw" else "encoded"
     with DatasetWriter(
-        work.out, shard_bytes=options.shard_bytes, work=work.path,
-        images="in place" if options.in_place else kept_as,
+        work.out, shard_bytes=options.shard_bytes, images=options.kept_as, work=work.path,
         has_weights=contents.has_weights,
     ) as writer:  # fmt: skip
         num_taken_over, num_done = writer.num_samples, writer.num_places

@@ -107,6 +107,13 @@ class BuildOptions(ListOptions):
         return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE}
 
     @property
+    def kept_as(self) -> Literal["encoded", "raw", "in place"]:
+        """The form in which the data set keeps images, for `DatasetWriter`."""
+        if self.in_place:
+            return "in place"
+        return "raw" if self.format == "raw" else "encoded"
+
+    @property
     def encoding(self) -> str:
         """Format and quality of the images that are re-encoded, in words."""
         quality = RESIZE_QUALITY if self.quality is None else self.quality

@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,14 +138,13 @@ def inspect_dataset(
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
         class_counts = tuple(zip(manifest.class_names, counts, strict=True))
         labels_per_image = Counter(rows["labels_count"][has_labels].tolist())
-        exact = [group.tolist() for group in equal_images(dataset)]
+        exact = np.arange(len(dataset))  # for each image, the first one with the same bytes
+        for group in equal_images(dataset):
+            exact[group] = group[0]
         near_copies = None
         if near:
             hashes = hash_images(dataset, workers=workers, progress=progress)
-            kept = np.ones(len(dataset), np.bool_)  # without exact copies
-            kept[[copy for group in exact for copy in group[1:]]] = False
-            alike = _near_groups(np.flatnonzero(kept), hashes, near_distance)
-            near_copies = _copies(dataset, alike, hashes)
+            near_copies = _near_copies(dataset, hashes, exact, near_distance)
         return Inspection(
             folder=dataset.folder,
             manifest=manifest,
@@ -189,17 +187,18 @@ def _spread(values: npt.NDArray[Any]) -> Spread:
     )  # fmt: skip
 
 
-def _copies(
-    dataset: PackedDataset, groups: Iterable[list[int]], hashes: Hashes | None = None
-) -> Copies:
+def _copies(dataset: PackedDataset, leaders: Indices, hashes: Hashes | None = None) -> Copies:
+    groups: dict[int, list[int]] = {}
+    for follower in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
+        groups.setdefault(int(leaders[follower]), []).append(follower)
     found = []
-    for samples in sorted(groups, key=lambda group: (-len(group), group[0])):
+    for leader, followers in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        samples = (leader, *followers)
         labels = {tuple(sorted(dataset.labels_of(index).tolist())) for index in samples} - {()}
         distances: tuple[int, ...] = ()
         if hashes is not None:
-            distances = tuple(count_bits(hashes[samples] ^ hashes[samples[0]]).tolist())
-        differ = len(labels) > 1
-        found.append(Group(samples=tuple(samples), distances=distances, labels_differ=differ))
+            distances = tuple(count_bits(hashes[list(samples)] ^ hashes[leader]).tolist())
+        found.append(Group(samples=samples, distances=distances, labels_differ=len(labels) > 1))
     return Copies(
         num_groups=len(found),
         num_surplus=sum(len(group.samples) - 1 for group in found),
@@ -208,13 +207,14 @@ def _copies(
     )
 
 
-def _near_groups(kept: Indices, hashes: Hashes, max_distance: int) -> list[list[int]]:
-    """Groups of the images numbered in `kept` that look alike."""
-    groups: dict[int, list[int]] = {}
-    leaders = kept[find_leaders(hashes[kept], max_distance)]
-    for leader, image in zip(leaders.tolist(), kept.tolist(), strict=True):
-        groups.setdefault(leader, []).append(image)
-    return [group for group in groups.values() if len(group) > 1]
+def _near_copies(
+    dataset: PackedDataset, hashes: Hashes, exact: Indices, max_distance: int
+) -> Copies:
+    """Groups of images that look alike, without exact copies."""
+    kept = np.flatnonzero(exact == np.arange(len(exact)))
+    leaders = np.arange(len(hashes))
+    leaders[kept] = kept[find_leaders(hashes[kept], max_distance)]
+    return _copies(dataset, leaders, hashes)
 
 
 def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:

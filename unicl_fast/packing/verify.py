@@ -28,7 +28,7 @@ from unicl_fast.images.limits import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Problem
-from unicl_fast.packing.sources.packed import image_entry, text_faults, with_tokens
+from unicl_fast.packing.sources.packed import encode_all, image_entry, text_faults
 from unicl_fast.packing.workers import (
     Checked,
     ImageOptions,
@@ -39,6 +39,8 @@ from unicl_fast.packing.workers import (
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.tokenizer import Tokenizer
+
+_TOKENISE_TOGETHER = 1024  # captions that the tokenizer's threads share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,11 +251,19 @@ class _SampleChecks:
         return None if faults else sample
 
     def compare_tokens(self, samples: Iterable[_Sound]) -> Iterator[_Sound]:
-        """Compares tokens made anew with the stored ones, and yields the samples."""
-        for sample, tokens in with_tokens(samples, lambda one: one.captions, self._tokenizer):
-            for which, ids in enumerate(tokens):
-                self._compare_caption(sample.index, which, ids)
-            yield sample
+        """Compares tokens made anew with the stored ones, and yields the samples.
+
+        In groups, for the tokenizer's threads.
+        """
+        left = iter(samples)
+        while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
+            if self._tokenizer is not None:
+                texts = [text for sample in group for text in sample.captions]
+                rows = iter(encode_all(self._tokenizer, texts))
+                for sample in group:
+                    for which, _ in enumerate(sample.captions):
+                        self._compare_caption(sample.index, which, next(rows))
+            yield from group
 
     def _compare_caption(self, index: int, which: int, tokens: npt.NDArray[np.uint16]) -> None:
         try:

@@ -78,10 +78,6 @@ class WorkFolder:
     def __init__(self, out: Path, path: Path, *, restart: bool) -> None:
         """Reads the record of an earlier build; `restart` throws its work away."""
         self.path = path
-        self.spool = path / "spool"
-        """The folder of unpacked sources, kept with the finished shards."""
-        self.copies = path / _COPIES_NAME
-        """The folder of copies of sources under URLs, which --restart keeps."""
         self.out = out
         self.record: dict[str, Any] = {}
         """The options and sources of the build, and a complete build's summary."""
@@ -104,6 +100,16 @@ class WorkFolder:
                 f"{path} holds an unfinished build whose record cannot be read "
                 f"({error}); add --restart to begin anew, or name another --out"
             ) from error
+
+    @property
+    def spool(self) -> Path:
+        """The folder of unpacked sources, kept with the finished shards."""
+        return self.path / "spool"
+
+    @property
+    def copies(self) -> Path:
+        """The folder of copies of sources under URLs, which --restart keeps."""
+        return self.path / _COPIES_NAME
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
         """Records the inputs of the build; once a shard is finished, they must not change.

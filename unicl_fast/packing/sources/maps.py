@@ -5,13 +5,13 @@ from pathlib import Path
 
 from unicl_fast.packing.sources.cells import Cells
 from unicl_fast.packing.sources.entries import Problem
-from unicl_fast.packing.sources.items import Item, item_of, refused
+from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.list_options import ListOptions
 from unicl_fast.packing.sources.lists import Rows, collect_rows
 from unicl_fast.packing.sources.read_sources import Place, SourceKind
 from unicl_fast.packing.sources.rows import Columns
 from unicl_fast.packing.sources.spool import Source, Spool
-from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.packing.sources.trees import find_image, open_tree
 from unicl_fast.system.untrusted_files import open_file
 
 _ENDING = "map.txt"
@@ -38,7 +38,9 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             if not at:
                 raise
             return refused(name, "missing", str(error))
-        return item_of(name, tree.find(inside.lstrip("/") if at else name))
+        item = find_image(tree, inside.lstrip("/") if at else name)
+        item.name = name
+        return item
 
     cells = Cells(columns=Columns(("image",), (), ("label",)))
     return collect_rows(path, _map_rows(path), cells, options, find, spool)

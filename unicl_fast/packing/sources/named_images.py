@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from unicl_fast.packing.sources.items import Item, item_of, refused
+from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.spool import Source
-from unicl_fast.packing.sources.trees import Tree
+from unicl_fast.packing.sources.trees import Tree, find_image
 from unicl_fast.system.wording import count_of
 
 _ENOUGH = 1000  # after so many missing images in a row from the start, a wrong folder is reported
@@ -66,7 +66,7 @@ class NamedImages:
     def _find(self, name: str) -> Item:
         if _ADDRESS.match(name):
             return refused(name, "missing", "an address, not a file")
-        return item_of(name, self._tree.find(name))
+        return find_image(self._tree, name)
 
     def _advise(self) -> str:
         name = self._first_missing.replace("\\", "/")

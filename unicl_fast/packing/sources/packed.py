@@ -6,12 +6,10 @@ tokenizer's packages.
 """
 
 import contextlib
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +28,7 @@ from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
-_TOGETHER = 1024  # samples whose captions the tokenizer's threads share
-T = TypeVar("T")
-TokenIds = npt.NDArray[np.uint16]
+_READ_TOGETHER = 1024  # samples whose captions the tokenizer's threads share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +81,9 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
         spool.origins += [str(path / name) for name in (MANIFEST_NAME, QUARANTINE_NAME)]
         # a bad list is refused now, before all samples are read
         count_left_out(path / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined)
-        items.extend(_Samples(dataset, reader).read())
+        samples = _Samples(dataset, reader)
+        for first in range(0, len(dataset), _READ_TOGETHER):
+            items.extend(samples.read(range(first, min(first + _READ_TOGETHER, len(dataset)))))
     spelled = spell_classes(dataset.manifest.class_names)
     columns: dict[str, dict[Label, None]] = {
         column: {spelled[number]: None for number in numbers}
@@ -111,14 +109,17 @@ class _Samples:
         self._damaged: dict[str, bool] = {}
         """By name of shard, for those that were checked."""
 
-    def read(self) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yields the item of each sample."""
-        found = ((index, self._describe(index)) for index in range(len(self._dataset)))
-        for (index, text), tokens in with_tokens(found, _captions_of, self._tokenizer):
+        found = [self._describe(index) for index in indices]
+        texts = [text for one in found if isinstance(one, Description) for text in one.captions]
+        tokens = iter(encode_all(self._tokenizer, texts) if self._tokenizer else ())
+        for index, text in zip(indices, found, strict=True):
             if isinstance(text, str):
                 yield refused(sample_key(index), "damaged", text)
                 continue
-            fault = self._fault_of(index, text, tokens)
+            own = [next(tokens) for _ in text.captions] if self._tokenizer else None
+            fault = self._fault_of(index, text, own)
             yield Item(
                 name=text.name,
                 entry=image_entry(self._dataset, index),
@@ -137,10 +138,12 @@ class _Samples:
         except DamagedSampleError as error:
             return str(error)
 
-    def _fault_of(self, index: int, text: Description, tokens: Sequence[TokenIds]) -> str:
+    def _fault_of(
+        self, index: int, text: Description, tokens: Sequence[npt.NDArray[np.uint16]] | None
+    ) -> str:
         """How the texts differ from the packed ones; empty if they do not."""
         fault = next(iter(text_faults(self._dataset, index, text).values()), "")
-        if not fault:
+        if tokens is not None and not fault:
             stored = (self._dataset.caption_tokens(index, which) for which in range(len(tokens)))
             if not all(map(np.array_equal, tokens, stored)) and self._is_damaged(index):
                 fault = "its captions are not those that were packed (tokens)"
@@ -170,33 +173,14 @@ def text_faults(dataset: PackedDataset, index: int, text: Description) -> dict[s
     return faults
 
 
-def _captions_of(found: tuple[int, Description | str]) -> Sequence[str]:
-    return () if isinstance(found[1], str) else found[1].captions
-
-
-def with_tokens(
-    items: Iterable[T], captions_of: Callable[[T], Sequence[str]], tokenizer: Tokenizer | None
-) -> Iterator[tuple[T, list[TokenIds]]]:
-    """Yields each item with the tokens of its captions, none without a tokenizer.
-
-    In groups, for the tokenizer's threads.
-    """
-    left = iter(items)
-    while group := list(itertools.islice(left, _TOGETHER)):
-        texts = [captions_of(one) if tokenizer else () for one in group]
-        rows = iter(_encode(tokenizer, list(itertools.chain(*texts))) if tokenizer else ())
-        for one, own in zip(group, texts, strict=True):
-            yield one, list(itertools.islice(rows, len(own)))
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[TokenIds]:
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
     """Tokenizes texts in all threads; invalid text, such as a lone surrogate, has no tokens."""
     try:
         return tokenizer.encode(texts)
     except (UnicodeError, TypeError):
         if len(texts) == 1:
             return [np.empty(0, np.uint16)]
-        return [ids for text in texts for ids in _encode(tokenizer, [text])]
+        return [ids for text in texts for ids in encode_all(tokenizer, [text])]
 
 
 def join_templates(sources: Sequence[PackedSource]) -> tuple[str, ...]:

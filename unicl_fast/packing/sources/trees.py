@@ -25,6 +25,7 @@ from unicl_fast.packing.sources.entries import (
     Span,
     ZipEntry,
 )
+from unicl_fast.packing.sources.items import Item, item_of, refused
 from unicl_fast.system.paths import nearest_name
 
 _MAX_PATH_BYTES = 4096
@@ -60,14 +61,13 @@ class FolderTree:
                 waiting += sorted(_list_folder(found, name), reverse=True, key=itemgetter(0))
 
     def find(self, name: str) -> Found:
-        """Returns the file called `name`, or why there is none; paths must not have `..`."""
+        """Returns the file called `name`, or why there is none."""
         try:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 return Problem("missing", "the path is longer than any file's")
             path = os.path.realpath(self.root / name)
-            is_inside = not os.path.isabs(name) or _is_under(name, os.path.abspath(self.root))
             # `..` after a link is not the folder before it, and absolute paths have many spellings
-            if ".." in name.split("/") or not (is_inside or _is_under(path, self._real_root)):
+            if not self._names_inside(name) and not _is_under(path, self._real_root):
                 message = f"the path leaves {self.root}; --image-root says where images are"
                 return Problem("outside", message)
             status = os.stat(path)
@@ -76,6 +76,12 @@ class FolderTree:
         if not stat.S_ISREG(status.st_mode):
             return Problem("unreadable", "not a regular file")
         return FileEntry(path, status.st_size, status.st_mtime_ns)
+
+    def _names_inside(self, name: str) -> bool:
+        """Whether a path, as written, stays in the folder before links are followed."""
+        if ".." in name.split("/"):
+            return False
+        return not os.path.isabs(name) or _is_under(name, os.path.abspath(self.root))
 
 
 def _is_under(path: str, folder: str) -> bool:
@@ -267,3 +273,10 @@ def open_tree(path: Path) -> Tree:
             "docs/sources.md names"
         )
     return ZipTree(archive, path.relative_to(archive).as_posix() if path != archive else "")
+
+
+def find_image(tree: Tree, name: str) -> Item:
+    """Returns the item of an image; an absolute path must lead into the tree."""
+    if ".." in name.split("/"):
+        return refused(name, "outside", "paths must stay inside the image root")
+    return item_of(name, tree.find(name))
