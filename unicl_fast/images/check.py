@@ -62,6 +62,8 @@ _ALL_COEFFICIENTS = (1 << 64) - 1
 _MARKER_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 """Within a scan, FF is followed by zero or is a restart marker."""
 _ORIENTATION_TAG = 0x0112
+_EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
+_EXIF_SHORT = 3
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
@@ -459,12 +461,23 @@ def _next_segment(data: bytes, position: int) -> tuple[int, bytes, int]:
 
 
 def _exif_orientation(tiff: bytes) -> int | None:
-    """Exif orientation: 1 if none is given, None if it cannot be read."""
-    exif = Image.Exif()
-    try:
-        exif.load(b"Exif\0\0" + tiff)
-        value = exif.get(_ORIENTATION_TAG, 1)
-    except Exception:  # of any kind, depending on the bytes
+    """Exif orientation: 1 if none is given, None if it is ambiguous."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
         return None
-    # 0 is "unknown", which Picasa wrote into many photos; nobody rotates it
-    return value or 1 if isinstance(value, int) else None
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(order + "HHI", tiff, entry)
+            if tag == _ORIENTATION_TAG:
+                if kind not in _EXIF_FORMATS or number != 1:
+                    return None
+                (value,) = struct.unpack_from(order + _EXIF_FORMATS[kind], tiff, entry + 8)
+                if value == 0 and kind == _EXIF_SHORT:
+                    return 1  # "unknown", which Picasa wrote into many photos; nobody rotates it
+                # decoders disagree about types other than SHORT
+                return None if kind != _EXIF_SHORT and value == 1 else int(value)
+    except struct.error:
+        return None
+    return 1

@@ -1,7 +1,6 @@
 """The options of `unicl-pack build`, their help, and their checks."""
 
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
@@ -161,13 +160,17 @@ class BuildOptions(ListOptions):
         """`short:256` -> (256, 0), `square:32` -> (0, 32), nothing -> (0, 0)."""
         if not self.resize:
             return 0, 0
-        found = re.fullmatch(r"(short|square):([1-9][0-9]*)", self.resize)
-        if found is None:
+        kind, _, number = self.resize.partition(":")
+        if (
+            kind not in ("short", "square")
+            or not (number.isascii() and number.isdecimal())
+            or not int(number) >= 1
+        ):
             raise ValueError(
-                "--resize must be short:PIXELS, such as short:256, or square:PIXELS, such as "
+                "--resize takes short:PIXELS, such as short:256, or square:PIXELS, such as "
                 f"square:32, not {self.resize!r}"
             )
-        kind, pixels = found[1], int(found[2])
+        pixels = int(number)
         if kind == "short":
             return pixels, 0
         if pixels > MAX_SIDE or pixels**2 > self.max_pixels:

@@ -1,8 +1,9 @@
 """Checks and tokenises samples in worker processes; one bad image costs nothing but itself.
 
 A decoder written in C can crash, hang or use all memory. So images are checked in separate
-processes, under a timer and a memory limit that the kernel enforces. If a process dies, its images
-are checked one by one, each twice at most: one that kills the process both times is left out.
+processes, under a timer and a memory limit that the kernel enforces. If a process dies, the images
+that it has not answered for are checked one by one, each twice at most: one that kills the process
+both times is left out.
 """
 
 # concurrent.futures.ProcessPoolExecutor was tried instead. The rates are equal within the spread (2
@@ -54,6 +55,7 @@ _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_IMAGES = 400_000_000  # the tokenizer, decoders' tables, and the heap's slack
 _CHUNK_ITEMS = 128
 _CHUNK_BYTES = 4_000_000
+_ANSWER_BYTES = 1_000_000  # A worker sends its answers once their images are this large together
 _EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"P6": "ppm"}
 """The extensions of a data set's files, by their first two bytes."""
 _GROWTH = {"png": 8, "ppm": 16}
@@ -222,7 +224,7 @@ class ImageWorker:
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
         """Returns one result for each task, even if the process dies."""
         results, death = self._ask(tasks)
-        for task in tasks if death is not None else ():
+        for task in tasks[len(results) :]:
             # Twice, since something else can have killed it: a neighbour's leak, a signal from
             # outside, or a clock that ran while the whole job was stopped (Ctrl-Z).
             for _ in range(2):
@@ -244,7 +246,8 @@ class ImageWorker:
             self._process.reap()
 
     def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
-        """Returns the results; or none, and a problem, if the process died."""
+        """Returns the results received, and a problem if the process died."""
+        results: list[Checked | Problem] = []
         if self._process is None:
             self._process = Child(_serve, self._options, self._context_length)
             if self._closed:  # while it was started
@@ -252,7 +255,9 @@ class ImageWorker:
         process = self._process
         try:
             process.connection.send(tasks)
-            return process.connection.recv(), None
+            while len(results) < len(tasks):
+                results += process.connection.recv()
+            return results, None
         except (EOFError, OSError):
             self._process = None
             code = process.reap()
@@ -260,12 +265,12 @@ class ImageWorker:
             raise RuntimeError("the build is over")  # nobody waits for this chunk
         if code == -signal.SIGALRM:
             message = f"not done after {self._options.seconds:g} seconds"
-            return [], Problem("too slow", message)
+            return results, Problem("too slow", message)
         death = describe_death(code)
         if death.kind == "memory":
             message = "uses more memory than its number of pixels should"
-            return [], Problem("too large", message)
-        return [], problem_of(death)
+            return results, Problem("too large", message)
+        return results, problem_of(death)
 
 
 # From here on: what runs inside the process.
@@ -279,14 +284,22 @@ def _serve(connection: Connection, options: ImageOptions, context_length: int) -
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             answers: list[Checked | Problem] = []
+            num_bytes = 0
             tasks = connection.recv()
             if any(task.captions for task in tasks):
                 make_tokenizer(context_length)  # before a timer starts
             for task in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                answers.append(check_sample(task, options, context_length=context_length))
-            signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
-            connection.send(answers)
+                result = check_sample(task, options, context_length=context_length)
+                answers.append(result)
+                num_bytes += len(result.data) if isinstance(result, Checked) else 0
+                if num_bytes >= _ANSWER_BYTES:
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
+                    connection.send(answers)
+                    answers, num_bytes = [], 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if answers:
+                connection.send(answers)
 
 
 make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each

@@ -34,16 +34,25 @@ SOURCES = (
 
 
 class Place:
-    """A SOURCE argument, and the files there, looked up once."""
+    """A SOURCE argument, and the files there, looked up once when first needed."""
 
     def __init__(self, given: str) -> None:
         self.given = given
         self.path = Path(given)
-        self.is_url = is_url(given)
-        self.is_file = self.path.is_file()
-        self.is_folder = self.path.is_dir()
         self.name = self.path.name or str(self.path)
         """For tables and messages."""
+
+    @cached_property
+    def is_url(self) -> bool:
+        return is_url(self.given)
+
+    @cached_property
+    def is_file(self) -> bool:
+        return not self.is_url and self.path.is_file()
+
+    @cached_property
+    def is_folder(self) -> bool:
+        return not self.is_url and self.path.is_dir()
 
     @cached_property
     def files(self) -> list[str]:

@@ -57,15 +57,18 @@ _MANY_DIGITS = re.compile(rb"\d{1000}")
 
 def expand_braces(name: str) -> list[str]:
     """Expands `shard-{000..002}.tar` to three names; a name without braces to itself."""
-    first, *rest = _BRACES.split(name)
-    names = [first]
-    for low, high, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+    names = [name]
+    while match := _BRACES.search(names[0]):
+        low, high = match.groups()
         numbers = range(int(low), int(high) + 1)
         if not 0 < len(numbers) * len(names) <= _MAX_EXPANDED:
-            raise ValueError(
-                f"{name}: {{{low}..{high}}} is no range of 1 to {_MAX_EXPANDED:,} names"
-            )
-        names = [f"{each}{number:0{len(low)}d}{text}" for each in names for number in numbers]
+            raise ValueError(f"{name}: {match.group()} is no range of 1 to {_MAX_EXPANDED:,} names")
+        names = [
+            f"{each[: found.start()]}{number:0{len(low)}d}{each[found.end() :]}"
+            for each in names
+            if (found := _BRACES.search(each))
+            for number in numbers
+        ]
     return names
 
 

@@ -5,7 +5,6 @@ Names lead to entries, or to the problem that is known from the listing.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import zipfile
@@ -210,13 +209,18 @@ def require_there(entry: Entry, source: str, problem: Problem) -> None:
         return
     if is_url(entry.path):
         raise FileNotFoundError(f"{source} cannot be read: {problem.message}")
-    is_file = isinstance(entry, FileEntry)
-    place = os.path.dirname(entry.path) if is_file else entry.path
-    is_there = os.path.exists(place)
-    if is_file and is_there:
-        # images can be read by name even if names cannot be listed
-        with contextlib.suppress(PermissionError), os.scandir(place) as listing:
-            is_there = next(listing, None) is not None
+    if isinstance(entry, FileEntry):
+        place = os.path.dirname(entry.path)
+        try:
+            with os.scandir(place) as listing:
+                is_there = next(listing, None) is not None
+        except PermissionError:  # images can be read by name even if names cannot be listed
+            is_there = True
+        except OSError:
+            is_there = False
+    else:
+        place = entry.path
+        is_there = os.path.exists(place)
     if not is_there:
         raise FileNotFoundError(
             f"the source {source} has vanished while it was packed: {place} was there when it was "
