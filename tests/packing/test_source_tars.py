@@ -121,6 +121,24 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path):
     assert sum(name.startswith("b.tar") for name in found) == 3
 
 
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_header_of_2_mb_costs_its_file_and_no_other(kind, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
+        for number in range(3):
+            for suffix, data in (("jpg", jpeg(number)), ("txt", b"text")):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(data)
+                if member.name == "1.txt" and kind == tarfile.PAX_FORMAT:
+                    member.pax_headers["comment"] = "x" * 2_000_000
+                elif member.name == "1.txt":
+                    member.linkname = "x" * 2_000_000
+                archive.addfile(member, io.BytesIO(data))
+    source = read_source(tmp_path / "a.tar")
+    assert outcomes(source) == {"a.tar/0": "read", "a.tar/1": "unreadable", "a.tar/2": "read"}
+    problem = next(item.problem for item in source.items if item.problem is not None)
+    assert "a header of 2,000," in problem.message
+
+
 def test_odd_samples_are_refused_by_name(tmp_path):
     path = write_tar(
         tmp_path / "a.tar",

@@ -46,6 +46,8 @@ _GZIPPED = (".tar.gz", ".tgz")
 TARS = (".tar", *_GZIPPED)
 
 NO_SAMPLE = "files that belong to no sample"
+_REFUSED = "unicl_fast.refused"  # key of a member's headers
+_EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # headers before the header of a file
 _MAX_HEADER_BYTES = 1 << 20  # limit for all headers of a member; a path has 4,096
 _PADDING = 1 << 20
 """Bytes after the end mark in which another archive can start; GNU tar pads to 10,240 bytes."""
@@ -235,9 +237,9 @@ def _read_tar(path: str, maker: SampleMaker) -> None:
                     maker.passed_over[NO_SAMPLE] += 1
                     continue
                 group = groups.setdefault(key, Group())
-                entry: Found = Problem("unreadable", _NOT_REGULAR)
-                if is_plain(member):
-                    entry = Span(path, member.offset_data, member.size)
+                reason = member.pax_headers.get(_REFUSED, "" if is_plain(member) else _NOT_REGULAR)
+                span = Span(path, member.offset_data, member.size)
+                entry = Problem("unreadable", reason) if reason else span
                 read = functools.partial(_read_text, file, member)
                 maker.add_file(group, extension, entry, read)
     except DamagedTarError as error:
@@ -290,7 +292,7 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
-    headers = _HeaderFile(file)
+    headers, refused_for = _HeaderFile(file), ""
     archive = _Archive(
         fileobj=cast("BinaryIO", headers), encoding="utf-8", errors="surrogateescape"
     )
@@ -310,6 +312,16 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise DamagedTarError(message, offset=at) from error
         except OSError:
             raise
+        except _LongHeaderError as error:
+            file.seek(at)
+            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace")
+            if header.type not in _EXTENDED or not 0 < header.size < end - at:
+                message = f"no header of a file at byte {at:,} ({error})"
+                raise DamagedTarError(message, offset=at) from error
+            # the file that it belongs to comes next, by a name that may be cut short
+            archive.offset = at + tarfile.BLOCKSIZE * (1 - -header.size // tarfile.BLOCKSIZE)
+            refused_for = str(error)
+            continue
         except Exception as error:  # tarfile raises any error that its parsing runs into
             message = f"no header of a file at byte {at:,} ({error or type(error).__name__})"
             raise DamagedTarError(message, offset=at) from error
@@ -317,6 +329,8 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         if member.size < 0 or last > end:
             message = f"the archive ends in the middle of a file of {member.size:,} bytes"
             raise DamagedTarError(message, offset=at)
+        if refused_for:
+            member.pax_headers, refused_for = {_REFUSED: refused_for}, ""
         if not member.isdir():
             yield member
 
@@ -324,6 +338,10 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 def is_plain(member: tarfile.TarInfo) -> bool:
     """Whether a member is a regular file, stored as one run of bytes."""
     return member.isreg() and not member.issparse()
+
+
+class _LongHeaderError(ValueError):
+    """A member has more headers than are read."""
 
 
 class _Archive(tarfile.TarFile):
@@ -344,7 +362,7 @@ class _HeaderFile:
 
     def read(self, num_bytes: int) -> bytes:
         if not 0 <= num_bytes <= self.num_bytes_left:
-            raise ValueError(f"a header of {num_bytes:,} bytes")
+            raise _LongHeaderError(f"a header of {num_bytes:,} bytes")
         self.num_bytes_left -= num_bytes
         data = self._file.read(num_bytes)
         # quadratic time in Python before 3.11.10 and 3.12.6 (CVE-2024-6232)
