@@ -231,9 +231,9 @@ class TrainLoader(OneIterator):
 def _host_side(steps: RankSteps, data: DataConfig, form: ImageForm) -> HostBatches | CropBatches:
     are_decoded = all(dataset.is_decoded for dataset in steps.datasets)
     reading = ReadingTime(decodes_files=form == "files" or not are_decoded)
-    reader = SampleReader(
-        steps.datasets, steps.bad, max_pixels=data.max_pixels, headers=form == "files"
-    )
+    # a decoder that is given files of both kinds needs the headers of raw ones
+    headers = form == "files" or not are_decoded
+    reader = SampleReader(steps.datasets, steps.bad, max_pixels=data.max_pixels, headers=headers)
     if form == "crops":
         return CropBatches(steps, reader, data, reading=reading)
     shape = steps.datasets[0].image_shape if form == "pixels" else None

@@ -1,6 +1,7 @@
 """Raw data sets past the decoder: the same batches as of the same images in files."""
 
 import csv
+import io
 import itertools
 import os
 import time
@@ -92,6 +93,19 @@ def test_a_loader_tells_how_long_storage_kept_it_waiting(sets, prompts, form, mo
     monkeypatch.setattr(PackedDataset, "read_images", read_slowly)
     next(loader.host.batches(0))
     assert loader.reading.blocked_seconds >= 0.01
+
+
+def test_raw_images_are_decoded_beside_small_jpegs(sets, tokenizer, tmp_path):
+    """Then they need their headers, as files have them."""
+    jpegs = [Sample(saved(Image.open(io.BytesIO(png(i))), format="JPEG"), labels=[i % 3])
+             for i in range(20)]  # fmt: skip
+    names = ["cat", "dog", "yak"]
+    with pack(tmp_path / "jpegs", jpegs, class_names=names, tokenizer=tokenizer) as small:
+        mixed = [sets["raw"][0], small]
+        loader = make_loader(mixed, prompts_of(mixed, tokenizer))
+        assert loader.form == "crops"
+        for batch in take(loader, count=3):
+            assert torch.equal(batch.sample_ids, batch.scheduled_ids)
 
 
 def test_images_of_a_batch_are_read_as_single_ones_are(sets):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,10 +107,12 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> None:
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
         for kind, group in groups:
-            first, *copies = map(reader.read_description, group.samples)
-            likeness = [f"{distance} of 64 bits from" for distance in group.distances[1:]]
-            likeness = likeness or ["the same bytes as"] * len(copies)
-            for copy, like in zip(copies, likeness, strict=True):
+            first = reader.read_description(group.samples[0])
+            distances = group.distances[1:] or itertools.repeat(None)
+            for sample, distance in zip(group.samples[1:], distances, strict=False):
+                copy = reader.read_description(sample)
+                is_same = distance is None
+                like = "the same bytes as" if is_same else f"{distance} of 64 bits from"
                 message = f"{like} {first.name} of {first.source}"
                 names.write_row([copy.source, copy.name, kind, message])
 

@@ -218,9 +218,16 @@ class ObjectStore:
         limit = ANSWER_SECONDS * (1 + path.stat().st_size // TRANSFER_BYTES)
 
         def attempt() -> None:
-            if self._protocol not in _IN_BUCKETS:
+            put = functools.partial(
+                self._call, "put_file", str(path), self._path(name), seconds=limit
+            )
+            try:
+                put()
+            except FileNotFoundError:
+                if self._protocol in _IN_BUCKETS:
+                    raise
                 self._call("makedirs", self._path(name).rpartition("/")[0], exist_ok=True)
-            self._call("put_file", str(path), self._path(name), seconds=limit)
+                put()
 
         try:
             self._retry(self.url_of(name), "be written", attempt)

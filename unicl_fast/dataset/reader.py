@@ -265,6 +265,8 @@ class PackedDataset:
         holder = "the file" if self._layout is None else PIXELS_NAME
         reader, number = self._reader_of(file)
         try:
+            if offset < 0:
+                raise OverflowError("its offset is too large")
             done = reader.read_into(number, stored, offset)
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno in _NOT_THE_FILES:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from unicl_fast.dataset.manifest import QUARANTINE_COLUMNS
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.samples import Samples
-from unicl_fast.system.untrusted_files import open_file, reading_table
+from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import count_of
 
 _REASONS_SHOWN = 5
@@ -111,10 +111,16 @@ def read_leave_out(path: str) -> Counter[tuple[str, str]]:
     """How many rows name each (source, name), in a list for `--leave-out`."""
     if is_url(path):
         raise ValueError(f"--leave-out needs a file on this machine, not {path}: copy it here")
-    with reading_table(path) as rows:
-        if not {"source", "name"} <= set(rows.fieldnames or ()):
-            raise ValueError(
-                f"--leave-out: {path} must be a CSV file with the columns source and name, and "
-                f"has {rows.fieldnames}"
-            )
-        return Counter((row["source"] or "", row["name"] or "") for row in rows)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--leave-out: there is no file {path}")
+    try:
+        # row by row: a list of near copies can be larger than what is read at once
+        with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            if not {"source", "name"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"it has the columns {rows.fieldnames}")
+            return Counter((row["source"] or "", row["name"] or "") for row in rows)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"--leave-out: {path} should be a CSV file with the columns source and name: {error}"
+        ) from error

@@ -217,7 +217,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     nobody waits.
     """
     while True:
-        descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
+        descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o666)
         try:
             try:
                 while not (is_ours := lock(descriptor)) and wait:
@@ -227,8 +227,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
                 if not wait:
                     raise
                 is_ours = True
-            if is_at(descriptor, path) or not wait:
-                yield is_ours
+            is_there = is_at(descriptor, path)
+            if is_there or not wait:
+                yield is_ours and is_there
                 return
         finally:
             os.close(descriptor)

@@ -112,7 +112,7 @@ class Store:
         """Says on rank 0 what all ranks have stored, once it is on disk; all ranks call it."""
         for file, _ in self._files.values():
             os.fsync(file)
-        mine = {
+        mine: dict[str, Any] = {
             key: [_spans(self._fresh[key]), sorted(self._unreadable[key])] for key in self.stored
         }
         every = gather_objects(mine, self._ranks)
