@@ -174,6 +174,13 @@ def test_any_size_is_what_it_should_be_and_comes_back(data, height, width, forma
         assert np.array_equal(np.asarray(found), pixels)
 
 
+def test_quality_is_that_of_every_jpeg_and_webp_that_is_encoded():
+    source = saved(Image.effect_noise((64, 64), 60).convert("RGB"), format="PNG")
+    for format in ("jpeg", "webp"):
+        sizes = [len(check_image(source, format=format, quality=q).data) for q in (20, 60, 95)]
+        assert sizes == sorted(set(sizes)), format
+
+
 def extended(data: bytes, *chunks: tuple[bytes, bytes], flags: int = 0) -> bytes:
     """A simple WebP as an extended one, with more chunks behind its header."""
     width, height = Image.open(io.BytesIO(data)).size

@@ -218,7 +218,8 @@ def test_compiled_blocks_give_the_eager_gradients(images, others, compile_by):
 def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(images, compile_by):
     config = tiny_config().changed(optim={"lora": "image:4,text:2"})
     loss, eager = first_gradients(images, Ranks(), config)
-    eager = {name: gradient for name, gradient in eager.items() if gradient is not None}
+    # A has a gradient once B, which starts at 0, has moved
+    eager = {name: one for name, one in eager.items() if one is not None and "lora_A" not in name}
     compile_by("aot_eager")
     compiled = config.changed(efficiency={"compile": "blocks"})
     found, gradients = first_gradients(images, Ranks(), compiled)

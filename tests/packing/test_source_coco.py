@@ -55,7 +55,7 @@ def coco(tmp_path: Path) -> Path:
 
 def test_captions_and_instances_meet_at_the_image(coco):
     places = [str(path) for path in sorted((coco / "annotations").iterdir())]
-    (source,) = read_sources(places, ListOptions(), Spool(None))
+    (source,) = read_sources(places, ListOptions(), Spool(coco / "spool"))
     assert source.name == "captions_val2017.json+instances_val2017.json"
     assert texts(source) == {
         "1.jpg": (["one", "eins"], []),
@@ -66,7 +66,7 @@ def test_captions_and_instances_meet_at_the_image(coco):
     alone = read_source(places[1], ListOptions(image_root=str(coco / "val2017")))
     assert texts(alone).keys() == {"2.jpg", "3.jpg"}
     again = [places[0], *places, places[0]]  # named several times, read once
-    (once,) = read_sources(again, ListOptions(), Spool(None))
+    (once,) = read_sources(again, ListOptions(), Spool(coco / "spool"))
     assert (once.name, len(once.items)) == (source.name, 3)
 
 

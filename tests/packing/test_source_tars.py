@@ -71,8 +71,11 @@ def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path):
     one, two = three_samples(tmp_path / "s-08.tar"), write_tar(tmp_path / "x", {"9.jpg": jpeg(9)})
     (tmp_path / "s-09.tar").write_bytes(one.read_bytes() + two.read_bytes())
     two.unlink()
+    statistics = {"successes": 3, "failed_to_download": 6, "failed_to_resize": 1}
+    (tmp_path / "s-08_stats.json").write_text(json.dumps(statistics))  # img2dataset's
     folder = read_source(tmp_path)
     assert len(folder.items) == 7
+    assert folder.passed_over == {"failed downloads of img2dataset": 7}
     assert {len(read(item)) > 100 for item in folder.items} == {True}
     assert outcomes(folder)["s-09.tar/9"] == "no text"
     braces = read_source(tmp_path / "s-{08..09}.tar")

@@ -90,7 +90,7 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(photos, url, work, monkeypat
         found, text = pack("upload", packed, "--out", url)
     assert found == code
     assert f"stopped; uploaded files stay under {url}" in text
-    assert "files sent and read back, " in pack("upload", packed, "--out", url)[1]
+    assert "files sent and read back" in pack("upload", packed, "--out", url)[1]
     build_set([str(photos)], packed.with_name("other"))
     code, text = pack("upload", packed.with_name("other"), "--out", url)
     assert (code, "already holds another packed data set" in text) == (2, True)
