@@ -73,8 +73,10 @@ class HostBatches:
         if self._shape is None:
             entering, starts = cut_to_windows(images, starts, shapes)
         else:  # in one piece, which costs DALI less than many
-            size = math.prod(self._shape)
-            pixels = np.concatenate([file[-size:] for file in images.files()])
+            size, pixels = math.prod(self._shape), images.content
+            in_order = np.array_equal(images.starts, np.arange(len(images)) * size)
+            if not (in_order and (images.sizes == size).all()):  # views repeat, substitutes follow
+                pixels = np.concatenate([file[-size:] for file in images.files()])
             entering = pixels.reshape(-1, *self._shape)
         return HostBatch(
             inputs=(entering, starts, shapes, flips[:, None], *augment_inputs(actual)),
