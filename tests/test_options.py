@@ -124,7 +124,7 @@ INITIAL = ("init", "init_image", "init_text")  # read by `getattr`
 def fingerprint(
     flags: str, packed: tuple[Path, Path], images: torch.Tensor, folder: Path, *, whole: bool
 ) -> dict[str, Any]:
-    """The numbers and the files of a run: of the `whole` program, or of its trainer alone."""
+    """The numbers and the files of a run: of the `whole` program, or only of its trainer."""
     labels, captions = map(str, packed)
     flags = flags.replace("LABELS", labels).replace("CAPTIONS", captions)
     given = re.findall(r"--[a-z.-]+", flags)

@@ -85,7 +85,7 @@ def test_two_ranks_that_divide_the_state_train_as_before(images, tmp_path):
 
 
 ROUNDED = {"rtol": 1e-5, "atol": 1e-4}
-"""AdamW makes steps of the learning rate even of gradients that are rounding alone."""
+"""AdamW makes steps of the learning rate even of gradients that are only rounding."""
 CASES: dict[str, tuple[dict, dict | None]] = {
     "clipped": ({"clip_norm": 0.05}, IN_FP64),
     "fp32": ({"precision": "fp32"}, ROUNDED),

@@ -1,4 +1,4 @@
-"""A step is the public loss on its features, and each efficiency switch leaves it alone."""
+"""A step is the public loss on its features, and no efficiency switch changes it."""
 
 import pytest
 import torch

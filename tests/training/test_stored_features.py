@@ -55,7 +55,7 @@ def config_of(
 
 
 def of_images(folder: Path, kind: str) -> list[Path]:
-    """The files of images' features, which are found by their key alone."""
+    """The files of images' features, which only their key finds."""
     return [one for one in folder.glob(f"*.{kind}") if not list(folder.glob(f"{one.stem}.*.items"))]
 
 

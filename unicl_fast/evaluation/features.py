@@ -43,7 +43,7 @@ from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, set_device_arithmetic
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
@@ -154,9 +154,11 @@ class ModelOnRanks:
         is_space = layer == "projection" and model.has_space
 
         def encode(new: Sequence[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-            encoder = keys_of_features(model, dataset, layer="encoder")[1]
-            is_known = layer == "projection" and all_stored(folder, encoder, len(dataset))
-            if from_rank_0(is_known, ranks):
+            is_encoded = False
+            if layer == "projection":
+                encoder = keys_of_features(model, dataset, layer="encoder")[1]
+                is_encoded = ranks.is_main and all_stored(folder, encoder, len(dataset))
+            if from_rank_0(is_encoded, ranks):
                 known = read_features(folder, encoder, num_samples=len(dataset), check=False).rows
                 mine = np.array(new[ranks.rank :: ranks.world_size])
                 for some in np.array_split(mine, len(mine) // _ROWS_AT_ONCE + 1):
@@ -269,7 +271,7 @@ def keys_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer) -> t
     """The names of all stored features of a model, and of those of a data set."""
     of = functools.partial(
         feature_key, model, view=model.config.data.evaluation_resize, layer=layer,
-        weights="image_" if layer == "projection" else "image_encoder.",
+        weights=weights_digest(model, "image_" if layer == "projection" else "image_encoder."),
     )  # fmt: skip
     return of(None), of(dataset)
 

@@ -202,7 +202,7 @@ def distinct_texts(*parts: TokenArray) -> TokenArray:
 
 
 def hashes_of(tokens: TokenArray) -> UInt64Array:
-    """64-bit hashes of texts [k l], padded with 0, whatever l and their type are.
+    """64-bit hashes of texts [k l], padded with 0, for any l and type.
 
     Of ten million texts, two have the same hash once in 400,000 such sets.
     """

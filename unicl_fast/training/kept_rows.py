@@ -1,10 +1,9 @@
 """Stores rows that are encoded once (`dataset.feature_files`), all ranks together.
 
 A run records what is stored in steps, which a kill cannot undo; an evaluation, of fewer images, at
-its end. Rows of images and texts can also be
-found by hashes of these, so that only new ones are encoded: a new state of the data copies known
-rows from older ones of its family. An older state is removed once a newer one has nine tenths of
-it, or a shop that changes each day would fill the disk.
+its end. Rows of images and texts can also be found by hashes of these, so that only new ones are
+encoded: a new state of the data copies known rows from older ones of its family. An older state is
+removed once a newer one has nine tenths of it, or a shop that changes each day would fill the disk.
 """
 
 import contextlib
@@ -173,7 +172,9 @@ def found_rows(folder: Path, key: str, size: int) -> FeatureFile:
 
 def all_stored(folder: Path, key: str, size: int) -> bool:
     """Whether all of `size` rows are stored; a run or a killed process can have stored some."""
-    return has_features(folder, key) and bool(found_rows(folder, key, size).stored.all())
+    if not has_features(folder, key):
+        return False
+    return bool(read_features(folder, key, num_samples=size, check=False).stored.all())
 
 
 def kept_rows(

@@ -46,7 +46,7 @@ from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.token_rows import TokenArray, distinct_texts, hashes_of, lengths_of
 from unicl_fast.training.encoding import encoder_autocast, encoder_input, in_pieces
-from unicl_fast.training.kept_rows import RECORDED_AT_ONCE, Store, found_rows, kept_rows, storing
+from unicl_fast.training.kept_rows import RECORDED_AT_ONCE, Store, all_stored, kept_rows, storing
 
 logger = logging.getLogger("unicl_fast")
 
@@ -84,10 +84,11 @@ def stored_image_features(
     folder = Path(model.config.efficiency.stored_features)
     mark("looking for stored features", patience=START_PATIENCE)
     # data sets with the same images share a file
-    keys = from_rank_0([_key_of(model, one) for one in datasets], ranks)
+    weights = weights_digest(model, "image_encoder.")
+    keys = from_rank_0([_key_of(model, one, weights) for one in datasets], ranks)
     sizes = dict(zip(keys, map(len, datasets), strict=True))
     encoded = 0
-    if from_rank_0(not all(found_rows(folder, *one).stored.all() for one in sizes.items()), ranks):
+    if from_rank_0(not all(all_stored(folder, *one) for one in sizes.items()), ranks):
         mark("waiting for runs that store the same features", waits_for_ranks=True)
         with storing(folder, sizes, ranks) as store, contextlib.closing(build_loader()) as loader:
             images = _Images(model, keys, store, ranks)
@@ -106,7 +107,7 @@ def stored_image_features(
 def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | None:
     """A data set's features [n w] that a run has stored, NaN for missing rows; None for none."""
     folder = Path(model.config.efficiency.stored_features)
-    key = _key_of(model, dataset)
+    key = _key_of(model, dataset, weights_digest(model, "image_encoder."))
     if not model.config.efficiency.stored_features or not has_features(folder, key):
         return None
     file = read_features(folder, key, num_samples=len(dataset), check=False)
@@ -121,14 +122,14 @@ def feature_key(
     dataset: PackedDataset | None,
     *,
     view: Any,
-    weights: str = "image_encoder.",
+    weights: str,
     **more: Any,
 ) -> str:
     """The key of a data set's features: equal if and only if the features are.
 
     Without a data set: of all features made in the same way. `view` is the part of an image shown,
-    beyond the config's sizes; names of weights that affect features begin with `weights`. `view`
-    and `more` are JSON values.
+    beyond the config's sizes, and `weights` the digest of those that affect features. `view` and
+    `more` are JSON values.
     """
     config, data = model.config, model.config.data
     images = b"" if dataset is None else dataset.samples["xxh3"].tobytes()
@@ -140,10 +141,10 @@ def feature_key(
     )  # fmt: skip
 
 
-def _key_of(model: UniCL, dataset: PackedDataset) -> str:
+def _key_of(model: UniCL, dataset: PackedDataset, weights: str) -> str:
     data = model.config.data
     view = data.crop_ratio[0] if data.part_shown == 1 else [data.crop_ratio[0], data.part_shown]
-    return feature_key(model, dataset, view=view, max_pixels=data.max_pixels)
+    return feature_key(model, dataset, view=view, weights=weights, max_pixels=data.max_pixels)
 
 
 def _key_of_texts(model: UniCL) -> str:
@@ -151,12 +152,13 @@ def _key_of_texts(model: UniCL) -> str:
     given = dataclasses.asdict(model.config.model)
     facts = {name: given[name] for name in given if name.startswith("text_")}
     del facts["text_projection"]
-    return _hash_of(model, "text_encoder.", length=model.config.model.context_length, **facts)
+    weights, length = weights_digest(model, "text_encoder."), model.config.model.context_length
+    return _hash_of(model, weights, length=length, **facts)
 
 
 def _hash_of(model: UniCL, weights: str, **facts: Any) -> str:
     facts |= {
-        "weights": weights_digest(model, weights),
+        "weights": weights,
         "precision": model.config.efficiency.precision,
         "device": model.device.type,
         "version": _VERSION,
