@@ -15,6 +15,7 @@ from unicl_fast.system.atomic_files import locked, make_folder, temporary_folder
 from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
 from unicl_fast.system.phases import START_PATIENCE, mark
+from unicl_fast.system.program import quick_imports
 from unicl_fast.system.untrusted_files import read_json
 
 _COMPARED = 1_000
@@ -71,8 +72,9 @@ def _start_from_best(
     later. bases.json in the run folder keeps the result for other ranks and restarts: each chooses
     for itself. Returns the settings, and a phrase that says what was measured.
     """
-    from unicl_fast.checkpoints.export import PIXELS
-    from unicl_fast.conversion.sources import settings_of
+    with quick_imports():
+        from unicl_fast.checkpoints.export import PIXELS
+        from unicl_fast.conversion.sources import settings_of
     from unicl_fast.training.data import folder_and_weight, held_out_beside
 
     usual = {config.model.init_image, config.model.init_text}

@@ -17,6 +17,7 @@ from unicl_fast.config_json import config_to_dict, load_config, without_removed
 from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, build_preset
 from unicl_fast.system.checked_fields import with_values
 from unicl_fast.system.machine import choose_environment
+from unicl_fast.system.program import quick_imports
 from unicl_fast.system.untrusted_files import YAML_FLOAT, parse_json, parse_yaml, read_file
 from unicl_fast.system.wording import shorten
 
@@ -125,7 +126,8 @@ def _brought(
             values = dataclasses.asdict(stored)
             return {"model": values["model"],
                     "data": {name: values["data"][name] for name in PIXELS}}  # fmt: skip
-    from unicl_fast.conversion.sources import settings_of
+    with quick_imports():
+        from unicl_fast.conversion.sources import settings_of
 
     brought = settings_of(named)
     data, model = brought["data"], brought["model"] | named

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the run; must not exist")
     parser.add_argument("--passes", type=int, default=1, help="how often each row is seen")
     parser.add_argument("--rows", type=int, default=1, help="rows of an image, with a text each")
+    parser.add_argument("--context-length", type=int, default=77, help="padding costs time")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
@@ -37,7 +38,7 @@ def main() -> None:
         return
     make_folder(options.out)
     start = options.out / "start"
-    _write_start(options.train, start)
+    _write_start(options.train, options.context_length, start)
     images = ImageList([options.train], options.out / "images")
     count = images.num_images * options.rows
     images.write_rows(options.out / "rows.tsv", count, seed=options.seed)
@@ -67,14 +68,17 @@ def main() -> None:
     print(json.dumps(cost | _judge(start, checkpoint, options.test)))
 
 
-def _write_start(train: str, folder: Path) -> None:
+def _write_start(train: str, length: int, folder: Path) -> None:
     """Writes both towers with fresh linear heads, in open_clip's layout."""
     from unicl_fast.checkpoints.load import build_model
     from unicl_fast.conversion.initial import initialise
     from unicl_fast.tools.pretrain import parse_arguments, split_config
 
-    plain = ("--model.no-standardise", "--model.feature-noise", "0")
-    given = ["--preset", "photos-heads", "--data.train", train, *plain, "--out", "."]
+    given = [
+        *("--preset", "photos-heads", "--data.train", train, "--out", "."),
+        *("--model.no-standardise", "--model.feature-noise", "0"),
+        *("--model.context-length", str(length)),
+    ]
     model = build_model(split_config(parse_arguments(given)))
     initialise(model)
     write_open_clip(model.eval(), folder)

@@ -64,11 +64,17 @@ def logging_at(name: str, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """For imports of torch and timm: a seventh of their CPU time looks for garbage, in vain."""
+    """For imports of torch and timm: a seventh of their CPU time looks for garbage, in vain.
+
+    Where wandb is installed, timm would import it, half a CPU second, for summaries of its own.
+    """
     gc.disable()
+    hidden = "wandb" not in sys.modules and sys.modules.setdefault("wandb", None) is None  # type: ignore[call-overload]
     try:
         yield
     finally:
+        if hidden:
+            del sys.modules["wandb"]
         gc.enable()
 
 
