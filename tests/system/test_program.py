@@ -203,3 +203,15 @@ def test_help_breaks_lines_where_the_terminal_ends(tmp_path):
 def test_unbuffered_output_is_not_kept_back():
     code = "import os\nprint('one', end='')\nos.write(1, b'two')"
     assert run(code, PYTHONUNBUFFERED="1").stdout == b"onetwo"
+
+
+def test_wandb_is_hidden_from_timm_and_found_again(monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with program.quick_imports(), pytest.raises(ImportError):
+        importlib.import_module("wandb")
+    assert importlib.import_module("wandb").__file__ == str(tmp_path / "wandb.py")
+    with program.quick_imports():  # it stays where somebody has imported it
+        assert importlib.import_module("wandb")
+    monkeypatch.delitem(sys.modules, "wandb")
