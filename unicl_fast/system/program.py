@@ -69,11 +69,12 @@ def quick_imports() -> Iterator[None]:
     Where wandb is installed, timm would import it, half a CPU second, for summaries of its own.
     """
     gc.disable()
-    hidden = "wandb" not in sys.modules and sys.modules.setdefault("wandb", None) is None  # type: ignore[call-overload]
+    if is_new := "wandb" not in sys.modules:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if hidden:
+        if is_new:
             del sys.modules["wandb"]
         gc.enable()
 
