@@ -1,6 +1,7 @@
 """microsoft/UniCL's files: features against a plain forward pass, both ways, and refusals."""
 
 import argparse
+import functools
 import os
 import pickle
 import zipfile
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from unicl_fast import UniCL
 from unicl_fast.conversion.initial import load_encoders
-from unicl_fast.conversion.official import preset_of, read_official_file, with_present_names
+from unicl_fast.conversion.official import preset_of, with_present_names
 from unicl_fast.conversion.output import num_parameters
+from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.text.tokenizer import Tokenizer
 
 FILE = Path("some.pth")
+read = functools.partial(read_torch_file, expected="a file of microsoft/UniCL")
 TEXTS = ["a photo of a dog", "", "two people in the snow " * 30]
 
 
@@ -123,13 +126,13 @@ def test_a_file_with_code_is_refused_by_name_and_its_code_not_run(
     file = tmp_path / "in1k.pth"
     torch.save({"model": {"x": torch.ones(1)}, "config": value}, file)
     with pytest.raises(ValueError, match=rf"in1k.pth holds .* besides tensors \({name}\)"):
-        read_official_file(file)
+        read(file)
     file.write_bytes(pickle.dumps({"config": value}, protocol=4))
     with pytest.raises(ValueError, match=r"in1k.pth is a pickle of protocol 4 or 5, which"):
-        read_official_file(file)
+        read(file)
     file.write_bytes(pickle.dumps(value, protocol=2).replace(b"argparse", b"a\x1b[2J"))
     with pytest.raises(ValueError, match="besides tensors") as refusal:
-        read_official_file(file)
+        read(file)
     assert str(refusal.value).isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["in1k.pth"]
     torch.save(value, file)
@@ -142,9 +145,9 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     whole, file = tmp_path / "whole.pth", tmp_path / "in1k.pth"
     torch.save({"model": {"logit_scale": torch.ones([]), "x": torch.ones(100, 100)}}, whole)
     with pytest.raises(FileNotFoundError, match="is not there"):
-        read_official_file(file)
+        read(file)
     with pytest.raises(FileNotFoundError, match="is a folder"):
-        read_official_file(tmp_path)
+        read(tmp_path)
     for contents, message in (
         (whole.read_bytes()[:-200], "cut short"),
         (b"<html>404 Not Found</html>", "no checkpoint that torch can read"),
@@ -153,7 +156,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     ):
         file.write_bytes(contents)
         with pytest.raises(ValueError, match=message) as refusal:
-            read_official_file(file)
+            read(file)
         assert "Re-running" not in str(refusal.value)  # torch's advice would run the code
     for values, message in (
         (torch.ones(3, 4), r"one tensor of shape \[3, 4\]"),
@@ -166,7 +169,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     ):
         torch.save(values, file)
         with pytest.raises(ValueError, match=message):
-            read_official_file(file)
+            read(file)
 
 
 def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatch):
@@ -179,7 +182,7 @@ def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatc
     assert torch.load(file)["x"].shape == (1000, 1000)
     monkeypatch.setattr("torch.load", pytest.fail)
     with pytest.raises(ValueError, match=r"in1k.pth is compressed, to \d,\d+ bytes of 4,00\d,"):
-        read_official_file(file)
+        read(file)
 
 
 @pytest.mark.long

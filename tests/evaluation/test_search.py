@@ -35,13 +35,14 @@ class Watched(np.ndarray):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("top", [1, 7, 500])
-def test_blocks_find_what_a_sort_finds(top):
+def test_blocks_find_what_a_sort_finds(top, monkeypatch):
+    monkeypatch.setattr(nearest, "_BLOCK_BYTES", 4 * 6 * 30)
     generator = np.random.default_rng(0)
     queries, rows = (generator.normal(size=(n, 6)).astype(np.float32) for n in (3, 200))
     rows[150] = rows[20]  # the first of equal ones comes first
     queries[0] = rows[20]
     kept = rows.view(Watched)
-    scores = similarities(queries, kept, block_bytes=4 * 6 * 30)
+    scores = similarities(queries, kept)
     places = np.stack([best(one, top) for one in scores])
     values = np.take_along_axis(scores, places, axis=1)
     order = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :top]
