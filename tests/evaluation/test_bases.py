@@ -73,21 +73,11 @@ def test_each_base_is_measured_by_all_that_the_data_can_and_encodes_once(
         run: ["image features", *of_labels],
         f"{run} + its own texts": ["text features", "zero-shot", head],
     }
-    by_name = {base["name"]: base for base in found["bases"]}
-    assert by_name[f"{image} + {text}"]["num_parameters"] > by_name[image]["num_parameters"] > 0
-    for base in found["bases"]:
-        for method in base["methods"]:
-            assert method["cpu_seconds"] >= 0
-            for figure in method["figures"].values():
-                low, high = figure["interval_95"]
-                assert 0 <= low <= figure["rate"] <= high + 1e-9
-                assert figure["num_tried"] == found["num_held_out"]
-    nearest = by_name[image]["methods"][1]["figures"]
-    assert nearest["top-1"]["rate"] == 1.0, "an image is its own nearest neighbour"
-    heads = by_name[f"{image} + {text}"]["methods"][1]["figures"]
-    assert heads["top-1"]["rate"] > 0.3, "ten classes, and the training images"
-    table = capsys.readouterr().out
-    assert "100.00 (" in table
+    sizes = {base["name"]: base["num_parameters"] for base in found["bases"]}
+    assert sizes[f"{image} + {text}"] > sizes[image] > 0
+    nearest = found["bases"][0]["methods"][1]["figures"]["top-1"]
+    assert (nearest["rate"], nearest["num_tried"]) == (1.0, 21), "an image is nearest to itself"
+    assert "100.00 (" in capsys.readouterr().out
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("it is encoded again")

@@ -3,15 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from program_runs import (
     SMALL,
-    STARTED,
     STEPS,
     call,
     losses,
@@ -72,40 +69,21 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert (weight - tensors[1][name]).abs().max() <= rtol * weight.abs().max(), name
 
 
-def start_own(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
-    return start(*arguments, "--nproc", str(nproc), "--max-restarts", "2")
-
-
-def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)),
-            *("--max-restarts", "2", "--master-port", "0", "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", "localhost:0", "-m", "unicl_fast.tools.pretrain"),
-            *map(str, arguments),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    STARTED.append(process)
-    return process
-
-
-@pytest.mark.parametrize(
-    "starter", [start_own, pytest.param(start_torchrun, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
-    data, unbroken, tmp_path, starter
+    data, unbroken, tmp_path, torchrun
 ):
-    out = tmp_path / "run"
-    process = starter(*FP64, *sources(data), "--out", out, nproc=2)
+    out, restarts = tmp_path / "run", ["--max-restarts", "2"]
+    own = [] if torchrun else ["--nproc", "2", *restarts]
+    process = start(
+        *(*FP64, *sources(data), "--out", out, *own), torchrun=restarts if torchrun else None
+    )
     wait_for_step(out, 6, process)
     (number,) = [pid for pid, rank in processes_of(out).items() if rank == "1"]
     os.kill(number, signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
-    if starter is start_own:
+    if not torchrun:
         assert "RANK 1 WAS KILLED BY SIGKILL: starting all again, restart 1 of 2" in errors
     assert_same_weights(out, unbroken)
     assert losses(out) == pytest.approx(losses(unbroken), rel=1e-9)
