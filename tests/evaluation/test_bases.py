@@ -12,9 +12,11 @@ import timm
 import torch
 import transformers
 from file_tokenizers import write_bert_tokenizer
-from program_runs import SMALL, call, refusal_of
+from program_runs import call, refusal_of
 from pyarrow import parquet
 from safetensors.torch import save_file
+from small_models import write_run
+from small_runs import tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.conversion import packages
@@ -23,7 +25,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import bases
 from unicl_fast.evaluation.features import encode_token_rows
 from unicl_fast.evaluation.outside import read_outside
-from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.data import tokenizer_of
 
@@ -34,12 +35,11 @@ BERT = {
 
 
 @pytest.fixture(scope="module")
-def given(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run, an image encoder of timm, and a text encoder of transformers, all of them small."""
     folder = tmp_path_factory.mktemp("bases")
     places = {name: folder / name for name in ("run", "image", "text")}
-    call(pretrain, *SMALL, "--data.train", data / "labels", "--out", places["run"],
-         "--run.steps", "2")  # fmt: skip
+    write_run(places["run"], tiny_config(precision="fp32"))
     torch.manual_seed(0)
     places["image"].mkdir()
     (places["image"] / "config.json").write_text(json.dumps({"architecture": "test_vit"}))

@@ -85,17 +85,6 @@ def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
     assert "--resume auto" in refusal_of(pretrain, *SMALL, *words)
 
 
-def test_a_run_is_resumed_by_its_folder_alone(data, tmp_path):
-    out = tmp_path / "run"
-    first = [*SMALL, "--data.train", data / "labels", "--run.steps", "4", "--optim.lr", "0.002"]
-    call(pretrain, *first, "--out", out)
-    call(pretrain, "--out", out, "--resume", "auto", "--run.steps", "6")
-    call(pretrain, "--out", out, "--resume", "auto", "--checkpoint.keep", "2")
-    config = json.loads((out / "config.json").read_text())
-    assert len(losses(out)) == config["run"]["steps"] == 6
-    assert (config["optim"]["lr"], config["checkpoint"]["keep"]) == (0.002, 2)
-
-
 @pytest.mark.slow
 def test_captions_are_evaluated_in_training_as_unicl_eval_does(data, tmp_path):
     out = tmp_path / "run"
