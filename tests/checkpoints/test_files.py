@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from unicl_fast.checkpoints.files import (
     checkpoint_name,
     list_checkpoints,
     read_best,
-    save_tensors,
     write_best,
     write_checkpoint,
 )
@@ -207,13 +204,3 @@ def test_a_file_of_another_checkpoint_is_refused(images, tmp_path):
         shutil.copy(other / name, one / name)
         with pytest.raises(DamagedCheckpointError, match="safetensors is damaged: its xxh3 is"):
             read_state(one)
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_weights_have_the_permissions_of_any_new_file(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        save_tensors({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode

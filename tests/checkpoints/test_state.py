@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import flip_a_byte
-from fuzz_checkpoints import make_fit
+from damage import flip_a_byte, make_fit
 from rank_workers import resume_and_write, run_on_ranks
 from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config, trainer_of

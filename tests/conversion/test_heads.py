@@ -2,18 +2,14 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from small_models import model_with_weights_that_matter, small_config
+from small_models import model_with_weights_that_matter, small_config, write_run
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model
-from unicl_fast.checkpoints.files import write_checkpoint
-from unicl_fast.checkpoints.load import MODEL_FILE, OPTIMIZER_FILE
-from unicl_fast.config_json import config_to_dict
 from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.conversion.libraries import write_onnx
 from unicl_fast.conversion.open_clip import write_open_clip
@@ -40,16 +36,6 @@ def headed(image: str, text: str) -> UniCL:
     return found
 
 
-def write_run(folder: Path, model: UniCL) -> None:
-    write_checkpoint(
-        folder / "checkpoints",
-        step=2,
-        files={MODEL_FILE: dict(model.state_dict()), OPTIMIZER_FILE: {}},
-        state={"config": config_to_dict(model.config), "scaler": {}, "data": {},
-               "optimizer": "AdamW", "run_id": "0" * 16},
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def features_of(model: UniCL) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(2))
@@ -60,7 +46,7 @@ def features_of(model: UniCL) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("image", "text"), KINDS)
 def test_a_run_with_heads_is_read_and_started_from_bit_for_bit(tmp_path, image, text):
     model = headed(image, text)
-    write_run(tmp_path / "run", model)
+    write_run(tmp_path / "run", model.config, model.state_dict())
     read = load_encoders(tmp_path / "run")
     assert all(map(torch.equal, features_of(read), features_of(model)))
     config = model.config.changed(model={"init": str(tmp_path / "run")}, run={"seed": 3})
@@ -100,7 +86,7 @@ def test_open_clip_has_no_mlp_for_these_texts(tmp_path):
 def test_onnx_and_our_own_export_have_the_same_heads(tmp_path, image, text):
     model = headed(image, text)
     expected = features_of(model)
-    write_run(tmp_path / "run", model)
+    write_run(tmp_path / "run", model.config, model.state_dict())
     convert.main(["hf", str(tmp_path / "run"), str(tmp_path / "hf")])
     read = load_encoders(tmp_path / "hf")
     for one, two in zip(features_of(read), expected, strict=True):

@@ -119,6 +119,7 @@ def test_what_is_loaded_and_what_is_not_is_said(tmp_path, caplog):
     assert "Fresh" not in line
     assert "--objective.name siglip (pairs) or sigmoid (labels too) keeps both" in caplog.text
     assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
+    assert "of another std: add --data.std 0.3 0.2 0.25" in caplog.text
     assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
     assert "evaluation_resize: add --data.evaluation-resize squash" in caplog.text
 
@@ -138,12 +139,14 @@ def test_pixels_to_resize_to_are_compared_at_the_image_size_of_the_source(tmp_pa
 
 def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip):
     others = {"text_activation": "quick_gelu", "text_width": 64, "embed_dim": 16}
+    others |= {"vocab_size": 999, "tokenizer": "here"}
     config = with_model(config_for(like_clip), **others)
     with pytest.raises(ValueError, match="it is another model") as refusal:
         started(config)
     assert "model.text_activation is quick_gelu, the source's is gelu" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    options = "--model.text-width --model.text-activation --model.embed-dim"
+    options = "--model.text-width --model.vocab-size --model.text-activation --model.tokenizer "
+    options += "--model.embed-dim"
     assert f"Leave out {options}: unicl-pretrain uses the arch" in str(refusal.value)
     with pytest.raises(ValueError, match="encoder is resnet50, the source's is test_vit"):
         started(with_model(config_for(like_clip), image_encoder="resnet50"))
@@ -200,7 +203,7 @@ def test_positions_for_another_context_are_open_clip_s(length, causal):
     torch.testing.assert_close(found, state["positional_embedding"])
 
 
-def test_a_run_starts_from_the_weights_of_another(tmp_path):
+def test_a_run_starts_from_the_weights_of_another(tmp_path, caplog):
     config = tiny_config()
     weights = write_run(tmp_path / "run", tiny_config(precision="fp32"))
     for start in ("fp64", "fp32"):
@@ -208,6 +211,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
     assert model.image_projection.dtype == torch.float32
+    assert not caplog.messages, "nothing differs"
     with pytest.raises(ValueError, match=r"expected a run folder.*open-clip:NAME"):
         started(with_model(config, init=str(tmp_path / "nowhere")))
 

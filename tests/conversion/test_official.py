@@ -1,6 +1,7 @@
 """microsoft/UniCL's files: features against a plain forward pass, both ways, and refusals."""
 
 import argparse
+import functools
 import os
 import pickle
 import zipfile
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from unicl_fast import UniCL
 from unicl_fast.conversion.initial import load_encoders
-from unicl_fast.conversion.official import preset_of, read_official_file, with_present_names
+from unicl_fast.conversion.official import preset_of, with_present_names
 from unicl_fast.conversion.output import num_parameters
+from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.text.tokenizer import Tokenizer
 
 FILE = Path("some.pth")
+read = functools.partial(read_torch_file, expected="a file of microsoft/UniCL")
 TEXTS = ["a photo of a dog", "", "two people in the snow " * 30]
 
 
@@ -101,58 +104,50 @@ def test_entries_that_do_not_fit_are_refused_in_a_sentence(entries, renamed, cha
 class Trap:
     """Calls a function when it is unpickled."""
 
-    def __init__(self, function: Callable[..., object], argument: object = "1") -> None:
+    def __init__(self, function: Callable[..., object], argument: object = "sprung") -> None:
         self.call = function, (argument,)
 
     def __reduce__(self) -> tuple:
         return self.call
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path, zipped):
-    file, sprung = tmp_path / "in1k.pth", tmp_path / "sprung"
-    contents = {"model": {"logit_scale": torch.ones([])}, "config": Trap(Path.touch, sprung)}
-    if zipped:
-        torch.save(contents, file)
-    else:
-        file.write_bytes(pickle.dumps(contents["config"], protocol=2))  # as torch writes it
-    with pytest.raises(ValueError, match=r"holds Python objects besides tensors \(.*\)"):
-        read_official_file(file)
-    assert not sprung.exists()
-    if zipped:  # the trap works
-        torch.load(file, weights_only=False)
-        assert sprung.exists()
-
-
 @pytest.mark.parametrize(
     ("value", "name"),
     [
         (argparse.Namespace(a=1), r"argparse\.Namespace"),
-        (Trap(os.system), r"posix\.system"),  # of a module that torch knows as dangerous
-        (Trap(eval), r"(__builtin__\.|builtins\.)?eval"),
+        (Trap(os.mkdir), r"posix\.mkdir"),  # of a module that torch knows as dangerous
+        (Trap(eval, "open('sprung', 'w')"), r"(__builtin__\.|builtins\.)?eval"),
     ],
 )
-def test_the_object_that_a_file_is_refused_for_is_named(tmp_path, value, name):
+def test_a_file_with_code_is_refused_by_name_and_its_code_not_run(
+    tmp_path, monkeypatch, value, name
+):
+    monkeypatch.chdir(tmp_path)  # where the traps leave something
     file = tmp_path / "in1k.pth"
     torch.save({"model": {"x": torch.ones(1)}, "config": value}, file)
     with pytest.raises(ValueError, match=rf"in1k.pth holds .* besides tensors \({name}\)"):
-        read_official_file(file)
+        read(file)
     file.write_bytes(pickle.dumps({"config": value}, protocol=4))
     with pytest.raises(ValueError, match=r"in1k.pth is a pickle of protocol 4 or 5, which"):
-        read_official_file(file)
+        read(file)
     file.write_bytes(pickle.dumps(value, protocol=2).replace(b"argparse", b"a\x1b[2J"))
     with pytest.raises(ValueError, match="besides tensors") as refusal:
-        read_official_file(file)
+        read(file)
     assert str(refusal.value).isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["in1k.pth"]
+    torch.save(value, file)
+    torch.load(file, weights_only=False)
+    is_trap = isinstance(value, Trap)
+    assert len(list(tmp_path.iterdir())) == 1 + is_trap, "the trap works"
 
 
 def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     whole, file = tmp_path / "whole.pth", tmp_path / "in1k.pth"
     torch.save({"model": {"logit_scale": torch.ones([]), "x": torch.ones(100, 100)}}, whole)
     with pytest.raises(FileNotFoundError, match="is not there"):
-        read_official_file(file)
+        read(file)
     with pytest.raises(FileNotFoundError, match="is a folder"):
-        read_official_file(tmp_path)
+        read(tmp_path)
     for contents, message in (
         (whole.read_bytes()[:-200], "cut short"),
         (b"<html>404 Not Found</html>", "no checkpoint that torch can read"),
@@ -161,7 +156,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     ):
         file.write_bytes(contents)
         with pytest.raises(ValueError, match=message) as refusal:
-            read_official_file(file)
+            read(file)
         assert "Re-running" not in str(refusal.value)  # torch's advice would run the code
     for values, message in (
         (torch.ones(3, 4), r"one tensor of shape \[3, 4\]"),
@@ -174,7 +169,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path):
     ):
         torch.save(values, file)
         with pytest.raises(ValueError, match=message):
-            read_official_file(file)
+            read(file)
 
 
 def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatch):
@@ -187,7 +182,7 @@ def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatc
     assert torch.load(file)["x"].shape == (1000, 1000)
     monkeypatch.setattr("torch.load", pytest.fail)
     with pytest.raises(ValueError, match=r"in1k.pth is compressed, to \d,\d+ bytes of 4,00\d,"):
-        read_official_file(file)
+        read(file)
 
 
 @pytest.mark.long

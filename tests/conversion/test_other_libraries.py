@@ -62,7 +62,6 @@ with torch.inference_mode():
         "open_clip_image": theirs.encode_image(images, normalize=True).numpy(),
         "open_clip_text": theirs.encode_text(rows, normalize=True).numpy(),
         "features": encoder(images).numpy(),
-        "map": encoder.forward_features(images).numpy(),
     }
 assert "unicl_fast" not in sys.modules
 np.savez(f"{folder}/found.npz", **values)
@@ -107,33 +106,29 @@ def assert_they_load(model: UniCL, folder: Path, kind: str) -> None:
         assert torch.equal(again[name], tensor), name
 
 
+SMALL = {"vit_xsmall_patch16_clip_224": 224, "test_efficientnet": 160}
+"""Of the classes that vit-base's recipe and photos-small have, and their image sizes."""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("encoder", "kind"),
+    "name",
     [
-        ("vit_xsmall_patch16_clip_224", "CLIPModel"),
-        ("test_efficientnet", "VisionTextDualEncoderModel"),
+        *SMALL,
         *(
-            pytest.param(name, "VisionTextDualEncoderModel", marks=pytest.mark.long)
-            for name in ("test_vit", "test_resnet")
+            pytest.param(preset, marks=pytest.mark.long)
+            for preset in ("vit-base", "swin-tiny", "resnet50", "photos-small")
         ),
     ],
 )
-@pytest.mark.slow
-def test_small_encoders(encoder, kind, tmp_path):
-    """Of the classes that vit-base's recipe, vit-base, resnet50 and photos-small have."""
-    size = 224 if kind == "CLIPModel" else 160
-    model = model_with_weights_that_matter(small_config(encoder, size))
-    assert_they_load(model, tmp_path, kind)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("preset", ["vit-base", "swin-tiny", "resnet50", "photos-small"])
-def test_the_presets(preset, tmp_path):
+def test_small_encoders_and_the_presets(name, tmp_path):
     """The preset auto chooses the last one for photographs if ImageNet's weights are installed."""
-    config = build_preset(preset)
-    model = dataclasses.replace(config.model, init_image="")
-    model = model_with_weights_that_matter(dataclasses.replace(config, model=model))
-    assert_they_load(model, tmp_path, "VisionTextDualEncoderModel")
+    if name in SMALL:
+        config = small_config(name, SMALL[name])
+    else:
+        config = build_preset(name).changed(model={"init_image": ""})
+    kind = "CLIPModel" if "clip" in name else "VisionTextDualEncoderModel"
+    assert_they_load(model_with_weights_that_matter(config), tmp_path, kind)
 
 
 def test_what_transformers_cannot_compute_has_our_own_layout():

@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from program_runs import SMALL, call, evaluated
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
 
 from unicl_fast import load_model
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import baselines
 from unicl_fast.evaluation.features import ModelOnRanks
-from unicl_fast.evaluation.predicted import PredictedWords, standardised
+from unicl_fast.evaluation.predicted import PredictedWords
 from unicl_fast.evaluation.report import percent
 from unicl_fast.evaluation.search import open_index
 from unicl_fast.tools import pretrain
@@ -94,12 +92,8 @@ def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_fold
         dataset = index.dataset
         encoded = ModelOnRanks.of(model).features(dataset, layer="encoder")
         train = baselines.training_part(model.encoders).captioned()
-        expected = TfidfVectorizer()
-        words = expected.fit_transform(map(" ".join, train.captions)).toarray()
-        x, y = standardised(train.features, encoded.numpy())
-        predicted = Ridge(alpha=5.0 * x.shape[1]).fit(x, words).predict(y)
-        predicted /= np.linalg.norm(predicted, axis=1)[:, None]
-        scores = expected.transform(["a dog"]).toarray() @ predicted.T
+        words = PredictedWords(train.features, train.captions)
+        scores = words.of_texts(["a dog"]) @ words.of_images(encoded.numpy()).T
         np.testing.assert_allclose(found["predicted"][0], scores[0], atol=1e-4)
         assert not found["predicted"][1].any()
         # images are encoded once: their features in the common space follow from the encoder's

@@ -1,7 +1,6 @@
 """Caption retrieval against a sort, and the captions that its figures show."""
 
 import math
-import re
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,10 +12,7 @@ from small_runs import tiny_config
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks, encode_token_rows
 from unicl_fast.evaluation.retrieval import (
     RetrievalFeatures,
@@ -25,8 +21,6 @@ from unicl_fast.evaluation.retrieval import (
     own_images,
     rank_captions,
 )
-from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import reference_loss
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.evaluate import figures as drawing
@@ -153,19 +147,3 @@ def test_captions_are_cut_to_the_model_s_context(tmp_path, monkeypatch):
     assert torch.allclose(found.text_features, expected, atol=1e-12)
     assert torch.allclose(expected[1], expected[2], atol=1e-12)
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
-
-
-def test_messages_name_the_given_source_not_its_packed_folder(tmp_path):
-    (tmp_path / "photos" / "cat").mkdir(parents=True)
-    (tmp_path / "photos" / "cat" / "one.jpg").write_bytes(jpeg(0))
-    (tmp_path / "list.jsonl").write_text('{"image": "photos/cat/one.jpg", "caption": "a cat"}\n')
-    on_ranks = ModelOnRanks(Mock(spec=UniCL, text_encoder=object(), config=TrainConfig()))
-    for name, evaluate, missing in (
-        ("photos", encode_captioned, "captions"),
-        ("list.jsonl", evaluate_zero_shot, "classes"),
-    ):
-        said = pytest.raises(
-            ValueError, match=f"^{re.escape(str(tmp_path))}/{name} has no {missing}"
-        )
-        with open_data(str(tmp_path / name), ranks=Ranks()) as data, said:
-            evaluate(on_ranks, data.dataset)

@@ -10,7 +10,6 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +103,9 @@ def index(model: Model, data: Path) -> Iterator[SearchIndex]:
             yield index
 
 
-@dataclass
-class Running:
-    port: int
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-
 @contextlib.contextmanager
-def running(
-    model: Model, index: SearchIndex | None, photo: Path, **options: Any
-) -> Iterator[Running]:
-    """Also serves a page that uses the other one as a person does, and a photograph for it."""
+def running(model: Model, index: SearchIndex | None, photo: Path, **options: Any) -> Iterator[int]:
+    """The port; beside the page one that uses it as a person does, and a photograph for it."""
     app = make_app(
         model, name="runs/<first>", index=index, **({"columns": {"": NAMES}} | options)
     )  # fmt: skip
@@ -135,28 +123,28 @@ def running(
         try:
             while not server.started:
                 time.sleep(0.01)
-            yield Running(listening.getsockname()[1])
+            yield listening.getsockname()[1]
         finally:
             server.should_exit = True
             thread.join()
 
 
 @pytest.fixture
-def server(model: Model, index: SearchIndex, photo: Path) -> Iterator[Running]:
+def server(model: Model, index: SearchIndex, photo: Path) -> Iterator[int]:
     with running(model, index, photo) as server:
         yield server
 
 
 def ask(
-    server: Running, method: str, path: str, body: bytes | None = None, **headers: str
+    server: int, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, bytes]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as line:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server)) as line:
         line.request(method, path, body=body, headers=headers)
         answer = line.getresponse()
         return answer.status, answer.read()
 
 
-def post(server: Running, path: str, question: Any, image: bytes | None = None) -> tuple[int, Any]:
+def post(server: int, path: str, question: Any, image: bytes | None = None) -> tuple[int, Any]:
     if image is not None:
         question = {**question, "image": base64.b64encode(image).decode()}
     body = question if isinstance(question, bytes) else json.dumps(question).encode()
@@ -224,7 +212,7 @@ def test_questions_about_classes_and_images_are_answered(server, model, index, p
 
 
 def test_only_this_machine_is_served_and_hostile_requests_print_nothing(server, capfd, monkeypatch):
-    own = {"Sec-Fetch-Site": "same-origin", "Origin": server.address[:-1]}
+    own = {"Sec-Fetch-Site": "same-origin", "Origin": f"http://127.0.0.1:{server}"}
     for status, path, headers in (
         (403, "/", {"Host": "evil.example:80"}),
         (403, "/", {"Host": "127.0.0.1.evil.example"}),
@@ -233,7 +221,7 @@ def test_only_this_machine_is_served_and_hostile_requests_print_nothing(server, 
         (403, "/model", {"Origin": "http://evil.example"}),
         (403, "/model", {"Origin": "null"}),
         (200, "/image/0", own),
-        (200, "/image/0", {"Sec-Fetch-Site": "none", "Host": f"localhost:{server.port}"}),
+        (200, "/image/0", {"Sec-Fetch-Site": "none", "Host": f"localhost:{server}"}),
         (404, "/serving.py", {}),
         (404, "/../serving.py", {}),
         (200, "/", {}),
@@ -252,16 +240,16 @@ def test_only_this_machine_is_served_and_hostile_requests_print_nothing(server, 
     short = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n"
     short += b'{"text": "a dog"}'
     for request in (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"GET /", b"\0" * 99, b"", short):
-        with socket.create_connection(("127.0.0.1", server.port)) as line:
+        with socket.create_connection(("127.0.0.1", server)) as line:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             line.sendall(request)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+    with socket.create_connection(("127.0.0.1", server), timeout=30) as line:
         line.sendall(short)
         line.shutdown(socket.SHUT_WR)
         assert b" 200 " not in line.makefile("rb").read(), "a body that was cut short"
     monkeypatch.setattr(serving, "_SECONDS", 0.1)
     for sent, said in ((b"", b""), (b"GET / HTTP/1.1\r\nHo", b""), (short, b" 408 ")):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+        with socket.create_connection(("127.0.0.1", server), timeout=30) as line:
             line.sendall(sent)
             assert said in line.makefile("rb").read(), sent
     assert ask(server, "GET", "/model")[0] == 200
@@ -284,7 +272,7 @@ def test_a_token_is_asked_for_and_other_hosts_may_be_named(model, index, photo):
 
 def test_headers_and_the_description_of_the_interface(server):
     for path in ("/", "/model", "/image/0", "/nothing", "/docs"):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as line:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server)) as line:
             line.request("GET", path)
             answer = line.getresponse()
             assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin", path
@@ -307,7 +295,7 @@ def test_headers_and_the_description_of_the_interface(server):
 
 
 def test_a_browser_searches_and_classifies(server, model, index, photo, tmp_path):
-    found = dump_page(server.address + "outer", tmp_path)
+    found = dump_page(f"http://127.0.0.1:{server}/outer", tmp_path)
     assert found["focused"] == "text"
     assert found["status"] == f"{len(index)} images"
     assert found["shown"] == 0, "images before one is chosen or found"

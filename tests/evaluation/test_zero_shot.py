@@ -8,7 +8,6 @@ import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from rank_workers import run_on_ranks, share_prompts
 from small_runs import tiny_config
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from unicl_fast import Tokenizer
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation import zero_shot
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks, encode_images, encode_token_rows
 from unicl_fast.evaluation.levels import classify_at_levels
@@ -47,16 +47,23 @@ class ImageLoader:
 
 
 def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model):
-    ours = zero_shot_classifier(model, class_names=NAMES, templates=TEMPLATES, batch_size=4)
+    ours = zero_shot_classifier(model, class_names=NAMES, templates=TEMPLATES)
     for name, row in zip(NAMES, ours, strict=True):
         prompts = [template.replace("{}", name) for template in TEMPLATES]
         plain = F.normalize(model.encode_text(Tokenizer()(prompts)).mean(dim=0), dim=0)
         torch.testing.assert_close(row, plain, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("world_size", "num_classes"), [(2, 7), (3, 4)])  # the third rank has none
-def test_ranks_share_the_prompts(world_size, num_classes):
-    run_on_ranks(share_prompts, world_size, list(NAMES[:num_classes]), list(TEMPLATES))
+def test_ranks_share_the_prompts(model, monkeypatch):
+    """Of five classes the first two ranks have two each, the third has one and the fourth none."""
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(zero_shot, "gather_rows", lambda rows, _: parts.append(rows) or rows)
+    for rank in range(4):
+        place = Ranks(rank=rank, world_size=4)
+        zero_shot_classifier(model, NAMES[:5], templates=TEMPLATES, ranks=place)
+    whole = zero_shot_classifier(model, NAMES[:5], templates=TEMPLATES)
+    assert [len(part) for part in parts[:4]] == [2] * 4
+    torch.testing.assert_close(torch.cat(parts[:4])[:5], whole, rtol=1e-10, atol=1e-12)
 
 
 def test_counts_are_those_of_a_plain_argmax(model):
@@ -135,8 +142,3 @@ def test_levels_are_counted_by_their_own_names_and_by_the_classes_below():
     assert values["distance_of_mistakes"] == 7 / 4
     assert values["levels"][1]["top1"] == 2 / 5
     assert "1.750 for 4 mistakes, 1.167 over all" in result.to_table()
-    with pytest.raises(ValueError, match="levels need some"):
-        classify_at_levels(
-            one_hot, lambda chosen: one_hot, labels=[[]] * 6, numbers=range(4), class_names=names,
-            hierarchy=hierarchy,
-        )  # fmt: skip

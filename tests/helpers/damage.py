@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from unicl_fast.dataset.arrays import HEADER_BYTES
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
+    dump_checksummed_json,
     file_checksum,
     format_checksums,
     read_checksums,
@@ -48,6 +50,18 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def make_fit(checkpoint: Path) -> None:
+    """Checksums and seal of what is there now; a state that is no JSON stays as it is."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_bytes())
+        for name in state["checksums"]:
+            state["checksums"][name] = file_checksum(checkpoint / name)
+        state.pop("seal", None)
+        (checkpoint / "state.json").write_text(dump_checksummed_json(state))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return
 
 
 def copy_of(dataset: PackedDataset, folder: Path) -> Path:

@@ -13,8 +13,6 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-Damage = Callable[[bytes], bytes]
-
 HUGE = [-1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -(10**30), 10**400]
 ODD_VALUES = [
     None, True, False, "", "x", "../../etc/passwd", "\ud800", [], {}, [[]], [None], {"x": 1}, 0, 1,

@@ -96,12 +96,21 @@ def weights(run_folder: Path) -> bytes:
 STARTED: list[subprocess.Popen[str]] = []
 
 
-def start(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    *arguments: str | Path,
+    env: Mapping[str, str] = {},
+    torchrun: Sequence[str] | None = None,
+) -> subprocess.Popen[str]:
+    """Starts unicl-pretrain, by itself or by options of torchrun on two ranks."""
+    launcher = ["-m"]
+    if torchrun is not None:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher += [*torchrun, "-m"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "unicl_fast.tools.pretrain", *map(str, arguments)],
+        [sys.executable, *launcher, "unicl_fast.tools.pretrain", *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         # a shell that starts tests behind itself lets its children ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

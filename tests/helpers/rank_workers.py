@@ -41,10 +41,10 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
-from unicl_fast.evaluation import data, zero_shot
-from unicl_fast.evaluation.features import ModelOnRanks, encode_token_rows
+from unicl_fast.evaluation import data
+from unicl_fast.evaluation.features import ModelOnRanks
 from unicl_fast.evaluation.report import ClassificationResult
-from unicl_fast.evaluation.zero_shot import classify, zero_shot_classifier
+from unicl_fast.evaluation.zero_shot import classify
 from unicl_fast.ledger.format import LedgerSource, SegmentHeader
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
@@ -296,7 +296,9 @@ def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path
     not_here = mock.Mock(side_effect=AssertionError("rank 0 alone reads"))
     with contextlib.ExitStack() as stack:
         if not ranks.is_main:
-            stack.enter_context(mock.patch("unicl_fast.conversion.initial.find_initial", not_here))
+            stack.enter_context(
+                mock.patch("unicl_fast.conversion.initial.initial_sources", not_here)
+            )
         model = build_model(config)
         initialise(model, ranks)
         nowhere = dataclasses.replace(config.model, init=str(folder / "nowhere"))
@@ -552,17 +554,6 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
                 assert len(opened.dataset) == 21
         except RuntimeError as error:
             sys.exit(4 if "another rank has ended" in str(explain(error)) else str(error))
-
-
-def share_prompts(ranks: Ranks, class_names: list[str], templates: list[str]) -> None:
-    """Each rank encodes a part of the prompts, and has the same result as one that encodes all."""
-    model = build_model(tiny_config()).double().eval()
-    whole = zero_shot_classifier(model, class_names, templates=templates)
-    with mock.patch.object(zero_shot, "encode_token_rows", wraps=encode_token_rows) as encode:
-        shared = zero_shot_classifier(model, class_names, templates=templates, ranks=ranks)
-    torch.testing.assert_close(shared, whole, rtol=1e-10, atol=1e-12)
-    size = -(-len(class_names) // ranks.world_size)
-    assert len(encode.call_args.args[1]) <= size * len(templates)
 
 
 def refuse(value: ClassificationResult) -> ClassificationResult:

@@ -1,5 +1,6 @@
 """Small models for conversions, whose settings and weights all matter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -47,10 +48,13 @@ def model_with_weights_that_matter(config: TrainConfig) -> UniCL:
     return model
 
 
-def write_run(folder: Path, config: TrainConfig, **state: object) -> dict[str, torch.Tensor]:
-    """A run as training leaves it; returns its weights, which no fresh model has."""
-    fresh = build_model(config).state_dict()
+def write_run(
+    folder: Path, config: TrainConfig, weights: Mapping[str, torch.Tensor] = {}, **state: object
+) -> dict[str, torch.Tensor]:
+    """A run as training leaves it; returns its weights, by default some that no fresh model has."""
+    fresh = {} if weights else build_model(config).state_dict()
     own = {name: one * 0.9 if one.is_floating_point() else one for name, one in fresh.items()}
+    own |= weights
     write_checkpoint(
         folder / "checkpoints",
         step=2,

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from unicl_fast.tools.diagnose.advise import advise, find_limit, neighbours
 from unicl_fast.tools.diagnose.bench import Bench
 from unicl_fast.tools.diagnose.diagnose import Diagnoser
 from unicl_fast.tools.diagnose.model import CHECKPOINT, EVALUATION, LOGGING, READ, Periodic, Stage
-from unicl_fast.tools.diagnose.report import report_lines
+from unicl_fast.tools.diagnose.report import make_page, report_lines
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.step_clock import StepClock
 
@@ -66,6 +67,9 @@ def test_the_limit_is_named_with_the_remedy_that_a_run_logs(changes, stage, reme
     assert found == stage
     assert sentence.startswith(f"{stage} limits the run to ")
     assert remedy in sentence
+    if not stage.startswith("rank"):
+        marked = re.findall('"name">(.*), the bottleneck', make_page(measured(**changes), {}))
+        assert marked == [stage]
 
 
 def test_advice_gains_in_each_round_and_is_ordered_by_gain():

@@ -8,7 +8,7 @@ import pytest
 from browser import look_at
 from diagnoses import MS, STAGES, cost, measured, trial
 
-from unicl_fast.tools.diagnose.model import CHECKPOINT, Measured, Periodic, Stage
+from unicl_fast.tools.diagnose.model import Measured, Stage
 from unicl_fast.tools.diagnose.report import make_page
 from unicl_fast.tools.diagnose.run import Run
 
@@ -50,23 +50,6 @@ def test_a_report_loads_nothing_holds_no_secret_and_a_browser_shows_all_parts(
     assert (found["images"], set(found["addresses"])) == (0, set())
     for text in ("the bottleneck", "OTHER PROCESSES", "JPEG decode", HOSTILE[:40]):
         assert text in found["text"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "slow"),
-    [
-        ({}, "image encoder backward"),
-        ({"waiting": 0.5}, "JPEG decode"),
-        ({"periodic": (Periodic(name=CHECKPOINT, every_steps=1, seconds=1.0),)}, CHECKPOINT),
-    ],
-)
-def test_the_bottleneck_is_marked_where_it_is(changes, slow):
-    text = make_page(measured(**changes), {})
-    marked = re.findall(
-        r'<div class="bar is-limit"><span class="name">(.*), the bottleneck</span>', text
-    )
-    assert marked == [slow]
-    assert text.count("the bottleneck") == 1
 
 
 def test_at_most_three_changes_are_advised_and_empty_parts_left_out():

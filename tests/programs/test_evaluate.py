@@ -129,7 +129,7 @@ def test_images_in_a_plain_folder_are_classified(data, trained, tmp_path, capsys
     call(evaluate, "classify", *where, "--classes", "cat", "frog")
     said = capsys.readouterr().out
     assert sorted(line.split(":")[0] for line in said.splitlines() if "%" in line) == names
-    assert "photos has no captions" in refusal_of(evaluate, "retrieval", *where)
+    assert f"{photos} has no captions" in refusal_of(evaluate, "retrieval", *where)
 
 
 def test_a_data_set_is_searched_by_texts_and_images(data, trained, monkeypatch, capsys):

@@ -2,17 +2,13 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from program_runs import (
     SMALL,
-    STARTED,
     STEPS,
     call,
     losses,
@@ -73,40 +69,21 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert (weight - tensors[1][name]).abs().max() <= rtol * weight.abs().max(), name
 
 
-def start_own(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
-    return start(*arguments, "--nproc", str(nproc), "--max-restarts", "2")
-
-
-def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)),
-            *("--max-restarts", "2", "--master-port", "0", "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", "localhost:0", "-m", "unicl_fast.tools.pretrain"),
-            *map(str, arguments),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    STARTED.append(process)
-    return process
-
-
-@pytest.mark.parametrize(
-    "starter", [start_own, pytest.param(start_torchrun, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
-    data, unbroken, tmp_path, starter
+    data, unbroken, tmp_path, torchrun
 ):
-    out = tmp_path / "run"
-    process = starter(*FP64, *sources(data), "--out", out, nproc=2)
+    out, restarts = tmp_path / "run", ["--max-restarts", "2"]
+    own = [] if torchrun else ["--nproc", "2", *restarts]
+    process = start(
+        *(*FP64, *sources(data), "--out", out, *own), torchrun=restarts if torchrun else None
+    )
     wait_for_step(out, 6, process)
     (number,) = [pid for pid, rank in processes_of(out).items() if rank == "1"]
     os.kill(number, signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
-    if starter is start_own:
+    if not torchrun:
         assert "RANK 1 WAS KILLED BY SIGKILL: starting all again, restart 1 of 2" in errors
     assert_same_weights(out, unbroken)
     assert losses(out) == pytest.approx(losses(unbroken), rel=1e-9)
@@ -167,50 +144,6 @@ def test_a_run_resumes_with_any_number_of_ranks(
     assert values["num_changes_of_world_size"] == len(stopped)
     assert [segment["start_step"] for segment in values["segments"]] == started
     assert values["num_steps_done_twice"] == 0, "a run that is asked to stop loses nothing"
-
-
-@pytest.mark.long  # tests/training/test_stages.py has the same on three ranks in one process
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("ranks", "tolerance"),
-    [((1, 1, 1), 0.0), ((2, 3, 1), 1e-9)],
-    ids=["one rank", "2, 3, 1 ranks"],
-)
-def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unbroken(
-    data, tmp_path, ranks, tolerance
-):
-    """An epoch takes 41 samples, so the order of several goes over a boundary."""
-    settings = [
-        *(*SMALL, "--run.steps", "0", "--run.samples", "500", "--run.global-batch-size", "12"),
-        *("--run.stages", "240:image_size=16,global_batch_size=24,context_length=8"),
-        "120:crop_scale=0.5..1",
-        *("--data.flip-probability", "0.5", "--efficiency.precision", "fp64", "--ledger"),
-        *("--resume", "auto", *sources(data)),
-    ]
-    unbroken, out = tmp_path / "unbroken", tmp_path / "run"
-    said = run("pretrain", *settings, "--out", unbroken).stderr
-    assert "from step 10 on: stage 2, 10 steps of 12 images at 32 pixels, crops of 0.5" in said
-    for nproc, step in zip(ranks, (4, 10), strict=False):
-        process = start(*settings, "--out", out, "--nproc", str(nproc))
-        wait_for_step(out, step, process)
-        for number in processes_of(out):
-            os.kill(number, signal.SIGKILL)
-        process.communicate()
-    for checkpoint in list_checkpoints(out / "checkpoints"):
-        if int(checkpoint.name[5:]) > 10:  # as if it had been killed between the stages
-            shutil.rmtree(checkpoint)
-    run("pretrain", *settings, "--out", out, "--nproc", str(ranks[-1]))
-    assert losses(out) == pytest.approx(losses(unbroken), rel=tolerance, abs=0)
-    assert (weights(out) == weights(unbroken)) or tolerance
-    last = read_metrics(out)[-1]
-    assert (last["step"], last["samples_seen"], last["stage"]) == (32, 504, 3)
-    for folder, num_starts in ((unbroken, 1), (out, 3)):
-        values = proven(folder, "--replan")
-        assert (values["steps"], values["num_starts"]) == (32, num_starts)
-        assert values["num_different_from_plan"] == 0
-        assert sum(source["draws"] for source in values["sources"]) == 504
-        sizes = {(one["start_step"], one["global_batch_size"]) for one in values["segments"]}
-        assert sizes >= {(0, 24), (10, 12), (20, 12)}
 
 
 def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(

@@ -15,14 +15,11 @@ import torch
 from packed_sets import Sample, pack
 from PIL import Image
 from program_runs import call, refusal_of
-from small_models import write_run
 from small_runs import tiny_config
 
-from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.conversion import packages
-from unicl_fast.conversion.initial import initialise
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.presets import PRESETS, Facts, build_preset, choose_preset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -258,49 +255,6 @@ def test_presets_that_show_whole_images_do_at_the_size_of_a_source(given, resize
     monkeypatch.setattr("unicl_fast.conversion.sources.settings_of", lambda _: dict(brought))
     config = settings_of(*given, "--init-image", "a-source")
     assert (config.data.evaluation_resize, config.data.mean) == (resize, (0.4, 0.4, 0.4))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "source"
-    write_run(folder, tiny_config())
-    return folder
-
-
-OF_THE_SOURCE = "is another model: model."
-"""Others: tests/conversion/test_initial.py."""
-
-
-@pytest.mark.parametrize(
-    ("given", "refused", "warned"),
-    [
-        ((), "", ""),
-        (("--data.image-size", "64"), "", ""),
-        (("--model.context-length", "20"), "", ""),
-        (("--data.mean", "0", "0", "0"), "", "another mean: add --data.mean 0.481"),
-        (("--data.std", "1", "1", "1"), "", "another std: add --data.std 0.268"),
-        (("--data.interpolation", "bicubic"), "", "interpolation: add --data.interpolation bilin"),
-        (("--data.evaluation-resize", "squash"), "", "add --data.evaluation-resize 32"),
-        (("--data.evaluation-resize", "31"), "must not be smaller", ""),
-        (("--model.vocab-size", "999"), OF_THE_SOURCE + "vocab_size is 999", ""),
-        (("--model.tokenizer", "here"), OF_THE_SOURCE + "tokenizer is here", ""),
-        (("--efficiency.precision", "fp32"), "", ""),
-    ],
-)  # fmt: skip
-def test_options_that_must_agree_with_a_source_are_refused_or_said(
-    given, refused, warned, source, caplog, capsys
-):
-    """The source's of each pair are taken if nothing is given."""
-    try:
-        config = settings_of("--init", source, *given)
-        initialise(build_model(config))
-        said = ""
-    except (ValueError, SystemExit) as error:
-        said = f"{error} {capsys.readouterr().err}"
-    assert refused in " ".join(said.replace("│", "").split())
-    assert bool(said) == bool(refused)
-    warnings = [one.message for one in caplog.records if one.levelname == "WARNING"]
-    assert any(warned in one for one in warnings) if warned else not warnings
 
 
 @pytest.mark.parametrize(

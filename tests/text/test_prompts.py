@@ -28,7 +28,7 @@ from unicl_fast.text.class_lists import (
     templates_for,
 )
 from unicl_fast.text.prompts import ClassPrompts, _read_or_make
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.text.tokenizer import Tokenizer, pad_rows
 
 Sources = Sequence[tuple[Sequence[str], Sequence[str]]]
 TEMPLATES = ("a photo of a {}.", "art of the {}.")
@@ -46,10 +46,7 @@ def imagenet(tokenizer: Tokenizer) -> ClassPrompts:
 
 
 def pad(rows: list[np.ndarray], length: int = 77) -> np.ndarray:
-    padded = np.zeros((len(rows), length), dtype=np.uint16)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return padded
+    return pad_rows(rows, length, np.uint16)
 
 
 def test_the_built_in_lists_are_those_of_open_clip_and_timm():
@@ -98,27 +95,6 @@ def test_imagenet_classes_of_equal_name_are_one_class(imagenet):
     assert imagenet_class_names()[744] == imagenet_class_names()[657] == "missile"
     assert imagenet.classes_of(0, 744) == imagenet.classes_of(0, 657) == 657
     assert len(np.unique(imagenet.classes_of(0, np.arange(1000)))) == 998
-
-
-def test_rows_are_numbered_by_source_label_and_template(tokenizer):
-    prompts = ClassPrompts(
-        [(("cat", "dog"), TEMPLATES), NO_NAMES, (("car",), SIMPLE_TEMPLATES)], tokenizer
-    )
-    assert prompts.first_prompt_rows.tolist() == [0, 4, 4]
-    assert prompts.num_classes.tolist() == [2, 0, 1]
-    assert prompts.num_templates.tolist() == [2, 0, 1]
-    texts = [tokenizer.decode(row) for row in prompts.tokens]
-    assert texts == [
-        "a photo of a cat .",
-        "art of the cat .",
-        "a photo of a dog .",
-        "art of the dog .",
-        "a photo of a car .",
-    ]
-    assert prompts.rows_of(0, [0, 1, 1], [1, 0, 1]).tolist() == [1, 2, 3]
-    assert prompts.rows_of(0, 1, [0, 1]).tolist() == [2, 3]
-    assert prompts.rows_of(2, 0, 0) == 4
-    assert prompts.rows_of(1, [], []).tolist() == []
 
 
 def test_labels_or_templates_that_a_source_lacks_are_refused(tokenizer):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unicl_fast.checkpoints.export import download_export, is_export, read_export
+from unicl_fast.checkpoints.export import is_export, read_export
 from unicl_fast.checkpoints.files import (
     BEST,
     BEST_FILE,
@@ -198,14 +198,7 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """Finds the export or checkpoint at a path, or downloads hf-hub:OWNER/NAME[@REVISION].
-
-    Raises FileNotFoundError if there is none or it cannot be downloaded, ValueError if best.json
-    is damaged or the name of the repository is not valid.
-    """
-    scheme, _, repository = str(path).partition(":")
-    if scheme == "hf-hub":
-        return download_export(repository)
+    """Finds the export or checkpoint at a path; raises as `find_checkpoint`."""
     return path if is_export(path := Path(path)) else find_checkpoint(path)
 
 

@@ -49,16 +49,11 @@ def collect_tensors(
     }
     if divides_optimizer(model.config.efficiency, ranks):
         files[OPTIMIZER_FILE] = tensors_to_rank_0(files[OPTIMIZER_FILE], ranks)
-    return {
-        file: {name: _whole_on_host(one, ranks) for name, one in tensors.items()}
-        for file, tensors in files.items()
-    }
-
-
-def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Gathers a divided tensor to the host, so a device holds only one whole tensor at a time."""
-    found = whole(tensor)
-    return found.cpu() if found is not tensor and ranks.is_main else tensor
+    for tensors in files.values():
+        for name, tensor in tensors.items():  # a device holds only one whole tensor at a time
+            if (found := whole(tensor)) is not tensor and ranks.is_main:
+                tensors[name] = found.cpu()
+    return files
 
 
 def describe_state(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from unicl_fast.checkpoints.export import LIBRARY, is_export, read_description
-from unicl_fast.checkpoints.load import CheckpointState, find_model, read_state
+from unicl_fast.checkpoints.load import CheckpointState, read_state
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.figures import figures_of
 from unicl_fast.conversion.hugging_face import Layout
@@ -88,12 +88,12 @@ def collect_facts(path: str | Path, *, evaluations: Sequence[Path]) -> tuple[Fac
     Evaluations come from the run's folder, with a sentence for each that is left out, and from
     `evaluations`; there, a file that is damaged or of other weights is a ValueError.
     """
-    checksum = weights_checksum(path)
-    if find_source(str(path)).own is None:
+    checksum, source = weights_checksum(path), find_source(str(path))
+    if source.own is None or source.file is None:
         name = str(path) if str(path).startswith(_PUBLIC) else "a model in a file"
         origin = {"converted from": name, "xxh3 of its weights": checksum}
         facts, run = Facts(origin=origin), None
-    elif is_export(model := find_model(path)):
+    elif is_export(model := source.file.parent):
         kept, run = read_description(model).get("facts", {}), None
         facts = Facts(**{name: kept[name] for name in Facts._fields if name in kept})
     else:

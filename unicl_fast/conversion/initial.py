@@ -26,14 +26,14 @@ from unicl_fast.checkpoints.load import (
     refuse_another_base,
     require_sizes,
 )
-from unicl_fast.conversion.fitting import misfits
+from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.conversion.sources import (
     IMAGE_SETTINGS,
     TEXT_SETTINGS,
     Source,
-    find_initial,
     find_source,
+    initial_sources,
 )
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, rank_0_alone, tensors_from_rank_0
@@ -115,17 +115,10 @@ def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
 
 
 def _initial_tensors(model: UniCL) -> dict[str, Tensor]:
-    config = model.config.model
     tensors: dict[str, Tensor] = {}
-    for option, given, image, text in (
-        ("init", config.init, not config.init_image, not config.init_text),
-        ("init_image", config.init_image, True, False),
-        ("init_text", config.init_text, False, True),
-    ):
-        if not given:
-            continue
-        source = find_initial(given, image=image, text=text)
-        loading = _Loading(model, source, option, label=f"model.{option}={given}")
+    given = {option: getattr(model.config.model, option) for option in INITIAL_WEIGHTS}
+    for option, source, image, text in initial_sources(given):
+        loading = _Loading(model, source, option, label=f"model.{option}={source.name}")
         loading.check_settings(image=image, text=text)
         if source.locate is not None:
             loading.take(image=image, text=text)
@@ -276,7 +269,7 @@ class _Loading:
     def _take(self, prefix: str, found: Mapping[str, Tensor], kind: str) -> None:
         """Takes all tensors of a part, or refuses them if a name, shape or value is wrong."""
         own = _after(prefix, self._own) if prefix else {name: self._own[name] for name in found}
-        if faults := misfits(own, found, shown=_SHOWN):
+        if faults := _misfits(own, found):
             self._refuse(f"its {kind} does not fit: {'; '.join(faults)}")
         for name, tensor in found.items():
             self.tensors[prefix + name] = tensor.to(own[name].dtype).contiguous()
@@ -301,6 +294,38 @@ class _Loading:
                     self._label, name, name.replace("_", "-"),
                     known if isinstance(known, str | int) else " ".join(map(str, known)),
                 )  # fmt: skip
+
+
+def _misfits(needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Lists how tensors differ from the needed ones, with the first names of each kind."""
+    fits = {name: found[name].shape == needed[name].shape for name in needed if name in found}
+    kinds = {
+        "missing": [name for name in needed if name not in found],
+        "left over": [name for name in found if name not in needed],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(needed[name].shape)}"
+            for name, has_its_shape in fits.items()
+            if not has_its_shape
+        ],
+        "not finite numbers": [
+            name
+            for name, has_its_shape in fits.items()
+            if has_its_shape and not _has_finite_numbers(found[name], like=needed[name])
+        ],
+    }
+    return [
+        f"{kind}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)} ({len(names)})"
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def _has_finite_numbers(tensor: Tensor, *, like: Tensor) -> bool:
+    if like.is_floating_point():
+        if not tensor.is_floating_point():
+            return False
+        tensor = tensor.to(like.dtype)  # it can overflow; torch cannot check one-byte types
+    return bool(tensor.isfinite().all())
 
 
 def _shown(value: Any) -> Any:

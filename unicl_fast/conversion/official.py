@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.presets import build_preset
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
@@ -74,8 +73,3 @@ def preset_of(entries: Mapping[str, Tensor], *, source: Path) -> str:
                 "as in the released models: models of another size are not converted"
             )
     return preset
-
-
-def read_official_file(path: Path) -> dict[str, Tensor]:
-    """Reads the entries of a checkpoint; raises as `read_torch_file`."""
-    return read_torch_file(path, expected="a file of microsoft/UniCL, such as in1k.pth")

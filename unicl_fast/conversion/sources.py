@@ -35,7 +35,7 @@ from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS, download_export, is_own
 from unicl_fast.checkpoints.load import read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
-from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
+from unicl_fast.config import INITIAL_WEIGHTS, DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import adapter_folders, hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.packages import PACKAGED_IMAGES, PACKAGED_TEXTS, PACKAGES
@@ -226,18 +226,28 @@ def find_source(given: str, *, image: bool = True, text: bool = True) -> Source:
     return found or _our_source(given, folder)
 
 
-def find_initial(given: str, *, image: bool, text: bool) -> Source:
-    """As `find_source`, for a run; ValueError if texts are wanted from an image encoder."""
-    scheme, _, name = given.partition(":")
-    if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in PACKAGED_IMAGES)):
-        raise ValueError(f"{given} is only an image encoder: give it as --init-image")
-    source = find_source(given, image=image, text=text)
-    if source.own is not None and source.own.optim.adapters is not None:
-        raise ValueError(
-            f"{given} holds adapters, not a whole model: merge them by unicl-convert hf {given} "
-            "OUT, and give OUT"
-        )
-    return source
+def initial_sources(given: Mapping[str, str]) -> Iterator[tuple[str, Source, bool, bool]]:
+    """The sources of init, init_image and init_text: option, source, and whether images and texts.
+
+    Raises as `find_source`, and ValueError if texts are wanted from an image encoder, or for
+    adapters.
+    """
+    for option in INITIAL_WEIGHTS:
+        if not (name := given.get(option)):
+            continue
+        image = option == "init_image" or (option == "init" and not given.get("init_image"))
+        text = option == "init_text" or (option == "init" and not given.get("init_text"))
+        scheme, _, rest = name.partition(":")
+        is_image = scheme in ("timm", "timm-file") or (scheme == "pypi" and rest in PACKAGED_IMAGES)
+        if text and is_image:
+            raise ValueError(f"{name} is only an image encoder: give it as --init-image")
+        source = find_source(name, image=image, text=text)
+        if source.own is not None and source.own.optim.adapters is not None:
+            raise ValueError(
+                f"{name} holds adapters, not a whole model: merge them by unicl-convert hf {name} "
+                "OUT, and give OUT"
+            )
+        yield option, source, image, text
 
 
 def find_own(given: str) -> Path | None:
@@ -279,17 +289,13 @@ def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     `initial` maps init, init_image and init_text to sources. Raises as `find_source`.
     """
     model, data = dict[str, Any](), dict[str, Any]()
-    for option, names in (
-        ("init", (*IMAGE_SETTINGS, *TEXT_SETTINGS, "context_length", *_SPACE_SETTINGS)),
-        ("init_image", IMAGE_SETTINGS),
-        ("init_text", (*TEXT_SETTINGS, "context_length")),
-    ):
-        if not initial.get(option):
-            continue
-        image = option == "init_image" or (option == "init" and not initial.get("init_image"))
-        text = option == "init_text" or (option == "init" and not initial.get("init_text"))
-        source = find_initial(initial[option], image=image, text=text)
-        model |= {name: source.settings[name] for name in names if name in source.settings}
+    names: dict[str, tuple[str, ...]] = {
+        "init": (*IMAGE_SETTINGS, *TEXT_SETTINGS, "context_length", *_SPACE_SETTINGS),
+        "init_image": IMAGE_SETTINGS,
+        "init_text": (*TEXT_SETTINGS, "context_length"),
+    }
+    for option, source, image, _ in initial_sources(initial):
+        model |= {name: source.settings[name] for name in names[option] if name in source.settings}
         data |= source.data if image else {}
     return {"model": model, "data": data}
 
@@ -381,7 +387,8 @@ def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
 
 def _official_source(given: str, file: Path) -> Source:
     rename = functools.partial(official.with_present_names, source=file)
-    preset = official.preset_of(rename(official.read_official_file(file)), source=file)
+    entries = read_torch_file(file, expected="a file of microsoft/UniCL, such as in1k.pth")
+    preset = official.preset_of(rename(entries), source=file)
     config = build_preset(preset).changed(data=official.STATISTICS)
     return _source_of(given, config, file, rename)
 

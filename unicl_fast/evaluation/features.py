@@ -116,23 +116,22 @@ class ModelOnRanks:
         folder that cannot be written is a warning of a single process. Raises EvaluationStopped on
         all ranks if a stop was requested.
         """
-        if (place := folder or self.folder) is None:
-            return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
-        try:
-            _, rows = self.stored(dataset, place, layer="encoder", says_found=folder is not None)
-        except OSError as error:
-            if self.ranks.world_size > 1:
-                raise
-            logger.warning("features are not kept: %s cannot be written: %s", place, error)
+        rows = None
+        if (place := folder or self.folder) is not None:
+            try:
+                _, rows = self.stored(dataset, place, layer="encoder", says_found=bool(folder))
+            except OSError as error:
+                if self.ranks.world_size > 1:
+                    raise
+                logger.warning("features are not kept: %s cannot be written: %s", place, error)
+        if rows is None:
             return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
         if not self.ranks.is_main:
             return None
         if layer == "encoder":
             return torch.from_numpy(np.array(rows))
-        return torch.cat([
-            self.projected(rows[start : start + _ROWS_AT_ONCE])
-            for start in range(0, len(rows), _ROWS_AT_ONCE)
-        ])  # fmt: skip
+        starts = range(0, len(rows), _ROWS_AT_ONCE)
+        return torch.cat([self.projected(rows[one : one + _ROWS_AT_ONCE]) for one in starts])
 
     def stored(
         self, dataset: PackedDataset, folder: Path, *, layer: Layer, says_found: bool = False

@@ -30,14 +30,11 @@ _TRAINED_ON = 100_000  # rows that cells are learned from
 
 
 def similarities(
-    queries: Float[np.ndarray, "q d"],
-    rows: Float[np.ndarray, "n d"],
-    *,
-    block_bytes: int = _BLOCK_BYTES,
+    queries: Float[np.ndarray, "q d"], rows: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, "q n"]:
     """The product of each query with each row; one block of rows is in memory at a time."""
     wanted = torch.from_numpy(queries).float()
-    size = max(1, block_bytes // (4 * rows.shape[1]))
+    size = max(1, _BLOCK_BYTES // (4 * rows.shape[1]))
     found = torch.empty(len(wanted), len(rows))
     for start in range(0, len(rows), size):
         block = torch.from_numpy(np.array(rows[start : start + size], dtype=np.float32))

@@ -48,7 +48,6 @@ def zero_shot_classifier(
     class_names: Sequence[str],
     *,
     templates: Sequence[str],
-    batch_size: int = 512,
     progress: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     folder: Path | None = None,
@@ -65,9 +64,7 @@ def zero_shot_classifier(
     own = class_names[ranks.rank * size :][:size] or class_names[:1]
     prompts = [fill_template(template, name) for name in own for template in templates]
     rows = tokenizer_of(model.config).encode(prompts)
-    features = encode_token_rows(
-        model, rows, batch_size=batch_size, progress=progress, folder=folder
-    )
+    features = encode_token_rows(model, rows, progress=progress, folder=folder)
     each = features.view(len(own), len(templates), -1)
     classifier = F.normalize(each.mean(dim=1), dim=-1)
     padded = F.pad(classifier, (0, 0, 0, size - len(own)))

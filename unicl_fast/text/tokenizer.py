@@ -150,9 +150,11 @@ def _clean(text: str) -> str:
 
 def read_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's vocabulary, token -> id in order, and its merges in order of rank."""
-    pairs = map(str.split, _read_pairs())
-    merges = [(left, right) for left, right in pairs]
-    return _build_vocabulary(merges), merges
+    merges = [(left, right) for left, right in map(str.split, _read_pairs())]
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())  # not in byte order
+    tokens = [*characters, *(character + _WORD_END for character in characters)]
+    tokens += [*(left + right for left, right in merges), _START, _END]
+    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 @functools.cache
@@ -189,15 +191,6 @@ def _read_pairs() -> list[str]:
     if len(pairs) != _NUM_MERGES or any(len(pair.split()) != 2 for pair in pairs):
         raise ValueError(f"{path} does not hold {_NUM_MERGES} pairs; reinstall open_clip_torch")
     return pairs
-
-
-def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Token -> id: bytes, bytes that end a word, merged pairs, the two markers."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())  # not in byte order
-    tokens = [*characters, *(character + _WORD_END for character in characters)]
-    tokens += [left + right for left, right in merges]
-    tokens += [_START, _END]
-    return {token: index for index, token in enumerate(tokens)}
 
 
 @functools.cache
