@@ -154,7 +154,7 @@ class Source:
                     name, image_size=size, drop_path=0.0, key=DropPathKey(0)
                 )
             settings |= {"image_projection": "none", "embed_dim": feature_width(encoder)}
-            objective = "supcon"
+            objective = "none"
         with _blaming(self.name):
             return TrainConfig(
                 data=DataConfig(**self.data),

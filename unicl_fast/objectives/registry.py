@@ -8,17 +8,24 @@ OBJECTIVES = {
     "clip": "unicl:CLIPObjective",
     "sigmoid": "sigmoid:SigmoidObjective",
     "siglip": "sigmoid:SigLIPObjective",
-    "supcon": "supcon:SupConObjective",
     "ce": "cross_entropy:CrossEntropyObjective",
 }
 """File and class of each; the first is the default."""
+_UNTRAINED = {"none": "objective:NoObjective"}
+_LEFT = ("supcon",)
 
 
 def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
     """The class of an objective; ValueError for an unknown name."""
-    if not isinstance(name, str) or name not in OBJECTIVES:
+    known = OBJECTIVES | _UNTRAINED
+    if name in _LEFT:
+        raise ValueError(
+            f"objective.name={name} has left, with second views of images: train with one of "
+            f"{', '.join(OBJECTIVES)}, or use the version that wrote it"
+        )
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, not {name!r}")
-    module, _, attribute = OBJECTIVES[name].partition(":")
+    module, _, attribute = known[name].partition(":")
     found: type[Any] = getattr(import_module(f"{__package__}.{module}"), attribute)
     return found
 
