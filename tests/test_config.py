@@ -138,7 +138,8 @@ def test_names_that_are_unknown_or_stand_twice_are_refused(tmp_path, text, messa
 def test_configs_survive_json(tmp_path):
     free = config_to_dict(TrainConfig())
     free["objective"]["logit_scale_max"] = math.inf
-    every = [config_to_dict(TrainConfig(objective=make_objective(name))) for name in OBJECTIVES]
+    names = *OBJECTIVES, "none"
+    every = [config_to_dict(TrainConfig(objective=make_objective(name))) for name in names]
     for values in (*every, CONFIG, free):
         text = json.dumps(values)
         assert config_to_dict(config_from_dict(json.loads(text))) == values
@@ -182,6 +183,23 @@ def test_removed_options_are_read_at_their_default_and_refused_at_others():
             said = f"^config: {group}.{name}=0.5 is not a field of this version, which no longer"
             with pytest.raises(ValueError, match=f"{said} .*the version that wrote it$"):
                 config_from_dict({group: {name: 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": {"name": "supcon", "temperature": 0.1}}, "name=supcon has left, .*: train"),
+        ({"data": {"augment": ["supcon"]}}, "'supcon': supcon has left with its second view"),
+        ({"data": {"augment": ["a:unicl,views=2"]}}, "'unicl,views=2': views has left, .* leave"),
+        ({"data": {"augment": ["none,blur=0.5"]}}, "'none,blur=0.5': blur has left, .* leave"),
+    ],
+)
+def test_a_config_of_two_views_or_a_blur_is_refused_in_a_sentence(tmp_path, values, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"^{path}: config: .*{message}") as refusal:
+        load_config(path)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])

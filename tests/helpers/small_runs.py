@@ -147,8 +147,9 @@ OBJECTIVES = {
 
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
-    """`tiny_config` for one of `OBJECTIVES`."""
-    return dataclasses.replace(tiny_config(**settings), objective=OBJECTIVES[objective])
+    """`tiny_config` for one of `OBJECTIVES`, or none."""
+    chosen = make_objective("none") if objective == "none" else OBJECTIVES[objective]
+    return dataclasses.replace(tiny_config(**settings), objective=chosen)
 
 
 def labelled_batch(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from unicl_fast.augmentation import read_entries
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
@@ -61,7 +60,6 @@ def set_up(
 
 def check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses (ValueError) settings that cannot work together, before anything is built."""
-    read_entries(config.data.augment)  # early: loaders come later
     check_sharding(config.efficiency, optimizer=config.optim.name)
     if config.model.standardise and not (config.efficiency.stored_features or config.model.init):
         raise ValueError(
