@@ -111,13 +111,11 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 _FIELDS = typing.get_type_hints(Augmentation)
 # timm's single number of that name sets all three
 _JITTER = ("brightness", "contrast", "saturation")
-_LEFT = dict.fromkeys(
-    ("views", "blur", "blur_sigma"), "has left, since each image is shown once: leave it out"
-) | {
-    "supcon": "has left with its second view and its blur; the rest of it is none,"
-    "crop_scale=0.2..1,jitter=0.4,hue=0.1,jitter_probability=0.8,grayscale=0.2",
+_LEFT = dict.fromkeys(("views", "blur", "blur_sigma"), "leave it out") | {
+    "supcon": "without its second view and its blur it is none,crop_scale=0.2..1,jitter=0.4,"
+    "hue=0.1,jitter_probability=0.8,grayscale=0.2",
 }
-"""A preset and fields of earlier versions, for whoever resumes a run with them."""
+"""Fields and a preset of earlier versions, and what replaces them."""
 
 
 def parse_augmentation(text: str) -> Augmentation:
@@ -128,8 +126,9 @@ def parse_augmentation(text: str) -> Augmentation:
     """
     name, *changes = text.split(",")
     try:
-        for one in (name, *(change.partition("=")[0] for change in changes)):
-            require(one not in _LEFT, f"{one} {_LEFT.get(one)}")
+        for one in (name, *changes):
+            key = one.partition("=")[0]
+            require(key not in _LEFT, f"{one} has left: {_LEFT.get(key)}")
         require(
             name in AUGMENTATIONS,
             f"there is no {name!r} to start from; known are {', '.join(AUGMENTATIONS)}",

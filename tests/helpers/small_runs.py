@@ -22,6 +22,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives import registry
+from unicl_fast.objectives.objective import NoObjective
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import collate
 from unicl_fast.stages import span_at
@@ -148,7 +149,7 @@ OBJECTIVES = {
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
     """`tiny_config` for one of `OBJECTIVES`, or none."""
-    chosen = make_objective("none") if objective == "none" else OBJECTIVES[objective]
+    chosen = NoObjective() if objective == "none" else OBJECTIVES[objective]
     return dataclasses.replace(tiny_config(**settings), objective=chosen)
 
 

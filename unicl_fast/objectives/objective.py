@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unicl_fast.objectives.operands import LossForm, Operands
-from unicl_fast.objectives.registry import OBJECTIVES, objective_class
+from unicl_fast.objectives.registry import objective_class
 from unicl_fast.system.checked_fields import check_fields, require
 
 if TYPE_CHECKING:
@@ -129,13 +129,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class NoObjective(Objective):
-    """Of another library's image encoder by itself: to use, evaluate and convert, not to train."""
+    """That of an image encoder of another library, which is used but not trained; no run's."""
 
     name: str = "none"
     uses_texts: ClassVar[bool] = False
-
-    def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> NoObjective:
-        raise ValueError(
-            f"objective.name=none is an image encoder's that is not trained: train with one of "
-            f"{', '.join(OBJECTIVES)}"
-        )

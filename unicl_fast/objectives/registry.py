@@ -11,21 +11,18 @@ OBJECTIVES = {
     "ce": "cross_entropy:CrossEntropyObjective",
 }
 """File and class of each; the first is the default."""
-_UNTRAINED = {"none": "objective:NoObjective"}
-_LEFT = ("supcon",)
 
 
 def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
     """The class of an objective; ValueError for an unknown name."""
-    known = OBJECTIVES | _UNTRAINED
-    if name in _LEFT:
+    if name == "supcon":
         raise ValueError(
-            f"objective.name={name} has left, with second views of images: train with one of "
-            f"{', '.join(OBJECTIVES)}, or use the version that wrote it"
+            "objective.name=supcon has left, with second views of images: choose one of "
+            f"{', '.join(OBJECTIVES)}"
         )
-    if not isinstance(name, str) or name not in known:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, not {name!r}")
-    module, _, attribute = known[name].partition(":")
+    module, _, attribute = OBJECTIVES[name].partition(":")
     found: type[Any] = getattr(import_module(f"{__package__}.{module}"), attribute)
     return found
 
