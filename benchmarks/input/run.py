@@ -95,7 +95,7 @@ class Input(Stage):
 
     def run(self) -> None:
         for spec in self.augment:
-            parse_augmentation(spec)
+            parse_augmentation(spec)  # refused before minutes are spent
         ours = [OURS, RAW] if self.raw_data else [OURS]
         race = _Race([*ours, *choose(self.peers, PEERS), *choose(self.parts, PARTS)])
         with (

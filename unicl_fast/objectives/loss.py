@@ -72,7 +72,7 @@ class LogitStatistics(NamedTuple):
     """
 
     log_sum_exp: Float[Tensor, " n"]
-    """log of the sum of exp(logit); the lowest finite number for an empty sum."""
+    """log of the sum of exp(logit)."""
     positive_sum: Float[Tensor, " n"]
     """Weighted sum of the logits of its positives."""
     positive_weight: Float[Tensor, " n"]

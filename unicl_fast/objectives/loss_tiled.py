@@ -121,7 +121,7 @@ class Tiles:
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
         """Computes log2 of the sums of 2**logit, of rows with counts and of columns without.
 
-        An empty sum gives the lowest finite number; columns mean nothing without `with_columns`.
+        Columns mean nothing without `with_columns`.
         """
         raise NotImplementedError
 
@@ -165,11 +165,7 @@ class TorchTiles(Tiles):
             if self.log2_counts is not None:
                 logits.add_(self.log2_counts[columns])
             _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
-        # an empty sum gives the lowest number, not -inf: its loss is masked, its gradient is 0
-        return (
-            (row_maxima + row_sums.log2()).clamp_(min=lowest),
-            (column_maxima + column_sums.log2()).clamp_(min=lowest),
-        )
+        return row_maxima + row_sums.log2(), column_maxima + column_sums.log2()
 
     def gradients(
         self,

@@ -129,7 +129,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class NoObjective(Objective):
-    """That of an image encoder of another library, which is used but not trained; no run's."""
+    """The objective of another library's image encoder by itself, which no run trains."""
 
     name: str = "none"
     uses_texts: ClassVar[bool] = False
