@@ -80,7 +80,7 @@ SECTIONS = (
         'images ("-raw") are compared with ours of decoded images. Limits do a part of the work.',
     ),
     Section(
-        "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
+        "Augmentation", "input", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>rate by CPU time .*)",
     ),
     Section(
