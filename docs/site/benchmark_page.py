@@ -80,7 +80,7 @@ SECTIONS = (
         'images ("-raw") are compared with ours of decoded images. Limits do a part of the work.',
     ),
     Section(
-        "Augmentation", "input", f"{_RESULTS}/augment_*.json",
+        "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>rate by CPU time .*)",
     ),
     Section(
@@ -221,6 +221,8 @@ def command(program: str, settings: Mapping[str, Any]) -> str:
         if value == usual and field.name != "threads":  # whose default may be the machine's
             continue
         option = field.name.replace("_", "-")
+        if f"--{option}" in words:  # given already
+            continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif value is not None:
