@@ -85,7 +85,7 @@ class CropBatches:
     def batches_in_threads(
         self, start_step: int, *, ahead: int
     ) -> Generator[tuple[Tensor, TrainMetadata], None, None]:
-        """Yields crops uint8 [v*b h w c] and metadata of every step from `start_step` on.
+        """Yields crops uint8 [b h w c] and metadata of every step from `start_step` on.
 
         One thread makes each group of steps.
 
@@ -121,20 +121,14 @@ class CropBatches:
         planned = self._steps.take_planned(first_step, resizer.batches_at_once)
         self._steps.begin(first_step)
         actual, images = self._decoded([step.batch for step in planned], resizer)
-        windows = np.concatenate([batch.windows for batch in actual])
-        views = [
-            np.split(resizer.crop(*images, windows[:, view]), len(actual))
-            for view in range(windows.shape[1])
-        ]
+        crops = resizer.crop(*images, np.concatenate([batch.windows for batch in actual]))
+        parts = np.split(crops, len(actual))
         return [
             HostBatch(
-                inputs=(
-                    crops[0] if len(crops) == 1 else np.concatenate(crops),
-                    *augment_inputs(batch),
-                ),
+                inputs=(own, *augment_inputs(batch)),
                 metadata=self._steps.metadata_of(step, batch),
             )
-            for step, batch, *crops in zip(planned, actual, *views, strict=True)
+            for step, batch, own in zip(planned, actual, parts, strict=True)
         ]
 
     def _decoded(

@@ -1,7 +1,4 @@
-"""The host's part of a step whose images are encoded files or raw pixels: a DALI graph's inputs.
-
-Two views are a batch of twice the images: all first views, then all second ones.
-"""
+"""The host's part of a step whose images are encoded files or raw pixels: a DALI graph's inputs."""
 
 import itertools
 import math
@@ -66,16 +63,14 @@ class HostBatches:
         self._steps.begin(step.batch.step)
         with self.reading.measuring():
             (actual,), images = self._reader.read_files([step.batch])
-        windows = actual.windows.transpose(1, 0, 2).reshape(-1, 5)
-        starts, shapes, flips = split_windows(windows)
-        images = images.repeated(actual.num_views)
+        starts, shapes, flips = split_windows(actual.windows)
         entering: Any
         if self._shape is None:
             entering, starts = cut_to_windows(images, starts, shapes)
         else:  # in one piece, which costs DALI less than many
             size, pixels = math.prod(self._shape), images.content
             in_order = np.array_equal(images.starts, np.arange(len(images)) * size)
-            if not (in_order and (images.sizes == size).all()):  # views repeat, substitutes follow
+            if not (in_order and (images.sizes == size).all()):  # substitutes follow
                 pixels = np.concatenate([file[-size:] for file in images.files()])
             entering = pixels.reshape(-1, *self._shape)
         return HostBatch(
@@ -85,11 +80,8 @@ class HostBatches:
 
 
 def augment_inputs(planned: PlannedBatch) -> tuple[NDArray[np.float32], ...]:
-    """The rows of a batch's augmentation [v*b k]; nothing if no data set augments."""
-    rows = planned.augment_rows
-    if not rows.shape[2]:
-        return ()
-    return (np.ascontiguousarray(rows.transpose(1, 0, 2)).reshape(-1, rows.shape[2]),)
+    """The rows of a batch's augmentation [b k]; nothing if no data set augments."""
+    return (planned.augment_rows,) if planned.augment_rows.size else ()
 
 
 def mean_image_bytes(datasets: Sequence[PackedDataset], data: DataConfig) -> float:

@@ -52,7 +52,7 @@ ONE_BY_ONE = Pace(threads=(1,), ahead=1)
 def choose_pace(
     data: DataConfig, device: torch.device, *, num_images: int, window_bytes: float = 0
 ) -> Pace:
-    """Chooses the pace of a loader whose batches have `num_images`, over all views.
+    """Chooses the pace of a loader whose batches have `num_images`.
 
     Decoders hold all windows of a batch, `window_bytes` each on average.
     """

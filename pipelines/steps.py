@@ -67,8 +67,8 @@ class TrainMetadata:
     weights: NDArray[np.float32] | None
     """Each sample's weight in the loss [b]; None if all are equal."""
 
-    def with_images(self, images: Tensor, second_images: Tensor | None = None) -> Batch:
-        """The whole batch: images uint8 [b h w c] or features [b w], and those of a second view.
+    def with_images(self, images: Tensor) -> Batch:
+        """The whole batch, of images uint8 [b h w c] or features [b w].
 
         Everything goes to the device of the images, if that is a GPU.
         """
@@ -76,7 +76,6 @@ class TrainMetadata:
         batch = Batch(
             step=actual.step,
             images=images,
-            second_images=second_images,
             texts=self.texts,
             targets=self.targets,
             weights=None if self.weights is None else torch.from_numpy(self.weights),

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch, OneIterator, ReadingTime
@@ -107,12 +106,11 @@ class TrainLoader(OneIterator):
         )
         ranks = {"rank": rank, "world_size": world_size}
         self.steps = RankSteps(config, datasets, prompts, self.plan, **ranks, quarantine=quarantine)
-        self.num_images = self.plan.num_views * self.steps.batch_size
         part = sum(data.crop_scale) / 2 if self.form == "files" else 0  # of an image, in a window
         self.pace = choose_pace(
             data,
             self._decode_device,
-            num_images=self.num_images,
+            num_images=self.steps.batch_size,
             window_bytes=part * mean_image_bytes(datasets, data),
         )
         self.host = _host_side(self.steps, data, self.form)
@@ -185,7 +183,9 @@ class TrainLoader(OneIterator):
                     contextlib.closing(self._outputs(step)) as outputs,
                 ):
                     # starmap holds no batch: while one is held, its buffer cannot be reused
-                    yield from itertools.starmap(self._batch_of, outputs)
+                    yield from itertools.starmap(
+                        lambda images, metadata: metadata.with_images(images), outputs
+                    )
                 return
             except DecodingError as error:
                 # Not the error itself: through its traceback it would keep the dead graph alive
@@ -207,20 +207,17 @@ class TrainLoader(OneIterator):
         return decode(
             self.build_graph,
             self.host.batches(start_step),
-            batch_size=self.num_images,
+            batch_size=self.steps.batch_size,
             device=self._decode_device,
             pace=self.pace,
         )
-
-    def _batch_of(self, images: Tensor, metadata: TrainMetadata) -> Batch:
-        return metadata.with_images(*images.chunk(self.plan.num_views))
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
         batch = next(self.host.batches(failed.step))
         actual = batch.metadata.actual
         reasons = find_undecodable(self.build_graph, batch.inputs, device=self._decode_device)
-        rows = [row % len(actual.sample_ids) for row in reasons]  # those of the second view too
+        rows = list(reasons)
         pairs = zip(actual.source_ids[rows].tolist(), actual.sample_ids[rows].tolist(), strict=True)
         self.steps.bad.mark_undecodable(
             (*pair, reason) for pair, reason in zip(pairs, reasons.values(), strict=True)

@@ -12,7 +12,6 @@ from unicl_fast.augmentation import (
     AUGMENTATIONS,
     Augmentation,
     augmentations_of,
-    check_views,
     parse_augmentation,
 )
 from unicl_fast.config import DataConfig, TrainConfig
@@ -36,12 +35,9 @@ FIELDS = {
     "hue": st.floats(0, 0.5),
     "jitter_probability": chances,
     "grayscale": chances,
-    "blur": chances,
-    "blur_sigma": ranges,
     "erase": chances,
     "erase_area": ranges,
     "erase_ratio": ranges,
-    "views": st.sampled_from([1, 2]),
 }
 
 
@@ -80,19 +76,24 @@ def test_jitter_is_three_numbers_at_once():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("strong", "no 'strong' to start from; known are none, clip, unicl, supcon"),
-        ("unicl,blurr=1", "no field 'blurr'; fields are .*blur_sigma"),
-        ("unicl,blur", "expected FIELD=VALUE, not 'blur'"),
-        ("unicl,blur=much", "blur must be a number, not 'much'"),
-        ("unicl,blur=1.5", "blur must be a number in 0 to 1, not 1.5"),
-        ("unicl,blur=nan", "blur must be a number in 0 to 1, not nan"),
-        ("unicl,blur_sigma=2", "blur_sigma must be a range LOW..HIGH, not '2'"),
+        ("strong", "no 'strong' to start from; known are none, clip, unicl$"),
+        ("unicl,eraze=1", "no field 'eraze'; fields are .*erase_area"),
+        ("unicl,erase", "expected FIELD=VALUE, not 'erase'"),
+        ("unicl,erase=much", "erase must be a number, not 'much'"),
+        ("unicl,erase=1.5", "erase must be a number in 0 to 1, not 1.5"),
+        ("unicl,erase=nan", "erase must be a number in 0 to 1, not nan"),
+        ("unicl,erase_area=2", "erase_area must be a range LOW..HIGH, not '2'"),
         ("unicl,crop_scale=0.5..1.5", r"crop_scale must be .* in \(0, 1\], not \(0.5, 1.5\)"),
         ("unicl,flip=2", "flip must be a number in 0 to 1, not 2"),
-        ("unicl,blur_sigma=2..1", "blur_sigma must not fall, as 2..1 does"),
+        ("unicl,erase_ratio=2..1", "erase_ratio must not fall, as 2..1 does"),
         ("unicl,policy=trivial", "policy must be one of none, rand, not 'trivial'"),
-        ("unicl,views=1.0", "views must be a whole number"),
-        ("unicl,views=3", "views must be a whole number in 1 to 2, not 3"),
+        ("unicl,policy_ops=1.0", "policy_ops must be a whole number"),
+        ("unicl,policy_ops=9", "policy_ops must be a whole number in 1 to 8, not 9"),
+        ("supcon", "supcon has left: without .* it is none,crop_scale=0.2..1,jitter=0.4,hue=0.1,"),
+        ("supcon,views=1", "'supcon,views=1': supcon has left: without"),
+        ("unicl,views=2", "views=2 has left: leave it out"),
+        ("unicl,blur=0.5", "blur=0.5 has left: leave it out"),
+        ("unicl,blur_sigma=0.1..1", "blur_sigma=0.1..1 has left: leave it out"),
         ("unicl,magnitude=11", "magnitude must be a number in 0 to 10.0, not 11"),
         ("unicl,brightness=-1", r"brightness must be a number in \[0, inf\), not -1"),
         ("unicl,hue=0.6", "hue must be a number in 0 to 0.5, not 0.6"),
@@ -108,10 +109,10 @@ def test_what_is_wrong_is_said_when_the_config_is_made(text, message):
 def test_an_entry_for_one_data_set_counts_before_the_one_for_all():
     folders = ["packed/a/train", "packed/b/train", "packed/captions", "packed/odd:name"]
     found = augmentations_of(
-        ["unicl", "captions:clip", "b/train:none", "odd:name:none,blur=1"], folders
+        ["unicl", "captions:clip", "b/train:none", "odd:name:none,erase=1"], folders
     )
     unicl, clip, none = (AUGMENTATIONS[name] for name in ("unicl", "clip", "none"))
-    assert found == [unicl, none, clip, Augmentation(blur=1.0)]
+    assert found == [unicl, none, clip, Augmentation(erase=1.0)]
     assert augmentations_of(["train:clip", "b/train:unicl"], folders) == [clip, unicl, none, none]
     assert augmentations_of([], folders) == [none] * 4
 
@@ -134,7 +135,6 @@ def test_an_entry_names_a_url_by_its_end_and_a_link_by_either_name(tmp_path):
     ("entries", "message"),
     [
         (["c:unicl"], "no data set is called 'c'; there are a, b"),
-        (["a:supcon"], "views are a 2, b 1"),
         (["unicl", "clip"], "two entries for all data sets: unicl clip"),
         (["a:unicl", "a:clip"], "two entries for a"),
         ([":unicl"], "expected NAME:SPEC"),
@@ -145,18 +145,8 @@ def test_entries_that_fit_no_data_set_or_not_together(entries, message):
         augmentations_of(entries, ["x/a", "x/b"])
 
 
-def test_views_are_as_many_as_the_objective_looks_at():
-    with pytest.raises(ValueError, match="two views.*views=1"):
-        check_views(["a:supcon"], name="unicl", num_views=1)
-    check_views(["supcon,views=1", "a:unicl"], name="unicl", num_views=1)
-    for entries in ([], ["unicl"], ["supcon", "a:unicl"]):
-        with pytest.raises(ValueError, match="shows one; set --data.augment supcon"):
-            check_views(entries, name="supcon", num_views=2)
-    check_views(["supcon", "a:unicl,views=2"], name="supcon", num_views=2)
-
-
 def test_the_released_recipe_is_that_of_the_large_presets():
     assert build_preset("swin-base").data.augment == ("unicl",)
     assert build_preset("cifar10-small").data.augment == ()
-    config = TrainConfig(data=DataConfig(augment=("unicl,blur=0.5", "a:clip")))
+    config = TrainConfig(data=DataConfig(augment=("unicl,erase=0.5", "a:clip")))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config

@@ -184,6 +184,26 @@ def test_removed_options_are_read_at_their_default_and_refused_at_others():
                 config_from_dict({group: {name: 0.5}})
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"objective": {"name": "supcon", "temperature": 0.5}, "data": {"augment": ["supcon"]}},
+            "objective.name=supcon has left, .*: choose one of unicl, .*",
+        ),
+        ({"data": {"augment": ["supcon"]}}, "'supcon': supcon has left: without"),
+        ({"data": {"augment": ["a:unicl,views=2"]}}, "'unicl,views=2': views=2 has left: leave"),
+        ({"data": {"augment": ["none,blur=0.5"]}}, "'none,blur=0.5': blur=0.5 has left: leave"),
+    ],
+)
+def test_a_config_of_two_views_or_a_blur_is_refused_in_a_sentence(tmp_path, values, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"^{path}: config: .*{message}.*Resume or") as refusal:
+        load_config(path)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])
 def test_initial_weights_have_a_short_option(name, monkeypatch):
     nothing: dict[str, dict] = {"model": {}, "data": {}}

@@ -42,9 +42,6 @@ CHANGES: dict[str, str] = {
     "objective.name": "clip",
     "objective.logit_scale_init": "1.0",
     "objective.logit_scale_max": "1.0",
-    "objective.temperature": (
-        "0.3 --objective.name supcon --data.augment supcon --data.train LABELS"
-    ),
     "model.image_encoder": "test_vit",
     "model.drop_path": "0.9 --model.image-encoder test_vit",
     "model.text_width": "32",
@@ -187,9 +184,8 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("objective", "", make_objective("clip")),
     ("objective", "", make_objective("unicl", positives="labels")),
     ("objective", "", make_objective("sigmoid")),
-    ("objective", "", make_objective("supcon")),
     ("objective", "", make_objective("ce", num_classes=(9,))),
-    ("data", "augment", ("supcon",)),
+    ("data", "augment", ("unicl",)),
     ("optim", "name", "lamb"),
     ("optim", "name", "muon"),
     ("optim", "freeze", ("image",)),

@@ -123,7 +123,7 @@ def test_what_stages_cannot_go_with_is_refused():
         config_of(LOW, data=windows)
     config_of(LOW, data=dataclasses.replace(windows, shuffle_groups=1))
     with pytest.raises(ValueError, match="context_length is for objectives with texts"):
-        config_of("0.5:context_length=8", objective=make_objective("supcon"))
+        config_of("0.5:context_length=8", objective=make_objective("ce"))
     with pytest.raises(ValueError, match="the same in every step"):
         config_of(
             "0.8:image_size=32",

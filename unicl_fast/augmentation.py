@@ -1,6 +1,6 @@
 """Augmentation of training images beyond cropping and flipping: probabilities and ranges.
 
-Written as a preset's name and changes to it (`unicl,blur=0.5`). See docs/augmentation.md.
+Written as a preset's name and changes to it (`unicl,erase=0.5`). See docs/augmentation.md.
 """
 
 import dataclasses
@@ -26,13 +26,12 @@ Policy = Literal["none", "rand"]
 
 LARGEST_MAGNITUDE = 10.0  # randAugment's magnitudes run from 0 to this, as in timm
 
-Sigma = Annotated[float, Meta(gt=0, le=20)]
 Ratio = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Augmentation of a data set, applied in the order policy, jitter, grayscale, blur, erasing."""
+    """Augmentation of a data set, applied in the order policy, jitter, grayscale, erasing."""
 
     crop_scale: tuple[PositiveFraction, PositiveFraction] | None = None
     """Smallest and largest fraction of the area that a crop covers; None uses data.crop_scale."""
@@ -60,22 +59,16 @@ class Augmentation:
     """Probability that an image's colours are jittered."""
     grayscale: Fraction = 0.0
     """Probability that an image becomes grayscale."""
-    blur: Fraction = 0.0
-    """Probability of a Gaussian blur."""
-    blur_sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, in pixels of the model's image."""
     erase: Fraction = 0.0
     """Probability that a rectangle is erased: filled with the mean colour (data.mean)."""
     erase_area: tuple[PositiveFraction, PositiveFraction] = (0.02, 1 / 3)
     """Smallest and largest fraction of the image that the rectangle covers."""
     erase_ratio: tuple[Ratio, Ratio] = (0.3, 1 / 0.3)
     """Smallest and largest height/width of the rectangle."""
-    views: Annotated[int, Meta(ge=1, le=2)] = 1
-    """2 gives two views of each image, each with its own crop, flip and augmentation."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("crop_scale", "blur_sigma", "erase_area", "erase_ratio"):
+        for name in ("crop_scale", "erase_area", "erase_ratio"):
             low, high = getattr(self, name) or (0, 0)
             require(low <= high, f"{name} must not fall, as {low:g}..{high:g} does")
 
@@ -102,7 +95,7 @@ class Augmentation:
     @property
     def changes_pixels(self) -> bool:
         """Whether an image is changed after cropping, resizing and flipping."""
-        return self.changes_colours or bool(self.stages) or max(self.blur, self.erase) > 0
+        return self.changes_colours or bool(self.stages) or self.erase > 0
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
@@ -113,33 +106,29 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "unicl": Augmentation(
         policy="rand", brightness=0.4, contrast=0.4, saturation=0.4, erase=0.25
     ),
-    # SupCon's crop and colours with SimCLR's blur, as in MoCo v2
-    "supcon": Augmentation(
-        crop_scale=(0.2, 1.0),
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        jitter_probability=0.8,
-        grayscale=0.2,
-        blur=0.5,
-        views=2,
-    ),
 }  # fmt: skip
 
 _FIELDS = typing.get_type_hints(Augmentation)
 # timm's single number of that name sets all three
 _JITTER = ("brightness", "contrast", "saturation")
+_LEFT = dict.fromkeys(("views", "blur", "blur_sigma"), "leave it out") | {
+    "supcon": "without its second view and its blur it is none,crop_scale=0.2..1,jitter=0.4,"
+    "hue=0.1,jitter_probability=0.8,grayscale=0.2",
+}
+"""Fields and a preset of earlier versions, and what replaces them."""
 
 
 def parse_augmentation(text: str) -> Augmentation:
-    """Reads NAME[,FIELD=VALUE...], for example `unicl,blur=0.5,blur_sigma=0.1..2`.
+    """Reads NAME[,FIELD=VALUE...], for example `unicl,erase=0.5,erase_area=0.1..0.2`.
 
     NAME is one of `AUGMENTATIONS`, a FIELD one of `Augmentation` or `jitter` (brightness, contrast
     and saturation at once), and a range is LOW..HIGH. Raises ValueError for anything else.
     """
     name, *changes = text.split(",")
     try:
+        for one in (name, *changes):
+            key = one.partition("=")[0]
+            require(key not in _LEFT, f"{one} has left: {_LEFT.get(key)}")
         require(
             name in AUGMENTATIONS,
             f"there is no {name!r} to start from; known are {', '.join(AUGMENTATIONS)}",
@@ -180,29 +169,12 @@ def read_entries(entries: Sequence[str]) -> dict[str, Augmentation]:
     return chosen
 
 
-def check_views(entries: Sequence[str], num_views: int, *, name: str) -> None:
-    """Raises ValueError unless `data.augment` gives the objective's number of views."""
-    views = {augmentation.views for augmentation in read_entries(entries).values()}
-    shown = " ".join(entries)
-    if num_views == 2 and views != {2}:
-        raise ValueError(
-            f"objective.name={name} compares two views of each image, but data.augment "
-            f"({shown or 'empty'}) shows one; set --data.augment supcon, or add views=2, for "
-            "example unicl,views=2"
-        )
-    if num_views == 1 and 2 in views:
-        raise ValueError(
-            f"data.augment ({shown}) shows each image in two views, but objective.name={name} "
-            "would not look at the second; add views=1, for example supcon,views=1"
-        )
-
-
 def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> list[Augmentation]:
     """Each data set's augmentation, by the entries of `data.augment`.
 
     An entry is SPEC for all data sets, or NAME:SPEC for those whose folder is called NAME (or whose
     path or URL, in `places`, ends with it); the longest matching NAME counts. Raises ValueError for
-    an entry that is invalid or names no data set, or if only some data sets have two views.
+    an entry that is invalid or names no data set.
     """
     chosen = read_entries(entries)
     general = chosen.pop("", Augmentation())
@@ -226,13 +198,6 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
             name in named,
             f"data.augment: no data set is called {name!r}; there are {', '.join(names)}",
         )
-    views = [augmentation.views for augmentation in found]
-    require(
-        len(set(views)) < 2,
-        "data.augment: a batch shows one view of all its images or two of all, but views are "
-        + ", ".join(f"{name} {count}" for name, count in zip(names, views, strict=True))
-        + "; set views=1 or views=2 for all",
-    )
     return found
 
 

@@ -71,8 +71,6 @@ class Batch:
     images: Tensor
     """uint8 [b h w c], RGB; or stored features of a frozen image encoder, [b w] of its type
     (`efficiency.stored_features`)."""
-    second_images: Tensor | None = None
-    """uint8 [b h w c], RGB: the second view of each image, if `data.augment` has two."""
     texts: Texts
     targets: Targets
     weights: Tensor | None = None
@@ -103,7 +101,7 @@ class Batch:
         return _tensors(self, _INPUTS) | _tensors(self.texts) | _tensors(self.targets)
 
 
-_INPUTS = ("images", "second_images", "weights", "global_index")
+_INPUTS = ("images", "weights", "global_index")
 
 
 def _tensors(fields: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:

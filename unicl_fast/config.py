@@ -104,7 +104,7 @@ class DataConfig:
     flip_probability: Fraction = 0.5
     """Probability of a horizontal flip in training."""
     augment: tuple[str, ...] = ()
-    """Augmentation: none, clip, unicl or supcon, and changes. For example unicl,blur=0.5; NAME:SPEC
+    """Augmentation: none, clip or unicl, and changes. For example unicl,erase=0.5; NAME:SPEC
     is for the data set in a folder called NAME. See docs/augmentation.md."""
     evaluation_resize: Pixels | Literal["longest", "squash"] = 256
     """Pixels of the shorter side before evaluation crops image_size in the centre, as does training

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.config import TrainConfig
+from unicl_fast.objectives.objective import Objective
 from unicl_fast.system.checked_fields import from_json_values
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.system.wording import shorten, without_secrets
 
 REMOVED: dict[str, dict[str, Any]] = {
     "data": {"prefetch": 0},
-    "objective": {"mixup": 0.0, "cutmix": 0.0},
+    "objective": {"mixup": 0.0, "cutmix": 0.0, "temperature": 0.1},
     "model": {"token_drop": 0.0},
     "optim": {"ema_decay": 0.0},
 }
@@ -65,8 +66,8 @@ def config_from_dict(values: Any) -> TrainConfig:
     try:
         return from_json_values(TrainConfig, without_removed(values))
     except ValueError as error:
-        unknown = "not a field of this version" in str(error)
-        hint = ". Resume or export it with the version that wrote it" * unknown
+        is_of_another = "not a field of this version" in str(error) or " has left" in str(error)
+        hint = ". Resume or export it with the version that wrote it" * is_of_another
         raise ValueError(f"config: {error}{hint}") from error
 
 
@@ -74,6 +75,7 @@ def without_removed(values: Any) -> Any:
     """Leaves out the removed options of a config's JSON; ValueError if one was in use."""
     if not isinstance(values, dict):
         return values
+    Objective.class_for(values.get("objective"))  # first: one that has left explains the others
     found = dict(values)
     for group, unused in REMOVED.items():
         if not isinstance(given := values.get(group), dict):

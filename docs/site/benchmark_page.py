@@ -221,6 +221,8 @@ def command(program: str, settings: Mapping[str, Any]) -> str:
         if value == usual and field.name != "threads":  # whose default may be the machine's
             continue
         option = field.name.replace("_", "-")
+        if f"--{option}" in words:  # given already
+            continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif value is not None:

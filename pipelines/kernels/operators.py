@@ -35,7 +35,6 @@ class GraphParts:
     """Operators of policies, in order."""
     stages: int
     twists: bool
-    blurs: bool
     erases: bool
     fill: tuple[int, int, int]
     """Levels that an erased rectangle shows."""
@@ -54,7 +53,6 @@ def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> G
         operators=tuple(sorted({one.operator for one in RAND})) if stages else (),
         stages=stages,
         twists=any(each.changes_colours for each in augmentations),
-        blurs=any(each.blur > 0 for each in augmentations),
         erases=any(each.erase > 0 for each in augmentations),
         fill=(red, green, blue),
     )
@@ -234,9 +232,6 @@ def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
                 saturation=rows[Column.SATURATION],
                 hue=rows[Column.HUE],
             )
-    if parts.blurs:  # noqa: SIM102
-        if rows[Column.SIGMA] > 0:
-            images = fn.gaussian_blur(images, sigma=rows[Column.SIGMA])
     if parts.erases:
         # Not split: it copies as it goes, and what was put together after an `if` must be copied
         # into one piece of memory anyway. A rectangle of 0 rows erases nothing.

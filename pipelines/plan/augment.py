@@ -54,11 +54,9 @@ class Column(enum.IntEnum):
     SATURATION = 3
     HUE = 4
     """The hue's turn in degrees."""
-    SIGMA = 5
-    """Standard deviation of the blur, in pixels; 0 is none."""
-    ERASED = 6
+    ERASED = 5
     """Top, left, height, width of the rectangle, in pixels; 0 rows high is none."""
-    STAGES = 10
+    STAGES = 9
     """For each stage of a policy, an `Operator` and its parameters."""
 
 
@@ -101,9 +99,8 @@ def draw_rows(
         return rows
     key = np.uint64(key)  # type: ignore[assignment]
     jitter = (augmentation.jitter_chance, *augmentation.strengths, augmentation.grayscale)
-    blur = (augmentation.blur, *augmentation.blur_sigma)
     erase = (augmentation.erase, *augmentation.erase_area, *augmentation.erase_ratio)
-    _draw_colours(rows, draws, key, np.array(jitter), np.array(blur))
+    _draw_colours(rows, draws, key, np.array(jitter))
     _draw_rectangles(rows, draws, key, np.array(erase), image_size)
     if augmentation.policy == "none":
         return rows
@@ -223,8 +220,7 @@ def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -
 _JITTER_COIN = 0
 _JITTER = 1  # and the three after it
 _GRAYSCALE_COIN = 5
-_BLUR_COIN = 6
-_BLUR_SIGMA = 7
+# 6 and 7 were a blur's
 _ERASE_COIN = 8
 _ERASE_TRIES = 16  # 4 each
 _STAGES = 64  # 8 each: operation, coin, two for the strength, sign
@@ -232,7 +228,7 @@ _TRIES = 10
 
 
 @kernel
-def _draw_colours(rows: Any, draws: Any, key: Any, jitter: Any, blur: Any) -> None:
+def _draw_colours(rows: Any, draws: Any, key: Any, jitter: Any) -> None:
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
         if random_unit(stream, _JITTER_COIN) < jitter[0]:
@@ -245,8 +241,6 @@ def _draw_colours(rows: Any, draws: Any, key: Any, jitter: Any, blur: Any) -> No
         if random_unit(stream, _GRAYSCALE_COIN) < jitter[5]:
             rows[i, 0] = 1.0
             rows[i, 3] = 0.0
-        if random_unit(stream, _BLUR_COIN) < blur[0]:
-            rows[i, 5] = blur[1] + (blur[2] - blur[1]) * random_unit(stream, _BLUR_SIGMA)
 
 
 @kernel
@@ -265,10 +259,10 @@ def _draw_rectangles(rows: Any, draws: Any, key: Any, erase: Any, side: int) -> 
             height = np.rint(math.sqrt(area * aspect))
             width = np.rint(math.sqrt(area / aspect))
             if 0 < height < side and 0 < width < side:
-                rows[i, 6] = math.floor(random_unit(stream, draw + 2) * (side - height + 1))
-                rows[i, 7] = math.floor(random_unit(stream, draw + 3) * (side - width + 1))
-                rows[i, 8] = height
-                rows[i, 9] = width
+                rows[i, 5] = math.floor(random_unit(stream, draw + 2) * (side - height + 1))
+                rows[i, 6] = math.floor(random_unit(stream, draw + 3) * (side - width + 1))
+                rows[i, 7] = height
+                rows[i, 8] = width
                 break
 
 

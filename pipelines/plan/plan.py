@@ -7,7 +7,6 @@ computes only its local batch. order.py, crop.py and augment.py have the formula
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,8 +71,7 @@ class PlannedBatch:
     source_ids: NDArray[np.int32]
     sample_ids: Int64Array
     windows: NDArray[np.int32]
-    """[b v 5] the crop window of each view: first row and column, height, width, and 1 where it is
-    flipped."""
+    """[b 5] the crop window: first row and column, height, width, and 1 where it is flipped."""
     captions: Int64Array
     """Number of the caption that is the sample's text; -1 if the text is a prompt."""
     labels: Int64Array
@@ -83,12 +81,8 @@ class PlannedBatch:
     templates: Int64Array
     """Number of the prompt's template; -1 if the text is a caption."""
     augment_rows: NDArray[np.float32]
-    """[b v k] the augmentation of each view beyond its window, columns as in `augment.Column`; k
-    is 0 if no source augments."""
-
-    @property
-    def num_views(self) -> int:
-        return int(self.windows.shape[1])
+    """[b k] the augmentation beyond the window, columns as in `augment.Column`; k is 0 if no source
+    augments."""
 
 
 def source_of(
@@ -154,8 +148,7 @@ class _Purpose(enum.IntEnum):
     CROP = 6
     FLIP = 7
     SUBSTITUTE = 8
-    SECOND_VIEW = 9
-    AUGMENT = 10
+    AUGMENT = 10  # 9 was a second view's
 
 
 def schedule_draws(
@@ -228,10 +221,9 @@ class TrainPlan:
         """Checks that every draw will find a sample with a text.
 
         `weights` are each source's part of every batch, in any unit; None uses the numbers of
-        samples, so that all sources finish an epoch together. `augmentations` are each source's,
-        with one number of views. `spans` are those of a run in stages, of which `stage` is planned
-        here. Raises ValueError for an empty source, one smaller than its part of a batch, or a
-        sample without text.
+        samples, so that all sources finish an epoch together. `augmentations` are each source's.
+        `spans` are those of a run in stages, of which `stage` is planned here. Raises ValueError
+        for an empty source, one smaller than its part of a batch, or a sample without text.
         """
         for source in sources:
             _check_source(source)
@@ -248,7 +240,6 @@ class TrainPlan:
         self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
-        self.num_views = self._augmentations[0].views
         self.seed = seed
         self.weighted = {
             number: WeightedDraws(one.weights, seed=seed, source=number)
@@ -354,7 +345,7 @@ class TrainPlan:
             rows = source.samples.take(sample_ids[mine])  # 18 times as fast as [] for whole rows
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
             texts[:, mine] = self._draw_texts(step, source, rows, draws[mine], streams=streams)
-        windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
+        windows, augment_rows = self._draw_crops(sizes, source_ids, draws, streams=streams)
         return PlannedBatch(
             step=step,
             global_index=global_index,
@@ -367,7 +358,7 @@ class TrainPlan:
             augment_rows=augment_rows,
         )
 
-    def _draw_views(
+    def _draw_crops(
         self,
         sizes: Int64Array,
         source_ids: NDArray[np.int32],
@@ -375,36 +366,36 @@ class TrainPlan:
         *,
         streams: tuple[int, ...],
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Windows and augmentation rows of each view; `sizes` are heights and widths [2 b]."""
+        """Windows and augmentation rows; `sizes` are heights and widths [2 b]."""
         data, width = self._data, row_width(self._augmentations)
-        windows = np.empty((len(draws), self.num_views, 5), dtype=np.int32)
-        augment_rows = np.zeros((len(draws), self.num_views, width), dtype=np.float32)
-        for view in range(self.num_views):
-            own = (*streams, _Purpose.SECOND_VIEW) if view else streams
-            for number, augmentation in enumerate(self._augmentations):
-                mine = _rows_of(number, source_ids, self.sizes)
-                counters, key_of = draws[mine], functools.partial(self._key, *own)
-                windows[mine, view, :2], windows[mine, view, 2:4] = random_windows(
-                    sizes[0, mine],
-                    sizes[1, mine],
+        crop, flip, augment = (
+            self._key(*streams, purpose)
+            for purpose in (_Purpose.CROP, _Purpose.FLIP, _Purpose.AUGMENT)
+        )
+        windows = np.empty((len(draws), 5), dtype=np.int32)
+        augment_rows = np.zeros((len(draws), width), dtype=np.float32)
+        for number, augmentation in enumerate(self._augmentations):
+            mine = _rows_of(number, source_ids, self.sizes)
+            counters = draws[mine]
+            windows[mine, :2], windows[mine, 2:4] = random_windows(
+                sizes[0, mine],
+                sizes[1, mine],
+                counters,
+                key=crop,
+                scale=augmentation.crop_scale or data.crop_scale,
+                ratio=data.crop_ratio,
+                part_shown=data.part_shown,
+            )
+            chance = data.flip_probability if augmentation.flip is None else augmentation.flip
+            windows[mine, 4] = random_units(np.uint64(flip), counters) < chance
+            if width:
+                augment_rows[mine] = draw_rows(
+                    augmentation,
                     counters,
-                    key=key_of(_Purpose.CROP),
-                    scale=augmentation.crop_scale or data.crop_scale,
-                    ratio=data.crop_ratio,
-                    part_shown=data.part_shown,
+                    key=augment,
+                    image_size=data.image_size,
+                    stages=num_stages(self._augmentations),
                 )
-                flip = augmentation.flip
-                flip = data.flip_probability if flip is None else flip
-                key = np.uint64(key_of(_Purpose.FLIP))
-                windows[mine, view, 4] = random_units(key, counters) < flip
-                if width:
-                    augment_rows[mine, view] = draw_rows(
-                        augmentation,
-                        counters,
-                        key=key_of(_Purpose.AUGMENT),
-                        image_size=data.image_size,
-                        stages=num_stages(self._augmentations),
-                    )
         return windows, augment_rows
 
     def _draw_texts(

@@ -83,7 +83,7 @@ def test_unusable_arguments_are_named(model, photos, tmp_path):
         model.classify(photos, NAMES, templates=["a photo"])
     with pytest.raises(ValueError, match="list of texts"):
         model.embed_texts("a dog")
-    without = Model(build_model(objective_config("supcon")).double())
+    without = Model(build_model(objective_config("none")).double())
     assert without.embed_images(photos[:2]).shape == (2, 8)
     with pytest.raises(ValueError, match="no text encoder"):
         without.classify(photos, NAMES)

@@ -305,7 +305,7 @@ def test_a_search_says_what_it_lacks(model, data, monkeypatch, caplog):
                 index.by_texts(["a"], by=by)
         with pytest.raises(ValueError, match="must be a list"):
             index.by_texts("a dog")
-    without = Model(build_model(objective_config("supcon")))
+    without = Model(build_model(objective_config("none")))
     with PackedDataset(data / "labels") as dataset:
         rows = np.ones((len(dataset), 4), np.float32)
         index = SearchIndex(without, dataset, rows)

@@ -71,7 +71,6 @@ def test_the_collectives_of_a_step_are_those_of_the_table(world_size):
 
 OTHERS = {
     "micro-batches": {"micro_batch_size": 6},
-    "supcon": {"objective": "supcon"},
     "ce": {"objective": "ce"},
     "BatchNorm": {"image_encoder": "unicl_convnet7_small"},
     "shard=optimizer": {"shard": "optimizer"},

@@ -238,7 +238,7 @@ WINDOWS = [(dtype, {"shift": shift}) for dtype in (BF16, FP16, FP32) for shift i
 PLAIN = {"counted": False}
 LOSSES = [
     *((BF16, {}), (FP32, {}), (FP64, {}), (FP32, {"precision": "tf32"})),
-    *((BF16, PLAIN | {"exclude_self": True}), (FP32, PLAIN | {"exclude_self": True})),
+    *((BF16, PLAIN), (FP32, PLAIN)),
     (BF16, PLAIN | {"with_columns": False}),
 ]
 

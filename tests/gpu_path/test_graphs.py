@@ -53,7 +53,7 @@ def devices_of(pipeline: Pipeline) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("augmentation", ["none", "clip", "supcon"])
+@pytest.mark.parametrize("augmentation", ["none", "clip", "unicl"])
 @pytest.mark.parametrize("form", ["files", "pixels"])
 def test_a_training_graph_is_one_that_dali_can_build(form, augmentation):
     found = devices_of(

@@ -30,7 +30,7 @@ VERSIONS = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 slow = pytest.mark.slow
-OBJECTIVES = ["unicl", "clip", "supcon", "ce"]
+OBJECTIVES = ["unicl", "clip", "ce"]
 # What makes a step another one, by the name of its budget: objective, precision, settings.
 STEPS = [
     pytest.param("unicl", "bf16", {}, id="unicl bf16"),

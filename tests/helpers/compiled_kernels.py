@@ -145,7 +145,6 @@ def compile_loss(
     *,
     folder: Path,
     counted: bool = True,
-    exclude_self: bool = False,
     with_columns: bool = True,
     precision: str | None = None,
 ) -> Any:
@@ -155,7 +154,6 @@ def compile_loss(
     blocks = blocks_for(dtype, capability=capability)._asdict()
     names = set(kernel.arg_names)
     constants = {
-        "exclude_self": exclude_self,
         "precision": precision or _precision(dtype),
         **{name: blocks[name] for name in ("height", "width", "depth")},
         **({} if counted else {"counts": None}),
@@ -163,7 +161,7 @@ def compile_loss(
     }
     wide = TYPES[torch.promote_types(dtype, torch.float32)]
     features = dict.fromkeys(("images", "texts", "gradient"), f"*{TYPES[dtype]}")
-    sizes = dict.fromkeys(("b", "u", "d", "offset"), "i32")
+    sizes = dict.fromkeys(("b", "u", "d"), "i32")
     types = dict.fromkeys(kernel.arg_names, f"*{wide}") | features | sizes
     return compile_ahead(
         kernel,

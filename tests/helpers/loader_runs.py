@@ -55,18 +55,11 @@ def texts_of(batch: Batch) -> torch.Tensor:
     )
 
 
-def views_of(batch: Batch) -> torch.Tensor:
-    """All views of each image [b v h w c]."""
-    views = [batch.images] if batch.second_images is None else [batch.images, batch.second_images]
-    return torch.stack(views, dim=1)
-
-
 def assert_joined(parts: Sequence[Batch], whole: Batch) -> None:
     """The ranks' batches of a step are the global one."""
-    for name in ("global_index", "sample_ids", "scheduled_ids", "source_ids"):
+    for name in ("images", "global_index", "sample_ids", "scheduled_ids", "source_ids"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(whole, name)), name
-    assert torch.equal(torch.cat(list(map(views_of, parts))), views_of(whole))
     assert torch.equal(torch.cat(list(map(texts_of, parts))), texts_of(whole))
 
 
@@ -86,7 +79,7 @@ def count_replaced(
         is_bad = torch.tensor([pair in bad for pair in planned])
         assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
         assert not bad & set(zip(sources, batch.sample_ids.tolist(), strict=True))
-        assert torch.equal(views_of(batch)[~is_bad], views_of(whole)[~is_bad])
+        assert torch.equal(batch.images[~is_bad], whole.images[~is_bad])
         assert torch.equal(texts_of(batch)[~is_bad], texts_of(whole)[~is_bad])
         count += int(is_bad.sum())
     return count

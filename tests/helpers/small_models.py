@@ -23,7 +23,7 @@ def small_config(image_encoder: str = "test_vit", image_size: int = 160) -> Trai
             interpolation="bicubic",
             mean=(0.4, 0.5, 0.6),
             std=(0.3, 0.2, 0.25),
-            augment=("unicl", "secret:clip,blur=0.5"),
+            augment=("unicl", "secret:clip,erase=0.5"),
         ),
         model=ModelConfig(
             image_encoder=image_encoder,

@@ -22,6 +22,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives import registry
+from unicl_fast.objectives.objective import NoObjective
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import collate
 from unicl_fast.stages import span_at
@@ -130,7 +131,6 @@ _BY_LABELS = {"positives": "labels"}
 _SETTINGS = {
     "unicl": ("unicl", {}),
     "clip": ("clip", {}),
-    "supcon": ("supcon", {}),
     "ce": ("ce", {"num_classes": (2, 3)}),
     "sigmoid": ("sigmoid", {}),
     "siglip": ("siglip", {}),
@@ -148,14 +148,9 @@ OBJECTIVES = {
 
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
-    """`tiny_config` for one of `OBJECTIVES`."""
-    config = tiny_config(**settings)
-    views = ("supcon",) if objective == "supcon" else ()
-    return dataclasses.replace(
-        config,
-        objective=OBJECTIVES[objective],
-        data=dataclasses.replace(config.data, augment=views),
-    )
+    """`tiny_config` for one of `OBJECTIVES`, or none."""
+    chosen = NoObjective() if objective == "none" else OBJECTIVES[objective]
+    return dataclasses.replace(tiny_config(**settings), objective=chosen)
 
 
 def labelled_batch(
@@ -192,13 +187,12 @@ def labelled_batch(
         rank=rank,
         world_size=world_size,
     )
-    second = batch.images.flip(2) if objective == "supcon" else None
     if "weighted" in objective:
         weights, texts = 1.0 + batch.global_index**2 % 7, batch.texts
         sums = torch.zeros(len(texts.tokens)).index_add(0, texts.index, weights)
         texts = dataclasses.replace(texts, weights=sums)
         batch = dataclasses.replace(batch, weights=weights, texts=texts)
-    return dataclasses.replace(batch, second_images=second)
+    return batch
 
 
 class StepLoader:

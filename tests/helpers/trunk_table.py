@@ -55,10 +55,10 @@ TRUNK = (
     "pipelines/running.py",
     "pipelines/train_loader.py",
 )
-BUILT_IN = ("unicl", "clip", "sigmoid", "siglip", "supcon", "ce")
+BUILT_IN = ("unicl", "clip", "sigmoid", "siglip", "ce")
 # Objectives and augmentations by the names that code would have for them: the trunk has none.
 FEATURES = re.compile(
-    r"supcon|sigmoid|siglip|cross_entropy|class_rows|logit_bias|mixup|cutmix|distil|reinforce|"
+    r"sigmoid|siglip|cross_entropy|class_rows|logit_bias|mixup|cutmix|distil|reinforce|"
     r"ancestor|balance|lora|dora|peft|(?<!\.)\bclip\b(?!_)|\"ce\"|=ce\b",
     re.IGNORECASE,
 )

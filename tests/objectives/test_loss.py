@@ -145,9 +145,9 @@ MEMBERSHIP = Membership(torch.arange(4), torch.arange(4), torch.ones(4))
         ({"class_ids": torch.arange(3)}, "expected 4 class_ids"),
         ({"text_features": torch.ones(2, 16)}, "pass text_class_ids"),
         ({"text_features": torch.ones(4, 8)}, "differ in dimension"),
-        ({"text_counts": torch.ones(4), "exclude_self": True}, "no text_counts"),
+        ({"text_counts": torch.ones(3)}, "expected 4 text_counts"),
         ({"class_ids": MEMBERSHIP._replace(labels=torch.arange(3))}, "Membership to be .e., got"),
-        ({"class_ids": MEMBERSHIP, "exclude_self": True}, "a Membership needs text_class_ids"),
+        ({"class_ids": MEMBERSHIP}, "a Membership needs text_class_ids"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -31,7 +31,7 @@ from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.encoding import encoder_input, shown_images, shown_indices
+from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.step import global_loss
 
 
@@ -53,23 +53,6 @@ def logits_of(model: UniCL, pixels: torch.Tensor, batch: Batch) -> torch.Tensor:
     images, texts, learnt = model(pixels, batch.texts.tokens)
     logits = learnt["logit_scale"].exp() * images @ texts[batch.texts.index].T
     return logits + learnt.get("logit_bias", 0)
-
-
-@pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_supcon_is_the_mean_over_anchors_and_positives(images, form):
-    """Khosla et al., equation 2, by loops."""
-    config, model = evaluated("supcon", loss=form)
-    batch = labelled_batch(images, objective="supcon")
-    views = model.encode_image(encoder_input(shown_images(batch), config))
-    classes = batch.targets.class_ids.repeat(2).tolist()
-    scale, total = 1 / config.objective.temperature, 0
-    for i, anchor in enumerate(views):
-        others = [a for a in range(len(views)) if a != i]
-        positives = [p for p in others if classes[p] == classes[i]]
-        denominator = torch.stack([(scale * anchor @ views[a]).exp() for a in others]).sum()
-        terms = [((scale * anchor @ views[p]).exp() / denominator).log() for p in positives]
-        total -= torch.stack(terms).mean() / len(views)
-    torch.testing.assert_close(loss_of(model, batch, config), total, rtol=1e-12, atol=0)
 
 
 def assert_equal_with_gradients(model: UniCL, loss: torch.Tensor, expected: torch.Tensor) -> None:
@@ -159,11 +142,10 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images):
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 20e6
 
 
-# One for each thing that ranks exchange: classes and texts, views, memberships.
+# One for each thing that ranks exchange: classes and texts, memberships.
 FEW = [
     "unicl",
     "unicl, labels",
-    "supcon",
     "ce, labels",
     "sigmoid, labels",
     "unicl, weighted labels",
@@ -185,7 +167,7 @@ slow, long = pytest.mark.slow, pytest.mark.long
     ],
 )
 def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, chosen, efficiency):
-    """Loss and every parameter's gradient in fp64, drop path on; two views of different masks.
+    """Loss and every parameter's gradient in fp64, drop path on.
 
     Of four ranks the last has captions, and fewer distinct texts.
     """
@@ -204,19 +186,9 @@ def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, 
             assert_same_gradients(found, alone, **near, where=written)
 
 
-def test_second_views_have_slots_of_their_own(images):
-    share = labelled_batch(images, objective="supcon", rank=1, world_size=3)
-    assert shown_indices(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
-
-
 @pytest.mark.parametrize(
     ("objective", "efficiency", "message"),
     [
-        (
-            "supcon",
-            {"micro_batch_size": 4},
-            "objective.name=supcon has no texts: set it",
-        ),
         ("ce", {"micro_batch_size": 4}, "objective.name=ce has no texts: set it"),
         ("sigmoid", {"loss": "triton"}, "triton cannot compute the loss of objective.name=sigmoid"),
         ("siglip", {"loss": "triton"}, "triton cannot compute the loss of objective.name=siglip"),
@@ -228,19 +200,16 @@ def test_what_an_objective_cannot_do_is_refused(images, objective, efficiency, m
         make_trainer(objective_config(objective, **efficiency), loader, progress=False).fit()
 
 
-def test_other_views_and_options_are_refused(images):
-    loader = ListLoader([global_batch(images)])
-    config = objective_config("supcon")
-    one_view = config.changed(data={"augment": ()})
-    with pytest.raises(ValueError, match="two views"):
-        make_trainer(one_view, loader)
-    for name, option in (("clip", "positives"), ("supcon", "positives"), ("ce", "logit_scale_max")):
+def test_other_options_and_names_are_refused():
+    for name, option in (("clip", "positives"), ("ce", "logit_scale_max")):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
             make_objective(name, **{option: 1.0})
         with pytest.raises(ValueError, match=f"objective.{option} is not a field"):
             config_from_dict({"objective": {"name": name, option: 1.0}})
     with pytest.raises(ValueError, match="objective.name must be one of unicl, clip, .*'softmax'"):
         make_objective("softmax")
+    with pytest.raises(ValueError, match="name=supcon has left, .*: choose one of unicl, clip"):
+        make_objective("supcon")
     levels = DataConfig(prompts="levels")
     for objective in (make_objective(positives="labels"), make_objective("ce")):
         with pytest.raises(ValueError, match="prompts=levels contrasts .* looks at others"):
@@ -258,7 +227,7 @@ def test_batches_with_other_classes_than_the_objective_takes_are_refused(images,
 
 
 def test_a_model_without_texts_says_so(images):
-    _, model = evaluated("supcon")
+    _, model = evaluated("ce")
     for_it = "has no text encoder.*: use .*linear-probe or knn"
     with pytest.raises(ValueError, match=for_it):
         require_text_encoder(model, "zero-shot")

@@ -51,27 +51,26 @@ def assert_chance(happened: np.ndarray, chance: float) -> None:
 
 
 def test_each_thing_happens_as_often_as_it_should_and_independently():
-    rows = drawn("none,jitter=0.4,hue=0.1,jitter_probability=0.7,grayscale=0.2,blur=0.5,erase=0.25")
+    rows = drawn("none,jitter=0.4,hue=0.1,jitter_probability=0.7,grayscale=0.2,erase=0.25")
     jittered = rows[:, Column.BRIGHTNESS] != 1
     grey = rows[:, Column.SATURATION] == 0
-    blurred, erased = rows[:, Column.SIGMA] > 0, rows[:, Column.ERASED + 2] > 0
-    happened = [(jittered, 0.7), (grey, 0.2), (blurred, 0.5), (erased, 0.25)]
+    erased = rows[:, Column.ERASED + 2] > 0
+    happened = [(jittered, 0.7), (grey, 0.2), (erased, 0.25)]
     for i, (one, chance) in enumerate(happened):
         assert_chance(one, chance)
         for other, other_chance in happened[:i]:
             assert_chance(one & other, chance * other_chance)
     assert np.array_equal(rows[:, Column.IS_TWISTED] == 1, jittered | grey)
-    assert (rows[~jittered & ~grey, : Column.SIGMA] == neutral_rows(1, stages=0)[0, :5]).all()
+    assert (rows[~jittered & ~grey, : Column.ERASED] == neutral_rows(1, stages=0)[0, :5]).all()
 
 
-def test_jitter_and_blur_are_uniform_in_their_ranges():
-    rows = drawn("none,brightness=0.4,contrast=1.5,saturation=0.2,hue=0.1,blur=1")
+def test_jitter_is_uniform_in_its_ranges():
+    rows = drawn("none,brightness=0.4,contrast=1.5,saturation=0.2,hue=0.1")
     ranges = {
         Column.BRIGHTNESS: (0.6, 1.4),
         Column.CONTRAST: (0.0, 2.5),
         Column.SATURATION: (0.8, 1.2),
         Column.HUE: (-36.0, 36.0),
-        Column.SIGMA: (0.1, 2.0),
     }
     for column, (low, high) in ranges.items():
         positions = np.sort((rows[:, column] - low) / (high - low))
@@ -153,13 +152,13 @@ def test_randaugment_s_strengths_are_timm_s(operation, level, negate, monkeypatc
 
 
 def test_rows_are_functions_of_key_and_draw():
-    augmentation = parse_augmentation("unicl,blur=0.5,grayscale=0.2")
-    whole = drawn("unicl,blur=0.5,grayscale=0.2", count=100)
+    augmentation = parse_augmentation("unicl,grayscale=0.2")
+    whole = drawn("unicl,grayscale=0.2", count=100)
     draws = np.array([77, 3, 50])
     part = draw_rows(augmentation, draws, key=3, image_size=SIDE, stages=4)
     assert np.array_equal(part[:, : whole.shape[1]], whole[draws])
     assert not part[:, whole.shape[1] :].any()
-    other = drawn("unicl,blur=0.5,grayscale=0.2", count=100, key=4)
+    other = drawn("unicl,grayscale=0.2", count=100, key=4)
     assert (other[:, Column.BRIGHTNESS] != whole[:, Column.BRIGHTNESS]).all()
 
 

@@ -47,7 +47,7 @@ def make_loader(
 ) -> Any:
     data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=max_pixels)
     config = TrainConfig(
-        data=dataclasses.replace(data, augment=("unicl,views=2",)),
+        data=dataclasses.replace(data, augment=("unicl",)),
         objective=make_objective(positives="labels"),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )

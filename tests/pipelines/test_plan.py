@@ -14,7 +14,6 @@ from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES
 from unicl_fast.dataset.weights import WeightedDraws
-from unicl_fast.pipelines.plan.augment import Column
 from unicl_fast.pipelines.plan.plan import (
     PlannedBatch,
     PlanSource,
@@ -26,7 +25,7 @@ from unicl_fast.pipelines.plan.plan import (
 from unicl_fast.stages import lay_out
 
 NUM_CLASSES = 10
-EVERYTHING = "supcon,policy=rand,policy_probability=1,jitter_probability=1,erase=0.5"
+EVERYTHING = "unicl,crop_scale=0.2..1,policy_probability=1,hue=0.1,grayscale=0.2,erase=0.5"
 
 
 def make_source(
@@ -217,26 +216,13 @@ def test_seeds_change_everything_drawn():
         assert not np.array_equal(one[name], other[name]), name
 
 
-def test_the_views_of_a_image_share_nothing_drawn_but_its_text():
-    batch = make_plan(make_source(500, labels=1), batch=400, augment=EVERYTHING).batch(
-        3, rank=0, world_size=1
-    )
-    (starts, shapes, flips), others = (split_windows(batch.windows[:, i]) for i in (1, 0))
-    assert np.mean((starts == others[0]) & (shapes == others[1])) < 0.02
-    assert 0.4 < np.mean(flips == others[2]) < 0.6
-    first, second = batch.augment_rows.transpose(1, 0, 2)
-    for column in (*range(Column.BRIGHTNESS, Column.ERASED + 4), Column.STAGES):
-        assert abs(np.corrcoef(first[:, column], second[:, column])[0, 1]) < 0.2, column
-
-
-def test_a_second_view_or_augmentation_leaves_everything_else_alone():
+def test_augmentation_leaves_everything_else_alone():
     source = make_source(300, captions=5, labels=3)
     options = {"batch": 200, "crop_scale": (0.2, 1.0)}
     plans = [make_plan(source, augment=augment, **options) for augment in ("none", EVERYTHING)]
     plain, full = (arrays(plan.batch(2, rank=0, world_size=1)) for plan in plans)
-    for name in set(plain) - {"windows", "augment_rows"}:
+    for name in set(plain) - {"augment_rows"}:
         assert np.array_equal(plain[name], full[name]), name
-    assert np.array_equal(plain["windows"], full["windows"][:, :1])
     assert plain["augment_rows"].size == 0
 
 
@@ -247,24 +233,24 @@ def test_each_source_has_its_own_crops_flips_and_augmentation():
     plan = TrainPlan(sources, data=DataConfig(), **options)
     batch = plan.batch(0, rank=0, world_size=1)
     mild, strong = (batch.source_ids == number for number in (0, 1))
-    _, shapes, flips = split_windows(batch.windows[:, 0])
+    _, shapes, flips = split_windows(batch.windows)
     area = shapes.prod(axis=1)
     assert area[mild].min() > 0.85 * 100 * 120
     assert np.median(area[strong]) < 0.7 * 100 * 120
     assert not flips[mild].any()
     assert flips[strong].all()
     assert (batch.augment_rows[mild] == batch.augment_rows[mild][:1]).all()
-    assert not batch.augment_rows[mild, 0, 0].any()
-    assert batch.augment_rows[strong, 0, 0].all()
+    assert not batch.augment_rows[mild, 0].any()
+    assert batch.augment_rows[strong, 0].all()
 
 
 def test_a_draw_in_another_epoch_draws_anew():
     plan = make_plan(make_source(50, captions=5), batch=50)
     first, second = (plan.batch(step, rank=0, world_size=1) for step in (0, 1))
     one, other = np.argsort(first.sample_ids), np.argsort(second.sample_ids)
-    assert not np.array_equal(first.windows[one, 0, :4], second.windows[other, 0, :4])
+    assert not np.array_equal(first.windows[one, :4], second.windows[other, :4])
     assert not np.array_equal(first.captions[one], second.captions[other])
-    assert not np.array_equal(first.windows[one, 0, 4], second.windows[other, 0, 4])
+    assert not np.array_equal(first.windows[one, 4], second.windows[other, 4])
 
 
 def all_of(plan: TrainPlan, steps: int) -> dict[str, np.ndarray]:
@@ -302,7 +288,7 @@ def test_a_sample_shows_the_kind_of_text_that_it_has_or_that_was_asked_for(text)
 def test_flips_have_the_chance_that_was_asked_for():
     for chance in (0.0, 0.3, 1.0):
         plan = make_plan(make_source(5000, labels=1), batch=5000, flip_probability=chance)
-        assert abs(plan.batch(0, rank=0, world_size=1).windows[..., 4].mean() - chance) < 0.03
+        assert abs(plan.batch(0, rank=0, world_size=1).windows[:, 4].mean() - chance) < 0.03
 
 
 def test_plans_that_cannot_be_are_refused():
@@ -366,8 +352,8 @@ def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else():
     ):
         same = np.mean(whole["sample_ids"] == other.sample_ids)
         assert same < 0.02
-        assert np.mean(whole["windows"][..., :2] == other.windows[..., :2]) < 0.2
-        assert (whole["augment_rows"] != other.augment_rows).any(axis=(1, 2)).all()
+        assert np.mean(whole["windows"][:, :2] == other.windows[:, :2]) < 0.2
+        assert (whole["augment_rows"] != other.augment_rows).any(axis=1).all()
     assert len(np.unique(whole["sample_ids"])) > 180
 
 

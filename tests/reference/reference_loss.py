@@ -13,8 +13,6 @@ def unified_contrastive_loss(
     texts: np.ndarray,
     classes: np.ndarray,
     scale: float,
-    *,
-    exclude_self: bool = False,
 ) -> tuple[float, float]:
     """L_i2t and L_t2i of n images and n texts, one text for each image."""
     n = len(images)
@@ -23,10 +21,8 @@ def unified_contrastive_loss(
     def one_direction(logits: np.ndarray) -> float:
         total = 0.0
         for i in range(n):
-            others = [j for j in range(n) if not (exclude_self and j == i)]
-            positives = [k for k, j in enumerate(others) if classes[j] == classes[i]]
-            if positives:
-                total += -np.mean(_log_softmax(logits[i, others])[positives])
+            positives = [j for j in range(n) if classes[j] == classes[i]]
+            total += -np.mean(_log_softmax(logits[i])[positives])
         return total / n
 
     return one_direction(logits), one_direction(logits.T)

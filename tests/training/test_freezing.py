@@ -195,7 +195,7 @@ def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(ima
     [
         ("unicl", ("image:7",), "image:7 names 7 blocks, and this VisionTransformer has 6"),
         ("unicl", ("text:3",), "text:3 names 3 blocks, and this TextEncoder has 2"),
-        ("supcon", ("text",), "objective.name=supcon the model has no text_encoder"),
+        ("ce", ("text",), "objective.name=ce the model has no text_encoder"),
         ("ce", ("image_projection",), "objective.name=ce the model has no image_projection"),
         # the scale does not count
         ("unicl", (*TOWER, "text", "text_projection"), "leaves nothing to train"),

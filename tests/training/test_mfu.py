@@ -31,7 +31,7 @@ def check_flops(config: TrainConfig, batch: Batch) -> None:
     ("objective", "settings"),
     [
         ("unicl", {}),
-        ("supcon", {}),
+        ("ce", {}),
         pytest.param(*("ce", {"image_encoder": "unicl_convnet7_small"}), marks=pytest.mark.slow),
     ],
     ids=str,

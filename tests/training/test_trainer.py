@@ -162,11 +162,9 @@ def test_a_run_of_muon_resumes_with_more_frozen(images, tmp_path):
     assert resumed.step == 6
 
 
-def test_a_run_without_a_length_or_with_views_that_nothing_uses_is_refused(images):
+def test_a_run_without_a_length_is_refused(images):
     with pytest.raises(ValueError, match=r"set run.samples or run.steps"):
         trainer_of(images, tiny_config(steps=0))
-    with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
-        trainer_of(images, tiny_config().changed(data={"augment": ("supcon",)}))
 
 
 @pytest.mark.parametrize("level", ["WARNING", "INFO"])

@@ -68,8 +68,8 @@ def candidates(bench: Bench, measured: Measured) -> list[Change]:
 
 
 def no_augmentation(bench: Bench) -> list[Change]:
-    """Only crops and flips, if the run has more and a single view."""
-    if bench.loader.augmentation is None or bench.loader.plan.num_views > 1:
+    """Only crops and flips, if the run has more."""
+    if bench.loader.augmentation is None:
         return []
     return [Change(
         option="--data.augment none", about="only crops and flips", stage="augment",

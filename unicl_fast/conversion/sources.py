@@ -49,6 +49,7 @@ from unicl_fast.conversion.sharded_files import (
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.transformers_text import PAD_IDS
+from unicl_fast.objectives.objective import NoObjective
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
 from unicl_fast.system.hub import NotOnHubError, download
@@ -144,7 +145,7 @@ class Source:
         """All settings of the model; ValueError if it is not whole, or a setting out of range."""
         if self.own is not None:
             return self.own
-        settings, objective = dict(self.settings), self.objective
+        settings = dict(self.settings)
         if "image_encoder" not in settings:
             raise ValueError(f"{self.name} does not name its timm model")
         if not self.has_text:  # features as they are
@@ -154,12 +155,11 @@ class Source:
                     name, image_size=size, drop_path=0.0, key=DropPathKey(0)
                 )
             settings |= {"image_projection": "none", "embed_dim": feature_width(encoder)}
-            objective = "supcon"
         with _blaming(self.name):
             return TrainConfig(
                 data=DataConfig(**self.data),
                 model=ModelConfig(**settings),
-                objective=make_objective(objective),
+                objective=make_objective(self.objective) if self.has_text else NoObjective(),
             )
 
     def _renamed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -141,7 +141,7 @@ class Model:
     ) -> Float[np.ndarray, "n d"]:
         """Unit-norm features of images in float32; arguments and errors as for `classify`.
 
-        A model trained by cross-entropy returns its image encoder's features and a 1.
+        A model trained by cross-entropy returns its image encoder's features.
         """
         return self._encode(images, batch_size=batch_size, progress=progress).numpy()
 

@@ -62,7 +62,3 @@ class EncodedImages:
         starts, sizes = self.starts.copy(), self.sizes.copy()
         starts[rows], sizes[rows] = len(self.content) + others.starts, others.sizes
         return EncodedImages(np.concatenate([self.content, others.content]), starts, sizes)
-
-    def repeated(self, count: int) -> EncodedImages:
-        """All images, `count` times one after another, sharing memory."""
-        return EncodedImages(self.content, np.tile(self.starts, count), np.tile(self.sizes, count))

@@ -30,7 +30,7 @@ class CrossEntropyObjective(LabelObjective):
     uses_texts: ClassVar[bool] = False
     has_space: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
-    evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "accuracy"
+    evaluation: ClassVar[Literal["zero_shot", "accuracy"]] = "accuracy"
     takes_levels: ClassVar[bool] = False
 
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> CrossEntropyObjective:
@@ -56,7 +56,7 @@ class CrossEntropyObjective(LabelObjective):
         torch.nn.init.zeros_(rows[:, -1])
         return {"class_rows": torch.nn.Parameter(rows)}
 
-    def num_columns(self, *, num_images: int, num_texts: int) -> int:
+    def num_columns(self, num_texts: int) -> int:
         return sum(self.num_classes)
 
     def loss(self, operands: Operands) -> Tensor:

@@ -17,8 +17,7 @@ def positive_pairs(operands: Operands) -> Tensor:
 def softmax_loss(logits: Tensor, pairs: Tensor, operands: Operands) -> Tensor:
     """UniCL's loss over all ranks from this rank's logits and weights of positives, both [b n]."""
     assert operands.texts is not None
-    rows, columns = dense_statistics(
-        logits, pairs, operands.texts.counts.to(logits.dtype), exclude_self=False, with_columns=True
-    )
+    counts = operands.texts.counts.to(logits.dtype)
+    rows, columns = dense_statistics(logits, pairs, counts, with_columns=True)
     all_reduce = all_reduce_over(operands.ranks)
     return mean_loss(rows, columns, operands.texts.counts, "both", all_reduce, operands.weights)

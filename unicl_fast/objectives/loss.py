@@ -72,7 +72,7 @@ class LogitStatistics(NamedTuple):
     """
 
     log_sum_exp: Float[Tensor, " n"]
-    """log of the sum of exp(logit); the lowest finite number for an empty sum."""
+    """log of the sum of exp(logit)."""
     positive_sum: Float[Tensor, " n"]
     """Weighted sum of the logits of its positives."""
     positive_weight: Float[Tensor, " n"]
@@ -106,7 +106,6 @@ def unified_contrastive_loss(
     text_class_ids: Int[Tensor, " u"] | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
     weights: tuple[Float[Tensor, " b"], Float[Tensor, " u"]] | None = None,
-    exclude_self: bool = False,
     directions: Literal["both", "i2t", "t2i"] = "both",
     form: LossForm = "auto",
     all_reduce: AllReduce = one_rank,
@@ -114,8 +113,7 @@ def unified_contrastive_loss(
     """The loss of images against texts; equal class ids are positives.
 
     Special cases: all classes distinct is CLIP's InfoNCE; one learnt row for each class as text
-    features with `directions="i2t"` is cross-entropy; both views of every image as image AND as
-    text features with `exclude_self=True` is SupCon.
+    features with `directions="i2t"` is cross-entropy.
 
     Args:
         image_features: of unit norm.
@@ -130,8 +128,6 @@ def unified_contrastive_loss(
             all ranks; None means equal ones. With the losses l of rows and columns,
             L_i2t = sum_i w_i l_i / sum_i w_i (over all ranks) and
             L_t2i = sum_k W_k l_k / sum_k W_k.
-        exclude_self: leaves out the pairs (i, i), for two views of the same images: the first b
-            texts are the images themselves, the rest are other ranks' images.
         directions: which of the two terms to compute; "both" is their mean.
         form: "dense" stores the logits [b u]; "tiled" computes them twice in O((b + u) d) memory;
             "triton" does the same by kernels on a CUDA device; "auto" chooses the fastest one for
@@ -151,7 +147,7 @@ def unified_contrastive_loss(
         ModuleNotFoundError: "triton" is not installed.
     """
     text_class_ids = check_shapes(
-        image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self
+        image_features, text_features, class_ids, text_class_ids, text_counts
     )
     with torch.autocast(image_features.device.type, enabled=False):
         rows, columns = logit_statistics(
@@ -161,7 +157,6 @@ def unified_contrastive_loss(
             text_class_ids,
             scale,
             text_counts=text_counts,
-            exclude_self=exclude_self,
             form=form,
             with_columns=directions != "i2t",
         )
@@ -209,7 +204,6 @@ def logit_statistics(
     scale: Float[Tensor, ""] | float,
     *,
     text_counts: Int[Tensor, " u"] | None = None,
-    exclude_self: bool = False,
     form: LossForm = "auto",
     with_columns: bool = True,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
@@ -223,12 +217,8 @@ def logit_statistics(
     if form == "dense":
         weights = positive_weights(class_ids, text_class_ids, b, u, arithmetic)
         logits = scale * (images @ texts.T)
-        return dense_statistics(
-            logits, weights, counts, exclude_self=exclude_self, with_columns=with_columns
-        )
-    positives, transposed = find_positives(
-        class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
-    )
+        return dense_statistics(logits, weights, counts, with_columns=with_columns)
+    positives, transposed = find_positives(class_ids, text_class_ids, b, u, dtype=arithmetic)
     tiles_type = _triton_tiles() if form == "triton" else TorchTiles
     row_logs, row_sums, *of_columns = TiledStatistics.apply(  # type: ignore[no-untyped-call]
         images, texts, scale, counts, positives, transposed, tiles_type, with_columns
@@ -299,15 +289,9 @@ def dense_statistics(
     weights: Tensor,
     counts: Tensor | None,
     *,
-    exclude_self: bool,
     with_columns: bool,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
     """Statistics of rows and columns from all logits and pair weights [b u]."""
-    if exclude_self:
-        itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
-        weights = weights.masked_fill(itself, 0)
-        # not -inf: if no other pair is left (one image), its gradient would be 0/0
-        logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     weighted = weights * logits
 
     def statistics(logits: Tensor, weights: Tensor, weighted: Tensor, dim: int) -> LogitStatistics:
@@ -340,7 +324,6 @@ def check_shapes(
     class_ids: Tensor | Membership,
     text_class_ids: Tensor | None,
     text_counts: Tensor | None,
-    exclude_self: bool,
 ) -> Tensor:
     """Returns the class ids of texts: the images' if they are None. Raises ValueError."""
     b, u = len(image_features), len(text_features)
@@ -360,8 +343,8 @@ def check_shapes(
             raise ValueError(
                 f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
             )
-        if exclude_self or text_class_ids is None:
-            raise ValueError("a Membership needs text_class_ids, and takes no exclude_self")
+        if text_class_ids is None:
+            raise ValueError("a Membership needs text_class_ids")
     elif class_ids.shape != (b,):
         raise ValueError(f"expected {b} class_ids, one per image, got {list(class_ids.shape)}")
     elif text_class_ids is None:
@@ -373,9 +356,4 @@ def check_shapes(
         )
     if text_counts is not None and text_counts.shape != (u,):
         raise ValueError(f"expected {u} text_counts, got {list(text_counts.shape)}")
-    if exclude_self and (u < b or text_counts is not None):
-        raise ValueError(
-            "exclude_self compares the images with themselves: it needs the image features as the "
-            f"first text features and no text_counts, got {u} text features for {b} images"
-        )
     return text_class_ids

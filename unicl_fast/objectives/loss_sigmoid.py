@@ -72,7 +72,7 @@ def sigmoid_contrastive_loss(
         )
     b, u = len(image_features), len(text_features)
     text_class_ids = check_shapes(
-        image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self=False
+        image_features, text_features, class_ids, text_class_ids, text_counts
     )
     dense = stores_logits(form, b * u, image_features.device.type)
     with torch.autocast(image_features.device.type, enabled=False):
@@ -108,9 +108,7 @@ class TiledSigmoid(torch.autograd.Function):
         row_weights = positives.times(ones, counts).squeeze(1)
         losses = positives.times(texts.to(scale.dtype), counts).mul_(images).sum(dim=1)
         losses.mul_(scale).addcmul_(row_weights, bias).neg_()
-        for rows, columns, logits, scratch in TorchTiles(
-            images, texts, scale, None, exclude_self=False
-        ):
+        for rows, columns, logits, scratch in TorchTiles(images, texts, scale, None):
             # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|)), which never overflows
             torch.abs(logits.add_(bias), out=scratch)
             scratch.neg_().exp_().log1p_().add_(logits.clamp_(min=0))
@@ -133,7 +131,7 @@ class TiledSigmoid(torch.autograd.Function):
         wide = None
         grad_bias = -(grad * row_weights).sum()
         narrow = images.dtype != scale.dtype
-        for rows, columns, logits, _ in TorchTiles(images, texts, scale, None, exclude_self=False):
+        for rows, columns, logits, _ in TorchTiles(images, texts, scale, None):
             gradient = logits.add_(bias).sigmoid_().mul_(grad[rows].unsqueeze(1))
             if counts is not None:
                 gradient.mul_(counts[columns])

@@ -43,17 +43,14 @@ class TiledStatistics(torch.autograd.Function):
         """Computes statistics of each image [b] and text [u], differentiable in all features.
 
         Features are fp64, fp32 or bf16. bf16 matrix products have bf16 results, which is twice as
-        fast; everything else is fp32 then. `positives` is W, `transposed` W^T; pairs (i, i) that
-        they leave out are missing from the log-sum-exps too.
+        fast; everything else is fp32 then. `positives` is W, `transposed` W^T.
 
         Returns:
             log sum_k m_k exp(s x_i.v_k) and sum_k W_ik m_k s x_i.v_k of each image i; with
             `with_columns` also log sum_i exp(s x_i.v_k) and sum_i W_ik s x_i.v_k of each text k,
             which are most of the work if there are many more texts than images.
         """
-        exclude_self = positives.self_weights is not None
-        factor = scale * _LOG2_E
-        tiles = tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
+        tiles = tiles_type(images, texts, scale * _LOG2_E, counts)
         row_logs, column_logs = tiles.log2_sum_exps(with_columns=with_columns)
         dtype = scale.dtype
         row_positives = positives.times(texts.to(dtype), counts).mul_(images).sum(dim=1)
@@ -94,9 +91,7 @@ class TiledStatistics(torch.autograd.Function):
             if grad_column_sums is not None:
                 grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
-        exclude_self = positives.self_weights is not None
-        factor = scale * _LOG2_E
-        tiles = ctx.tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
+        tiles = ctx.tiles_type(images, texts, scale * _LOG2_E, counts)
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for rows, columns, gradient in tiles.gradients(*of_logs):
             if grad_images is not None:
@@ -115,16 +110,9 @@ class Tiles:
     """The products of features and `factor` by tile: base-2 logits for the factor s log2(e)."""
 
     def __init__(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        factor: Tensor,
-        counts: Tensor | None,
-        *,
-        exclude_self: bool,
+        self, images: Tensor, texts: Tensor, factor: Tensor, counts: Tensor | None
     ) -> None:
-        self.images, self.texts, self.exclude_self = images, texts, exclude_self
-        self.factor = factor
+        self.images, self.texts, self.factor = images, texts, factor
         self.log2_counts = None if counts is None else counts.log2()
         self.rows, self.columns = _blocks(len(images), len(texts), images.device.type)
 
@@ -133,7 +121,7 @@ class Tiles:
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
         """Computes log2 of the sums of 2**logit, of rows with counts and of columns without.
 
-        An empty sum gives the lowest finite number; columns mean nothing without `with_columns`.
+        Columns mean nothing without `with_columns`.
         """
         raise NotImplementedError
 
@@ -155,8 +143,8 @@ class Tiles:
 class TorchTiles(Tiles):
     """Tiles by torch operations, in memory reused for every tile."""
 
-    def __init__(self, *operands: Any, **options: Any) -> None:
-        super().__init__(*operands, **options)
+    def __init__(self, *operands: Any) -> None:
+        super().__init__(*operands)
         size = self.rows[0].stop * self.columns[0].stop  # the first ones are the largest
         self._logits = self.factor.new_empty(size)
         self._scratch = self.factor.new_empty(size)
@@ -177,11 +165,7 @@ class TorchTiles(Tiles):
             if self.log2_counts is not None:
                 logits.add_(self.log2_counts[columns])
             _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
-        # an empty sum gives the lowest number, not -inf: its loss is masked, its gradient is 0
-        return (
-            (row_maxima + row_sums.log2()).clamp_(min=lowest),
-            (column_maxima + column_sums.log2()).clamp_(min=lowest),
-        )
+        return row_maxima + row_sums.log2(), column_maxima + column_sums.log2()
 
     def gradients(
         self,
@@ -221,10 +205,6 @@ class TorchTiles(Tiles):
                 else:
                     narrow = torch.mm(images, texts.T, out=_shaped(self._narrow, shape))
                     logits.copy_(narrow).mul_(self.factor)
-                if self.exclude_self:
-                    offset = rows.start - columns.start
-                    if -shape[0] < offset < shape[1]:
-                        logits.diagonal(offset).fill_(-math.inf)
                 yield rows, columns, logits, _shaped(self._scratch, shape)
 
 

@@ -51,11 +51,11 @@ def blocks_for(dtype: torch.dtype, *, capability: int) -> Blocks:
 class TritonTiles(Tiles):
     """Tiles of logits that never leave the chip."""
 
-    def __init__(self, images: Tensor, texts: Tensor, *rest: Any, **options: Any) -> None:
+    def __init__(self, images: Tensor, texts: Tensor, *rest: Any) -> None:
         precision = _precision(images.dtype)
         if precision == "tf32":
             images, texts = round_to_tf32(images), round_to_tf32(texts)
-        super().__init__(_aligned(images), _aligned(texts), *rest, **options)
+        super().__init__(_aligned(images), _aligned(texts), *rest)
         if images.device.type != "cuda" and isinstance(_sum_exps, triton.JITFunction):
             raise ValueError(
                 f"the loss in Triton computes on a CUDA device, not on {images.device.type}; "
@@ -120,8 +120,6 @@ class TritonTiles(Tiles):
                 len(images),
                 len(texts),
                 images.shape[1],
-                rows.start - columns.start,
-                exclude_self=self.exclude_self,
                 **self._options,
             )
 
@@ -151,8 +149,6 @@ def _tile(
     b: tl.tensor,
     u: tl.tensor,
     d: tl.tensor,
-    offset: tl.tensor,
-    exclude_self: tl.constexpr,
     precision: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
@@ -177,8 +173,6 @@ def _tile(
         )
         logits = tl.dot(left, right, logits, input_precision=precision, out_dtype=scale.dtype)
     exists = (rows < b)[:, None] & (columns < u)[None, :]
-    if exclude_self:
-        exists = exists & (rows[:, None] + offset != columns[None, :])
     return row, column, rows, columns, logits * scale, exists
 
 
@@ -189,7 +183,7 @@ def _log2_sum_exp(logits: tl.tensor, axis: tl.constexpr) -> tl.tensor:
     return highest + tl.log2(tl.sum(exps, axis))
 
 
-@triton.jit(do_not_specialize=["b", "u", "offset"])
+@triton.jit(do_not_specialize=["b", "u"])
 def _sum_exps(
     images: tl.tensor,
     texts: tl.tensor,
@@ -200,8 +194,6 @@ def _sum_exps(
     b: tl.tensor,
     u: tl.tensor,
     d: tl.tensor,
-    offset: tl.tensor,
-    exclude_self: tl.constexpr,
     precision: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
@@ -209,7 +201,7 @@ def _sum_exps(
 ) -> None:
     """Stores log2-sum-exps of a tile: by_rows [column blocks, b], by_columns [row blocks, u]."""
     row, column, rows, columns, logits, exists = _tile(
-        images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
+        images, texts, factor, b, u, d, precision, height, width, depth
     )
     logits = tl.where(exists, logits, _LOWEST)
     # rows before columns: in the other order a B200 runs short of registers
@@ -223,7 +215,7 @@ def _sum_exps(
         tl.store(of_columns, _log2_sum_exp(logits, 0), mask=columns < u)
 
 
-@triton.jit(do_not_specialize=["b", "u", "offset"])
+@triton.jit(do_not_specialize=["b", "u"])
 def _logit_gradients(
     images: tl.tensor,
     texts: tl.tensor,
@@ -235,8 +227,6 @@ def _logit_gradients(
     b: tl.tensor,
     u: tl.tensor,
     d: tl.tensor,
-    offset: tl.tensor,
-    exclude_self: tl.constexpr,
     precision: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
@@ -248,7 +238,7 @@ def _logit_gradients(
     h, or None if columns have no gradients.
     """
     _, _, rows, columns, logits, exists = _tile(
-        images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
+        images, texts, factor, b, u, d, precision, height, width, depth
     )
     row_logs = tl.load(of_rows + rows, mask=rows < b, other=0)[:, None]
     grad_row_logs = tl.load(of_rows + b + rows, mask=rows < b, other=0)[:, None]
@@ -261,5 +251,4 @@ def _logit_gradients(
         logits += tl.load(counts + columns, mask=columns < u, other=0)[None, :]
     total += grad_row_logs * tl.exp2(logits - row_logs)
     where = gradient + rows.to(tl.int64)[:, None] * u + columns[None, :]
-    stored = (rows < b)[:, None] & (columns < u)[None, :]
-    tl.store(where, tl.where(exists, total, 0).to(gradient.dtype.element_ty), mask=stored)
+    tl.store(where, total.to(gradient.dtype.element_ty), mask=exists)

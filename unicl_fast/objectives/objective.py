@@ -43,10 +43,8 @@ class Objective:
     """Every sample needs a label, and captions are not used."""
     ignores_labels: ClassVar[bool] = False
     """Each distinct text is a class; labels and prompts do not matter."""
-    num_views: ClassVar[int] = 1
-    """Views of each image in a batch."""
-    evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "zero_shot"
-    """How labelled data is evaluated: against texts, against learnt rows, or not at all."""
+    evaluation: ClassVar[Literal["zero_shot", "accuracy"]] = "zero_shot"
+    """How labelled data is evaluated: against texts, or against learnt rows."""
     forms: ClassVar[tuple[LossForm, ...]] = ("auto", "dense", "tiled", "triton")
     """Values of efficiency.loss that the loss supports; without tiled, logits are stored."""
     takes_levels: ClassVar[bool] = True
@@ -116,8 +114,8 @@ class Objective:
                 "collate makes them of image_labels"
             )
 
-    def num_columns(self, *, num_images: int, num_texts: int) -> int:
-        """The number of texts, rows or views that an image is compared with."""
+    def num_columns(self, num_texts: int) -> int:
+        """The number of texts or rows that an image is compared with."""
         return num_texts
 
     def loss(self, operands: Operands) -> Tensor:
@@ -127,3 +125,11 @@ class Objective:
         ranks.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoObjective(Objective):
+    """The objective of another library's image encoder by itself, which no run trains."""
+
+    name: str = "none"
+    uses_texts: ClassVar[bool] = False

@@ -56,19 +56,12 @@ class Positives(NamedTuple):
     """Y of the rows: selects the sums of their classes."""
     column_to_class: SparseRows
     """Y^T of the columns: sums their features by class."""
-    self_weights: Float[Tensor, " b"] | None
-    """Weights of the pairs (i, i) to subtract, if these are left out."""
 
     def times(
         self, features: Float[Tensor, "c d"], weights: Float[Tensor, " c"] | None = None
     ) -> Float[Tensor, "r d"]:
         """W (weights * features): the sum of the positives of each image (or text)."""
-        sums = self.class_to_row.times(self.column_to_class.times(features, weights))
-        if self.self_weights is not None:
-            count = len(self.self_weights)  # there may be more texts
-            factor = self.self_weights if weights is None else self.self_weights * weights[:count]
-            sums[:count].addcmul_(factor.unsqueeze(1), features[:count], value=-1)
-        return sums
+        return self.class_to_row.times(self.column_to_class.times(features, weights))
 
 
 def find_positives(
@@ -78,12 +71,10 @@ def find_positives(
     num_texts: int,
     *,
     dtype: torch.dtype,
-    exclude_self: bool = False,
 ) -> tuple[Positives, Positives]:
     """Prepares products with W [b u] and with its transpose, with weights of `dtype`.
 
-    Images may have classes that no text has. `exclude_self` leaves out the pairs (i, i); it needs
-    class ids, and u >= b.
+    Images may have classes that no text has.
     """
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values
@@ -91,20 +82,14 @@ def find_positives(
     text_rows = torch.searchsorted(known, texts.labels.contiguous())
     image_rows = torch.searchsorted(known, images.labels.contiguous()).clamp(max=len(known) - 1)
     image_weights = images.weights * (known[image_rows] == images.labels)
-    self_weights = None
-    if exclude_self:
-        assert isinstance(class_ids, Tensor)
-        self_weights = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
     return (
         Positives(
             _by_rows(images.samples, image_rows, image_weights, num_rows=num_images),
             _by_rows(text_rows, texts.samples, texts.weights, num_rows=len(known)),
-            self_weights,
         ),
         Positives(
             _by_rows(texts.samples, text_rows, texts.weights, num_rows=num_texts),
             _by_rows(image_rows, images.samples, image_weights, num_rows=len(known)),
-            self_weights,
         ),
     )
 

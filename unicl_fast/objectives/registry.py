@@ -8,7 +8,6 @@ OBJECTIVES = {
     "clip": "unicl:CLIPObjective",
     "sigmoid": "sigmoid:SigmoidObjective",
     "siglip": "sigmoid:SigLIPObjective",
-    "supcon": "supcon:SupConObjective",
     "ce": "cross_entropy:CrossEntropyObjective",
 }
 """File and class of each; the first is the default."""
@@ -16,6 +15,11 @@ OBJECTIVES = {
 
 def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
     """The class of an objective; ValueError for an unknown name."""
+    if name == "supcon":
+        raise ValueError(
+            "objective.name=supcon has left, with second views of images: choose one of "
+            f"{', '.join(OBJECTIVES)}"
+        )
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, not {name!r}")
     module, _, attribute = OBJECTIVES[name].partition(":")

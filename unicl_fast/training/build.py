@@ -222,11 +222,6 @@ def _build_loaders(data: RunData, build: Callable[..., PlannedLoader]) -> list[P
 def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
     """Opens `data.evaluate`; ValueError if a data set has nothing to evaluate."""
     objective = config.objective
-    if config.data.evaluate and not objective.evaluation:
-        raise ValueError(
-            f"data.evaluate: a model trained with objective.name={objective.name} knows neither "
-            "texts nor classes; leave it empty, and use unicl-eval linear-probe or knn afterwards"
-        )
     cache = cache_options(config.data)
     datasets = [PackedDataset(each, cache=cache) for each in config.data.evaluate]
     for dataset in datasets:

@@ -78,7 +78,7 @@ class WholeBatch:
             classes_of_images(batch), texts, counts, max_num_texts=largest, weights=batch.weights,
             text_weights=batch.texts.weights,
         )  # fmt: skip
-        self._images = encoder_input(shown_images(batch), config)
+        self._images = encoder_input(batch.images, config)
 
     def encode(self, send: Send | None) -> Encoded:
         with self._autocast:
@@ -166,20 +166,6 @@ def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
         return images
     dtype = Precision(config.efficiency.precision).compute_type
     return normalise_images(images, mean=config.data.mean, std=config.data.std, dtype=dtype)
-
-
-def shown_images(batch: Batch) -> Tensor:
-    """uint8 [b h w c]; with two views [2b h w c], all first ones before the others."""
-    if batch.second_images is None:
-        return batch.images
-    return torch.cat([batch.images, batch.second_images])
-
-
-def shown_indices(batch: Batch, *, global_batch_size: int) -> Tensor:
-    """Global index of each of `shown_images`; second views come after all first views."""
-    if batch.second_images is None:
-        return batch.global_index
-    return torch.cat([batch.global_index, batch.global_index + global_batch_size])
 
 
 def classes_of_images(batch: Batch) -> Tensor | Membership:

@@ -100,25 +100,24 @@ def plan(
     config = _with_known_precision(config, device_type)
     efficiency, objective = config.efficiency, config.objective
     batch = Ranks(world_size=world_size).local_batch_size(config.run.global_batch_size)
-    views = objective.num_views
-    at_once = min(views * batch, efficiency.micro_batch_size or views * batch)
+    at_once = min(batch, efficiency.micro_batch_size or batch)
     length = min(longest_text or config.model.context_length, config.model.context_length)
     encoders = _measure(_only_encoders(config), device_type, length)
     width, gathered = encoders.feature_width, 0
     number_bytes = Precision(efficiency.precision).weight_type.itemsize
     if world_size > 1 and objective.has_space:
-        gathered = views * config.run.global_batch_size * width * number_bytes
-    pixels = views * 3 * config.data.image_size**2
+        gathered = config.run.global_batch_size * width * number_bytes
+    pixels = 3 * config.data.image_size**2
     tokens = 8 * config.model.context_length * objective.uses_texts
     # several ranks also hold the next batch: `text_columns.asked_ahead`
     batches = 1 + _BATCHES_IN_FLIGHT + (world_size > 1)
     parts = {
         "images: activations": at_once * encoders.image_bytes,
-        "texts: activations": min(at_once, batch) * encoders.text_bytes,
+        "texts: activations": at_once * encoders.text_bytes,
         **_bytes_of_state(config, encoders, world_size, device_type),
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
-        "loss": _loss_bytes(config, views * batch, width, device_type),
+        "loss": _loss_bytes(config, batch, width, device_type),
         "batches in flight": batches * batch * (pixels + tokens),
         "fixed": FIXED_BYTES[device_type],
     }
@@ -246,9 +245,8 @@ def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
 
 
 def _loss_bytes(config: TrainConfig, num_images: int, width: int, device_type: str) -> int:
-    """Logits (or tiles) of a rank's images and second views; copies and gradients of features."""
-    size = config.run.global_batch_size
-    num_columns = config.objective.num_columns(num_images=size, num_texts=size)
+    """Logits (or tiles) of a rank's images; copies and gradients of features."""
+    num_columns = config.objective.num_columns(config.run.global_batch_size)
     number_bytes = Precision(config.efficiency.precision).weight_type.itemsize
     features = 4 * (num_images + num_columns) * width * number_bytes
     num_logits = num_images * num_columns

@@ -64,16 +64,14 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # the counter does not know the CPU's fused kernel
             module.fused_attn = False  # type: ignore[assignment]
-    views = 1 if batch.second_images is None else 2
     lengths = batch.texts.lengths
-    num_rows = views * batch.batch_size
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         model.to_empty(device="cpu").eval()
         side = config.data.image_size
         shape = (3, side, side) if batch.images.ndim == 4 else batch.images.shape[1:]
         weight_type = Precision(config.efficiency.precision).weight_type
-        images = model.encode_image(torch.empty(num_rows, *shape, dtype=weight_type))
+        images = model.encode_image(torch.empty(batch.batch_size, *shape, dtype=weight_type))
         features = [images]
         if model.text_encoder is not None:
             rows, num_tokens = torch.empty_like(batch.texts.tokens, device="cpu"), None
@@ -83,13 +81,10 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
         trained = [one for one in features if one.requires_grad]
         torch.autograd.backward(trained, [torch.ones_like(one) for one in trained])
     world_size = config.run.global_batch_size // batch.batch_size
-    num_columns = config.objective.num_columns(
-        num_images=world_size * batch.batch_size,
-        num_texts=world_size * len(lengths) * (len(features) - 1),
-    )
+    num_columns = config.objective.num_columns(world_size * len(lengths))
     # logits, and the gradient of each of their two operands
     products = 1 + (images.requires_grad) + (len(features) == 1 or features[-1].requires_grad)
-    of_logits = products * 2 * num_rows * num_columns * images.shape[1]
+    of_logits = products * 2 * batch.batch_size * num_columns * images.shape[1]
     return float(counter.get_total_flops() + of_logits)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from unicl_fast.augmentation import check_views
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
@@ -30,7 +29,7 @@ from unicl_fast.system.machine import choose_decode_device
 logger = logging.getLogger(__name__)
 
 _RELEASED_EPOCHS = 32
-_MOST_LOGITS_PER_PAIR = 4  # of an image and a sample: two views, texts that are padded
+_MOST_LOGITS_PER_PAIR = 2  # of an image and a sample: texts are padded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +60,6 @@ def set_up(
 
 def check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses (ValueError) settings that cannot work together, before anything is built."""
-    check_views(config.data.augment, config.objective.num_views, name=config.objective.name)
     check_sharding(config.efficiency, optimizer=config.optim.name)
     if config.model.standardise and not (config.efficiency.stored_features or config.model.init):
         raise ValueError(

@@ -27,7 +27,6 @@ from unicl_fast.training.encoding import (
     Encoding,
     WholeBatch,
     encoder_input,
-    shown_indices,
 )
 from unicl_fast.training.micro_batches import MicroBatches
 from unicl_fast.training.step_clock import Part
@@ -59,8 +58,7 @@ def back_propagate(
         normalise = functools.partial(encoder_input, config=config)
         encoding = MicroBatches(model, encode, batch, config.efficiency, ranks, normalise=normalise)
     else:
-        indices = shown_indices(batch, global_batch_size=config.run.global_batch_size)
-        model.set_drop_path_key(step=batch.step, global_index=indices)
+        model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
         encoding = WholeBatch(encode, batch, config, ranks, texts_among_images=True)
     loss = loss_of(encoding, config, ranks, begin)
     encoding.back_propagate(scale_loss(loss), begin)
