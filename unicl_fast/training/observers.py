@@ -295,8 +295,3 @@ class Checkpoints(Observer):
             run.save(required=False)
         if self._writer is not None and best is not None:
             self._writer.keep_as_best(best)
-
-    def finish_writing(self) -> None:
-        """Returns when the checkpoint that was begun is on disk, or has failed."""
-        if self._writer is not None:
-            self._writer.wait()
