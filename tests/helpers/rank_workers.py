@@ -474,13 +474,17 @@ def described(
     return values
 
 
-def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
+def describe_sources_of_slices(
+    ranks, images: torch.Tensor, folder: Path, objectives: tuple[str, ...]
+) -> None:
     """Each rank writes the figures of its slice of a batch of two sources."""
-    loader = labelled_loader(images, objective, **place_of(ranks))
-    batch = next(iter(loader.batches(0)))
-    batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
-    numbers = DatasetNumbers(["a", "b"], epochs=lambda step: [1.0, 2.0])
-    Path(folder, str(ranks.rank)).write_text(repr(described(numbers, batch, ranks, step=1)))
+    for objective in objectives:
+        loader = labelled_loader(images, objective, **place_of(ranks))
+        batch = next(iter(loader.batches(0)))
+        batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
+        numbers = DatasetNumbers(["a", "b"], epochs=lambda step: [1.0, 2.0])
+        found = described(numbers, batch, ranks, step=1)
+        (folder / f"{objective} {ranks.rank}").write_text(repr(found))
 
 
 def exchange_objects(ranks: Ranks) -> None:
