@@ -137,13 +137,14 @@ def test_one_more_than_allowed_stops_the_run(images, tmp_path):
         poison_step(trainer, step=4)
 
     config = config_of(max_bad_steps=1, steps=6, log_every_steps=5)
+    config = config.changed(checkpoint={"every_steps": 3})  # judges step 2 before the line does
     said = r"step 4 is nan.*non-finite step 2, .*=1\)"
     with pytest.raises(FloatingPointError, match=said) as stopped:
         trained(images, config, poison_two, tmp_path)
     assert str(tmp_path / "non-finite-step-00000004.json") in str(stopped.value)
     found = sorted(path.name for path in tmp_path.glob("non-finite-*"))
     assert found == ["non-finite-step-00000002.json", "non-finite-step-00000004.json"]
-    assert not list_checkpoints(tmp_path / "checkpoints")
+    assert [one.name for one in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
 
 
 def test_a_gradient_norm_that_is_not_finite_counts_too(images, tmp_path):
