@@ -189,7 +189,7 @@ ALLOWED = {
         unicl_fast/distributed/ranks.py unicl_fast/training/kept_rows.py
         unicl_fast/ledger/writer.py
         unicl_fast/packing/sources/parquet_rows.py unicl_fast/packing/sources/spool.py
-        unicl_fast/packing/sources/tables.py unicl_fast/packing/staging.py
+        unicl_fast/packing/sources/tables.py
         unicl_fast/system/atomic_files.py
         unicl_fast/system/checksums.py unicl_fast/text/file_tokenizer.py
         unicl_fast/text/prompts.py unicl_fast/training/block_trial.py
