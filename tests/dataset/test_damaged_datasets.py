@@ -6,7 +6,6 @@ from typing import Any
 import fuzz_datasets
 import numpy as np
 import pytest
-import xxhash
 from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +14,8 @@ from property_tests import examples
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, blocks_of, open_array
 from unicl_fast.dataset.growing_files import ArrayFile
-from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.checksums import CHECKSUMS_NAME, read_checksums
+from unicl_fast.system.checksums import CHECKSUMS_NAME
 
 
 @pytest.fixture
@@ -49,17 +47,13 @@ def test_any_damage_is_a_clear_error_or_changes_nothing(request, kind, examples)
     assert min(counts.values()) > examples // 40, counts  # each way out has been tried
 
 
-@pytest.mark.parametrize(
-    "name", ["samples.npy", "captions.npy", "tokens.npy", "labels.npy", "manifest.json"]
-)
-def test_every_flipped_bit_of_arrays_and_manifest_is_found(packed, name):
-    """Tokens, labels and class names have no meaning of their own that could give them away."""
-    original = (packed / name).read_bytes()
-    step = max(1, len(original) // 150)
-    for place in range(0, len(original), step):
+def test_every_flipped_bit_of_a_manifest_is_found(packed):
+    """Class names have no meaning of their own that could give them away."""
+    original = (packed / "manifest.json").read_bytes()
+    for place in range(0, len(original), len(original) // 50):
         data = bytearray(original)
         data[place] ^= 1 << place % 8
-        (packed / name).write_bytes(data)
+        (packed / "manifest.json").write_bytes(data)
         with pytest.raises(ValueError, match=str(packed)):
             PackedDataset(packed)
 
@@ -117,18 +111,6 @@ def test_a_data_set_without_checksums_is_read_as_before(packed):
     expected = fuzz_datasets.read_all(packed)
     (packed / CHECKSUMS_NAME).unlink()
     assert fuzz_datasets.read_all(packed) == expected
-
-
-def test_all_files_are_listed_with_their_checksums(packed):
-    listed = read_checksums(packed)
-    assert listed == {
-        path.name: xxhash.xxh3_64_hexdigest(path.read_bytes())
-        for path in packed.iterdir()
-        if path.name != CHECKSUMS_NAME
-    }
-    shards = {shard.name: shard.xxh3 for shard in Manifest.load(packed).shards}
-    assert len(shards) == 3
-    assert shards.items() <= listed.items()
 
 
 @given(length=st.integers(0, 50), data=st.data())

@@ -102,12 +102,12 @@ def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(ask, answer
             requests[ask]()
 
 
-def test_where_folders_must_exist_they_are_made(tmp_path):
+def test_where_folders_must_exist_they_are_made(tmp_path, caplog):
     store = ObjectStore(f"file://{tmp_path}/new/deeper")
     (tmp_path / "large").write_bytes(b"345")
     store.write_file(tmp_path / "large", "large")
     assert (tmp_path / "new" / "deeper" / "large").read_bytes() == b"345"
-    assert store.tried_again == 0
+    assert not caplog.records
 
 
 def test_an_upload_continues_where_it_was_cut_off_and_ends_with_the_manifest(local, monkeypatch):
@@ -316,8 +316,6 @@ def test_arrays_are_compared_with_their_checksums(local, cache):
     put(store, "tokens.npy", bytes(data))
     with pytest.raises(ValueError, match=rf"{url}/tokens\.npy is damaged: its checksum"):
         PackedDataset(url, cache=cache)
-    FaultyStore().rm(f"{url}/checksums.txt")
-    put(store, "manifest.json", (local.folder / "manifest.json").read_bytes() + b" ")
     upload(local.folder, url)
     put(store, "manifest.json", (local.folder / "manifest.json").read_bytes() + b" ")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged, or just being replaced"):

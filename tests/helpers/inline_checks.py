@@ -16,11 +16,11 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def check(
-        tasks: Iterable[Task], *, options: ImageOptions, context_length: int, **_: object
+        tasks: Iterable[Task], *, options: ImageOptions, **_: object
     ) -> Iterator[Checked | Problem]:
         for task in tasks:
             names.append(task.name)
-            yield check_sample(task, options, context_length=context_length)
+            yield check_sample(task, options)
 
     for module in (build_module, near_duplicates):
         monkeypatch.setattr(module, "check_in_order", check)

@@ -57,8 +57,8 @@ from unicl_fast.system.machine import usable_cores
 from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.metrics import DatasetMeter, add_up
-from unicl_fast.training.observers import LedgerKeeper
+from unicl_fast.training.metrics import add_up
+from unicl_fast.training.observers import DatasetNumbers, LedgerKeeper
 from unicl_fast.training.trainer import Trainer
 
 needs_full = pytest.mark.skipif(
@@ -464,22 +464,29 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
 
 
 def described(
-    meter: DatasetMeter, batch: Batch, ranks: Ranks | None = None, *, num_steps: int
+    numbers: DatasetNumbers, batch: Batch, ranks: Ranks | None = None, *, step: int
 ) -> dict[str, float]:
-    """A trainer's figures of its batch."""
-    ranks = ranks or Ranks()
-    sums = meter.count(batch, ranks)
-    totals = add_up(sums, ranks, torch.device("cpu")).tolist()
-    return meter.describe(dict(zip(sums, totals, strict=True)), num_steps=num_steps)
+    """The figures of a batch in the line of a step."""
+    run, sums = mock.Mock(ranks=ranks or Ranks()), dict[str, float | torch.Tensor]()
+    numbers.contribute(run, batch, sums)
+    totals = add_up(sums, run.ranks, torch.device("cpu")).tolist()
+    values: dict[str, float] = {"step": step}
+    numbers.measure(run, dict(zip(sums, totals, strict=True)), values)
+    del values["step"]
+    return values
 
 
-def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
+def describe_sources_of_slices(
+    ranks, images: torch.Tensor, folder: Path, objectives: tuple[str, ...]
+) -> None:
     """Each rank writes the figures of its slice of a batch of two sources."""
-    loader = labelled_loader(images, objective, **place_of(ranks))
-    batch = next(iter(loader.batches(0)))
-    batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
-    meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
-    Path(folder, str(ranks.rank)).write_text(repr(described(meter, batch, ranks, num_steps=1)))
+    for objective in objectives:
+        loader = labelled_loader(images, objective, **place_of(ranks))
+        batch = next(iter(loader.batches(0)))
+        batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
+        numbers = DatasetNumbers(["a", "b"], epochs=lambda step: [1.0, 2.0])
+        found = described(numbers, batch, ranks, step=1)
+        (folder / f"{objective} {ranks.rank}").write_text(repr(found))
 
 
 def exchange_objects(ranks: Ranks) -> None:
@@ -513,8 +520,8 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
     with mock.patch.object(build, "Ledger") as ledger:
         build._build_ledger(Path(), data, plan, ranks)
     assert [source.name for source in ledger.call_args.args[1].sources] == ["here"]
-    meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
-    found = described(meter, global_batch(images), ranks, num_steps=1)
+    numbers = DatasetNumbers(["a"], epochs=lambda step: [0.0], datasets=[dataset])
+    found = described(numbers, global_batch(images), ranks, step=1)
     assert (found["storage_bytes_read"], found["storage_bytes_needed"]) == (9, 7)
 
 

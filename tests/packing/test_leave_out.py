@@ -41,19 +41,20 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(tmp_pat
 
 
 def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path):
-    (tmp_path / "in" / "cat").mkdir(parents=True)
+    source = tmp_path / "in\udcff"
+    (source / "cat").mkdir(parents=True)
     for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
-        with open(bytes(tmp_path / "in" / "cat") + b"/" + name, "wb") as file:
+        with open(bytes(source / "cat") + b"/" + name, "wb") as file:
             file.write(jpeg(number))
     (tmp_path / "out.csv").write_text(
-        "source,name\nin,cat/\\udcff.jpg\nother,cat/plain.jpg\nin,cat/none.jpg\n"
+        "source,name\nin\\udcff,cat/\\udcff.jpg\nother,cat/plain.jpg\nin\\udcff,cat/none.jpg\n"
     )
     options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
-    build_set([tmp_path / "in"], tmp_path / "all")
+    build_set([source], tmp_path / "all")
     assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
-    for name in ("in", "all"):
-        summary = build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)
+    for name, place in {"in": source, "all": tmp_path / "all"}.items():
+        summary = build_dataset([place], tmp_path / f"of {name}", workers=1, **options)
         assert summary.passed_over == {f"images named in {tmp_path / 'out.csv'}": 1}
         assert {one.name for one in samples_of(tmp_path / f"of {name}")} == {"cat/plain.jpg"}
     with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
-        build_set([tmp_path / "in"], tmp_path / "no", leave_out="s3://bucket/list.csv")
+        build_set([source], tmp_path / "no", leave_out="s3://bucket/list.csv")

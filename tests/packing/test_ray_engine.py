@@ -86,7 +86,7 @@ def test_no_more_chunks_are_under_way_than_there_are_workers(monkeypatch, worker
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(ray_engine, "_check_chunk", check)
     tasks = [Task(name=str(number), entry=Faulty()) for number in range(64 * 20)]
-    results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=workers)
+    results = check_on_ray(tasks, options=OPTIONS, workers=workers)
     assert [result.message for result in results] == [task.name for task in tasks]
     assert ray.most == most
 
@@ -102,7 +102,7 @@ def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("1.jpg").write_bytes(jpeg(1))
     tasks = [Task(name=name, entry=FileEntry(name, 1)) for name in ("gone.jpg", "1.jpg")]
-    results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    results = check_on_ray(tasks, options=OPTIONS, workers=1)
     assert next(results) == Problem(kind="unreadable", message="No such file")
     with pytest.raises(
         RuntimeError,
@@ -137,7 +137,7 @@ def test_bad_images_and_killed_processes_of_ray_cost_no_others(tmp_path):
     tasks = [Task(name=str(number), entry=sound, captions=("a cat",)) for number in range(200)]
     tasks[70] = Task(name="crash", entry=Crashing(signal.SIGSEGV))
     tasks[150] = Task(name="fault", entry=Faulty())
-    results = list(check_on_ray(tasks, options=OPTIONS, context_length=77, workers=2))
+    results = list(check_on_ray(tasks, options=OPTIONS, workers=2))
     assert os.path.exists(tmp_path / "mark"), "no process of Ray was killed"
     problems = {n: result for n, result in enumerate(results) if isinstance(result, Problem)}
     assert {n: problem.kind for n, problem in problems.items()} == {70: "crash", 150: "failed"}

@@ -84,7 +84,7 @@ def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path):
         Task(str(number), CrashingOnce(str(tmp_path / str(number)), jpeg(number)), ("a dog",))
         for number in range(3)
     ]
-    results = list(check_in_order(tasks, options=options(), context_length=77, workers=1))
+    results = list(check_in_order(tasks, options=options(), workers=1))
     for number, result in enumerate(results):
         assert isinstance(result, Checked)
         assert result.data == jpeg(number)
@@ -95,9 +95,7 @@ def test_workers_are_gone_when_the_results_are_not_wanted_any_more():
     others = set(psutil.Process().children())  # which fixtures of a session have started
     sound = [Task(name="a", entry=CrashingOnce("/", jpeg(1)))] * 128
     stuck = [Task(name="b", entry=Hanging())] * 400
-    results = check_in_order(
-        sound + stuck, options=options(seconds=0), context_length=77, workers=2
-    )
+    results = check_in_order(sound + stuck, options=options(seconds=0), workers=2)
     assert isinstance(next(iter(results)), Checked)
     assert len(set(psutil.Process().children()) - others) == 2
     results.close()

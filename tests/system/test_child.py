@@ -47,15 +47,6 @@ def test_a_task_that_hangs_is_ended():
     found.close()
 
 
-def test_the_next_task_may_depend_on_the_last_result():
-    tasks = ["one"]
-    for result in run_limited(work, iter(tasks)):
-        assert isinstance(result, str)
-        if len(tasks) < 3:
-            tasks.append(result)
-    assert tasks == ["one", "one done", "one done done"]
-
-
 def test_errors_of_the_function_are_raised_or_described():
     with pytest.raises(ValueError, match="the task is refused"):
         list(run_limited(work, ["refuse"]))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import resolve_name
 from pathlib import Path
 from unittest import mock
@@ -144,27 +145,23 @@ def test_a_change_in_what_a_kernel_is_made_of_compiles_anew_and_nothing_else_doe
     assert run(package, PROGRAM) == "383 383\n1 1 1\n"
 
 
-def test_a_file_s_key_follows_what_it_imports_directly_or_not(package):
-    program = """
-import sys
-from importlib.util import resolve_name
-from pathlib import Path
-from unicl_fast.system.kernels import folder_of
+def test_a_file_s_key_follows_what_it_imports_directly_or_not(package, monkeypatch):
+    def file_of(name: str) -> Path | None:
+        path = package / f"{name.removeprefix('unicl_fast.').replace('.', '/')}.py"
+        return path if path.is_file() else None
 
-for name in ("upper", "lower", "lowest", "closures"):
-    print(folder_of(Path(sys.argv[1]), f"unicl_fast.{name}", f"unicl_fast/{name}.py").name)
-"""
+    def keys(**changes: int) -> list[str]:
+        write(package, **changes)
+        kernels._read.cache_clear()
+        names = ("upper", "lower", "lowest", "closures")
+        return [kernels._hash_code(f"unicl_fast.{name}", package / f"{name}.py") for name in names]
 
-    def keys() -> list[str]:
-        return run(package, program, str(package.parent)).split()
-
+    monkeypatch.setattr(kernels, "_file_of", file_of)
     first = keys()
-    write(package, factor=4)
-    assert [a == b for a, b in zip(first, keys(), strict=True)] == [False, True, True, True]
-    write(package)
+    of_factor, of_inlined = keys(factor=4), keys(inlined=4)
+    assert [a == b for a, b in zip(first, of_factor, strict=True)] == [False, True, True, True]
+    assert [a == b for a, b in zip(first, of_inlined, strict=True)] == [False, False, False, True]
     assert keys() == first
-    write(package, inlined=4)
-    assert [a == b for a, b in zip(first, keys(), strict=True)] == [False, False, False, True]
 
 
 def modules_named_in(file: Path, package: str) -> set[str]:
@@ -223,28 +220,28 @@ def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
         assert said.count("set NUMBA_CACHE_DIR") == 1
 
 
-def test_the_folder_is_this_user_s_alone_and_only_the_last_used_versions_stay(package, tmp_path):
-    above = tmp_path / "cache" / "unicl_fast" / "numba"
-    above.parent.mkdir(parents=True)
-    above.mkdir(mode=0o700)
+def test_the_folder_is_this_user_s_alone_and_only_the_last_used_versions_stay(
+    tmp_path, monkeypatch, caplog
+):
+    above, file = tmp_path / "cache" / "unicl_fast" / "numba", tmp_path / "closures.py"
+    file.write_text(CLOSURES)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    choices = mock.Mock(CACHE_LOCATOR_CLASSES="", CACHE_DIR="")
+    monkeypatch.setattr(kernels, "_config", choices)
+    assert kernels.cache_folder.__wrapped__() == above
+    assert above.stat().st_mode & 0o077 == 0
     for number in range(12):
         for name in ("closures", "upper"):
             (above / f"unicl_fast.{name}-{number}").mkdir()
             os.utime(above / f"unicl_fast.{name}-{number}", (number, number))
-    run(package, ADD, "1")
-    left = sorted(folder.stat().st_mtime for folder in above.glob("unicl_fast.closures-*"))
-    assert left[:-1] == list(range(5, 12))
+    made = kernels.folder_of.__wrapped__(above, "unicl_fast.closures", str(file))
+    left = sorted(above.glob("unicl_fast.closures-*"), key=lambda folder: folder.stat().st_mtime)
+    assert [folder.stat().st_mtime for folder in left[:-1]] == list(range(5, 12))
+    assert left[-1] == made
     assert len(list(above.glob("unicl_fast.upper-*"))) == 12
-    assert above.stat().st_mode & 0o077 == 0
     above.chmod(0o777)
-    (package.parent / "tmp").mkdir()
-    said = run(package, ADD, "1", TMPDIR=str(package.parent / "tmp"))
-    assert said.startswith("1 0\n")
-    assert "can be written by other users" in said
-
-
-def test_where_numba_is_told_to_look_elsewhere_nothing_is_kept(monkeypatch):
-    monkeypatch.setattr(
-        kernels, "_config", mock.Mock(CACHE_LOCATOR_CLASSES="InTreeCacheLocator", CACHE_DIR="")
-    )
+    assert kernels.cache_folder.__wrapped__() == tmp_path / f"unicl_fast-{os.getuid()}"
+    assert "can be written by other users" in caplog.text
+    choices.CACHE_LOCATOR_CLASSES = "InTreeCacheLocator"  # Numba is told to look elsewhere
     assert kernels.cache_folder.__wrapped__() is None

@@ -89,10 +89,11 @@ def test_values_are_shown_up_to_a_limit_whatever_they_are():
         ({"class_names": [["ant", "bee", "dog"], []]},
          "class_names[0][2] was 'cat' and is now 'dog'"),
         ({"class_names": [["ant", "bat", "bee", "cat"], []]},
-         "class_names[0] had 3 elements and now has 4, and class_names[0][1] was 'bee' and is now "
-         "'bat'"),
+         "class_names[0] was a list of 3 and is now a list of 4, and class_names[0][1] was 'bee' "
+         "and is now 'bat'"),
         ({"shares": [0.5]},
-         "shares had 2 elements and now has 1, and shares[1] was 0.5 and is now not there"),
+         "shares was a list of 2 and is now a list of 1, and shares[1] was 0.5 and is now not "
+         "there"),
         ({"shares": None}, "shares was [0.5, 0.5] and is now None"),
         ({"shares": [0.75, 0.25]}, "shares[0] was 0.5 and is now 0.75 (1 more difference)"),
         ({"vocabulary_hash": ["1234", "5678"]}, "vocabulary_hash[1] was '1234' and is now '5678'"),

@@ -137,13 +137,14 @@ def test_one_more_than_allowed_stops_the_run(images, tmp_path):
         poison_step(trainer, step=4)
 
     config = config_of(max_bad_steps=1, steps=6, log_every_steps=5)
+    config = config.changed(checkpoint={"every_steps": 3})  # judges step 2 before the line does
     said = r"step 4 is nan.*non-finite step 2, .*=1\)"
     with pytest.raises(FloatingPointError, match=said) as stopped:
         trained(images, config, poison_two, tmp_path)
     assert str(tmp_path / "non-finite-step-00000004.json") in str(stopped.value)
     found = sorted(path.name for path in tmp_path.glob("non-finite-*"))
     assert found == ["non-finite-step-00000002.json", "non-finite-step-00000004.json"]
-    assert not list_checkpoints(tmp_path / "checkpoints")
+    assert [one.name for one in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
 
 
 def test_a_gradient_norm_that_is_not_finite_counts_too(images, tmp_path):
@@ -189,7 +190,7 @@ def test_what_is_remembered_is_bounded(images):
     for step in range(_REMEMBERED_STEPS + 100):
         steps.on_step(Mock(), dataclasses.replace(batch, step=step), loss=one, grad_norm=one)
     assert len(steps._remembered) == _REMEMBERED_STEPS
-    steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, scaler=scaler)
+    steps.check(Mock(scaler=scaler), [(1.0, 1.0)], done=_REMEMBERED_STEPS + 100)
     assert not steps._remembered
 
 
@@ -239,16 +240,23 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images):
     config = tiny_config()
     assert (config.run.global_batch_size, config.data.max_bad_fraction) == (12, 0.01)
     draws = ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=None)
-    draws.add(with_replaced(global_batch(images), count=12))
-    draws.check_total(100)
+    batch, one = global_batch(images), torch.tensor(1.0)
+
+    def add(count: int, *, steps: int = 1) -> None:
+        for _ in range(steps):
+            draws.on_step(Mock(), with_replaced(batch, count=count), loss=one, grad_norm=one)
+
+    def check(total: int) -> None:
+        draws.on_log(Mock(), batch, {"replaced_samples": total})
+
+    add(12)
+    check(100)
     with pytest.raises(TooManyBadSamplesError, match="101 of the 12 samples .*the log"):
-        draws.check_total(101)
-    good = with_replaced(global_batch(images), count=0)
-    for _ in range(2_000):
-        draws.add(good)
-    draws.check_total(240)
+        check(101)
+    add(0, steps=2_000)
+    check(240)
     with pytest.raises(TooManyBadSamplesError, match="241 of the 24012"):
-        draws.check_total(241)
+        check(241)
     assert draws.replaced == 12
 
 

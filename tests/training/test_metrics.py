@@ -12,7 +12,7 @@ from rank_workers import describe_sources_of_slices, described, named, run_on_ra
 from small_runs import global_batch, labelled_batch, poison_step, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
+from unicl_fast.training.metrics import MetricsWriter, read_metrics
 from unicl_fast.training.observers import DatasetNumbers
 from unicl_fast.training.trackers import TrackedRun, Trackers
 from unicl_fast.training.trainer import Trainer
@@ -80,10 +80,12 @@ def test_epochs_and_positives_of_each_source(images):
         class_ids=torch.tensor([5, 5, 5, 9] + [2**61 + i for i in range(6)] + [9, 5]),
     )
     batch = dataclasses.replace(batch, source_ids=torch.tensor([0, 0, 2, 2] + [1] * 6 + [2, 2]))
-    meter = DatasetMeter(["a", "b", "c", "d"], epochs=lambda step: [step / 2, step / 4, 0.0, 0.0])
+    numbers = DatasetNumbers(
+        ["a", "b", "c", "d"], epochs=lambda step: [step / 2, step / 4, 0.0, 0.0]
+    )
     epochs = {"a": 1.5, "b": 0.75, "c": 0.0, "d": 0.0}
     positives = {"a": 4.0, "b": 1.0, "c": (4 + 2 + 2 + 4) / 4}  # d has no row in the batch
-    assert described(meter, batch, num_steps=3) == (
+    assert described(numbers, batch, step=3) == (
         {f"epochs/{name}": number for name, number in epochs.items()}
         | {f"positives_per_row/{name}": number for name, number in positives.items()}
     )
@@ -101,25 +103,27 @@ def test_positives_of_images_of_several_labels(images):
         image_classes=torch.tensor(entries).T.contiguous(),
     )
     batch = dataclasses.replace(batch, source_ids=torch.tensor([0, 1] + [2] * 9 + [3]))
-    meter = DatasetMeter(["a", "b", "c", "d"], epochs=lambda step: [0.0] * 4)
-    found = described(meter, batch, num_steps=1)
+    numbers = DatasetNumbers(["a", "b", "c", "d"], epochs=lambda step: [0.0] * 4)
+    found = described(numbers, batch, step=1)
     assert [found[f"positives_per_row/{name}"] for name in "abcd"] == [3, 2, 1, 2]
 
 
-@pytest.mark.parametrize("objective", ["unicl", "unicl, labels"])
-def test_positives_are_counted_over_ranks(images, tmp_path, objective):
-    run_on_ranks(describe_sources_of_slices, 2, images, str(tmp_path), objective)
-    batch = labelled_batch(images, objective=objective)
-    batch = dataclasses.replace(batch, source_ids=torch.arange(12) % 2)
-    meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
-    expected = described(meter, batch, num_steps=1)
-    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == [repr(expected)] * 2
+def test_positives_are_counted_over_ranks(images, tmp_path):
+    objectives = ("unicl", "unicl, labels")
+    run_on_ranks(describe_sources_of_slices, 2, images, tmp_path, objectives)
+    for objective in objectives:
+        batch = labelled_batch(images, objective=objective)
+        batch = dataclasses.replace(batch, source_ids=torch.arange(12) % 2)
+        numbers = DatasetNumbers(["a", "b"], epochs=lambda step: [1.0, 2.0])
+        expected = described(numbers, batch, step=1)
+        found = [(tmp_path / f"{objective} {rank}").read_text() for rank in range(2)]
+        assert found == [repr(expected)] * 2, objective
 
 
 def test_each_logging_step_has_them(images, tmp_path):
     batch = dataclasses.replace(global_batch(images), source_ids=torch.arange(12) % 2)
-    meter = DatasetMeter(["a", "b"], epochs=lambda step: [step, 2 * step])
-    options = {"loader": ListLoader([batch]), "observers": [DatasetNumbers(meter)]}
+    numbers = DatasetNumbers(["a", "b"], epochs=lambda step: [step, 2 * step])
+    options = {"loader": ListLoader([batch]), "observers": [numbers]}
     trainer_of(images, tiny_config(steps=2), tmp_path, **options).fit()
     lines = read_metrics(tmp_path)
     assert [(line["epochs/a"], line["epochs/b"]) for line in lines] == [(1, 2), (2, 4)]
@@ -135,7 +139,7 @@ def test_lines_that_are_written_a_step_later_are_the_same(images, tmp_path, monk
 
     def lines_of(run_folder: Path) -> list[dict[str, float]]:
         evaluations = {"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}}
-        numbers = DatasetNumbers(DatasetMeter(["a"], epochs=lambda step: [step / 2]))
+        numbers = DatasetNumbers(["a"], epochs=lambda step: [step / 2])
         options = {"change": named, "evaluations": evaluations, "observers": [numbers]}
         trainer = trainer_of(images, config, run_folder, **options)
         poison_step(trainer, step=4)

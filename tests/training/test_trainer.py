@@ -218,7 +218,7 @@ def pretrain_on_twelve_images(
     loader.plan = SimpleNamespace(epochs=lambda steps: [1.0], weights=(1,))
     loader.reading = ReadingTime()
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
-    monkeypatch.setattr(build, "DatasetNumbers", lambda meter: Observer())
+    monkeypatch.setattr(build, "DatasetNumbers", lambda names, **_: Observer())
     monkeypatch.setattr(run, "_report", lambda *arguments: None)
     build_loader = Mock(return_value=loader)
     return functools.partial(

@@ -139,8 +139,7 @@ class ShardFile(GrowingFile):
     def finish_shard(self) -> ShardInfo:
         """Ends the tar, writes its index, syncs and closes both."""
         self.append(END_OF_TAR)
-        self._write_waiting()
-        sync_and_close(self.file)
+        self.finish()
         with open_file(self._path.with_suffix(".idx"), "w", encoding="ascii") as file:
             file.write(f"v1.2 {len(self._index)}\n")
             file.writelines(f"{line}\n" for line in self._index)

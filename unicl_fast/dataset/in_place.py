@@ -60,15 +60,12 @@ class SourceFiles:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> str:
-        name = self.name_of(number)
+        """A URL or a path; a path is stored as absolute, or relative to the data set's folder."""
+        start, length = self.rows[["name_start", "name_length"]].item(number)
+        name = os.fsdecode(self.arrays["names"][start : start + length].tobytes())
         if name.startswith("/") or is_url(name):
             return name
         return os.path.normpath(os.path.join(self._folder, name))
-
-    def name_of(self, number: int) -> str:
-        """A URL, an absolute path, or a path relative to the data set's folder."""
-        start, length = self.rows[["name_start", "name_length"]].item(number)
-        return os.fsdecode(self.arrays["names"][start : start + length].tobytes())
 
     @property
     def num_bytes_fetched(self) -> int:

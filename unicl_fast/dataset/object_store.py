@@ -96,8 +96,6 @@ class ObjectStore:
         self._protocol = match.group(1).lower()
         self.read_bytes = 0
         """Bytes that this process has read."""
-        self.tried_again = 0
-        """Its repeated requests."""
         self._systems: dict[int, Any] = {}
         self._counting = threading.Lock()
 
@@ -138,7 +136,8 @@ class ObjectStore:
 
     def _read_up_to(self, name: str, start: int, end: int) -> bytes:
         data: bytes = self._call("cat_file", self._path(name), start=start, end=end)
-        self._count(read_bytes=len(data))
+        with self._counting:
+            self.read_bytes += len(data)
         return data
 
     def find(self, name: str) -> StoredObject | None:
@@ -244,7 +243,6 @@ class ObjectStore:
         pause = FIRST_PAUSE_SECONDS
         self._system()  # faults of the URL or the installation are raised unchanged
         for number in range(1, TRIES + 1):
-            self._count(tried_again=int(number > 1))
             try:
                 return attempt()
             except FileNotFoundError as error:
@@ -299,11 +297,6 @@ class ObjectStore:
     def _path(self, name: str) -> str:
         address = f"{self._address}/{name}" if name else self._address
         return str(self._system()._strip_protocol(address))
-
-    def _count(self, *, read_bytes: int = 0, tried_again: int = 0) -> None:
-        with self._counting:
-            self.read_bytes += read_bytes
-            self.tried_again += tried_again
 
 
 def _version_in(info: Mapping[str, Any]) -> str:

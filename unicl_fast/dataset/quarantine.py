@@ -11,6 +11,7 @@ from pathlib import Path
 from unicl_fast.dataset.growing_files import csv_writer
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.system.untrusted_files import open_regular
+from unicl_fast.system.wording import encodable
 
 logger = logging.getLogger(__name__)
 
@@ -91,4 +92,4 @@ def _line(*values: object) -> str:
 
 def _printable(text: str) -> str:
     """Text on one line; bytes of names that are not UTF-8 are escaped."""
-    return " ".join(text.splitlines()).encode(errors="backslashreplace").decode()
+    return encodable(" ".join(text.splitlines()))

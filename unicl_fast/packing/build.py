@@ -436,7 +436,6 @@ def _check(
             if item.problem is None and item.entry is not None
         ),
         options=images,
-        context_length=CONTEXT_LENGTH,
         workers=options.workers,
     )
     with contextlib.closing(results):

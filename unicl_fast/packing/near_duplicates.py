@@ -52,7 +52,7 @@ def look_at_images(
     options = dataclasses.replace(
         images, short_side=0, square_side=0, format="keep", in_place=False, look=True
     )
-    results = check_in_order(tasks, options=options, context_length=0, workers=workers)
+    results = check_in_order(tasks, options=options, workers=workers)
     shown = Bar(results, total=count, desc=doing, unit=" images", shown=progress)
     with contextlib.closing(results):
         for number, result in enumerate(shown):

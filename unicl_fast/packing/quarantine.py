@@ -18,7 +18,7 @@ from unicl_fast.dataset.manifest import QUARANTINE_COLUMNS
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.samples import Samples
 from unicl_fast.system.untrusted_files import open_file
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, encodable
 
 _REASONS_SHOWN = 5
 
@@ -79,11 +79,6 @@ def describe_left_out(path: Path) -> str:
     return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts), *reasons])
 
 
-def _as_listed(name: str) -> str:
-    """A name as a list, which is UTF-8, spells it."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def are_wanted(samples: Samples, listed: Counter[tuple[str, str]], path: str) -> Mask:
     """Masks the samples, bool [n], that `--leave-out` does not name; `listed` is of its `path`.
 
@@ -92,7 +87,8 @@ def are_wanted(samples: Samples, listed: Counter[tuple[str, str]], path: str) ->
     """
     wanted, taken = np.ones(len(samples), np.bool_), Counter[tuple[str, str]]()
     for number, (source, item) in enumerate(samples):
-        if (key := (_as_listed(source), _as_listed(item.name))) not in listed:
+        # as a list, which is UTF-8, spells them
+        if (key := (encodable(source), encodable(item.name))) not in listed:
             continue
         wanted[number] = False
         taken[key] += 1

@@ -31,7 +31,7 @@ _NOT_READ = ("unreadable", "missing")
 
 
 def check_on_ray(
-    tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
+    tasks: Iterable[Task], *, options: ImageOptions, workers: int
 ) -> Generator[Checked | Problem, None, None]:
     """Checks tasks on a Ray cluster, as `check_in_order` does on this machine.
 
@@ -50,7 +50,7 @@ def check_on_ray(
     remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
     sent, answered = itertools.tee(make_chunks(map(_with_whole_paths, tasks), options))
     answers = in_order(
-        lambda chunk: remote.remote(chunk, options, context_length).future(),
+        lambda chunk: remote.remote(chunk, options).future(),
         sent,
         ahead=workers or cores * CHUNKS_AHEAD,
     )
@@ -106,14 +106,12 @@ def _require_unreadable_here(
 # From here on: what runs in a process of Ray.
 
 
-def _check_chunk(
-    tasks: list[Task], options: ImageOptions, context_length: int
-) -> tuple[str, list[Checked | Problem]]:
+def _check_chunk(tasks: list[Task], options: ImageOptions) -> tuple[str, list[Checked | Problem]]:
     """The name of the machine, and one result for each task."""
-    return platform.node(), _worker(options, context_length).check(tasks)
+    return platform.node(), _worker(options).check(tasks)
 
 
 @functools.cache
-def _worker(options: ImageOptions, context_length: int) -> ImageWorker:
+def _worker(options: ImageOptions) -> ImageWorker:
     """The worker process of this process of Ray; it ends with it."""
-    return ImageWorker(options, context_length=context_length)
+    return ImageWorker(options)

@@ -21,7 +21,7 @@ from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
 from unicl_fast.packing.sources.lists import LIST_SUFFIXES
 from unicl_fast.packing.sources.tars import expand_braces
-from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.system.atomic_files import flush_to_disk, make_folder, temporary_folder
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import CHECKSUMS_NAME, parse_checksums
 from unicl_fast.system.wording import count_of, without_secrets
@@ -51,8 +51,7 @@ class _Copy:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.store.fetch_file(self.name, self.path, size=size)
         if version:
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())  # before the time marks it as whole
+            flush_to_disk(self.path)  # before the time marks it as whole
             os.utime(self.path, (seconds, seconds))
         return size
 

@@ -137,7 +137,7 @@ def _check_samples(
     ahead, behind = itertools.tee(sound)
     tasks = (Task(sample_key(one.index), image_entry(dataset, one.index)) for one in ahead)
     num_decoded = 0
-    results = check_in_order(tasks, options=options, context_length=0, workers=workers)
+    results = check_in_order(tasks, options=options, workers=workers)
     with contextlib.closing(results):
         for result, sample in zip(results, behind, strict=False):  # results come first
             if isinstance(result, Problem):

@@ -149,7 +149,7 @@ def answer_bytes(options: ImageOptions, notes: Mapping[str, Any]) -> int:
 
 
 def check_in_order(
-    tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
+    tasks: Iterable[Task], *, options: ImageOptions, workers: int
 ) -> Generator[Checked | Problem, None, None]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
@@ -158,7 +158,7 @@ def check_in_order(
     way at a time.
     """
     workers = workers or usable_cores()
-    started = [ImageWorker(options, context_length=context_length) for _ in range(workers)]
+    started = [ImageWorker(options) for _ in range(workers)]
     idle: queue.LifoQueue[ImageWorker] = queue.LifoQueue()  # started processes come first
     for worker in started:
         idle.put(worker)
@@ -215,9 +215,8 @@ def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[T
 class ImageWorker:
     """A process that checks images, started on demand and again after it dies."""
 
-    def __init__(self, options: ImageOptions, *, context_length: int) -> None:
+    def __init__(self, options: ImageOptions) -> None:
         self._options = options
-        self._context_length = context_length
         self._process: Child | None = None
         self._closed = False
 
@@ -249,7 +248,7 @@ class ImageWorker:
         """Returns the results received, and a problem if the process died."""
         results: list[Checked | Problem] = []
         if self._process is None:
-            self._process = Child(_serve, self._options, self._context_length)
+            self._process = Child(_serve, self._options)
             if self._closed:  # while it was started
                 self._process.kill()
         process = self._process
@@ -276,7 +275,7 @@ class ImageWorker:
 # From here on: what runs inside the process.
 
 
-def _serve(connection: Connection, options: ImageOptions, context_length: int) -> None:
+def _serve(connection: Connection, options: ImageOptions) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, memory_bytes=options.memory_bytes)
@@ -287,10 +286,10 @@ def _serve(connection: Connection, options: ImageOptions, context_length: int) -
             num_bytes = 0
             tasks = connection.recv()
             if any(task.captions for task in tasks):
-                make_tokenizer(context_length)  # before a timer starts
+                make_tokenizer()  # before a timer starts
             for task in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                result = check_sample(task, options, context_length=context_length)
+                result = check_sample(task, options)
                 answers.append(result)
                 num_bytes += len(result.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
@@ -305,10 +304,10 @@ def _serve(connection: Connection, options: ImageOptions, context_length: int) -
 make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
 
 
-def check_sample(task: Task, options: ImageOptions, *, context_length: int) -> Checked | Problem:
+def check_sample(task: Task, options: ImageOptions) -> Checked | Problem:
     """Returns the image and its tokens, or its problem; raises nothing."""
     try:
-        return _check(task, options, context_length)
+        return _check(task, options)
     except EntryError as error:
         return error.problem
     except ImageError as error:
@@ -321,15 +320,14 @@ def check_sample(task: Task, options: ImageOptions, *, context_length: int) -> C
         return Problem("failed", f"{type(error).__name__}: {error}")
 
 
-def _check(task: Task, options: ImageOptions, context_length: int) -> Checked | Problem:
+def _check(task: Task, options: ImageOptions) -> Checked | Problem:
     entry = task.entry
     image = _check_image(entry, options)
     data, size = image.data, (image.height, image.width)
     tokens: list[bytes] = []
     if task.captions:
-        tokenizer = make_tokenizer(context_length)
         try:
-            tokens = [ids.tobytes() for ids in tokenizer.encode(task.captions)]
+            tokens = [ids.tobytes() for ids in make_tokenizer().encode(task.captions)]
         except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
             return Problem("bad caption", f"cannot be tokenised: {error}")
     if options.in_place and isinstance(entry, PackedFile) and not image.reencoded:

@@ -107,22 +107,30 @@ def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[st
         )
 
 
-def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:
-    """Yields a phrase for each element that differs: "shares[1] was 0.5 and is now 0.25"."""
+def config_diff(
+    stored: Any, present: Any, path: str = "", *, says: str = "{} was {} and is now {}"
+) -> Iterator[str]:
+    """Yields a phrase for each element that differs: "shares[1] was 0.5 and is now 0.25".
+
+    `says` has places for its path and both values.
+    """
     if isinstance(stored, Mapping) and isinstance(present, Mapping):
         for name in sorted(set(stored) | set(present)):
             below = f"{path}.{name}" if path else name
-            yield from config_diff(stored.get(name, _ABSENT), present.get(name, _ABSENT), below)
+            pair = stored.get(name, _ABSENT), present.get(name, _ABSENT)
+            yield from config_diff(*pair, below, says=says)
     elif isinstance(stored, list | tuple) and isinstance(present, list | tuple):
         pairs = enumerate(itertools.zip_longest(stored, present, fillvalue=_ABSENT))
-        inner = [phrase for n, pair in pairs for phrase in config_diff(*pair, f"{path}[{n}]")]
+        inner = [
+            phrase for n, pair in pairs for phrase in config_diff(*pair, f"{path}[{n}]", says=says)
+        ]
         if len(stored) == len(present):
             yield from inner
         else:  # one inserted element moves all others: the first difference helps
-            lengths = f"had {len(stored)} elements and now has {len(present)}"
-            yield f"{path} {lengths}, and {inner[0]}"
+            lengths = (f"a list of {len(one)}" for one in (stored, present))
+            yield f"{says.format(path, *lengths)}, and {inner[0]}"
     elif stored != present or isinstance(stored, bool) != isinstance(present, bool):
-        yield f"{path} was {_show(stored)} and is now {_show(present)}"
+        yield says.format(path, _show(stored), _show(present))
 
 
 def _show(value: Any) -> str:

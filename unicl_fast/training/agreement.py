@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
-from unicl_fast.system.wording import count_of, shorten
+from unicl_fast.system.wording import config_diff, count_of
 
 _PACKAGES = (
     *("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
@@ -77,29 +77,16 @@ def check_ranks_agree(description: Mapping[str, Any], ranks: Ranks) -> None:
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
     if len(set(gather_integers(digest, ranks))) == 1:
         return
-    everyone = [dict(_leaves(json.loads(each))) for each in gather_objects(text, ranks)]
-    for rank, its in enumerate(everyone):
-        own = everyone[0]
-        paths = [path for path in sorted({*own, *its}) if own.get(path, "") != its.get(path, "")]
-        if paths:
-            of_rank_0, of_other = (shorten(one.get(paths[0], "not there")) for one in (own, its))
+    own, *others = map(json.loads, gather_objects(text, ranks))
+    for rank, its in enumerate(others, start=1):
+        says = f"{{}} is {{}} on rank 0 and {{}} on rank {rank}"
+        if differences := list(config_diff(own, its, says=says)):
+            more = len(differences) - 1
             raise ValueError(
-                f"ranks disagree: {paths[0]} is {of_rank_0} on rank 0 and {of_other} on rank {rank}"
-                + (f" ({count_of(len(paths) - 1, 'more difference')})" if len(paths) > 1 else "")
+                f"ranks disagree: {differences[0]}"
+                + (f" ({count_of(more, 'more difference')})" if more else "")
                 + "; start all ranks with the same arguments, data and installation"
             )
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested dictionaries and lists, by paths such as run.seed or sources[1]."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{path}.{name}" if path else name)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{index}]")
-    else:
-        yield path, value
 
 
 def check_weights_agree(model: nn.Module, ranks: Ranks, *, step: int) -> None:

@@ -42,7 +42,6 @@ from unicl_fast.training.data import (
 )
 from unicl_fast.training.feature_run import feed_features
 from unicl_fast.training.memory_plan import build_on_meta, check_memory, check_sizes
-from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.observers import ContactSheet, DatasetNumbers, LedgerKeeper, SoleWriter
 from unicl_fast.training.settle import Setup, set_up, with_kernels
 from unicl_fast.training.stages import PlannedLoader, in_stages
@@ -122,8 +121,8 @@ def build_trainer(
     )
     evaluations = _build_evaluations(data, ranks, evaluate)
     names = distinct_names([dataset.location for dataset in datasets], may_repeat=True)
-    meter = DatasetMeter(names, epochs=loader.plan.epochs, datasets=datasets)
-    observers: list[Observer] = [sheet, DatasetNumbers(meter)]
+    numbers = DatasetNumbers(names, epochs=loader.plan.epochs, datasets=datasets)
+    observers: list[Observer] = [sheet, numbers]
     if keeps_ledger:
         observers.append(LedgerKeeper(_build_ledger(run_folder, data, loader.plan, ranks)))
     if check_run_folder is not None:

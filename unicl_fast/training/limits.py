@@ -14,9 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from torch.amp import GradScaler
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import RunConfig
@@ -67,25 +65,21 @@ class NonfiniteSteps(Observer):
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         self._remembered.append((batch.step, {name: getattr(batch, name) for name in _RECORDS}))
 
-    def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
-        self.judge(steps, done=done, scaler=run.scaler)
-
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
         values["nonfinite_steps"] = self.count
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
         self._last_metrics = dict(values)
 
-    def judge(self, steps: Sequence[tuple[float, float]], *, done: int, scaler: GradScaler) -> None:
+    def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
         """Judges the steps that are new; all ranks call it together.
 
-        `steps` holds loss and gradient norm of the last of the run's first `done` steps. The loss
-        scaler, if enabled, handles gradient norms that are not finite.
+        The loss scaler, if enabled, handles gradient norms that are not finite.
 
         Raises FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at
         any loss scale; names the step.
         """
-        scales_loss = scaler.is_enabled()
+        scales_loss = run.scaler.is_enabled()
         for step, (loss, grad_norm) in enumerate(steps, start=done - len(steps)):
             if step < self._judged:
                 continue
@@ -102,7 +96,7 @@ class NonfiniteSteps(Observer):
         self._remembered.clear()
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
         # updates are left out while the scale halves; below 1 that cannot help
-        if overflowed and scales_loss and scaler.get_scale() < 1:
+        if overflowed and scales_loss and run.scaler.get_scale() < 1:
             raise FloatingPointError(
                 f"no gradient of the {len(steps)} steps before step {done} was finite in fp16, "
                 "at any loss scale: use efficiency.precision=bf16"
@@ -148,13 +142,6 @@ class NonfiniteSteps(Observer):
         return f"; its samples are in {path}"
 
 
-def count_replaced(batch: Batch) -> int:
-    """Samples of a local batch that replace bad ones."""
-    if batch.sample_ids is None or batch.scheduled_ids is None:
-        return 0
-    return int(np.count_nonzero(batch.sample_ids.numpy() != batch.scheduled_ids.numpy()))
-
-
 class ReplacedSamples(Observer):
     """Counts draws of other samples than planned, since this process began to train."""
 
@@ -169,7 +156,9 @@ class ReplacedSamples(Observer):
         self._draws = 0
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        self.add(batch)
+        self._draws += span_at(self._spans, batch.step).global_batch_size
+        if batch.sample_ids is not None and batch.scheduled_ids is not None:
+            self.replaced += int((batch.sample_ids != batch.scheduled_ids).sum())
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
         sums["replaced_samples"] = self.replaced
@@ -178,19 +167,11 @@ class ReplacedSamples(Observer):
         values["replaced_samples"] = int(sums["replaced_samples"])
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Stops a run that has replaced too many, once the line is written."""
-        self.check_total(int(values["replaced_samples"]))
-
-    def add(self, batch: Batch) -> None:
-        """Counts this rank's samples of one step."""
-        self._draws += span_at(self._spans, batch.step).global_batch_size
-        self.replaced += count_replaced(batch)
-
-    def check_total(self, total: int) -> None:
-        """Stops a run whose `total` exceeds the limit; the same on all ranks.
+        """Stops a run that has replaced too many, once the line is written; on all ranks alike.
 
         Raises TooManyBadSamplesError: names the file that lists them.
         """
+        total = int(values["replaced_samples"])
         if total > self._max_fraction * max(self._draws, LEAST_DRAWS):
             raise TooManyBadSamplesError(
                 f"{total} of the {self._draws} samples since this start were bad and had to be "

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl_fast.batch import Batch, send
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_rows, sum_over_ranks
+from unicl_fast.distributed.ranks import Ranks, sum_over_ranks
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
 from unicl_fast.system.machine import resident_bytes
 from unicl_fast.system.untrusted_files import open_file, read_file
@@ -150,70 +149,7 @@ def add_up(
     return sum_over_ranks(added, ranks)
 
 
-class DatasetMeter:
-    """Measures whether a mix of data sets works as intended, at logging steps only.
-
-    A data set in its tenth epoch (`epochs/NAME`) while others are in their first has too large a
-    weight. `positives_per_row/NAME` is 1 if it teaches as CLIP does, and large if it teaches as a
-    classifier does. `storage_bytes_*` are for data sets under URLs.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        epochs: Callable[[int], Sequence[float]],
-        datasets: Sequence[PackedDataset] = (),
-    ) -> None:
-        """`epochs` returns the epochs of each data set after a number of steps.
-
-        The traffic of `datasets` under URLs is counted.
-        """
-        self._names, self._epochs = list(names), epochs
-        self._remote = [one for one in datasets if one.cache is not None]
-        self.traffic: tuple[int, int] | None = None
-        """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
-        that they needed of them; None if all data sets are in folders."""
-
-    def count(self, batch: Batch, ranks: Ranks) -> dict[str, float | Tensor]:
-        """This rank's numbers, to be summed over ranks; all ranks call it together.
-
-        Nothing is read from the device. Positives are counted in the global batch.
-        """
-        sums: dict[str, float | Tensor] = {
-            # one rank's store can be another's folder
-            "stores": len(self._remote),
-            "storage_bytes_read": sum(dataset.fetched_bytes for dataset in self._remote),
-            "storage_bytes_needed": sum(dataset.needed_bytes for dataset in self._remote),
-        }
-        if batch.source_ids is None:
-            return sums
-        positives = _count_positives(batch, gather_rows(batch.targets.class_ids, ranks))
-        source_ids = send(batch.source_ids, positives.device)
-        for number, name in enumerate(self._names):
-            is_own = source_ids == number
-            sums |= {f"rows/{name}": is_own.sum(), f"positives/{name}": (positives * is_own).sum()}
-        return sums
-
-    def describe(self, sums: Mapping[str, float], *, num_steps: int) -> dict[str, float]:
-        """The numbers after `num_steps` steps, from the summed counts of ranks.
-
-        Positives, the row itself included, are averaged over the rows of a data set; without rows
-        in this batch there is no such number.
-        """
-        epochs = zip(self._names, self._epochs(num_steps), strict=True)
-        values: dict[str, float] = {f"epochs/{name}": one for name, one in epochs}
-        if sums["stores"]:
-            traffic = ("storage_bytes_read", "storage_bytes_needed")
-            self.traffic = int(sums[traffic[0]]), int(sums[traffic[1]])
-            values |= dict(zip(traffic, self.traffic, strict=True))
-        for name in self._names:
-            if rows := sums.get(f"rows/{name}"):
-                values[f"positives_per_row/{name}"] = sums[f"positives/{name}"] / rows
-        return values
-
-
-def _count_positives(batch: Batch, text_classes: Int[Tensor, " n"]) -> Int[Tensor, " b"]:
+def count_positives(batch: Batch, text_classes: Int[Tensor, " n"]) -> Int[Tensor, " b"]:
     """For each image, the samples of the global batch with a text of its classes."""
     classes = batch.targets.class_ids
     samples = torch.arange(batch.batch_size, device=classes.device)

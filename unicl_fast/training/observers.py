@@ -12,12 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unicl_fast.batch import Batch
+from unicl_fast.batch import Batch, send
 from unicl_fast.checkpoints.state import collect_tensors, describe_state
 from unicl_fast.checkpoints.writer import CheckpointWriter
 from unicl_fast.config import TrackerName
 from unicl_fast.config_json import config_to_dict
-from unicl_fast.distributed.ranks import Ranks, from_rank_0
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_rows
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.bar import Bar, log_above_bars, write_line
@@ -28,9 +29,9 @@ from unicl_fast.training.bottleneck import BottleneckWatch
 from unicl_fast.training.figures import draw_contact_sheet, drawing
 from unicl_fast.training.metrics import (
     METRICS_NAME,
-    DatasetMeter,
     MetricsWriter,
     choose_best_metric,
+    count_positives,
     lines_until,
     read_metrics,
 )
@@ -155,16 +156,35 @@ def _facts(values: Mapping[str, float]) -> str:
 
 
 class DatasetNumbers(Observer):
-    """Epochs, positives and traffic of each data set, in each line of metrics."""
+    """Whether a mix of data sets works as intended, in each line of metrics.
 
-    def __init__(self, meter: DatasetMeter) -> None:
-        self._meter = meter
+    A data set in its tenth epoch (`epochs/NAME`) while others are in their first has too large a
+    weight. `positives_per_row/NAME` is 1 if it teaches as CLIP does, and large if it teaches as a
+    classifier does. `storage_bytes_*` are for data sets under URLs.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        epochs: Callable[[int], Sequence[float]],
+        datasets: Sequence[PackedDataset] = (),
+    ) -> None:
+        """`epochs` returns the epochs of each data set after a number of steps.
+
+        The traffic of `datasets` under URLs is counted.
+        """
+        self._names, self._epochs = list(names), epochs
+        self._remote = [one for one in datasets if one.cache is not None]
+        self._traffic: tuple[int, int] | None = None
+        """Bytes that all ranks had read from stores at the last line, and bytes of images that they
+        needed of them; None if all data sets are in folders."""
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
         yield
-        if run.ranks.is_main and self._meter.traffic is not None:
-            read, needed = self._meter.traffic
+        if run.ranks.is_main and self._traffic is not None:
+            read, needed = self._traffic
             logger.info(
                 f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: "
                 f"{needed / 1e6:,.1f} MB of images"
@@ -172,10 +192,35 @@ class DatasetNumbers(Observer):
             )
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
-        sums |= self._meter.count(batch, run.ranks)
+        """Counts positives in the global batch."""
+        sums |= {
+            # one rank's store can be another's folder
+            "stores": len(self._remote),
+            "storage_bytes_read": sum(dataset.fetched_bytes for dataset in self._remote),
+            "storage_bytes_needed": sum(dataset.needed_bytes for dataset in self._remote),
+        }
+        if batch.source_ids is None:
+            return
+        positives = count_positives(batch, gather_rows(batch.targets.class_ids, run.ranks))
+        source_ids = send(batch.source_ids, positives.device)
+        for number, name in enumerate(self._names):
+            is_own = source_ids == number
+            sums |= {f"rows/{name}": is_own.sum(), f"positives/{name}": (positives * is_own).sum()}
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
-        values |= self._meter.describe(sums, num_steps=int(values["step"]))
+        """Positives, the row itself included, are averaged over the rows of a data set.
+
+        Without rows in this batch there is no such number.
+        """
+        epochs = zip(self._names, self._epochs(int(values["step"])), strict=True)
+        values |= {f"epochs/{name}": one for name, one in epochs}
+        if sums["stores"]:
+            traffic = ("storage_bytes_read", "storage_bytes_needed")
+            self._traffic = int(sums[traffic[0]]), int(sums[traffic[1]])
+            values |= dict(zip(traffic, self._traffic, strict=True))
+        for name in self._names:
+            if rows := sums.get(f"rows/{name}"):
+                values[f"positives_per_row/{name}"] = sums[f"positives/{name}"] / rows
 
 
 class LedgerKeeper(Observer):
@@ -295,8 +340,3 @@ class Checkpoints(Observer):
             run.save(required=False)
         if self._writer is not None and best is not None:
             self._writer.keep_as_best(best)
-
-    def finish_writing(self) -> None:
-        """Returns when the checkpoint that was begun is on disk, or has failed."""
-        if self._writer is not None:
-            self._writer.wait()

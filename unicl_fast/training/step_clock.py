@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,15 +41,13 @@ class StepClock:
         self._part = part
         self._borders.append((part, self._now()))
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> contextlib.AbstractContextManager[None]:
         """Within this context, waiting for a collective of ours is `communication`.
 
         Transfers of DDP and of `efficiency.shard=full` overlap with forward and backward, and
         count there; updates that owners send (`optimizer`) are seen.
         """
-        with watching_waits(self._note_wait):
-            yield
+        return watching_waits(self._note_wait)
 
     def cut(self) -> Callable[[], dict[Part, float]]:
         """Ends a stretch of time; returns a function that waits for the device to finish it.

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.batch import Batch, Loader
+from unicl_fast.batch import Batch
 from unicl_fast.dataset.feature_files import (
     FeatureFile,
     KnownRows,
@@ -40,13 +40,13 @@ from unicl_fast.distributed.ranks import (
     tensors_to_rank_0,
 )
 from unicl_fast.models.unicl import UniCL, weights_digest
-from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.token_rows import TokenArray, distinct_texts, hashes_of, lengths_of
 from unicl_fast.training.encoding import encoder_autocast, encoder_input, in_pieces
 from unicl_fast.training.kept_rows import RECORDED_AT_ONCE, Store, all_stored, kept_rows, storing
+from unicl_fast.training.stages import PlannedLoader
 
 logger = logging.getLogger("unicl_fast")
 
@@ -54,17 +54,11 @@ _VERSION = 3  # part of the keys; a change abandons all stored features
 _TEXTS_AT_ONCE = 128  # 256 is no faster on two cores
 
 
-class EpochLoader(Loader, Protocol):
-    """A loader of whole epochs, by its plan."""
-
-    plan: TrainPlan
-
-
 def stored_image_features(
     model: UniCL,
     datasets: Sequence[PackedDataset],
     *,
-    build_loader: Callable[[], EpochLoader],
+    build_loader: Callable[[], PlannedLoader],
     num_draws: int | None,
     on_first_batch: Callable[[Batch], None],
     ranks: Ranks,
@@ -175,7 +169,7 @@ class _Images:
 
     def encode(
         self,
-        loader: EpochLoader,
+        loader: PlannedLoader,
         num_draws: int | None,
         on_first_batch: Callable[[Batch], None],
         *,
