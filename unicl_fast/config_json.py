@@ -16,7 +16,7 @@ from unicl_fast.system.wording import shorten, without_secrets
 
 REMOVED: dict[str, dict[str, Any]] = {
     "data": {"prefetch": 0},
-    "objective": {"mixup": 0.0, "cutmix": 0.0, "temperature": 0.1},
+    "objective": {"mixup": 0.0, "cutmix": 0.0},
     "model": {"token_drop": 0.0},
     "optim": {"ema_decay": 0.0},
 }

@@ -96,7 +96,7 @@ def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
     own = _Own(task)
     held = []
     for planned, encoded in own.held():
-        starts, shapes, _ = split_windows(planned.windows[:, 0])
+        starts, shapes, _ = split_windows(planned.windows)
         files = cut_to_windows(encoded, starts, shapes) if cut else (encoded.files(), starts)
         held.append((*files, shapes))
     batches = itertools.cycle(held)

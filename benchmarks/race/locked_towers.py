@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from unicl_fast.conversion.open_clip import CONFIG_FILE, WEIGHTS_FILE, write_open_clip
@@ -29,13 +30,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows of an image, with a text each")
     parser.add_argument("--context-length", type=int, default=77, help="padding costs time")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-mode", action="store_true", help="no dropout, no batch statistics")
     options = parser.parse_args()
     if options.loop:
         _loop(json.loads(options.loop.read_text(encoding="utf-8")))
         return
+    if None in (options.train, options.test, options.out):
+        parser.error("--train, --test and --out are needed")
     make_folder(options.out)
     start = options.out / "start"
     _write_start(options.train, options.context_length, start)
@@ -127,7 +130,7 @@ def _judge(start: Path, checkpoint: Path, test: str) -> dict[str, float]:
     with contextlib.closing(PackedDataset(test)) as dataset:
         has_labels, has_captions = dataset.manifest.num_labels, dataset.manifest.num_captions
     if has_labels:
-        scores["top1"] = zero_shot(model, test).classes[""].top1
+        scores["top1"] = fmean(one.top1 for one in zero_shot(model, test).classes.values())
     if has_captions:
         found = retrieval(model, test).text_to_image
         scores |= {f"text finds image, R@{one.k}": one.rate for one in found}

@@ -229,17 +229,6 @@ def test_towers_come_from_different_sources(like_clip, tmp_path, caplog):
     assert "text_projection, since the source has [32, 12] and [32, 24] is needed" in caplog.text
 
 
-def test_a_scale_above_the_limit_of_the_run_is_said(like_clip, tmp_path, caplog):
-    config = config_for(like_clip)
-    free = make_objective("unicl", logit_scale_init=5.5, logit_scale_max=math.inf)
-    write_run(tmp_path / "run", dataclasses.replace(config, objective=free))
-    from_run = with_model(config, init=str(tmp_path / "run"))
-    started(dataclasses.replace(from_run, objective=free))
-    assert "exp(" not in caplog.text
-    assert started(from_run).logit_scale.item() == pytest.approx(4.95)  # as the run learnt it
-    assert "learnt a scale of exp(4.95), and the first step lowers it to exp(4.605)" in caplog.text
-
-
 def test_an_objective_without_texts_takes_what_it_has(like_clip, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="unicl_fast")
     config = config_for(like_clip)

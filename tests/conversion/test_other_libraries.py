@@ -132,7 +132,7 @@ def test_small_encoders_and_the_presets(name, tmp_path):
     assert_they_load(model_with_weights_that_matter(config), tmp_path, kind)
 
 
-def test_what_transformers_cannot_compute_has_our_own_layout():
+def test_what_transformers_cannot_compute_has_our_own_layout(tmp_path):
     config = small_config()
     others = [
         {"model": dataclasses.replace(config.model, **changes)}
@@ -147,3 +147,5 @@ def test_what_transformers_cannot_compute_has_our_own_layout():
         for changes in others:
             model = build_model(dataclasses.replace(config, **changes))
             assert layout_of(model) == "unicl", changes
+    with pytest.raises(ValueError, match="image encoder by itself.*timm or onnx"):
+        write_export(model, tmp_path / "out")

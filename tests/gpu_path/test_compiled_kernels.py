@@ -175,7 +175,7 @@ def launch_loss(
     operands |= {"of_rows": of_rows, "of_columns": of_columns, **results}
     kernel = getattr(loss_triton, name)
     compiled = compile_loss(kernel, capability, dtype, folder=folder, precision=precision)
-    sizes = {"b": B, "u": U, "d": D, "offset": 0}
+    sizes = {"b": B, "u": U, "d": D}
     return launch(kernel, compiled, (rows * columns, 1), **operands, **sizes), exact
 
 

@@ -263,6 +263,17 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(tmp_path, data, st
     assert read_state(last_of(tmp_path)).config.model.init == "somewhere"
 
 
+@pytest.mark.parametrize(("scale", "is_said"), [(5.5, True), (math.log(100), False)])
+def test_a_learnt_scale_above_the_limit_is_said(data, start, caplog, scale, is_said):
+    def initialise(model: UniCL, ranks: Ranks) -> None:
+        with torch.no_grad():
+            model.learnt["logit_scale"].fill_(scale)
+
+    start(config_of_labels(data).changed(model={"init": "somewhere"}), initialise=initialise)
+    said = "a scale of exp(5.5), and the first step lowers it to exp(4.605): --objective"
+    assert (said in caplog.text) == is_said == ("lowers it" in caplog.text)
+
+
 def test_a_run_tells_its_trainer_how_long_the_loader_waits(monkeypatch, tmp_path, data):
     config = dataclasses.replace(tiny_config(), data=DataConfig(train=(str(data / "labels"),)))
     loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())

@@ -53,6 +53,7 @@ def collect_tensors(
         for name, tensor in tensors.items():  # a device holds only one whole tensor at a time
             if (found := whole(tensor)) is not tensor and ranks.is_main:
                 tensors[name] = found.cpu()
+            del found
     return files
 
 

@@ -23,6 +23,7 @@ from unicl_fast.conversion import hugging_face, preprocessing
 from unicl_fast.conversion.card import Facts, model_card
 from unicl_fast.conversion.output import new_folder, write_json, write_own_tokenizer, write_tensors
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.objective import NoObjective
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.version import __version__
 from unicl_fast.text.file_tokenizer import CANONICAL
@@ -45,10 +46,15 @@ def write_export(
     has no such model or is not installed.
 
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists, or it is an image encoder by itself.
         RuntimeError: transformers gives other features.
         OSError: it cannot be written.
     """
+    if isinstance(model.config.objective, NoObjective):
+        raise ValueError(
+            f"{model.config.model.image_encoder} is an image encoder by itself, and this layout "
+            "keeps an objective too: convert it to timm or onnx instead"
+        )
     layout = hugging_face.layout_of(model)
     tensors = model.state_dict()
     if layout != "unicl":

@@ -7,7 +7,6 @@ differ in size. The log lists the weights that were loaded and, with reasons, th
 
 import inspect
 import logging
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -237,13 +236,6 @@ class _Loading:
             for name in ("logit_scale", "logit_bias", "class_rows")
             if name in given and name not in own
         ]
-        limit = getattr(self._model.config.objective, "logit_scale_max", math.inf)
-        if "logit_scale" in own and float(given.get("logit_scale", -math.inf)) > limit:
-            logger.warning(
-                "%s has learnt a scale of exp(%.4g), and the first step lowers it to exp(%.4g): "
-                "--objective.logit-scale-max inf keeps it",
-                self._label, given["logit_scale"], limit,
-            )  # fmt: skip
         if "logit_bias" in given and "logit_bias" not in own and "logit_scale" in own:
             logger.warning(
                 "%s was trained by a sigmoid of each pair; objective.name=%s is a softmax over the "

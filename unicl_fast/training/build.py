@@ -5,6 +5,8 @@ Loader, evaluation and weight loading are passed in: no need for DALI, evaluatio
 
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,10 @@ from unicl_fast.training.settle import Setup, set_up, with_kernels
 from unicl_fast.training.stages import PlannedLoader, in_stages
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 
+logger = logging.getLogger("unicl_fast")
+
+_SCALE_ROUNDING = 0.02
+"""Of logarithms in bf16 files."""
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; called as `TrainLoader` is."""
 Initialise = Callable[[UniCL, Ranks], None]
@@ -106,6 +112,8 @@ def build_trainer(
     if initialise is not None and named and not has_all:
         mark("reading the initial weights", patience=START_PATIENCE)
         initialise(model, ranks)
+        if checkpoint is None and ranks.is_main:
+            _warn_of_limit(model)
     mark("planning batches; a machine's first run compiles kernels", patience=START_PATIENCE)
     build = functools.partial(
         build_loader, datasets=data.datasets, rank=ranks.rank, world_size=ranks.world_size,
@@ -185,6 +193,17 @@ def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks
         run_folder / LEDGER_FOLDER, header, spans=data.config.run.spans, ranks=ranks,
         weights={number: one.weights for number, one in plan.weighted.items()},
     )  # fmt: skip
+
+
+def _warn_of_limit(model: UniCL) -> None:
+    """Says if the first step lowers a scale that a source has learnt."""
+    scale = model.learnt.get("logit_scale")
+    limit = getattr(model.config.objective, "logit_scale_max", math.inf)
+    if scale is not None and scale.item() > limit + _SCALE_ROUNDING:
+        logger.warning(
+            "the initial weights have a scale of exp(%.4g), and the first step lowers it to "
+            "exp(%.4g): --objective.logit-scale-max inf keeps it", scale.item(), limit,
+        )  # fmt: skip
 
 
 def _check_memory_of_stages(setup: Setup, longest: int) -> None:
