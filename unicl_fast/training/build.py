@@ -52,7 +52,7 @@ from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 logger = logging.getLogger("unicl_fast")
 
 _SCALE_ROUNDING = 0.02
-"""Of logarithms in bf16 files."""
+"""A larger difference of logarithms than rounding in bf16 gives."""
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; called as `TrainLoader` is."""
 Initialise = Callable[[UniCL, Ranks], None]
