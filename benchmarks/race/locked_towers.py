@@ -5,7 +5,6 @@ docs/results.md has its rows beside `photos-heads`, and its command:
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -125,9 +124,10 @@ def _judge(start: Path, checkpoint: Path, test: str) -> dict[str, float]:
     weights = read_torch_file(checkpoint, expected="a checkpoint of open_clip")
     safetensors.torch.save_file(weights, trained / WEIGHTS_FILE)
     config = trained / CONFIG_FILE
-    config.write_text(config.read_text(encoding="utf-8").replace(str(start), str(trained)))
+    described = config.read_text(encoding="utf-8").replace(str(start), str(trained))
+    config.write_text(described, encoding="utf-8")
     model, scores = load_model(trained, device="cpu"), dict[str, float]()
-    with contextlib.closing(PackedDataset(test)) as dataset:
+    with PackedDataset(test) as dataset:
         has_labels, has_captions = dataset.manifest.num_labels, dataset.manifest.num_captions
     if has_labels:
         scores["top1"] = fmean(one.top1 for one in zero_shot(model, test).classes.values())

@@ -243,5 +243,5 @@ def test_the_folder_is_this_user_s_alone_and_only_the_last_used_versions_stay(
     above.chmod(0o777)
     assert kernels.cache_folder.__wrapped__() == tmp_path / f"unicl_fast-{os.getuid()}"
     assert "can be written by other users" in caplog.text
-    choices.CACHE_LOCATOR_CLASSES = "InTreeCacheLocator"  # Numba is told to look elsewhere
+    choices.CACHE_LOCATOR_CLASSES = "InTreeCacheLocator"  # Numba then looks elsewhere
     assert kernels.cache_folder.__wrapped__() is None

@@ -86,7 +86,7 @@ def classify_at_levels(
     """Classifies images among the classes of each level, and among the data's own `numbers`.
 
     Any class above a label is right, and the nearest label gives the distance. Images without a
-    label are left out; some have one.
+    label are left out; at least one must have one.
 
     Args:
         features: of unit norm.

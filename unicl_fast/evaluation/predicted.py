@@ -82,9 +82,16 @@ class PredictedWords:
         return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self._weights).data)
 
     def _standardised(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        mean, scale = self._train
-        rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32).astype(np.float64)
-        return rows
+        return _standardise(features, *self._train).astype(np.float64)
+
+
+def _standardise(
+    features: Float[np.ndarray, "n d"],
+    mean: Float[np.ndarray, " d"],
+    scale: Float[np.ndarray, " d"],
+) -> Float[np.ndarray, "n d"]:
+    rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32)
+    return rows
 
 
 def _mean_and_scale(
@@ -102,4 +109,4 @@ def standardised(
 ) -> list[Float[np.ndarray, "k d"]]:
     """Features with the mean and deviation of `train` taken out, in fp32."""
     mean, scale = _mean_and_scale(train)
-    return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]
+    return [_standardise(one, mean, scale) for one in (train, *others)]

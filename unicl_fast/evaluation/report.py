@@ -165,7 +165,7 @@ def average_precisions(
 ) -> PrecisionResult:
     """The average precision of each class, without interpolation, from scores [n k] of images.
 
-    Images without labels are left out; some have one.
+    Images without labels are left out; at least one must have one.
     """
     kept = [row for row, own in enumerate(labels) if own]
     rows_of: dict[int, list[int]] = {}

@@ -9,7 +9,7 @@ import torch and NumPy inside methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -84,6 +84,10 @@ class Objective:
 
     def limit(self, learnt: Mapping[str, Tensor]) -> None:
         """Clamps the parameters; called without gradients after each update."""
+
+    def warn_of_limits(self, learnt: Mapping[str, Tensor]) -> Iterable[str]:
+        """A phrase for each of a source's parameters that `limit` will change."""
+        return ()
 
     def map_targets(
         self,

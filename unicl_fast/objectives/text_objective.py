@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from unicl_fast.batch import Targets
+
+_ROUNDING = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,14 @@ class TextObjective(Objective):
     def limit(self, learnt: Mapping[str, Tensor]) -> None:
         """Keeps the scale at or below its maximum."""
         learnt["logit_scale"].clamp_(max=self.logit_scale_max)
+
+    def warn_of_limits(self, learnt: Mapping[str, Tensor]) -> Iterator[str]:
+        """A phrase for a scale above its maximum by more than bf16 rounds."""
+        if (scale := learnt["logit_scale"].item()) > self.logit_scale_max + _ROUNDING:
+            yield (
+                f"a scale of exp({scale:.4g}), and the first step lowers it to "
+                f"exp({self.logit_scale_max:.4g}): --objective.logit-scale-max inf keeps it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

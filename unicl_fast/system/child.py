@@ -131,7 +131,7 @@ def run_limited(
 
     Args:
         function: gets one task; its ValueError, OSError or RuntimeError is raised here.
-        tasks: in this order.
+        tasks: advanced when the last result has been consumed.
         memory_bytes: a child's memory beyond that at its start; 0 is no limit.
         seconds: for each task, without the start of the child; None is no limit.
 

@@ -6,7 +6,6 @@ Loader, evaluation and weight loading are passed in: no need for DALI, evaluatio
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,6 @@ from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 
 logger = logging.getLogger("unicl_fast")
 
-_SCALE_ROUNDING = 0.02
-"""A larger difference of logarithms than rounding in bf16 gives."""
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; called as `TrainLoader` is."""
 Initialise = Callable[[UniCL, Ranks], None]
@@ -113,7 +110,8 @@ def build_trainer(
         mark("reading the initial weights", patience=START_PATIENCE)
         initialise(model, ranks)
         if checkpoint is None and ranks.is_main:
-            _warn_of_limit(model)
+            for warning in config.objective.warn_of_limits(model.learnt):
+                logger.warning("the initial weights have %s", warning)
     mark("planning batches; a machine's first run compiles kernels", patience=START_PATIENCE)
     build = functools.partial(
         build_loader, datasets=data.datasets, rank=ranks.rank, world_size=ranks.world_size,
@@ -193,17 +191,6 @@ def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks
         run_folder / LEDGER_FOLDER, header, spans=data.config.run.spans, ranks=ranks,
         weights={number: one.weights for number, one in plan.weighted.items()},
     )  # fmt: skip
-
-
-def _warn_of_limit(model: UniCL) -> None:
-    """Says if the first step lowers a scale that a source has learnt."""
-    scale = model.learnt.get("logit_scale")
-    limit = getattr(model.config.objective, "logit_scale_max", math.inf)
-    if scale is not None and scale.item() > limit + _SCALE_ROUNDING:
-        logger.warning(
-            "the initial weights have a scale of exp(%.4g), and the first step lowers it to "
-            "exp(%.4g): --objective.logit-scale-max inf keeps it", scale.item(), limit,
-        )  # fmt: skip
 
 
 def _check_memory_of_stages(setup: Setup, longest: int) -> None:
