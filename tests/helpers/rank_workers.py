@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import functools
 import json
 import os
@@ -112,6 +113,7 @@ def _free_port() -> int:
 def _enter(
     rank: int, worker: Callable[..., None], world_size: int, port: int, arguments: tuple
 ) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),

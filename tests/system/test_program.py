@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
     assert b"odd" in run(warn).stderr
     assert b"old" not in run(warn).stderr
     assert b"old" in run(warn, PYTHONWARNINGS="default").stderr
+
+
+def test_a_crash_of_native_code_says_where_python_was():
+    crashed = run("def decode():\n    import os; os.abort()\ndecode()")
+    assert crashed.returncode == -signal.SIGABRT
+    assert re.search(rb"Fatal Python error: Aborted.*line 4 in decode", crashed.stderr, re.DOTALL)
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS.values())))
