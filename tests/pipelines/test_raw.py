@@ -127,8 +127,7 @@ def test_images_of_a_batch_are_read_as_single_ones_are(sets):
 
 
 @pytest.mark.parametrize(
-    ("resample", "augment"),
-    [("fused", "none"), ("fused", "unicl"), ("dali", "none"), ("dali", "unicl")],
+    ("resample", "augment"), [("fused", "none"), ("fused", "unicl"), ("dali", "none")]
 )
 def test_raw_images_give_the_batches_of_files(sets, prompts, resample, augment):
     settings = {"resample": resample, "augment": (augment,)}
