@@ -51,7 +51,7 @@ def peak_at_rest(tmp_path_factory: pytest.TempPathFactory) -> float:
     return measured_build(place / "in", place / "out", place, MAX_PIXELS)["peak"]
 
 
-@pytest.mark.parametrize("format", ["keep", "webp"])
+@pytest.mark.parametrize("format", ["keep", pytest.param("webp", marks=pytest.mark.long)])
 def test_a_worker_takes_no_more_memory_than_its_pixels_need(tmp_path, peak_at_rest, format):
     """Bombs of every format, and honest images at the very limit: 40 bytes a pixel hold it."""
     bombs = tmp_path / "bombs" / "x"
