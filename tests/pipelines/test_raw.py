@@ -150,12 +150,6 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_images(
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
 
-def test_raw_and_files_train_together_through_the_decoder(sets, prompts):
-    loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
-    assert loader.form == "files"
-    assert_same(take(loader, count=STEPS), take(make_loader(sets["raw"], prompts), count=STEPS))
-
-
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
     """The same images of many sizes, two of them grey, as PNGs and as PPMs."""
@@ -277,8 +271,9 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
     for source, sample in bad:
         again.steps.bad.mark(source, sample, "found by the test")
     assert_same(batches, take(again, count=STEPS))
-    mixed = [opened()[LABELLED], sets["png"][CAPTIONED]]
-    for batch, other in zip(batches, take(make_loader(mixed, prompts), count=STEPS), strict=True):
+    mixed = make_loader([opened()[LABELLED], sets["png"][CAPTIONED]], prompts)
+    assert mixed.form == "files"
+    for batch, other in zip(batches, take(mixed, count=STEPS), strict=True):
         same = batch.source_ids == LABELLED
         assert torch.equal(batch.images[same], other.images[same])
     rows = {(row["data_set"], int(row["key"])): row for row in rows_of(path)}
