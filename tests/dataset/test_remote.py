@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from file_tokenizers import PAD, write_tokenizer
-from object_stores import FaultyServer, FaultyStore, empty, put, upload
+from object_stores import FaultyServer, FaultyStore, empty, lose_patience, put, upload
 from packed_sets import Sample, pack, read_pixels, saved
 from PIL import Image
 from waiting import wait_until
@@ -36,8 +36,7 @@ BLOCK = 4096
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01)):
-        monkeypatch.setattr(object_store, name, value)
+    lose_patience(monkeypatch)
     monkeypatch.setattr(files, "_BETWEEN_READINGS_SECONDS", 0.01)
     empty()
     yield
@@ -100,14 +99,6 @@ def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(ask, answer
     if answers == (503, 429, 200):
         with pytest.raises(StorageError, match=r"\(3 tries\)"):  # nobody is there
             requests[ask]()
-
-
-def test_where_folders_must_exist_they_are_made(tmp_path, caplog):
-    store = ObjectStore(f"file://{tmp_path}/new/deeper")
-    (tmp_path / "large").write_bytes(b"345")
-    store.write_file(tmp_path / "large", "large")
-    assert (tmp_path / "new" / "deeper" / "large").read_bytes() == b"345"
-    assert not caplog.records
 
 
 def test_an_upload_continues_where_it_was_cut_off_and_ends_with_the_manifest(local, monkeypatch):

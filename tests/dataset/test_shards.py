@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_sets import FACTS, sample_of, saved, write_set
@@ -292,29 +291,6 @@ def test_a_part_of_a_data_set_is_its_first_samples(tmp_path):
     with pytest.raises(DamagedDatasetError, match="samples.npy was cut"):
         part.check_arrays()
     whole.close()
-
-
-class Sums(torch.utils.data.Dataset[int]):
-    """The sum of each image's bytes."""
-
-    def __init__(self, packed: PackedDataset) -> None:
-        self.packed = packed
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def __getitem__(self, index: int) -> int:
-        return int(self.packed.image_bytes(index, verify=True).astype(np.int64).sum())
-
-
-def test_workers_read_what_has_been_read_before(packed):
-    with PackedDataset(packed) as dataset:
-        sums = Sums(dataset)
-        expected = [sums[number] for number in range(9)]
-        loader = torch.utils.data.DataLoader(
-            sums, batch_size=None, num_workers=2, multiprocessing_context="fork"
-        )
-        assert list(loader) == expected
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])

@@ -1,7 +1,6 @@
 """Spoils packed data sets in the ways that storage and bad luck do."""
 
 import contextlib
-import io
 import json
 import os
 import resource
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from packed_sets import saved
 from PIL import Image
 
 from unicl_fast.dataset.arrays import HEADER_BYTES
@@ -88,7 +88,9 @@ def store(folder: Path, sample: int, data: bytes) -> None:
         file.seek(int(row["offset"]))
         file.write(data)
     row["size"], row["xxh3"] = len(data), xxhash.xxh3_64_intdigest(data)
-    _write_samples(folder, samples)
+    path = folder / "samples.npy"
+    path.write_bytes(path.read_bytes()[:HEADER_BYTES] + samples.tobytes())
+    mend_checksums(folder, path.name)
 
 
 def mend_checksums(folder: Path, name: str) -> None:
@@ -106,25 +108,13 @@ def undecodable(kind: str) -> bytes:
     """What the run-time decoder refuses, though it is what was packed."""
     if kind == "html":
         return b"<html><title>404</title>not found</html>"
-    file = io.BytesIO()
     image = Image.linear_gradient("L").resize((40, 40))
     if kind == "gif":
-        image.save(file, format="GIF")
-        return file.getvalue()
+        return saved(image, format="GIF")
     assert kind == "cut png"
-    image.save(file, format="PNG")
-    return file.getvalue()[:60]
+    return saved(image, format="PNG")[:60]
 
 
 def shard_of(folder: Path, sample: int) -> Path:
     with PackedDataset(folder, max_bad_fraction=1.0) as dataset:
         return folder / dataset.shard_of(sample)
-
-
-def _write_samples(folder: Path, samples: np.ndarray) -> None:
-    path = folder / "samples.npy"
-    path.write_bytes(path.read_bytes()[:HEADER_BYTES] + samples.tobytes())
-    checksums = read_checksums(folder)
-    checksums["samples.npy"] = file_checksum(folder / "samples.npy")
-    text = format_checksums(checksums.items())
-    (folder / CHECKSUMS_NAME).write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from unicl_fast.packing import build as build_module
-from unicl_fast.packing import near_duplicates
+from unicl_fast.packing import near_duplicates, verify
 from unicl_fast.packing.sources import tables
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_sample
@@ -22,7 +22,7 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(task.name)
             yield check_sample(task, options)
 
-    for module in (build_module, near_duplicates):
+    for module in (build_module, near_duplicates, verify):
         monkeypatch.setattr(module, "check_in_order", check)
     monkeypatch.setattr(tables, "run_limited", lambda work, tasks, **_: map(work, tasks))
     return names

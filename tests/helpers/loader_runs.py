@@ -1,17 +1,30 @@
 """Batches of loaders, compared with those of sound data."""
 
+import csv
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
+
+BATCH = 12
+
+
+def config_of(*, batch: int = BATCH, **data: Any) -> TrainConfig:
+    """Settings of a run on small crops."""
+    return TrainConfig(
+        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
+        run=RunConfig(global_batch_size=batch, seed=3),
+    )
 
 
 def prompts_of(datasets: Sequence[PackedDataset], tokenizer: Tokenizer) -> ClassPrompts:
@@ -28,6 +41,12 @@ def take(loader: Loader, *, start: int = 0, count: int) -> list[Batch]:
         torch.cuda.synchronize()  # the copies are not waited for
     loader.close()
     return batches
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's quarantine.csv."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def assert_equal(one: Batch, other: Batch) -> None:

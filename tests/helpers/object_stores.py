@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
+from unicl_fast.dataset import object_store
 from unicl_fast.dataset.object_store import ObjectStore
 
 
@@ -143,6 +145,12 @@ def s3_environment(url: str) -> dict[str, str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "no_proxy": os.environ.get("no_proxy", "") + ",127.0.0.1",
     }
+
+
+def lose_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are tried three times, at short intervals."""
+    monkeypatch.setattr(object_store, "TRIES", 3)
+    monkeypatch.setattr(object_store, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 def put(store: ObjectStore, name: str, data: bytes) -> None:

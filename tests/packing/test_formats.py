@@ -107,14 +107,10 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
     return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def save(path: Path, image: Image.Image, **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
-
-
 def test_sizes_that_differ_are_named_and_squares_are_the_way_out(tmp_path, pack):
-    for number, (height, width) in enumerate([(20, 20), (20, 21), (50, 33), (1, 300), (8, 8)]):
-        save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for number, size in enumerate([(20, 20), (20, 21), (50, 33), (1, 300), (8, 8)]):
+        Image.fromarray(noise(*size)).save(tmp_path / "in" / "cat" / f"{number}.png")
     words = "build", "--workers", 1, "--format", "raw", tmp_path / "in", "--out", tmp_path / "out"
     code, text = pack(*words)
     assert code == 2
@@ -131,10 +127,6 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(tmp_path, pack)
     assert any(np.array_equal(image, noise(20, 21)[:, :20]) for image in pixels)
 
 
-def png(pixels: np.ndarray) -> bytes:
-    return saved(Image.fromarray(pixels), format="PNG")
-
-
 def test_chunks_are_as_small_as_answers_are_large():
     entry = CrashingOnce("/", b"")
     options = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
@@ -149,7 +141,7 @@ def test_chunks_are_as_small_as_answers_are_large():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_squares_show_the_middle(size, channels):
     pixels = noise(*size, channels)
-    data = png(pixels if channels == 3 else pixels[..., 0])
+    data = saved(Image.fromarray(pixels.squeeze()), format="PNG")
     image = check_image(data, square_side=20, format="raw")
     assert (image.height, image.width) == (20, 20)
     found = np.frombuffer(image.data, np.uint8).reshape(20, 20, 3)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import simplejpeg
 from foreign_sources import outcomes, read_source, write_zip
-from inline_checks import check_inline
 from pack_runs import build_set, left_out
 
 from unicl_fast.packing.sources import trees
@@ -129,8 +128,8 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
-def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path, monkeypatch):
-    check_inline(monkeypatch)
+@pytest.mark.usefixtures("checked")
+def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path):
     rows = [
         *(row(caption=nested(900)), row(caption=nested(100_000)), row(label="9" * 5000)),
         *(row(label="NaN"), row(image=nested(3), caption='"x"'), row(caption="{}")),
@@ -147,13 +146,9 @@ def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path, monkeypa
     file = tmp_path / "list.jsonl"
     file.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     summary = build_set([file], tmp_path / "out")
-    assert (summary.manifest.num_samples, summary.manifest.num_quarantined) == (
-        len(rows),
-        len(rows),
-    )
-    file.write_text(
-        row('"good-0.jpg"', label="9" * 4000)
-    )  # a number like any other, in no list of names
+    assert summary.manifest.num_samples == summary.manifest.num_quarantined == len(rows)
+    # a number like any other, in no list of names
+    file.write_text(row('"good-0.jpg"', label="9" * 4000))
     with pytest.raises(ValueError, match="label"):
         build_set([file], tmp_path / "no")
 
@@ -207,10 +202,8 @@ def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(tmp_path, monke
     assert {name for name in opened if name.endswith(".jpg")} == {"1.jpg", "mem.jpg"}
 
 
-def test_odd_names_reach_the_lists_whole(tmp_path, capsys, monkeypatch):
-    check_inline(monkeypatch)
-    from unicl_fast.tools.pack.__main__ import main
-
+@pytest.mark.usefixtures("checked")
+def test_odd_names_reach_the_lists_whole(tmp_path, pack):
     odd = ("a\nb", "c\rd", 'e",f', "\x1b]0;owned\x07", "x" * 240, " ")
     names = [f"{name}.jpg" for name in odd]
     root = tmp_path / "in\udcff"
@@ -221,16 +214,16 @@ def test_odd_names_reach_the_lists_whole(tmp_path, capsys, monkeypatch):
     raw = os.fsencode(root) + b"/cat/\xff\xfe.jpg"
     with open(raw, "wb") as file:
         file.write(b"no image")
-    main(["build", str(root), "--out", str(tmp_path / "out"), "--workers", "1"])
+    _, printed = pack("build", root, "--out", tmp_path / "out", "--workers", 1)
     expected = {f"cat/{name}" for name in names} | {"cat/\\udcff\\udcfe.jpg"}
     assert set(left_out(tmp_path / "out")) == expected
-    printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert "\r" not in printed
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["source"] == [str(root)]
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("kind", ["zip", "list"])
 def test_nothing_is_written_outside_the_output_folder(tmp_path, kind, monkeypatch):
     names = ["../escaped.jpg", f"{tmp_path}/absolute/cat/1.jpg", "cat/ok.jpg", "../../cat/up.jpg"]
@@ -243,7 +236,6 @@ def test_nothing_is_written_outside_the_output_folder(tmp_path, kind, monkeypatc
         source = tmp_path / "in" / "list.csv"
         source.write_text("image,caption\n" + "".join(f"{name},text\n" for name in names))
     monkeypatch.chdir(tmp_path / "work")
-    check_inline(monkeypatch)
     before, out = set(tmp_path.rglob("*")), tmp_path / "out"
     build_set([source], out)
     assert set(tmp_path.rglob("*")) - before == {out, *out.iterdir()}

@@ -12,21 +12,14 @@ import webdataset
 from damage import flip_byte
 from foreign_sources import write_tar
 from inline_checks import check_inline
-from pack_runs import (
-    build_set,
-    faults_of,
-    jpeg,
-    left_out,
-    samples_of,
-    write_photos,
-)
+from pack_runs import build_set, faults_of, jpeg, left_out, samples_of, write_photos
+from packed_sets import saved
 from PIL import Image
 
 from unicl_fast.dataset.files import LocalReader
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.images.check import CheckedImage
-from unicl_fast.packing import build as building
-from unicl_fast.packing import verify, workers
+from unicl_fast.packing import workers
 from unicl_fast.packing.build import BuildSummary
 
 PER_TAR = 6
@@ -34,11 +27,10 @@ PER_TAR = 6
 
 def turned(number: int) -> bytes:
     """An image that a decoder would turn, and so is converted."""
-    image, file = Image.open(io.BytesIO(jpeg(number))), io.BytesIO()
+    image = Image.open(io.BytesIO(jpeg(number)))
     exif = image.getexif()
     exif[0x0112] = 6
-    image.save(file, "JPEG", exif=exif)
-    return file.getvalue()
+    return saved(image, format="JPEG", exif=exif)
 
 
 def write_shard(folder: Path, shard: int) -> Path:
@@ -68,7 +60,6 @@ def check_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return check(data, **options)
 
     check_inline(monkeypatch)
-    monkeypatch.setattr(verify, "check_in_order", building.check_in_order)
     monkeypatch.setattr(workers, "check_image", noted)
     return decoded
 

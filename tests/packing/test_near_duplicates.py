@@ -1,6 +1,5 @@
 """Images that look alike are found, all of them, and others are not."""
 
-import io
 import time
 from pathlib import Path
 
@@ -9,15 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
 from unicl_fast.packing.looks import LOOK, look_at
-from unicl_fast.packing.near_duplicates import (
-    count_bits,
-    find_leaders,
-    near_pairs,
-)
+from unicl_fast.packing.near_duplicates import count_bits, find_leaders, near_pairs
 
 
 def all_pairs(hashes: list[int], distance: int) -> list[list[int]]:
@@ -78,10 +74,8 @@ def test_what_is_all_alike_is_an_error(monkeypatch):
         find_leaders(hashes, 6)
 
 
-def encoded(image: Image.Image, kind: str = "JPEG", quality: int = 80) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, quality=quality)
-    return file.getvalue()
+def encoded(image: Image.Image, quality: int = 80) -> bytes:
+    return saved(image, format="JPEG", quality=quality)
 
 
 def hash_of(data: bytes) -> int:

@@ -94,11 +94,6 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(photos, url, work, monkeypat
     build_set([str(photos)], packed.with_name("other"))
     code, text = pack("upload", packed.with_name("other"), "--out", url)
     assert (code, "already holds another packed data set" in text) == (2, True)
-    (photos / "notes.txt").touch()
-    for path in photos.glob("*/*"):
-        path.unlink()
-    code, text = pack("upload", packed, "--out", f"file://{photos}")
-    assert (code, "holds 1 other object, notes.txt for one" in text) == (2, True)
 
 
 def test_the_same_build_resumes_an_upload_that_was_cut_off(

@@ -20,7 +20,7 @@ BAD: dict[str, tuple[Entry, str, str]] = {
     "cat/abort.jpg": (Crashing(int(signal.SIGABRT)), "crash", "a decoder crashed (SIGABRT)"),
     "cat/killed.jpg": (Crashing(int(signal.SIGKILL)), "crash", "a decoder was killed, possibly "
                        "out of memory"),
-    "cat/slow.jpg": (Hanging(), "too slow", "not done after 5 seconds"),
+    "cat/slow.jpg": (Hanging(), "too slow", "not done after 3 seconds"),
     "dog/hungry.jpg": (Hungry(16), "too large", "uses more memory than its number of pixels "
                        "should"),
     "dog/odd.jpg": (Faulty(), "failed", "KeyError: 'surprise'"),
@@ -54,7 +54,7 @@ def build(
         return Task(name, entries.get(name, entry), *others)
 
     monkeypatch.setattr(build_module, "Task", task)
-    build_set([folder], out, workers=workers, image_seconds=5)
+    build_set([folder], out, workers=workers, image_seconds=3)
     monkeypatch.undo()
     (out / MADE_OF_NAME).unlink()  # which knows the entries, and is no part of the data set
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}

@@ -1,6 +1,5 @@
 """Bad samples of a run are replaced, and nothing else changes."""
 
-import csv
 import dataclasses
 import itertools
 import os
@@ -13,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 from damage import copy_of, flip_byte, shard_of, store, undecodable
-from loader_runs import assert_equal, assert_joined, assert_same, count_replaced, take
+from loader_runs import (
+    assert_equal,
+    assert_joined,
+    assert_same,
+    config_of,
+    count_replaced,
+    rows_of,
+    take,
+)
 
-from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig
 from unicl_fast.dataset.quarantine import RunQuarantine
 from unicl_fast.dataset.reader import (
     DamagedDatasetError,
@@ -34,7 +41,6 @@ from unicl_fast.text.prompts import ClassPrompts
 
 pytestmark = pytest.mark.dali
 
-BATCH = 12
 STEPS = 10  # more than a pass over both data sets
 LABELLED, CAPTIONED = 0, 1
 
@@ -45,12 +51,8 @@ def make_loader(
     max_pixels: int = MAX_PIXELS,
     **more: Any,
 ) -> Any:
-    data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=max_pixels)
-    config = TrainConfig(
-        data=dataclasses.replace(data, augment=("unicl",)),
-        objective=make_objective(positives="labels"),
-        run=RunConfig(global_batch_size=BATCH, seed=3),
-    )
+    config = config_of(max_pixels=max_pixels, augment=("unicl",))
+    config = dataclasses.replace(config, objective=make_objective(positives="labels"))
     return TrainLoader(config, datasets, None, prompts, **more)
 
 
@@ -75,11 +77,6 @@ def folders(sound: list[PackedDataset], tmp_path: Path) -> list[Path]:
 def spoilt(folders: list[Path], opening: Any) -> Callable[[], list[PackedDataset]]:
     """Opens the copies, once they are spoilt."""
     return partial(opening, folders)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
@@ -116,7 +113,7 @@ def test_images_beyond_the_limit_on_pixels_are_never_decoded(sound, prompts, tmp
             f"{size['width']} x {size['height']} pixels; at most {limit:,} are taken "
             "(data.max_pixels)"
         )
-    data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=limit)
+    data = config_of(max_pixels=limit).data
     with pytest.raises(DamagedSampleError, match=rf"sample \d+ .* pixels; at most {limit:,} are"):
         list(EvaluationLoader(sound[LABELLED], data, batch_size=5))
 
@@ -309,7 +306,7 @@ def test_a_batch_that_fails_though_its_images_do_not_is_named_by_its_step(
 
 
 def test_evaluation_names_what_it_cannot_show_and_replaces_nothing(folders, spoilt):
-    data = DataConfig(image_size=32, evaluation_resize=36, threads=2)
+    data = config_of().data
     store(folders[CAPTIONED], 47, undecodable("html"))
     store(folders[CAPTIONED], 45, undecodable("gif"))
     dataset = spoilt()[CAPTIONED]

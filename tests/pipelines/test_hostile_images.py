@@ -53,7 +53,7 @@ def corners(images: list[CheckedImage]) -> Iterator[tuple[np.ndarray, np.ndarray
     yield np.stack([sizes[:, 0] - 1, np.zeros_like(sizes[:, 0])], axis=1), one
 
 
-@pytest.mark.parametrize("resample", ["fused", "dali"])
+@pytest.mark.parametrize("resample", ["fused", pytest.param("dali", marks=pytest.mark.long)])
 def test_every_accepted_image_is_decoded_in_every_training_window(accepted, resample):
     pixels = list(accepted.values())
     encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]

@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 import torch
 from fake_copies import CUDA, FakeGpu
-from loader_runs import assert_equal, assert_joined, assert_same, prompts_of, texts_of
+from loader_runs import (
+    BATCH,
+    assert_equal,
+    assert_joined,
+    assert_same,
+    config_of,
+    prompts_of,
+    texts_of,
+)
 from packed_sets import Sample, pack
 from PIL import Image
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.images.encoded_images import EncodedImages
@@ -37,18 +45,16 @@ from unicl_fast.training.stages import StagedLoader
 
 pytestmark = pytest.mark.dali
 
-BATCH = 12
 LEVELS_APART = 3
 """Limit of `levels_apart` for a GPU's decoder and resize. On the CPU DALI's resize is 0.3 off ours;
 mirrored images are 8 levels away and other images 37, or more."""
 
 
 def make_config(*, context_length: int = 77, positives: str = "text", **data: Any) -> TrainConfig:
-    return TrainConfig(
+    return dataclasses.replace(
+        config_of(**data),
         objective=make_objective(positives=positives),
-        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
         model=ModelConfig(context_length=context_length),
-        run=RunConfig(global_batch_size=BATCH, seed=3),
     )
 
 

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from inline_checks import check_inline
-from loader_runs import assert_same
-from object_stores import FaultyStore, empty, upload
+from loader_runs import BATCH, assert_same, config_of
+from object_stores import FaultyStore, empty, lose_patience, upload
 from packed_sets import Sample, pack, saved
 from PIL import Image
 from waiting import wait_until
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset import object_store
+from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.reader import PackedDataset
@@ -31,13 +30,10 @@ from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
 
-BATCH = 12
-
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01)):
-        monkeypatch.setattr(object_store, name, value)
+    lose_patience(monkeypatch)
     empty()
     yield
     empty()
@@ -53,13 +49,6 @@ def raw(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield dataset
 
 
-def config_of(**data: Any) -> TrainConfig:
-    return TrainConfig(
-        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
-        run=RunConfig(global_batch_size=BATCH, seed=3),
-    )
-
-
 def take(
     datasets: list[PackedDataset],
     prompts: ClassPrompts,
@@ -67,10 +56,9 @@ def take(
     config: TrainConfig,
     start: int = 0,
     count: int = 12,
-    rank: int = 0,
-    world_size: int = 1,
+    **ranks: int,
 ) -> list[Batch]:
-    loader = TrainLoader(config, datasets, None, prompts, rank=rank, world_size=world_size)
+    loader = TrainLoader(config, datasets, None, prompts, **ranks)
     return loader_runs.take(loader, start=start, count=count)
 
 

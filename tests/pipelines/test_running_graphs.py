@@ -53,8 +53,9 @@ def run(
     return decode(build, batches, batch_size=4, device=CPU, pace=pace)
 
 
-@pytest.mark.parametrize("count", [0, 1, 7])
-@pytest.mark.parametrize(("prefetch", "graphs"), [(1, 1), (4, 1), (1, 2), (3, 3)])
+@pytest.mark.parametrize(
+    ("count", "prefetch", "graphs"), [(0, 3, 3), (1, 1, 2), (1, 3, 3), (7, 4, 1), (7, 3, 3)]
+)
 def test_every_batch_comes_once_and_beside_its_metadata(encoded, count, prefetch, graphs):
     seen = []
     running = run(host_batches(encoded, count), prefetch=prefetch, graphs=graphs)
@@ -85,9 +86,8 @@ def test_buffers_are_reused_when_nobody_holds_them(encoded):
 
 @pytest.mark.parametrize(
     ("prefetch", "graphs", "in_flight"),
-    [(1, 1, (5,)), (3, 1, (5, 6, 7)), (2, 2, (5, 6, 7)), (2, 3, (5, 6, 7, 8)), (2, 2, (0, 2)),
-     (2, 2, (8,))],
-)  # fmt: skip
+    [(1, 1, (5,)), (3, 1, (5, 6, 7)), (2, 3, (5, 6, 7, 8)), (2, 2, (0, 2)), (2, 2, (8,))],
+)
 def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
     encoded, prefetch, graphs, in_flight
 ):

@@ -7,11 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from damage import copy_of, flip_byte, store, undecodable
-from loader_runs import assert_joined, assert_same, count_replaced, prompts_of, take
+from loader_runs import (
+    assert_joined,
+    assert_same,
+    config_of,
+    count_replaced,
+    prompts_of,
+    rows_of,
+    take,
+)
 from packed_sets import Sample, pack, saved
 from PIL import Image
 
-from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.config import RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import decode_files
 from unicl_fast.images.encoded_images import EncodedImages
@@ -62,11 +70,8 @@ def make_loader(
         are_small = "unicl_fast.pipelines.train_loader.are_small_jpegs"
         monkeypatch.setattr(are_small, lambda *_: form == "crops")
         ranks = {key: more.pop(key) for key in ("rank", "world_size", "quarantine") if key in more}
-        config = TrainConfig(
-            data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **more),
-            run=RunConfig(global_batch_size=16, seed=3),
-        )
-        loader = TrainLoader(config, [dataset], None, prompts_of([dataset], tokenizer), **ranks)
+        config, prompts = config_of(batch=16, **more), prompts_of([dataset], tokenizer)
+        loader = TrainLoader(config, [dataset], None, prompts, **ranks)
         assert loader.form == form
         assert loader.reading.decodes_files
         return loader
@@ -134,10 +139,7 @@ def test_bad_ones_are_replaced_as_by_dali(
         }
     assert_same(found["crops"], found["files"])
     assert count_replaced(found["crops"], expected, {(0, sample) for sample in large[:5]}) >= 1
-    listed = [
-        {line.split(",")[2] for line in (tmp_path / f"{form}.csv").read_text().splitlines()[1:]}
-        for form in found
-    ]
+    listed = [{row["key"] for row in rows_of(tmp_path / f"{form}.csv")} for form in found]
     assert listed[0] == listed[1]
     assert len(listed[0]) == 5
 

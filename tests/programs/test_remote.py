@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import FaultyLine, FaultyStore, put, s3_environment
+from object_stores import FaultyLine, FaultyStore, lose_patience, put, s3_environment
 from program_runs import SMALL, call
 
 from unicl_fast.dataset import object_store
@@ -83,8 +83,7 @@ def test_no_file_and_no_message_holds_a_password_of_a_url(
     caplog,
 ):  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(object_store, "TRIES", 2)
-    monkeypatch.setattr(object_store, "FIRST_PAUSE_SECONDS", 0.01)
+    lose_patience(monkeypatch)
     root, out = "faulty://ann:geheim@store", tmp_path / "run"
     store = ObjectStore(f"{root}/classes")
     for path in (data / "classes").rglob("*.jpg"):
