@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map_only
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.models.compilation import compile_encoders, fuse_window_attention
+from unicl_fast.models.compilation import compile_blocks, fuse_window_attention
 from unicl_fast.models.image_encoder import KeyedDropPath
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.text_encoder import TokenRow
@@ -86,7 +86,7 @@ def step_of(
         )
         with Kernels(may_wait=True) as eager:
             block(x, *rows).backward(grad)
-        compile_encoders(model, "blocks")
+        compile_blocks(model)
         block(x, *rows).backward(grad)
         return Step(lowered, eager, {"x": x, "grad": grad, **tensors_of(block, *rows)})
 

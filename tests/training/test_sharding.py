@@ -196,7 +196,6 @@ def test_owners_have_nearly_as_much_each_and_are_no_more_than_leave_the_fullest_
     [
         ({"optimizer": "lamb"}, "optim.name=lamb.*take optim.name=adamw"),
         ({"precision": "fp16"}, "efficiency.precision=fp16.*take efficiency.precision=bf16"),
-        ({"compile": "encoders"}, "efficiency.compile=encoders.*take efficiency.compile=blocks"),
     ],
 )
 def test_what_full_cannot_divide_is_refused(images, tmp_path, settings, message):
