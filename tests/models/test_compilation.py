@@ -225,7 +225,8 @@ def test_the_compiled_step_is_the_eager_step(images, others):
     """By torch's own kernels, compiled."""
 
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
-        config = tiny_config(steps=3, **efficiency)
+        # graphs with drop path are the tracer's matter, and Inductor takes half a minute for each
+        config = tiny_config(steps=3, **efficiency).changed(model={"drop_path": 0.0})
         trainer = make_trainer(config, StepLoader(images), progress=False)
         batches = trainer.loader.batches(0)
         losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
@@ -278,6 +279,8 @@ def test_each_kind_of_block_is_tried_once(monkeypatch):
     """Windows shifted and not, of both stages, and of texts; equal blocks are one."""
     kinds = []
     monkeypatch.setattr(block_trial, "check_close", lambda *_, what, **__: kinds.append(what))
+    # nothing is traced: what a compiled block computes is looked at above
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, backend: None)
     try_blocks(monkeypatch, "eager", image_encoder="unicl_swin6_small")
     names = [what.split()[3] for what in kinds if what.startswith("the value")]
     assert set(names) == {"SwinTransformerBlock", "TextBlock"}
