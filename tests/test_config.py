@@ -103,6 +103,11 @@ def test_settings_of_another_type_are_refused_by_name(group, name, value):
             "efficiency.activation_checkpointing must be true or false, not 1",
         ),
         (lambda: RunConfig(device="tpu"), "run.device must be one of auto, cpu, cuda, not 'tpu'"),
+        (
+            lambda: EfficiencyConfig(compile="encoders"),
+            "efficiency.compile must be one of auto, off, blocks, not 'encoders'",
+        ),
+        (lambda: RunConfig(trackers=("trackio",)), "each one of tensorboard, wandb, mlflow, not"),
         (lambda: DataConfig(augment=("x" * 10_001,)), "has a text of 10,001 characters, and at"),
         (lambda: RunConfig(seed=0.5), "run.seed must be a whole number, not 0.5"),
     ],

@@ -37,8 +37,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
-TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-Compilation = Literal["auto", "off", "blocks", "encoders"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+Compilation = Literal["auto", "off", "blocks"]
 WindowAttention = Literal["auto", "triton", "timm"]
 Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -378,10 +378,9 @@ class EfficiencyConfig:
     """Recompute encoder blocks in backward instead of storing activations. Needs about 1.3 times
     the time, and saves a third to half of the memory."""
     compile: Compilation = "auto"
-    """Compile the encoders by torch.compile: auto, off, blocks or encoders. blocks compiles equal
-    blocks once; encoders compiles each encoder as a whole, for minutes at the start. auto is blocks
-    on a GPU with a C++ compiler and Triton, and off on a CPU, where it gains nothing. Texts are
-    padded to a few sizes, so that new ones seldom compile anew. Refused with
+    """Compile the encoders' blocks by torch.compile, equal ones once: auto, off or blocks. auto is
+    blocks on a GPU with a C++ compiler and Triton, and off on a CPU, where it gains nothing. Texts
+    are padded to a few sizes, so that new ones seldom compile anew. Refused with
     activation_checkpointing of BatchNorm."""
     window_attention: WindowAttention = "auto"
     """Attention of timm's Swin: timm's own (timm), or kernels that store no scores and move no
@@ -405,8 +404,8 @@ class EfficiencyConfig:
     parameter's optimizer state on one rank; the result equals off's, bit for bit. full also divides
     parameters, gradients and their average, by blocks of the encoders, which are sent while others
     are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of the parameters
-    until backward, unless activation_checkpointing is on. full is refused with fp16, with other
-    optimizers than adamw, and with compile=encoders. A run can resume with another choice."""
+    until backward, unless activation_checkpointing is on. full is refused with fp16 and with other
+    optimizers than adamw. A run can resume with another choice."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="efficiency")
@@ -452,7 +451,7 @@ class RunConfig:
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers that get those lines too: tensorboard, wandb, trackio, mlflow. Projects and servers
+    """Trackers that get those lines too: tensorboard, wandb, mlflow. Projects and servers
     are set by their own environment variables, such as WANDB_MODE or MLFLOW_TRACKING_URI."""
     evaluate_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only at the end. The last step always evaluates."""
@@ -468,7 +467,7 @@ class RunConfig:
     timeout_seconds: NonNegative = 600
     """Longest wait for a batch or storage; 0 sets no limit. A rank that waits longer has hung: it
     names its stage and ends the run with code 70. The limit is 3 times as long until the first step
-    is done, 6 times with compiled encoders (16 steps, evaluations), and twice that for a rank that
+    is done, 6 times with compiled blocks (16 steps, evaluations), and twice that for a rank that
     waits for others, so that the one at fault speaks first."""
 
     def __post_init__(self) -> None:

@@ -68,7 +68,7 @@ def switches_of(config: TrainConfig, device: torch.device) -> dict[str, dict[str
     if device.type == "cuda":
         switches["fp32 with TF32"] = {"precision": "tf32"}
         switches["timm's window attention"] = {"window_attention": "timm"}
-        for way in ("off", "blocks", "encoders"):
+        for way in ("off", "blocks"):
             if way != config.efficiency.compile:
                 switches[f"compiled: {way}"] = {"compile": way}
     return switches

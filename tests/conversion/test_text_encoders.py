@@ -21,7 +21,7 @@ from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.libraries import write_onnx
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_source
-from unicl_fast.models.compilation import compile_encoders
+from unicl_fast.models.compilation import compile_blocks
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.training.data import tokenizer_of
@@ -270,7 +270,7 @@ def test_compiled_blocks_give_the_same_features(tmp_path):
     tokens = tokenizer_of(model.config)(TEXTS)
     with torch.inference_mode():
         expected = model.encode_text(tokens)
-        compile_encoders(model, "blocks", backend="eager")
+        compile_blocks(model, backend="eager")
         torch.testing.assert_close(model.encode_text(tokens), expected)
 
 

@@ -50,7 +50,7 @@ from unicl_fast.ledger.format import LedgerSource, SegmentHeader
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models import precision
-from unicl_fast.models.compilation import compile_encoders
+from unicl_fast.models.compilation import compile_blocks
 from unicl_fast.models.sharding import whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
@@ -67,8 +67,8 @@ needs_full = pytest.mark.skipif(
     reason=f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}",
 )
 compiled_by_torchs_own_kernels = mock.patch(
-    "unicl_fast.training.parallel.compile_encoders",
-    functools.partial(compile_encoders, backend="aot_eager"),
+    "unicl_fast.training.parallel.compile_blocks",
+    functools.partial(compile_blocks, backend="aot_eager"),
 )
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
 # interpreter would import torch and timm for five seconds each time.
@@ -144,10 +144,10 @@ def place_of(ranks: Ranks) -> dict[str, int]:
     return {"rank": ranks.rank, "world_size": ranks.world_size}
 
 
-def signalled(batch: Batch, *, number: int = signal.SIGTERM, here: bool = True) -> Batch:
+def signalled(batch: Batch, *, here: bool = True) -> Batch:
     """The batch; in step 2 this process gets a signal."""
     if here and batch.step == 2:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Compiled encoders and blocks: the eager step's result, and no new graph for each batch."""
+"""Compiled blocks: the eager step's result, and no new graph for each batch."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import encode_images, encode_token_rows
 from unicl_fast.models import compilation, image_encoder, small, text_encoder
 from unicl_fast.models.compilation import (
-    compile_encoders,
+    compile_blocks,
     has_compiler,
     round_up_count,
     round_up_length,
@@ -68,8 +68,8 @@ def compile_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has steps compile by another backend: how often is the tracer's business."""
 
     def use(backend: str) -> None:
-        by_backend = functools.partial(compile_encoders, backend=backend)
-        monkeypatch.setattr(parallel_module, "compile_encoders", by_backend)
+        by_backend = functools.partial(compile_blocks, backend=backend)
+        monkeypatch.setattr(parallel_module, "compile_blocks", by_backend)
 
     return use
 
@@ -96,48 +96,21 @@ def test_sizes_are_few_and_not_much_larger():
 def test_padded_texts_do_not_count(images, others, monkeypatch):
     """The sizes of a compiled step, without compiling."""
     plain = first_gradients(images, Ranks(), tiny_config())
-    monkeypatch.setattr(parallel_module, "compile_encoders", lambda model, what: None)
-    config = tiny_config(compile="encoders", **others)
+    monkeypatch.setattr(parallel_module, "compile_blocks", lambda model: None)
+    config = tiny_config(compile="blocks", **others)
     assert_same_gradients(first_gradients(images, Ranks(), config), plain, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        "",  # a tiny ViT
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("cifar10-small", "swin-tiny", "focalnet-base", "resnet50")
-        ),
-        pytest.param("vit-base", marks=pytest.mark.long),
-    ],
-)
-def test_an_image_encoder_is_one_graph(preset):
-    config = build_preset(preset) if preset else tiny_config(precision="fp32")
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["focalnet-base", "resnet50"])
+def test_image_blocks_have_no_breaks(preset):
+    config = build_preset(preset)
     model, side = build_model(config), config.data.image_size
+    compile_blocks(model, backend="eager")
     model.set_drop_path_key(step=0, global_index=torch.arange(2))
-    found = torch._dynamo.explain(model.image_encoder)(torch.zeros(2, 3, side, side))
-    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
-
-
-@pytest.mark.parametrize(
-    "is_packed",
-    [pytest.param(True, id="packed"), pytest.param(False, id="trimmed", marks=pytest.mark.slow)],
-)
-def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed):
-    """A size that was new once, and one for all sizes; each without a break."""
-    encoder = build_model(tiny_config(precision="fp32")).text_encoder
-    for length in range(8, 88, 8):
-        tokens = torch.ones(16, min(length, 77), dtype=torch.int64)
-        inputs = tokens, tokens.numel() - length if is_packed else None
-        if length == 8:
-            found = torch._dynamo.explain(encoder)(*inputs)
-            assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
-            torch.compiler.reset()
-            counters.clear()
-            encoder.compile(backend="eager", fullgraph=True)
-        encoder(*inputs)
-    assert counters["stats"]["unique_graphs"] <= 2
+    model.image_encoder(torch.zeros(2, 3, side, side))
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
 
 
 ALIKE = [(12, 8), (11, 9), (10, 10), (12, 7), (9, 11)]
@@ -148,29 +121,21 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(
-    ("what", "sizes", "first", "most"),
-    [
-        ("blocks", ALIKE, 3, 3),  # image blocks with and without drop path, and text blocks
-        pytest.param("encoders", DIFFERENT, 2, 4, marks=pytest.mark.slow),
-        pytest.param("blocks", DIFFERENT, 3, 6, marks=pytest.mark.slow),
-    ],
+    ("sizes", "most"), [(ALIKE, 3), pytest.param(DIFFERENT, 6, marks=pytest.mark.slow)]
 )
-def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
-    images, what, sizes, first, most,
-    compile_by,
-):  # fmt: skip
+def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(images, sizes, most, compile_by):
     """Nor do other branches that are dropped; equal blocks of a kind are one graph."""
     compile_by("eager")
     batches = [
         batch_of_texts(images, num_texts=texts, num_words=words, step=step)
         for step, (texts, words) in enumerate(sizes)
     ]
-    trainer = make_trainer(tiny_config(compile=what), ListLoader(batches), progress=False)
+    trainer = make_trainer(tiny_config(compile="blocks"), ListLoader(batches), progress=False)
     graphs = []
     for batch in batches:
         trainer.train_step(batch)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == first
+    assert graphs[0] == 3  # image blocks with and without drop path, and text blocks
     assert graphs[-1] <= most, graphs
     assert graphs[3:] == [graphs[-1]] * (len(graphs) - 3), graphs
     assert not counters["graph_break"]
@@ -230,16 +195,15 @@ def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(imag
     assert counters["stats"]["unique_graphs"] <= 4
 
 
-@pytest.mark.parametrize(("what", "number"), [("blocks", 6 + 2), ("encoders", 2)])
-def test_what_is_compiled_keeps_names_and_leaves_copies_as_they_were(images, what, number):
-    config = tiny_config(compile=what)
+def test_what_is_compiled_keeps_names_and_leaves_copies_as_they_were(images):
+    config = tiny_config(compile="blocks")
     plain = build_model(config).state_dict().keys()
     trainer = make_trainer(config, StepLoader(images), progress=False)
 
     def num_compiled(model: torch.nn.Module) -> int:
         return sum(module._compiled_call_impl is not None for module in model.modules())
 
-    assert num_compiled(trainer.model) == number
+    assert num_compiled(trainer.model) == 6 + 2
     assert num_compiled(copy.deepcopy(trainer.model)) == 0
     assert trainer.model.state_dict().keys() == plain
 
@@ -249,10 +213,9 @@ def test_what_is_compiled_keeps_names_and_leaves_copies_as_they_were(images, wha
 @pytest.mark.parametrize(
     "others",
     [
-        pytest.param({"compile": "blocks"}, id="blocks"),
-        pytest.param({"compile": "encoders"}, id="encoders", marks=pytest.mark.long),
+        pytest.param({}, id="blocks"),
         pytest.param(
-            {"compile": "blocks", "micro_batch_size": 5, "activation_checkpointing": True},
+            {"micro_batch_size": 5, "activation_checkpointing": True},
             id="micro-batches of blocks",
             marks=pytest.mark.long,
         ),
@@ -262,14 +225,15 @@ def test_the_compiled_step_is_the_eager_step(images, others):
     """By torch's own kernels, compiled."""
 
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
-        config = tiny_config(steps=3, **efficiency)
+        # graphs with drop path are the tracer's matter, and Inductor takes half a minute for each
+        config = tiny_config(steps=3, **efficiency).changed(model={"drop_path": 0.0})
         trainer = make_trainer(config, StepLoader(images), progress=False)
         batches = trainer.loader.batches(0)
         losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
         return losses, trainer.model.state_dict()
 
     eager_losses, eager = trained()
-    losses, weights = trained(**others)
+    losses, weights = trained(compile="blocks", **others)
     assert counters["stats"]["unique_graphs"] >= 2
     assert losses == pytest.approx(eager_losses, rel=1e-10)
     assert weights.keys() == eager.keys()
@@ -279,8 +243,8 @@ def test_the_compiled_step_is_the_eager_step(images, others):
 
 def try_blocks(monkeypatch: pytest.MonkeyPatch, backend: Any, **settings: Any) -> None:
     """The trial of `auto` for a small model in bf16, here."""
-    compile_here = functools.partial(compile_encoders, backend=backend)
-    monkeypatch.setattr(block_trial, "compile_encoders", compile_here)
+    compile_here = functools.partial(compile_blocks, backend=backend)
+    monkeypatch.setattr(block_trial, "compile_blocks", compile_here)
     monkeypatch.setattr(
         compilation, "fault_in_trial", lambda _, *given: block_trial.try_out(*given)
     )
@@ -315,6 +279,8 @@ def test_each_kind_of_block_is_tried_once(monkeypatch):
     """Windows shifted and not, of both stages, and of texts; equal blocks are one."""
     kinds = []
     monkeypatch.setattr(block_trial, "check_close", lambda *_, what, **__: kinds.append(what))
+    # nothing is traced: what a compiled block computes is looked at above
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, backend: None)
     try_blocks(monkeypatch, "eager", image_encoder="unicl_swin6_small")
     names = [what.split()[3] for what in kinds if what.startswith("the value")]
     assert set(names) == {"SwinTransformerBlock", "TextBlock"}
@@ -325,14 +291,14 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     norms = {"image_encoder": "unicl_convnet7_small", "activation_checkpointing": True}
     for settings, message in (
         (norms, "BatchNorm.*activation_checkpointing=False"),
-        ({"image_encoder": "test_nfnet"}, "NormFreeNet has none.*compile=encoders"),
+        ({"image_encoder": "test_nfnet"}, "NormFreeNet has none.*compile=off"),
     ):
         with pytest.raises(ValueError, match=message):
-            compile_encoders(build_model(tiny_config(**settings)), "blocks", backend="eager")
+            compile_blocks(build_model(tiny_config(**settings)), backend="eager")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*efficiency.compile=off"):
-        compile_encoders(build_model(tiny_config()), "blocks")
+        compile_blocks(build_model(tiny_config()))
 
 
 def settled(model: UniCL, device: str) -> str:

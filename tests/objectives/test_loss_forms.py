@@ -73,7 +73,7 @@ def assert_equals_the_dense_form(
     weighted=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-@examples(150)
+@examples(80)
 def test_any_class_structure(
     compute, structure, sizes, scale, counts,
     directions, unit, duplicates, weighted, seed,
@@ -111,6 +111,7 @@ def test_any_class_structure(
     scale=st.floats(0.1, 100),
     seed=st.integers(0, 10_000),
 )
+@examples(50)
 def test_several_labels_an_image(compute, sizes, weighted, counted, scale, seed):
     """Both forms, and the rule itself: weights over the sum of the row."""
     random = np.random.default_rng(seed)

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from program_runs import (
     SMALL,
     STEPS,
@@ -18,14 +17,11 @@ from program_runs import (
     start,
     wait_for_step,
     wait_until_gone,
-    weights,
 )
 from safetensors.torch import load_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.evaluation.inference import load_model
 from unicl_fast.tools import ledger, pretrain
-from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
@@ -144,33 +140,6 @@ def test_a_run_resumes_with_any_number_of_ranks(
     assert values["num_changes_of_world_size"] == len(stopped)
     assert [segment["start_step"] for segment in values["segments"]] == started
     assert values["num_steps_done_twice"] == 0, "a run that is asked to stop loses nothing"
-
-
-def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(
-    unbroken, data, tmp_path
-):
-    settings = [
-        *(*SMALL, "--efficiency.precision", "fp64", "--init", unbroken, *sources(data)),
-        *("--optim.lora", "image:4,text:2", "--resume", "auto"),
-    ]
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    call(pretrain, *settings, "--out", whole)
-    process = start(*settings, "--out", out)
-    wait_for_step(out, 6, process)
-    process.kill()
-    process.communicate()
-    call(pretrain, *settings, "--out", out)
-    assert losses(out) == losses(whole)
-    assert weights(out) == weights(whole)
-    size, of_base = (
-        (list_checkpoints(run / "checkpoints")[-1] / "model.safetensors").stat().st_size
-        for run in (out, unbroken)
-    )
-    assert size < of_base / 5
-    call(convert, "hf", out, tmp_path / "export")
-    adapted, exported = (load_model(path).encoders.double() for path in (out, tmp_path / "export"))
-    for name, weight in adapted.state_dict().items():
-        torch.testing.assert_close(exported.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
 
 
 def test_unicl_ledger_names_missing_steps(unbroken, tmp_path, capsys):

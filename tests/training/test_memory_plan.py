@@ -52,9 +52,9 @@ def plans_of(preset: str) -> dict[str, object]:
     """In MB: every part on 1 and 8 GPUs, and whether it fits; what differs if 8 share the state."""
     found: dict[str, object] = {}
     for world_size in (1, 8):
+        one = plan(build_preset(preset), world_size=world_size, device_bytes=0)
         for card, size in CARDS.items():
-            one = plan(build_preset(preset), world_size=world_size, device_bytes=size)
-            found[f"{world_size} x {card}"] = "fits" if one.fits else "does not fit"
+            found[f"{world_size} x {card}"] = "fits" if one.total <= size else "does not fit"
         parts = {name: round(part / 1e6) for name, part in one.parts.items()}
         found[f"on {world_size}"] = parts | {"total": round(one.total / 1e6)}
     for shard in ("optimizer", "full"):

@@ -49,7 +49,7 @@ def candidates(bench: Bench, measured: Measured) -> list[Change]:
     other = "bf16" if efficiency.precision in ("fp32", "fp64") else "fp32"
     found.append(of_step("precision", other, "arithmetic of the encoders; rounds differently"))
     if efficiency.compile == "off" and device == "cuda":
-        found.append(of_step("compile", "blocks", "compiled encoders; a minute more at the start"))
+        found.append(of_step("compile", "blocks", "compiled blocks; a minute more at the start"))
     if bench.local_batch < _SMALLEST_BATCH:
         size = max(2, _SMALLEST_BATCH // bench.local_batch) * config.run.global_batch_size
         about = "fixed costs of a step are shared by more"

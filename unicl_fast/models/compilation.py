@@ -1,4 +1,4 @@
-"""Compiles encoders by block or whole, and chooses Triton kernels for Swin's window attention.
+"""Compiles the encoders' blocks, and chooses Triton kernels for Swin's window attention.
 
 Text counts and lengths are rounded up to a few sizes, to reuse compiled graphs
 (docs/architecture.md). Padding follows the end-of-text token, and added texts have count 0.
@@ -112,8 +112,8 @@ def _fault_of_blocks(config: TrainConfig, device: torch.device) -> str:
     return fault_in_trial("unicl_fast.training.block_trial", device, *arguments)
 
 
-def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inductor") -> None:
-    """Makes encoders, or their blocks, compile at their next call; weight names stay the same.
+def compile_blocks(model: UniCL, *, backend: str = "inductor") -> None:
+    """Makes the encoders' blocks compile at their next call; weight names stay the same.
 
     Raises ValueError without a C++ compiler or known blocks, and for blocks with BatchNorm under
     activation checkpointing.
@@ -130,10 +130,6 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
             "choose an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
             "efficiency.activation_checkpointing=False or efficiency.compile=off"
         )
-    if what == "encoders":
-        for encoder in model.encoders:
-            encoder.compile(backend=backend)
-        return
     from torch._dynamo import config as dynamo  # takes seconds to import
 
     # All blocks count as one function: Swin has 8 kinds, each in training and in evaluation, for
@@ -146,7 +142,7 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
         if not blocks:
             raise ValueError(
                 f"efficiency.compile=blocks knows the blocks {', '.join(sorted(KNOWN_BLOCKS))}; "
-                f"{type(encoder).__name__} has none of them: set efficiency.compile=encoders or "
+                f"{type(encoder).__name__} has none of them: set efficiency.compile=off or "
                 "add its block class"
             )
         for block in blocks:
@@ -216,10 +212,10 @@ def fuse_window_attention(encoder: nn.Module) -> int:
 def rounds_sizes(efficiency: EfficiencyConfig, device: torch.device) -> bool:
     """Whether numbers and lengths of texts are rounded up.
 
-    Compiled encoders need it. Eager ones on a GPU benefit: with few sizes, torch's allocator finds
+    Compiled blocks need it. Eager ones on a GPU benefit: with few sizes, torch's allocator finds
     freed blocks that fit. On a CPU the padding would only cost time.
     """
-    return efficiency.compile in ("blocks", "encoders") or device.type == "cuda"
+    return efficiency.compile == "blocks" or device.type == "cuda"
 
 
 def round_up_length(length: int) -> int:

@@ -46,8 +46,6 @@ def check_sharding(efficiency: EfficiencyConfig, *, optimizer: str) -> None:
         ),
         "efficiency.precision=fp16, whose loss scaler sees the gradients of one rank only: take "
         "efficiency.precision=bf16": efficiency.precision == "fp16",
-        "efficiency.compile=encoders, which cannot collect the parameters of a block when it is "
-        "needed: take efficiency.compile=blocks": efficiency.compile == "encoders",
     }
     for what, is_set in refused.items():
         if is_set:

@@ -17,7 +17,7 @@ from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config_json import config_from_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.blocks import find_blocks
-from unicl_fast.models.compilation import compile_encoders, round_up_count
+from unicl_fast.models.compilation import compile_blocks, round_up_count
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision, set_device_arithmetic
 from unicl_fast.models.unicl import UniCL
@@ -45,7 +45,7 @@ def try_out(device: torch.device, precision: str, settings: str, *_: str) -> Non
             parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
     place(model.train(), config, device, Ranks())
     calls = _calls_of_distinct_blocks(model, device)
-    compile_encoders(model, "blocks")
+    compile_blocks(model)
     rounding = Precision(config.efficiency.precision).autocast
     for block, given, named in calls:
         x, *others = given

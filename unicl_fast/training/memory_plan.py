@@ -190,8 +190,8 @@ def check_memory(
         logger.info("memory: %sa step needs up to %s", where, needs)
         return
     advice = _advice(config, world_size=ranks.world_size, **arguments)
-    # fused kernels of compiled encoders keep a part of what is saved for backward: maybe half
-    compiled = config.efficiency.compile in ("blocks", "encoders")
+    # fused kernels of compiled blocks keep a part of what is saved for backward: maybe half
+    compiled = config.efficiency.compile == "blocks"
     least = found.certain - compiled * found.parts["images: activations"] // 2
     if least > found.device_bytes:
         raise ValueError(

@@ -15,7 +15,7 @@ from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import sharding
 from unicl_fast.models.blocks import has_batch_norm
-from unicl_fast.models.compilation import compile_encoders
+from unicl_fast.models.compilation import compile_blocks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.operands import Encoded
 from unicl_fast.system.phases import WaitingForRanks
@@ -31,7 +31,7 @@ class Parallel:
     """A model on all ranks: encodes, joins gradients, sends updates."""
 
     def __init__(self, model: UniCL, efficiency: EfficiencyConfig, ranks: Ranks) -> None:
-        """Compiles the encoders if the config says so, and divides or replicates the model.
+        """Compiles the blocks if the config says so, and divides or replicates the model.
 
         Raises ValueError: `efficiency.shard=full` cannot divide these encoders.
         """
@@ -42,7 +42,7 @@ class Parallel:
         if divides_all:
             self._whole_copy = sharding.WholeCopy(model)
         if efficiency.compile != "off":
-            compile_encoders(model, efficiency.compile)
+            compile_blocks(model)
         self.encode: Callable[..., Encoded] = model
         if divides_all:
             sharding.shard_encoders(model, ranks)

@@ -1,4 +1,4 @@
-"""Trackers get the lines of metrics.jsonl too: TensorBoard, W&B, trackio, MLflow.
+"""Trackers get the lines of metrics.jsonl too: TensorBoard, W&B, MLflow.
 
 Each tracker has its own thread, which also imports and opens its package: no step waits for a
 network, and an error ends that tracker, not the run. A resumed run continues each tracker's run,
@@ -156,22 +156,6 @@ def _open_wandb(run: TrackedRun) -> Tracker:
     return Tracker(log, opened.finish)
 
 
-def _open_trackio(run: TrackedRun) -> Tracker:
-    """A local SQLite file, or a Space."""
-    import trackio
-
-    opened: Any = trackio.init(
-        project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-        name=f"{run.folder.name}-{run.run_id[:8]}",
-        config=dict(run.config), resume="allow", embed=False,
-    )  # fmt: skip
-
-    def log(values: Mapping[str, Any], step: int) -> None:
-        opened.log(dict(values), step=step)
-
-    return Tracker(log, opened.finish)
-
-
 def _open_mlflow(run: TrackedRun) -> Tracker:
     """A run in the experiment of a tracking server or a local database, found by its tag."""
     from mlflow.entities import Metric
@@ -198,6 +182,7 @@ def _open_mlflow(run: TrackedRun) -> Tracker:
 
 
 OPENERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {
-    "tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio,
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
     "mlflow": _open_mlflow,
-}  # fmt: skip
+}
