@@ -102,7 +102,7 @@ def test_padded_texts_do_not_count(images, others, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["focalnet-base", "resnet50"])
+@pytest.mark.parametrize("preset", ["cifar10-small", "focalnet-base", "resnet50"])
 def test_image_blocks_have_no_breaks(preset):
     config = build_preset(preset)
     model, side = build_model(config), config.data.image_size

@@ -36,6 +36,9 @@ class SmallConvBlock(nn.Sequential):
             *_conv_unit(channels, channels, activation=nn.ReLU),
         )
 
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images)  # torch.compile skips nn.Sequential's own forward
+
 
 def _conv_unit(
     in_channels: int,
