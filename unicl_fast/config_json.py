@@ -64,28 +64,19 @@ def config_from_dict(values: Any) -> TrainConfig:
     in use, or a value out of range.
     """
     try:
-        return from_json_values(TrainConfig, _with_todays_choices(without_removed(values)))
+        return from_json_values(TrainConfig, without_removed(values))
     except ValueError as error:
         is_of_another = "not a field of this version" in str(error) or " has left" in str(error)
         hint = ". Resume or export it with the version that wrote it" * is_of_another
         raise ValueError(f"config: {error}{hint}") from error
 
 
-def _with_todays_choices(values: Any) -> Any:
-    """Replaces choices that have left and never changed a result, so that older runs still load."""
-    if not isinstance(values, dict):
-        return values
-    found = dict(values)
-    efficiency, run = values.get("efficiency"), values.get("run")
-    if isinstance(efficiency, dict) and efficiency.get("compile") == "encoders":
-        found["efficiency"] = efficiency | {"compile": "blocks"}
-    if isinstance(run, dict) and isinstance(trackers := run.get("trackers"), list | tuple):
-        found["run"] = run | {"trackers": tuple(one for one in trackers if one != "trackio")}
-    return found
-
-
 def without_removed(values: Any) -> Any:
-    """Leaves out the removed options of a config's JSON; ValueError if one was in use."""
+    """Leaves out the removed options of a config's JSON; ValueError if one was in use.
+
+    Whole encoders that were compiled and the tracker trackio, which changed no result beyond its
+    rounding, are replaced, so that older runs still load.
+    """
     if not isinstance(values, dict):
         return values
     Objective.class_for(values.get("objective"))  # first: one that has left explains the others
@@ -100,6 +91,11 @@ def without_removed(values: Any) -> Any:
                     f"{group}.{name}={shorten(given[name])} is not a field of this version, which "
                     "no longer has that option"
                 )
+    efficiency, run = found.get("efficiency"), found.get("run")
+    if isinstance(efficiency, dict) and efficiency.get("compile") == "encoders":
+        found["efficiency"] = efficiency | {"compile": "auto"}
+    if isinstance(run, dict) and isinstance(trackers := run.get("trackers"), list | tuple):
+        found["run"] = run | {"trackers": tuple(one for one in trackers if one != "trackio")}
     return found
 
 

@@ -117,7 +117,7 @@ def test_any_change_to_a_file_of_a_run_is_a_clear_error_or_none(whole_run, train
     path = whole_run / name
     originals = {one: one.read_bytes() for one in {path, whole_run / CHECKPOINT / "state.json"}}
 
-    @examples(400)
+    @examples(200)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         changed = damaged_part(data, path, originals[path], part)

@@ -135,7 +135,7 @@ def test_the_pyramid_stands_on_the_exported_encoder(detect, tmp_path):
         detect.Pyramid(tmp_path / "vit")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_detector_is_trained_and_its_figures_written(detect, pasted, tmp_path, monkeypatch):
     exported(tmp_path / "backbone", "resnet10t")
     sets = ["--train", pasted[0], "--train-images", pasted[1], "--test", pasted[0]]

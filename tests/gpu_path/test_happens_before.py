@@ -100,7 +100,11 @@ def test_streams_and_communicators_of_a_run_are_ordered(stand_in, path):
 @slow
 @pytest.mark.parametrize(
     ("path", "wait"),
-    [pytest.param(path, wait, id=wait) for path, (*_, waits) in PATHS.items() for wait in waits],
+    [
+        pytest.param(path, wait, id=wait, marks=[pytest.mark.long] * (number > 0))
+        for path, (*_, waits) in PATHS.items()
+        for number, wait in enumerate(waits)
+    ],
 )
 def test_a_wait_that_is_left_out_is_noticed(stand_in, path, wait):
     assert checked(stand_in, path, without=wait).faults

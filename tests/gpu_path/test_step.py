@@ -148,12 +148,11 @@ def test_a_step_on_a_gpu_never_waits_for_it(precision, settings):
 @pytest.mark.parametrize(
     ("preset", "attention"),
     [
-        ("swin-tiny", "timm"),
+        ("swin-tiny", "triton"),
         *(
             pytest.param(preset, "timm", marks=pytest.mark.long)
-            for preset in ("resnet50", "vit-base", "focalnet-base")
+            for preset in ("swin-tiny", "resnet50", "vit-base", "focalnet-base")
         ),
-        ("swin-tiny", "triton"),
     ],
 )
 def test_the_step_of_a_preset_stays_in_its_budget(stand_in, preset, attention, monkeypatch):

@@ -102,14 +102,14 @@ def test_padded_texts_do_not_count(images, others, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["cifar10-small", "focalnet-base", "resnet50"])
+@pytest.mark.parametrize("preset", ["cifar10-small", "swin-tiny", "focalnet-base", "resnet50"])
 def test_image_blocks_have_no_breaks(preset):
     config = build_preset(preset)
     model, side = build_model(config), config.data.image_size
     compile_blocks(model, backend="eager")
     model.set_drop_path_key(step=0, global_index=torch.arange(2))
     model.image_encoder(torch.zeros(2, 3, side, side))
-    assert counters["stats"]["unique_graphs"] >= 1
+    assert counters["stats"]["unique_graphs"] >= 1  # cifar10-small: torch skips an nn.Sequential's
     assert not counters["graph_break"]
 
 
@@ -225,7 +225,7 @@ def test_the_compiled_step_is_the_eager_step(images, others):
     """By torch's own kernels, compiled."""
 
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
-        # graphs with drop path are the tracer's matter, and Inductor takes half a minute for each
+        # test_compiled_blocks_give_the_eager_gradients has drop path; Inductor takes half a minute
         config = tiny_config(steps=3, **efficiency).changed(model={"drop_path": 0.0})
         trainer = make_trainer(config, StepLoader(images), progress=False)
         batches = trainer.loader.batches(0)

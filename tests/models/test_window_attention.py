@@ -98,9 +98,10 @@ def test_kernels_round_no_more_than_timms(compute, form, size, window, shift):
     [
         ((16, 16), 4, 2),  # numbers of windows, rows and columns are multiples of 16
         ((10, 15), 7, 3),  # padded, so it comes rolled
-        ((12, 18), 6, 3),
-        ((16, 8), 8, 4),
-        ((14, 14), 7, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (((12, 18), 6, 3), ((16, 8), 8, 4), ((14, 14), 7, 0))
+        ),
         ((5, 7), (3, 5), 1),
     ],
 )

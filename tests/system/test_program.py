@@ -71,9 +71,17 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
 
 
 def test_a_crash_of_native_code_says_where_python_was():
-    crashed = run("def decode():\n    import os; os.abort()\ndecode()")
+    crash = "import os, resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); os.abort()"
+    crashed = run(f"def decode():\n    {crash}\ndecode()", PYTHONFAULTHANDLER="", PYTHONDEVMODE="")
     assert crashed.returncode == -signal.SIGABRT
     assert re.search(rb"Fatal Python error: Aborted.*line 4 in decode", crashed.stderr, re.DOTALL)
+
+
+def test_a_program_begins_without_a_file_as_its_standard_error():
+    code = "import io, sys; from unicl_fast.system.program import begin_program as begin; "
+    code += "sys.stderr = io.StringIO(); begin(); print('begun')"
+    begun = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert begun.stdout == b"begun\n", begun.stderr
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS.values())))

@@ -1,5 +1,6 @@
 """The memory planner: against what steps really take, for every preset, and what it advises."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -54,7 +55,8 @@ def plans_of(preset: str) -> dict[str, object]:
     for world_size in (1, 8):
         one = plan(build_preset(preset), world_size=world_size, device_bytes=0)
         for card, size in CARDS.items():
-            found[f"{world_size} x {card}"] = "fits" if one.total <= size else "does not fit"
+            on_card = dataclasses.replace(one, device_bytes=size)
+            found[f"{world_size} x {card}"] = "fits" if on_card.fits else "does not fit"
         parts = {name: round(part / 1e6) for name, part in one.parts.items()}
         found[f"on {world_size}"] = parts | {"total": round(one.total / 1e6)}
     for shard in ("optimizer", "full"):

@@ -89,6 +89,7 @@ ROUNDED = {"rtol": 1e-5, "atol": 1e-4}
 CASES: dict[str, tuple[dict, dict | None]] = {
     "clipped": ({"clip_norm": 0.05}, IN_FP64),
     "fp32": ({"precision": "fp32"}, ROUNDED),
+    "fp16": ({"precision": "fp16"}, None),
     "lamb, fp16": ({"optimizer": "lamb", "precision": "fp16"}, None),
     "bf16": ({"precision": "bf16"}, ROUNDED),
     "micro-batches": ({"micro_batch_size": 1}, IN_FP64),

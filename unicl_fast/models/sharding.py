@@ -148,7 +148,7 @@ def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def shard_encoders(model: UniCL, ranks: Ranks) -> None:
-    """Divides compiled encoders over all ranks, by block; ValueError without known blocks."""
+    """Divides encoders over all ranks, by block; ValueError without known blocks."""
     device_type = model.device.type
     parts: list[nn.Module] = []
     for encoder in model.encoders:

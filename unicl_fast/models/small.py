@@ -37,7 +37,9 @@ class SmallConvBlock(nn.Sequential):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images)  # torch.compile skips nn.Sequential's own forward
+        for layer in self:  # torch.compile skips nn.Sequential's own forward
+            images = layer(images)
+        return images
 
 
 def _conv_unit(

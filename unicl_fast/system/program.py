@@ -31,8 +31,10 @@ def begin_program() -> list[str]:
     if not has_utf8_names() and os.environ.get(_UTF8_MODE) != "1":
         os.environ[_UTF8_MODE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    if sys.stderr is not None and not faulthandler.is_enabled():
-        faulthandler.enable()  # a crash of a library's native code says where Python was
+    if not faulthandler.is_enabled():
+        # a crash of native code says where Python was; not without a stream, or with a notebook's
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
+            faulthandler.enable()
     sys.stdout, sys.stderr = map(_without_broken_pipe, (sys.stdout, sys.stderr))
     line.hooked = sys.stderr
     sys.excepthook = _end_on_ctrl_c
