@@ -167,7 +167,8 @@ def sentence_transformers_job(
     """The job of `sentence_transformers_loop`, as the options of a contestant say.
 
     They are the name of a loss and its arguments, such as
-    `CachedMultipleNegativesRankingLoss mini_batch_size=32`. `start` is an export for transformers.
+    `CachedMultipleNegativesRankingLoss mini_batch_size=32`, or the trainer's `batch_sampler`, as
+    JSON. `start` is an export for transformers.
     """
     data = config.data
     return {

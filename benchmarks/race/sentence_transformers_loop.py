@@ -24,9 +24,10 @@ def main(job: dict[str, Any], folder: Path) -> None:
 
     name, *settings = job["loss"]
     named = {key: json.loads(value) for key, _, value in (one.partition("=") for one in settings)}
+    own = {key: named.pop(key) for key in ("batch_sampler",) if key in named}
     theirs.SentenceTransformerTrainer(
         model,
-        theirs.SentenceTransformerTrainingArguments(str(folder / "out"), **job["arguments"]),
+        theirs.SentenceTransformerTrainingArguments(str(folder / "out"), **job["arguments"], **own),
         train_dataset=rows.with_transform(prepare),
         loss=getattr(losses, name)(model, **named),
     ).train()
