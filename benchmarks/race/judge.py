@@ -26,6 +26,7 @@ from unicl_fast.conversion.preprocessing import for_open_clip
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.evaluation.levels import classify_at_levels
+from unicl_fast.training.data import distinct_names
 
 from .contestants import register_open_clip_model
 
@@ -52,9 +53,9 @@ def main(job_path: Path, result_path: Path) -> None:
         return F.normalize(torch.cat([model.encode_text(tokenize(part)) for part in parts]), dim=-1)
 
     scores: _Scores = {}
-    for test in job["test"]:
+    for name, test in zip(distinct_names(job["test"]), job["test"], strict=True):
         with PackedDataset(test) as dataset:
-            name, images = Path(test).name, _encode_images(model, dataset, config)
+            images = _encode_images(model, dataset, config)
             if dataset.manifest.num_labels and job["probe"]:
                 scores |= _probe(name, model, config, dataset, images)
             if dataset.manifest.num_labels and config.objective.uses_texts:

@@ -1,8 +1,10 @@
 """The race: its arithmetic, the list that open_clip gets, and one of a few steps."""
 
 import csv
+import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -138,9 +140,12 @@ def test_open_clips_list_has_each_image_by_the_weight_of_its_set_with_other_text
 @pytest.mark.timeout(280)
 def test_a_race_of_a_few_steps(packed, tmp_path):
     """Both sides train and are judged; nothing is repeated the second time."""
+    shutil.copytree(packed["both"], tmp_path / "a" / "test")  # `--split` gives all one name
+    shutil.copytree(packed["captions"], tmp_path / "b" / "test")
     options = [
         *("race", "--train", str(packed["labels"]), str(packed["captions"])),
-        *("--test", str(packed["both"]), "--out", str(tmp_path / "race")),
+        *("--test", str(tmp_path / "a" / "test"), str(tmp_path / "b" / "test")),
+        *("--out", str(tmp_path / "race")),
         *("--preset", "mixed-small", "--images", "32", "--seeds", "0"),
         *("--lr", "1e-3", "--peer-lr", "1e-3"),
         *("--data.image-size", "32", "--run.global-batch-size", "16"),
@@ -149,7 +154,8 @@ def test_a_race_of_a_few_steps(packed, tmp_path):
     unicl_bench.main(options)
     found = json.loads((tmp_path / "race/race.json").read_text())
     assert [run["images"] for run in found["runs"]] == [32, 32]
-    scores = {f"both/{kind} R@{k}" for kind in ("image", "text") for k in (1, 10)} | {"both/top1"}
+    kinds = itertools.product("ab", ("image", "text"), (1, 10))
+    scores = {f"{part}-test/{kind} R@{k}" for part, kind, k in kinds} | {"a-test/top1"}
     for run in found["runs"]:
         assert set(run["scores"]) == scores
         assert all(0 <= score <= 100 for score in run["scores"].values())
