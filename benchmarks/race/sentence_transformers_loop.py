@@ -20,7 +20,7 @@ def main(job: dict[str, Any], folder: Path) -> None:
 
     def prepare(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         images = [crop(decode({"path": path, "bytes": None})) for path in batch["filepath"]]
-        return {"image": images, "caption": batch["title"]}
+        return {"filepath": images, "title": batch["title"]}  # a sampler needs the columns' names
 
     name, *settings = job["loss"]
     named = {key: json.loads(value) for key, _, value in (one.partition("=") for one in settings)}
