@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +26,6 @@ from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
-from unicl_fast.images.limits import ImageFormat
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.read.samples import read_images
 from unicl_fast.pipelines.running import DecodingError
@@ -101,13 +100,14 @@ def test_raw_images_are_decoded_beside_small_jpegs(sets, tokenizer, tmp_path):
     """Then they need their headers, as files have them."""
     jpegs = [Sample(saved(Image.open(io.BytesIO(png(i))), format="JPEG"), labels=[i % 3])
              for i in range(20)]  # fmt: skip
-    names = ["cat", "dog", "yak"]
+    names, batches = ["cat", "dog", "yak"], []
     with pack(tmp_path / "jpegs", jpegs, class_names=names, tokenizer=tokenizer) as small:
-        mixed = [sets["raw"][0], small]
-        loader = make_loader(mixed, prompts_of(mixed, tokenizer))
-        assert loader.form == "crops"
-        for batch in take(loader, count=3):
-            assert torch.equal(batch.sample_ids, batch.scheduled_ids)
+        for kind, form in (("raw", "crops"), ("png", "files")):
+            mixed = [sets[kind][LABELLED], small]
+            loader = make_loader(mixed, prompts_of(mixed, tokenizer))
+            assert loader.form == form
+            batches.append(take(loader, count=STEPS))
+    assert_same(*batches)
 
 
 def test_images_of_a_batch_are_read_as_single_ones_are(sets):
@@ -148,75 +148,6 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_images(
     monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", 1)
     monkeypatch.setattr("unicl_fast.pipelines.steps._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
-
-
-@pytest.fixture(scope="module")
-def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
-    """The same images of many sizes, two of them grey, as PNGs and as PPMs."""
-    folder = tmp_path_factory.mktemp("sizes")
-    draw = np.random.default_rng(0)
-    samples = []
-    for i in range(72):
-        height, width = draw.integers(5, 130, 2)
-        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels)
-        samples.append(Sample(saved(image, format="PNG"), labels=[i % 3]))
-    names, formats = ["cat", "dog", "yak"], ("keep", "ppm")
-    found: Sets = {
-        format: [pack(folder / format, samples, class_names=names, tokenizer=tokenizer,
-                      format=format)]
-        for format in get_args(ImageFormat) if format in formats
-    }  # fmt: skip
-    yield found
-    for (dataset,) in found.values():
-        dataset.close()
-
-
-@pytest.fixture(scope="module")
-def of_sizes(sizes: Sets, tokenizer: Tokenizer) -> ClassPrompts:
-    return prompts_of(sizes["ppm"], tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("resample", "augment", "batch"),
-    [
-        *(("fused", "none", 5), ("fused", "unicl", 70)),
-        ("dali", "none", 70),
-    ],
-)
-def test_ppms_of_any_sizes_give_the_batches_of_files(sizes, of_sizes, resample, augment, batch):
-    settings: dict[str, Any] = {"resample": resample, "augment": (augment,), "batch": batch}
-    loader = make_loader(sizes["ppm"], of_sizes, **settings)
-    assert loader.form == {"fused": "crops", "dali": "files"}[resample]
-    batches = take(loader, count=4)
-    assert_same(batches, take(make_loader(sizes["keep"], of_sizes, **settings), count=4))
-    data = config_of().data
-    shown, expected = (EvaluationLoader(sizes[form][0], data, batch_size=64) for form in sizes)
-    assert torch.equal(next(iter(shown)).images, next(iter(expected)).images)
-
-
-def test_ppms_train_with_raw_images_of_one_size(sets, sizes, tokenizer):
-    runs = []
-    for raw, varied in (("raw", "ppm"), ("png", "keep")):
-        datasets = [sets[raw][LABELLED], *sizes[varied]]
-        loader = make_loader(datasets, prompts_of(datasets, tokenizer))
-        assert loader.form == ("crops" if raw == "raw" else "files")
-        runs.append(take(loader, count=STEPS))
-    assert_same(*runs)
-
-
-def test_a_damaged_ppm_is_replaced_by_one_of_another_size(sizes, of_sizes, tmp_path, opening):
-    expected = take(make_loader(sizes["ppm"], of_sizes), count=STEPS)
-    folder = copy_of(sizes["ppm"][0], tmp_path / "set")
-    with (folder / "shard-000000.tar").open("r+b") as file:
-        file.seek(int(sizes["ppm"][0].samples[7]["offset"]) + 30)
-        file.write(b"damaged")
-    loader = make_loader(opening([folder]), of_sizes)
-    batches = take(loader, count=STEPS)
-    assert count_replaced(batches, expected, {(0, 7)}) >= 1
-    files = make_loader(sizes["keep"], of_sizes)
-    files.steps.bad.mark(0, 7, "found by the test")
-    assert_same(batches, take(files, count=STEPS))
 
 
 def test_batches_handed_out_stay_what_they_were(sets, prompts):

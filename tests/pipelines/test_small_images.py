@@ -35,6 +35,7 @@ SAVED: tuple[dict[str, Any], ...] = (
     {"format": "PNG"},
     {"format": "JPEG", "quality": 80, "subsampling": 1, "restart_marker_blocks": 4},
     {"format": "WEBP", "quality": 80},
+    {"format": "PPM"},
 )
 
 
@@ -56,7 +57,7 @@ def small(
     samples = [Sample(file_of(i), labels=[i % 3]) for i in range(70)]
     folder = tmp_path_factory.mktemp("small") / "set"
     names = ["cat", "dog", "yak"]
-    with pack(folder, samples, class_names=names, tokenizer=tokenizer, format="keep") as dataset:
+    with pack(folder, samples, class_names=names, tokenizer=tokenizer, format="packed") as dataset:
         yield dataset
 
 
@@ -81,14 +82,14 @@ def make_loader(
 
 @pytest.mark.parametrize(
     ("format", "side", "form"),
-    [("JPEG", 60, "crops"), ("PNG", 60, "files"), ("JPEG", 200, "files")],
+    [("JPEG", 60, "crops"), ("PNG", 60, "files"), ("JPEG", 200, "files"), ("PPM", 200, "crops")],
 )
-def test_only_small_jpegs_go_past_dali(tmp_path, tokenizer, format, side, form):
+def test_only_small_jpegs_and_ppms_go_past_dali(tmp_path, tokenizer, format, side, form):
     file = saved(Image.new("RGB", (side, side), "teal"), format=format)
     names = ["cat", "dog"]
     samples = [Sample(file, labels=[i % 2]) for i in range(8)]
     with pack(
-        tmp_path / "set", samples, class_names=names, tokenizer=tokenizer, format="keep"
+        tmp_path / "set", samples, class_names=names, tokenizer=tokenizer, format="packed"
     ) as dataset:
         config = TrainConfig(run=RunConfig(global_batch_size=4))
         prompts = prompts_of([dataset], tokenizer)
