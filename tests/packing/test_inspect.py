@@ -147,12 +147,11 @@ def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[content]).save(path, compress_level=level)
     build_set([tmp_path / "in"], tmp_path / "set", format="raw")
-    code, text = pack(
+    text = pack(
         "inspect",
         *(tmp_path / "set", "--workers", 1, "--html", tmp_path / "page.html"),
         *("--json", tmp_path / "all.json", "--duplicates-list", tmp_path / "list.csv"),
     )
-    assert code == 0
     assert "MB, kept as pixels" in text
     assert "exact copies: 1 in 1 group, labels differ in 1" in text
     found = json.loads((tmp_path / "all.json").read_text())
