@@ -1,10 +1,10 @@
 """What the packing tool does and says of URLs: file:// stands for all stores, also for folders."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from foreign_sources import write_tar
+from http_servers import Server
 from inline_checks import check_inline
 from pack_runs import build_set, jpeg, stop_at, write_photos
-from werkzeug.serving import make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
@@ -160,10 +160,8 @@ def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(photos, tmp_p
             return Response(status=404)
         return send_file(path, request.environ, conditional=True)
 
-    server = make_server("127.0.0.1", 0, answer, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.port}/set"
+    with contextlib.closing(Server(answer)) as server:
+        url = f"{server.url}/set"
         assert "60" in pack("verify", url)
         build_set([url], str(tmp_path / "again"))
         manifest = Manifest.load(tmp_path / "again")
@@ -172,9 +170,6 @@ def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(photos, tmp_p
         text = pack("verify", url, code=1)
         assert "samples.npy" in text
         assert f"unicl-pack upload DIR --out {url}" in text
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_an_inspection_names_the_url_and_not_its_copy(photos, url, tmp_path, monkeypatch, pack):
