@@ -183,7 +183,9 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
     found: list[Augmentation] = []
     named: set[str] = set()
     for place in places:
-        paths = _spellings(place)
+        paths = [_path(place)]
+        if "://" not in str(place):  # a symbolic link adds a second one
+            paths = [str(Path(place).absolute()), str(Path(place).resolve())]
         names.append(paths[0].rpartition("/")[2])
         fits = [name for name, end in endings.items() if any(path.endswith(end) for path in paths)]
         longest = max((endings[name].count("/") for name in fits), default=0)
@@ -199,13 +201,6 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
             f"data.augment: no data set is called {name!r}; there are {', '.join(names)}",
         )
     return found
-
-
-def _spellings(place: Path | str) -> list[str]:
-    """The paths of a data set; a symbolic link adds a second one."""
-    if "://" in str(place):
-        return [_path(place)]
-    return [str(Path(place).absolute()), str(Path(place).resolve())]
 
 
 def _path(name: Path | str) -> str:

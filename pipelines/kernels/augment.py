@@ -156,30 +156,22 @@ def _spread_levels(image: Any, equalize: bool) -> None:
     _look_up(image, tables)
 
 
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+# [i j k l]: what part k of YIQ contributes to colour i where its part l is taken of colour j
+_PARTS = np.einsum("ik,lj->ijkl", np.linalg.inv(_TO_YIQ), _TO_YIQ, order="C")
+
+
 @_compiled
 def twist_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> Any:
     """The colour twist as a matrix [3 4]: hue and saturation in YIQ, contrast about 128."""
-    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
     cosine = saturation * math.cos(math.radians(hue))
     sine = saturation * math.sin(math.radians(hue))
-    turn = np.array([[1.0, 0.0, 0.0], [0.0, cosine, sine], [0.0, -sine, cosine]])
-    # the inverse by Cramer's rule: Numba's needs SciPy
-    inverse = np.empty((3, 3))
-    determinant = 0.0
-    for i in range(3):
-        for j in range(3):
-            a, b, c, d = (j + 1) % 3, (j + 2) % 3, (i + 1) % 3, (i + 2) % 3
-            inverse[i, j] = to_yiq[a, c] * to_yiq[b, d] - to_yiq[a, d] * to_yiq[b, c]
-    for j in range(3):
-        determinant += to_yiq[j, 0] * inverse[0, j]
     matrix = np.zeros((3, 4), np.float32)
     for i in range(3):
         for j in range(3):
-            total = 0.0
-            for k in range(3):
-                for m in range(3):
-                    total += inverse[i, k] * turn[k, m] * to_yiq[m, j]
-            matrix[i, j] = brightness * contrast * total / determinant
+            part = _PARTS[i, j]
+            turned = cosine * (part[1, 1] + part[2, 2]) + sine * (part[1, 2] - part[2, 1])
+            matrix[i, j] = brightness * contrast * (part[0, 0] + turned)
         matrix[i, 3] = brightness * 128.0 * (1.0 - contrast)
     return matrix
 

@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from object_stores import upload
+from pack_runs import write_photos
 from program_runs import refusal_of
 
-from benchmarks import harness
+from benchmarks import harness, packing
 from benchmarks.harness import NotOnDeviceError
 from benchmarks.step import open_clip
 from benchmarks.step.parts import build_trainer, step_config
@@ -172,3 +174,15 @@ def test_every_switch_changes_what_its_name_says():
         assert efficiency.compile == (compiled or config.efficiency.compile), name
         assert efficiency.activation_checkpointing == ("checkpointing" in name), name
         assert (efficiency.window_attention == "timm") == ("timm's" in name), name
+
+
+def test_a_writer_that_loses_an_image_stops_the_stage(tmp_path, monkeypatch):
+    images = sorted(write_photos(tmp_path / "images", range(5)).rglob("*.jpg"))
+
+    def lose(paths: list[Path], recipe: Any, name: str, out: Path) -> None:
+        out.mkdir()
+        packing._work(0, paths[1:], (recipe, name, out))
+
+    monkeypatch.setattr(packing, "loop", lose)
+    with pytest.raises(RuntimeError, match="keep: 1 of 5 images of the bare loop differ"):
+        packing.compare(images, packing._Recipe("keep", ""), tmp_path, ["webdataset"])

@@ -1,5 +1,8 @@
 """A damaged data set is an error that says so: no other exception, no crash, no wrong sample."""
 
+import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import sample_of, write_set
+from packed_sets import read_pixels, sample_of, write_raw_set, write_set
 from property_tests import examples
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, blocks_of, open_array
@@ -30,11 +33,8 @@ def packed(tmp_path: Path) -> Path:
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
     """Seven images of 6 x 5 pixels; the shards hold their descriptions."""
-    images = [bytes([number]) * 90 for number in range(7)]
-    size = {"extension": "raw", "height": 5, "width": 6}
-    samples = [sample_of(image, number, **size) for number, image in enumerate(images)]
-    write_set(tmp_path / "raw", samples, shard_bytes=4000, images="raw")
-    return tmp_path / "raw"
+    images = np.arange(7, dtype=np.uint8).repeat(90).reshape(7, 5, 6, 3)
+    return write_raw_set(tmp_path / "raw", images)
 
 
 @pytest.mark.parametrize("kind", ["packed", "raw"])
@@ -107,6 +107,54 @@ def test_a_sample_of_another_size_than_the_raw_data_set_s_is_refused(raw):
     rewrite(raw, "samples", lambda rows: rows["width"].__setitem__(3, 7))
     with pytest.raises(ValueError, match="row 3 is an image of another size"):
         PackedDataset(raw)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ({"height": 0}, "contradicts itself: 7 images of 6 x 0"),
+        ({"height": 4}, "contradicts itself"),
+        ({"num_bytes": 99}, "contradicts itself"),
+        ({"height": 10, "width": 3}, "does not begin as an array"),
+        ({"height": 2**62, "width": 2**62}, "contradicts itself"),
+    ],
+)
+def test_sizes_of_pixels_that_contradict_each_other_are_refused(raw, pixels, message):
+    values = json.loads((raw / "manifest.json").read_text())
+    values["pixels"] |= pixels
+    (raw / "manifest.json").write_text(json.dumps(values))
+    (raw / CHECKSUMS_NAME).unlink()
+    with pytest.raises(ValueError, match=message):
+        PackedDataset(raw)
+
+
+def test_lost_pixels_are_an_error_or_bad_samples(raw, caplog):
+    path = raw / "pixels.npy"
+    os.truncate(path, 512 + 5 * 90 + 1)
+    with pytest.raises(ValueError, match=r"pixels\.npy has 963 bytes, the manifest says 1142"):
+        PackedDataset(raw)
+    with pytest.raises(ValueError, match="images of 2 of 7 samples: more than"):
+        PackedDataset(raw, max_bad_fraction=0.2)
+    with caplog.at_level(logging.WARNING), PackedDataset(raw, max_bad_fraction=0.3) as dataset:
+        assert "DAMAGED DATA SET" in caplog.text
+        out = np.empty((7, 5, 6, 3), np.uint8)
+        sound = read_pixels(dataset, range(7), out, range(7))
+        assert sound.tolist() == [True] * 5 + [False] * 2
+        with pytest.raises(ValueError, match=r"pixels\.npy ends after 1 of 90 bytes"):
+            dataset.image_bytes(5)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"pixels\.npy is missing"):
+        PackedDataset(raw)
+    with PackedDataset(raw, max_bad_fraction=1.0) as dataset:
+        assert not read_pixels(dataset, range(7), out, range(7)).any()
+
+
+def test_a_shard_of_descriptions_costs_no_images(raw):
+    (raw / "shard-000000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="shard-000000"):
+        PackedDataset(raw)
+    with PackedDataset(raw, max_bad_fraction=0.01) as dataset:
+        dataset.image_bytes(0, verify=True)
 
 
 def test_a_data_set_without_checksums_is_read_as_before(packed):

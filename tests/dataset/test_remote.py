@@ -80,7 +80,7 @@ def test_a_store_without_its_package_names_what_to_install(monkeypatch):
 @pytest.mark.parametrize("answers", [(503, 429, 200), ("reset", 200), (410,), (404,), (403,)])
 def test_only_404_and_410_mean_that_an_object_of_a_server_is_missing(ask, answers):
     server = FaultyServer(*answers)
-    store = ObjectStore(server.url)
+    store = ObjectStore(f"{server.url}/folder")
     requests: dict[str, Callable[[], Any]] = {
         "find": lambda: store.find("a") and 5,
         "find_all": lambda: store.find_all(["a"])["a"] and 5,

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import io
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import FACTS, sample_of, saved, write_set
+from packed_sets import FACTS, read_pixels, sample_of, saved, write_raw_set, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -23,6 +24,7 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.system.checksums import file_checksum
 
 
 def jpeg(number: int) -> bytes:
@@ -39,6 +41,16 @@ def packed(tmp_path: Path) -> Path:
     samples = [sample(number) for number in range(9)]
     write_set(tmp_path / "set", samples, shard_bytes=8_000, class_names=["cat", "Käse"])
     return tmp_path / "set"
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Seven images of 6 x 5 pixels; the shards hold their descriptions."""
+    return write_raw_set(tmp_path / "raw", noise(7, 5, 6))
 
 
 def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(tmp_path):
@@ -125,21 +137,79 @@ def test_indexes_equal_those_of_dalis_own_tool(packed, tmp_path):
         assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "i.idx").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+@given(count=st.integers(1, 9), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
+@examples(25)
+def test_raw_images_come_back_one_by_one_and_in_any_order(
+    tmp_path_factory, count, height, width, data
+):
+    images = noise(count, height, width)
+    out = write_raw_set(tmp_path_factory.mktemp("raw") / "set", images)
+    assert np.array_equal(np.load(out / "pixels.npy"), images)
+    indices = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
+    places = data.draw(st.permutations(range(len(indices) + 2)))[: len(indices)]
+    with PackedDataset(out) as dataset:
+        assert dataset.image_shape == (height, width, 3)
+        for index, pixels in enumerate(images):
+            file = io.BytesIO(dataset.image_bytes(index, verify=True).tobytes())
+            assert np.array_equal(np.asarray(Image.open(file)), pixels)
+        expected = np.full((len(indices) + 2, height, width, 3), 7, np.uint8)
+        expected[places] = images[indices]
+        found = np.full_like(expected, 7)
+        sound = read_pixels(dataset, indices, found, places)
+        assert sound.all()
+        assert len(sound) == len(indices)
+        assert np.array_equal(found, expected)
+
+
+def test_the_files_of_a_raw_set_are_those_of_its_format(raw):
+    manifest = json.loads((raw / "manifest.json").read_text())
+    assert manifest["version"] == 2
+    pixels = raw / "pixels.npy"
+    assert manifest["pixels"] == {
+        "height": 5,
+        "width": 6,
+        "num_bytes": 512 + 7 * 5 * 6 * 3,
+        "xxh3": file_checksum(pixels),
+    }
+    with PackedDataset(raw) as dataset:
+        assert len(dataset.manifest.shards) > 1
+        assert "pixels.npy, offset 602" in dataset.describe(1)
+        for row in dataset.samples:
+            shard = raw / dataset.manifest.shards[int(row["shard"])].name
+            member = shard.read_bytes()[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
+            assert set(json.loads(member)) == {"captions", "labels", "source", "name"}
+
+
+def test_raw_images_of_another_size_are_not_written(tmp_path):
+    with DatasetWriter(tmp_path / "set", images="raw") as writer:
+        writer.add(sample(0, extension="raw", image=bytes(60), height=4, width=5))
+        with pytest.raises(ValueError, match="one size, 5 x 4 .*not 4 x 5"):
+            writer.add(sample(1, extension="raw", image=bytes(60), height=5, width=4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_manifests_of_other_versions_and_fields_are_refused_by_name(raw):
+    values = json.loads((raw / "manifest.json").read_text())
+    pixels = values["pixels"]
+    for change, message in (
+        ({"version": 6}, "version 6, this program reads versions 1 to 5"),
+        ({"version": 4, "pixels": None}, "format version 4 needs the field in_place"),
+        ({"version": True}, "version True"),
+        ({"version": 1}, "format version 1 has no field pixels"),
+        ({"version": 3}, "format version 3 has no field pixels"),
+        ({"pixels": None}, "format version 2 needs the field pixels"),
+        ({"pixels": pixels | {"height": -1}}, "pixels.height must be .* of at least 0, not -1"),
+        ({"pixels": pixels | {"depth": 1}}, "pixels.depth is not a field .* known are height"),
+        ({"pixels": {"height": 1}}, "pixels.num_bytes is missing"),
+        ({"pixels": []}, "pixels must be an object"),
         ({"num_samples": "9"}, "num_samples"),
         ({"shards": [3]}, "shards"),
         ({"class_names": [1]}, "class_names"),
         ({"unknown": 1}, "unknown"),
-        ({"num_samples": 8}, "8"),
-    ],
-)
-def test_wrong_manifests_are_refused_by_name(packed, change, message):
-    path = packed / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
-        PackedDataset(packed)
+    ):
+        changed = {key: value for key, value in (values | change).items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            Manifest.from_json(json.dumps(changed))
 
 
 @pytest.mark.parametrize("name", ["samples.npy", "labels.npy", "tokens.npy", "shard-000001.tar"])

@@ -1,9 +1,9 @@
-"""Loops of other libraries with our loader, target map and loss, beside our trainer."""
+"""Loops of other libraries with our loader, target map and loss; and mteb with our encoders."""
 
-import importlib.util
+import io
 import itertools
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from packed_sets import Sample, pack
 from PIL import Image
+from program_runs import SMALL, call, evaluated
 from small_runs import tiny_config
 
 from examples.own_loop.torch_dataset import TorchDataset
@@ -19,12 +20,12 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
+from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools import pretrain
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.settle import settle_objective
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "own_loop"
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +68,6 @@ def expected(config: TrainConfig) -> list[float]:
     return losses
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.parametrize("library", ["accelerate", "lightning", "dcp"])
@@ -85,7 +79,7 @@ def test_a_loop_of_another_library_resumes_and_has_the_losses_of_the_trainer(
     if library != "dcp":
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
-    train = example(f"{library}_loop").train
+    train = import_module(f"examples.own_loop.{library}_loop").train
     if library == "lightning":
         losses = train(config, 9)
         (saved,) = tmp_path.rglob("*.ckpt")
@@ -104,9 +98,8 @@ def test_torchtitan_s_checkpoints_resume_our_loader(packed, tmp_path):
     base = pytest.importorskip("torchtitan.components.dataloader").BaseDataLoader
     loaders, managers = [], []
     for _ in range(2):
-        settings = example("torchtitan_loader").UniclDataLoader.Config(
-            dataset_path=str(packed), preset="digits-small", steps=20
-        )
+        loader = import_module("examples.own_loop.torchtitan_loader").UniclDataLoader
+        settings = loader.Config(dataset_path=str(packed), preset="digits-small", steps=20)
         kept = {"tokenizer": None, "seq_len": 77, "snapshot_every_n_steps": 3}
         loaders.append(settings.build(dp_world_size=1, dp_rank=0, local_batch_size=8, **kept))
         assert isinstance(loaders[-1], base)
@@ -202,3 +195,46 @@ def test_grey_images_can_be_stacked_with_others(tmp_path):
         images, _, _ = next(iter(torch.utils.data.DataLoader(TorchDataset(source), batch_size=2)))
     assert images.shape == (2, 6, 8, 3)
     assert (images[1] == 77).all()
+
+
+FACTS: dict[str, Any] = {
+    **dict.fromkeys(("reference", "date", "domains", "task_subtypes", "license", "dialect")),
+    **dict.fromkeys(("annotations_creators", "sample_creation", "bibtex_citation")),
+    **{"name": "Local", "description": "local", "dataset": {"path": "none", "revision": "1"}},
+    **{"type": "ZeroShotClassification", "category": "i2t", "modalities": ["image", "text"]},
+    **{"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": "accuracy"},
+}
+
+
+@pytest.mark.slow  # mteb imports for seconds
+@pytest.mark.dali
+def test_mteb_finds_the_accuracy_of_our_own_zero_shot(data, tmp_path):
+    mteb = pytest.importorskip("mteb", reason="pip install mteb")
+    import datasets
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
+
+    class Local(AbsTaskZeroShotClassification):
+        metadata = TaskMetadata(**FACTS)
+
+        def load_data(self, **_: Any) -> None:
+            with PackedDataset(data / "labels") as own:
+                samples = range(len(own))
+                images = [Image.open(io.BytesIO(own.image_bytes(number))) for number in samples]
+                labels = [int(own.labels_of(number)[0]) for number in samples]
+                template, names = own.manifest.templates[0], own.manifest.class_names
+            self.prompts = [fill_template(template, name) for name in names]
+            rows = datasets.Dataset.from_dict({"image": images, "label": labels})
+            kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+            self.dataset = datasets.DatasetDict(test=rows.cast(kinds))
+            self.data_loaded = True
+
+        def get_candidate_labels(self) -> list[str]:
+            return self.prompts
+
+    call(pretrain, *SMALL, "--data.train", data / "labels", "--out", tmp_path / "run",
+         "--run.steps", "4")  # fmt: skip
+    encoder = import_module("examples.mteb_encoder").Encoder(tmp_path / "run", device="cpu")
+    found = mteb.evaluate(encoder, Local(), cache=None, show_progress_bar=False)
+    own = evaluated("zero-shot", tmp_path / "run", "--data", data / "labels")
+    assert found.task_results[0].get_score() == pytest.approx(own["top1"])

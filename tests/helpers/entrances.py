@@ -4,10 +4,10 @@ Each function makes one in an empty folder and reads it; a child runs it under l
 """
 
 import base64
-import http.server
+import contextlib
+import itertools
 import json
 import struct
-import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -164,31 +164,18 @@ def long_field(folder: Path) -> None:
 
 
 def ask_server(read: Callable[[Any], Any], *, headers: dict[str, str], body_mb: int) -> None:
+    from http_servers import Server
+    from werkzeug.wrappers import Response
+
     from unicl_fast.dataset import object_store
 
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            for _ in range(body_mb if self.command == "GET" else 0):
-                self.wfile.write(bytes(MB))
+    def answer(environ: Any, start_response: Any) -> Any:
+        pieces = itertools.repeat(bytes(MB), body_mb)
+        return Response(pieces, headers=headers)(environ, start_response)
 
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, *_: Any) -> None: ...
-
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:  # the client has had enough
-                self.close_connection = True
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     object_store.TRIES, object_store.FIRST_PAUSE_SECONDS = 2, 0.0
-    read(object_store.ObjectStore(f"http://127.0.0.1:{server.server_port}/folder"))
+    with contextlib.closing(Server(answer)) as server:
+        read(object_store.ObjectStore(f"{server.url}/folder"))
 
 
 def endless_object(folder: Path) -> None:

@@ -7,13 +7,12 @@ file of a commit; a file or a repository that is not there with the hub's error 
 import contextlib
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from werkzeug.serving import make_server
+from http_servers import Server
 from werkzeug.wrappers import Request, Response
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -59,16 +58,9 @@ def serve_hub(root: Path) -> Iterator[Hub]:
     def refusal(status: int, code: str = "EntryNotFound") -> Response:
         return Response(status=status, headers={"X-Error-Code": code, "X-Repo-Commit": COMMIT})
 
-    server = make_server("127.0.0.1", 0, answer, threaded=True)
-    hub = Hub(f"http://127.0.0.1:{server.port}")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with contextlib.closing(Server(answer)) as server:
+        hub = Hub(server.url)
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @contextlib.contextmanager

@@ -43,6 +43,13 @@ def take(loader: Loader, *, start: int = 0, count: int) -> list[Batch]:
     return batches
 
 
+def remembering(loader: Any, bad: set[tuple[int, int]]) -> Any:
+    """A `TrainLoader`, as if it had met the bad samples (data set and number) already."""
+    for source, sample in sorted(bad):
+        loader.steps.bad.mark(source, sample, "found by the test")
+    return loader
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a run's quarantine.csv."""
     with path.open(newline="") as file:

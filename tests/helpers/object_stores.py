@@ -3,7 +3,6 @@
 import io
 import os
 import socket
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -13,8 +12,8 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from http_servers import Server
 from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
 from unicl_fast.dataset import object_store
@@ -67,7 +66,7 @@ def empty() -> None:
     FaultyStore.spoil = None
 
 
-class FaultyLine:
+class FaultyLine(Server):
     """Moto's S3 with a bucket called `bucket`, whose answers `fault` may spoil on their way."""
 
     def __init__(self) -> None:
@@ -76,9 +75,7 @@ class FaultyLine:
         self.requests: list[tuple[str, str, str]] = []
         """Method, path and range of each."""
         self._answer = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Silent)
-        self.url = f"http://127.0.0.1:{self._server.port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        super().__init__()
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/bucket", method="PUT")).close()
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
@@ -102,20 +99,14 @@ class FaultyLine:
             answer.response = [data[: len(data) // 2]]
         return answer(environ, start_response)
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
-
-class FaultyServer:
+class FaultyServer(Server):
     """An HTTP server of one object, "12345" under any name, with the given answers in turn."""
 
     def __init__(self, *answers: int | str) -> None:
         """Statuses, or "reset"; the last one repeats."""
         self.answers = list(answers)
-        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Silent)
-        self.url = f"http://127.0.0.1:{self._server.port}/folder"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        super().__init__()
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -123,16 +114,6 @@ class FaultyServer:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             answer = 200
         return Response(b"12345" if answer == 200 else b"", int(answer))(environ, start_response)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Silent(WSGIRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log(self, *arguments: Any) -> None: ...
 
 
 def s3_environment(url: str) -> dict[str, str]:

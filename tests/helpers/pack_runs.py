@@ -40,19 +40,20 @@ def build_set(sources: Sequence[Any], out: str | Path, **options: Any) -> BuildS
     return build_dataset(sources, out, **({"workers": 1, "progress": False} | options))
 
 
-Pack = Callable[..., tuple[int, str]]
+Pack = Callable[..., str]
 """The fixture `pack`."""
 
 
-def run_pack(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """unicl-pack in this process: the exit code, and all that was printed."""
+def run_pack(*arguments: object, code: int = 0, capsys: pytest.CaptureFixture[str]) -> str:
+    """unicl-pack in this process, which ends with a code: all that was printed."""
+    found = 0
     try:
         main([*map(str, arguments)])
-        code = 0
     except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
+        found = int(stop.code or 0)
+    printed = "".join(capsys.readouterr())
+    assert found == code, printed
+    return printed
 
 
 def stop_at(

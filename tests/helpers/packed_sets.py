@@ -75,6 +75,14 @@ def write_set(
         return writer.finish(**(FACTS | facts))
 
 
+def write_raw_set(out: Path, images: np.ndarray) -> Path:
+    """Images [n h w 3] as they are, in several shards; returns `out`."""
+    size = {"extension": "raw", "height": images.shape[1], "width": images.shape[2]}
+    samples = [sample_of(one.tobytes(), number, **size) for number, one in enumerate(images)]
+    write_set(out, samples, shard_bytes=4000, images="raw")
+    return out
+
+
 def read_pixels(
     dataset: PackedDataset, indices: Sequence[int], out: np.ndarray, places: Sequence[int]
 ) -> np.ndarray:

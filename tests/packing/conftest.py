@@ -9,7 +9,7 @@ from pack_runs import Pack, run_pack
 
 @pytest.fixture
 def pack(capsys: pytest.CaptureFixture[str]) -> Pack:
-    """Runs unicl-pack in this process; returns the exit code, and all that was printed."""
+    """Runs unicl-pack in this process; checks its exit code, and returns all that was printed."""
     return functools.partial(run_pack, capsys=capsys)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import build as build_module
-from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.sources import tables as source_tables
+from unicl_fast.packing.work_folder import WorkFolder, work_folder
 
 pytestmark = pytest.mark.usefixtures("checked")
 
@@ -66,20 +66,26 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed(run: Callable[[], object]) -> None:
-    """Runs something in a process that kills itself on the way."""
+Place = Callable[[pytest.MonkeyPatch], None]
+"""Patches something to die."""
+
+
+def kill(sources: list[Any], out: Path, place: Place, **options: Any) -> None:
+    """Builds in a process that kills itself on the way."""
     child = os.fork()
     if not child:
         try:
-            run()
+            with pytest.MonkeyPatch.context() as patch:
+                place(patch)
+                build(sources, out, **options)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "it was to be killed, and ended by itself"
 
 
-def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, after: bool) -> None:
-    """Dies before or after call `number` of a function, counted from 1."""
+def at_call(owner: Any, name: str, number: int, *, after: bool) -> Place:
+    """Before or after call `number` of a function, counted from 1."""
     real, calls = getattr(owner, name), []
 
     def replaced(*arguments: Any, **named: Any) -> Any:
@@ -91,7 +97,7 @@ def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, af
             die()
         return result
 
-    patch.setattr(owner, name, replaced)
+    return lambda patch: patch.setattr(owner, name, replaced)
 
 
 def torn_line(patch: pytest.MonkeyPatch) -> None:
@@ -108,42 +114,38 @@ def torn_line(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ShardJournal, "append", append)
 
 
-PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
-    "before the first sample": (lambda p: at_call(p, DatasetWriter, "add", 1, after=False), 0),
+PLACES: dict[str, tuple[Place, int]] = {
+    "before the first sample": (at_call(DatasetWriter, "add", 1, after=False), 0),
     "a torn line": (torn_line, 2),
-    "in mid-shard": (lambda p: at_call(p, DatasetWriter, "add", 70, after=True), 3),
-    "at a bad image": (lambda p: at_call(p, DatasetWriter, "quarantine", 9, after=True), 1),
-    "before the checksums": (lambda p: at_call(p, shard_writer, "format_checksums", 1, after=False),
-                             -1),
-    "before the renaming": (lambda p: at_call(p, Path, "rename", 1, after=False), -1),
-}  # fmt: skip
+    "in mid-shard": (at_call(DatasetWriter, "add", 70, after=True), 3),
+    "at a bad image": (at_call(DatasetWriter, "quarantine", 9, after=True), 1),
+    "before the checksums": (at_call(shard_writer, "format_checksums", 1, after=False), -1),
+    "before the renaming": (at_call(Path, "rename", 1, after=False), -1),
+}
 
 
-@pytest.mark.parametrize("place", ["with its work half removed", "when all is done"])
+@pytest.mark.parametrize(
+    "place",
+    [at_call(os, "rmdir", 1, after=False), at_call(WorkFolder, "remove", 1, after=True)],
+    ids=["with its work half removed", "when all is done"],
+)
 def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
     sources, unbroken, checked, tmp_path, pack, place
 ):
     """A scheduler that starts the job again must not hear of wrong usage."""
     out = tmp_path / "set"
-    with pytest.MonkeyPatch.context() as patch:
-        if place == "with its work half removed":
-            at_call(patch, os, "rmdir", 1, after=False)
-        else:
-            at_call(patch, work_folder.WorkFolder, "remove", 1, after=True)
-        killed(lambda: build(sources, out))
+    kill(sources, out, place)
     command = ("build", *sources, "--out", out, "--shard-bytes", SHARD_BYTES)
-    code, printed = pack(*command, "--workers", 2)
-    assert (code, "complete already" in printed) == (0, True), printed
+    printed = pack(*command, "--workers", 2)
+    assert "complete already" in printed
     assert "left out: 13, listed in" in printed
     assert not checked
     assert contents(out) == unbroken
     assert os.listdir(tmp_path) == ["set"]
-    code, printed = pack(*command, "--seed", 1)
-    assert code == 2
+    printed = pack(*command, "--seed", 1, code=2)
     assert "already holds a packed data set, made with other options:\n  --seed was" in printed
     (out / "manifest.json").write_bytes(unbroken["manifest.json"] + b" ")
-    code, printed = pack(*command)
-    assert (code, "already holds a packed data set; name" in printed) == (2, True)
+    assert "already holds a packed data set; name" in pack(*command, code=2)
     assert os.listdir(tmp_path) == ["set"]
 
 
@@ -151,10 +153,8 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
 def test_a_killed_build_resumes_as_if_nothing_had_happened(
     sources, unbroken, checked, tmp_path, place
 ):
-    prepare, num_finished = PLACES[place]
-    with pytest.MonkeyPatch.context() as patch:
-        prepare(patch)
-        killed(lambda: build(sources, tmp_path / "set"))
+    dies, num_finished = PLACES[place]
+    kill(sources, tmp_path / "set", dies)
     journal = read_journal(tmp_path / "set.partial" / "journal")
     num_shards = sum(name.endswith(".tar") for name in unbroken)
     assert num_shards > 4
@@ -172,19 +172,28 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("num_more", [0, 1])
-def test_a_split_that_is_killed_on_either_side_resumes(sources, tmp_path, num_more):
+def test_a_split_that_is_killed_on_either_side_resumes(tmp_path, monkeypatch, num_more):
     """Killed so many shards after the last one for training."""
-    build(sources, tmp_path / "whole", split=0.7)
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    numbers = range(30)
+    table = {"image": list(map(jpeg, numbers)), "caption": [f"number {n}" for n in numbers]}
+    places = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for place in places:
+        parquet.write_table(pyarrow.table(table), place)
+    build(places, tmp_path / "whole", split=0.7)
     num_finished = len(list((tmp_path / "whole" / "train").glob("*.tar"))) + num_more
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, ShardJournal, "append", num_finished, after=True)
-        killed(lambda: build(sources, tmp_path / "set", split=0.7))
+    last = at_call(ShardJournal, "append", num_finished, after=True)
+    kill(places, tmp_path / "set", last, split=0.7)
     assert (tmp_path / "set" / "train").exists() == (num_more > 0)
-    summary = build(sources, tmp_path / "set", split=0.7)
+    if not num_more:  # nothing is unpacked again
+        monkeypatch.setattr(source_tables, "run_limited", lambda _, tasks, **__: iter(tasks))
+    summary = build(places, tmp_path / "set", split=0.7)
     assert summary.num_taken_over + summary.held_out.num_taken_over > 0
     assert sorted(os.listdir(tmp_path / "set")) == ["held-out", "train"]
     for side in ("train", "held-out"):
         assert contents(tmp_path / "set" / side) == contents(tmp_path / "whole" / side)
+    assert sorted(os.listdir(tmp_path)) == ["a.parquet", "b.parquet", "set", "whole"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "mount", "zip"])
@@ -242,9 +251,8 @@ def test_a_build_killed_again_and_again_resumes_each_time(sources, checked, tmp_
     expected = len(checked)
     checked.clear()
     for number in range(4):
-        with pytest.MonkeyPatch.context() as patch:
-            at_call(patch, DatasetWriter, "add", 11, after=number % 2 == 0)
-            killed(lambda: build(sources, tmp_path / "set", **options))
+        dies = at_call(DatasetWriter, "add", 11, after=number % 2 == 0)
+        kill(sources, tmp_path / "set", dies, **options)
     summary = build(sources, tmp_path / "set", **options)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     assert 20 < summary.num_taken_over < summary.manifest.num_samples
@@ -252,84 +260,79 @@ def test_a_build_killed_again_and_again_resumes_each_time(sources, checked, tmp_
     assert summary.manifest.pixels.height == 16
 
 
-def test_a_build_from_urls_resumes_with_the_copies_that_it_made(sources, tmp_path):
-    """Copies stay with a build that was killed; what has changed in the store is copied anew."""
+@pytest.fixture
+def store(sources: list[Path]) -> Iterator[FaultyStore]:
+    """Holds the photos, sound and bad, at faulty://photos."""
     system = FaultyStore()
     for path in sources[0].rglob("*.jpg"):
         system.pipe_file(f"faulty://photos/{path.relative_to(sources[0])}", path.read_bytes())
-    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False}
-    url = "faulty://photos"
-    build_dataset([url], tmp_path / "whole", **options)
-    copies = tmp_path / "set.partial" / "copies"
-
-    def kill(at: int) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            at_call(patch, DatasetWriter, "add", at, after=True)
-            killed(lambda: build_dataset([url], tmp_path / "set", **options))
-        system.reads.clear()
-
-    kill(60)
-    torn = next(copies.rglob("dog/*.jpg"))
-    changed = f"faulty://photos/dog/{torn.name}"
-    system.pipe_file(changed, system.cat_file(changed))
-    system.reads.clear()
-    with pytest.raises(ValueError, match="with other sources under URLs:\n  faulty://photos was"):
-        build_dataset([url], tmp_path / "set", **options)
-    assert not system.reads
-    assert copies.is_dir(), "an error must not take what the next try needs"
-    build_dataset([url], tmp_path / "set", restart=True, **options)
-    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert sorted(os.listdir(tmp_path)) == ["set", "whole"]
-    shutil.rmtree(tmp_path / "set")
-
-    kill(60)
-    torn.write_bytes(torn.read_bytes())  # as if it had been killed before its time was set
-    summary = build_dataset([url], tmp_path / "set", **options)
-    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
-    assert summary.num_taken_over > 0
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    shutil.rmtree(tmp_path / "set")
-
-    kill(60)
-    system.rm(changed)  # or it would be packed from its old copy
-    summary = build_dataset([url], tmp_path / "set", restart=True, **options)
-    assert summary.manifest.num_samples == 79
+    yield system
     empty()
 
 
-def test_a_complete_build_from_urls_is_complete_for_the_same_command(sources, checked, tmp_path):
+URL = "faulty://photos"
+
+
+def test_a_build_from_urls_resumes_with_the_copies_that_it_made(store, tmp_path):
+    """Copies stay with a build that was killed; what has changed in the store is copied anew."""
+    out = tmp_path / "set"
+    build([URL], tmp_path / "whole")
+    dies = at_call(DatasetWriter, "add", 60, after=True)
+    kill([URL], out, dies)
+    torn = next((tmp_path / "set.partial" / "copies").rglob("dog/*.jpg"))
+    changed = f"faulty://photos/dog/{torn.name}"
+    store.pipe_file(changed, store.cat_file(changed))
+    store.reads.clear()
+    with pytest.raises(ValueError, match="with other sources under URLs:\n  faulty://photos was"):
+        build([URL], out)
+    assert not store.reads
+    assert torn.is_file(), "an error must not take what the next try needs"
+    build([URL], out, restart=True)
+    assert {path for path, _, _ in store.reads} == {f"/photos/dog/{torn.name}"}
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["set", "whole"]
+    shutil.rmtree(out)
+
+    kill([URL], out, dies)
+    store.reads.clear()
+    torn.write_bytes(torn.read_bytes())  # as if it had been killed before its time was set
+    assert build([URL], out).num_taken_over > 0
+    assert {path for path, _, _ in store.reads} == {f"/photos/dog/{torn.name}"}
+    assert contents(out) == contents(tmp_path / "whole")
+    shutil.rmtree(out)
+
+    kill([URL], out, dies)
+    store.rm(changed)  # or it would be packed from its old copy
+    assert build([URL], out, restart=True).manifest.num_samples == 79
+
+
+def test_a_complete_build_from_urls_is_complete_for_the_same_command(
+    sources, store, checked, tmp_path
+):
     """Its copies are gone; nothing is copied again unless a local source needs a comparison."""
-    system = FaultyStore()
-    for path in sources[0].glob("cat/*.jpg"):
-        system.pipe_file(f"faulty://photos/cat/{path.name}", path.read_bytes())
-    options = {"workers": 1, "progress": False}
-    url, out = "faulty://photos", tmp_path / "set"
-    for places in ([url], [url, str(sources[1])]):
-        build_dataset(places, out, **options)
+    out = tmp_path / "set"
+    for places in ([URL], [URL, str(sources[1])]):
+        build(places, out)
         before = contents(out)
-        system.reads.clear()
+        store.reads.clear()
         checked.clear()
-        assert build_dataset(places, out, **options).was_complete
-        assert bool(system.reads) == (len(places) > 1)
+        assert build(places, out).was_complete
+        assert bool(store.reads) == (len(places) > 1)
         assert not checked
         with pytest.raises(ValueError, match="made with other options:\n  --seed"):
-            build_dataset(places, out, seed=1, **options)
-        system.pipe_file("faulty://photos/cat/003.jpg", jpeg(3))  # the same bytes, written later
+            build(places, out, seed=1)
+        store.pipe_file("faulty://photos/cat/003.jpg", jpeg(3))  # the same bytes, written later
         with pytest.raises(ValueError, match="made with other sources"):
-            build_dataset(places, out, **options)
+            build(places, out)
         assert contents(out) == before
         assert os.listdir(tmp_path) == ["set"]
         shutil.rmtree(out)
-    empty()
 
 
 @pytest.fixture
 def unfinished(sources: list[Path], tmp_path: Path) -> Path:
     """Where a build was to be; two shards of it are finished."""
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, ShardJournal, "append", 2, after=True)
-        killed(lambda: build(sources, tmp_path / "set"))
+    kill(sources, tmp_path / "set", at_call(ShardJournal, "append", 2, after=True))
     return tmp_path / "set"
 
 
@@ -360,9 +363,7 @@ def test_finished_shards_that_are_damaged_are_made_again(sources, unfinished, un
     with (folder / "shard-000001.tar").open("r+b") as file:
         file.seek(600)
         file.write(b"?")
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, ShardJournal, "append", 1, after=True)
-        killed(lambda: build(sources, unfinished))
+    kill(sources, unfinished, at_call(ShardJournal, "append", 1, after=True))
     with (folder / "tokens.npy").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 2)
     summary = build(sources, unfinished)
@@ -371,29 +372,9 @@ def test_finished_shards_that_are_damaged_are_made_again(sources, unfinished, un
     assert contents(unfinished) == unbroken
 
 
-def test_what_was_unpacked_is_not_unpacked_again(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    places = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
-    for place in places:
-        numbers = range(30)
-        table = {"image": list(map(jpeg, numbers)), "caption": [f"number {n}" for n in numbers]}
-        parquet.write_table(pyarrow.table(table), place)
-    build(places, tmp_path / "whole", split=0.7)
-    with monkeypatch.context() as patch:
-        at_call(patch, ShardJournal, "append", 2, after=True)
-        killed(lambda: build(places, tmp_path / "set", split=0.7))
-    with monkeypatch.context() as patch:
-        patch.setattr(source_tables, "run_limited", lambda _, tasks, **__: iter(tasks))
-        build(places, tmp_path / "set", split=0.7)
-    for side in ("train", "held-out"):
-        assert contents(tmp_path / "set" / side) == contents(tmp_path / "whole" / side)
-    assert sorted(os.listdir(tmp_path)) == ["a.parquet", "b.parquet", "set", "whole"]
-
-
 def test_work_of_another_build_or_of_somebody_else_is_left_alone(sources, tmp_path):
     with (
-        work_folder.work_folder(tmp_path / "set"),
+        work_folder(tmp_path / "set"),
         pytest.raises(ValueError, match="set.partial is being written by process"),
     ):
         build(sources, tmp_path / "set")
@@ -444,12 +425,10 @@ def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
                 limits.enter_context(limited_files(12_000))
 
         monkeypatch.setattr(ShardJournal, "append", append)
-        code, printed = pack(*command)
-    assert code == 1, printed
+        printed = pack(*command, code=1)
     assert f"File too large: '{tmp_path}/set.partial/set'\nmake room there, then" in printed
     assert "set.partial keeps 2 finished shards" in printed
-    code, printed = pack(*command)
-    assert (code, "images had been packed before this run" in printed) == (0, True)
+    assert "images had been packed before this run" in pack(*command)
     assert contents(tmp_path / "set") == unbroken
 
 

@@ -214,7 +214,7 @@ def test_odd_names_reach_the_lists_whole(tmp_path, pack):
     raw = os.fsencode(root) + b"/cat/\xff\xfe.jpg"
     with open(raw, "wb") as file:
         file.write(b"no image")
-    _, printed = pack("build", root, "--out", tmp_path / "out", "--workers", 1)
+    printed = pack("build", root, "--out", tmp_path / "out", "--workers", 1)
     expected = {f"cat/{name}" for name in names} | {"cat/\\udcff\\udcfe.jpg"}
     assert set(left_out(tmp_path / "out")) == expected
     assert "\x1b" not in printed

@@ -179,9 +179,7 @@ def test_what_is_no_file_as_it_is_is_refused(place, pack):
         (("https://user:word@host/a.tar",), "https://host/a.tar: a URL with a password"),
         ((place / "tars", "--resize", "short:16"), "--resize"),
     ):
-        code, printed = pack("build", "--in-place", *arguments, "--out", place / "out")
-        assert code == 2, printed
-        assert words in printed, printed
+        assert words in pack("build", "--in-place", *arguments, "--out", place / "out", code=2)
 
 
 def test_sources_under_urls_are_read_where_they_lie(shared, tmp_path, monkeypatch):

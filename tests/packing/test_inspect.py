@@ -1,7 +1,8 @@
-"""`unicl-pack inspect`: its numbers, and its page as a browser shows it."""
+"""`unicl-pack inspect`, its page as a browser shows it, and what its list leaves out of a build."""
 
 import csv
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inline_checks import check_inline
-from pack_runs import build_set
+from pack_runs import build_set, jpeg, samples_of
 from PIL import Image
 
 from unicl_fast.packing.inspect import Inspection, inspect_dataset
@@ -147,12 +148,11 @@ def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[content]).save(path, compress_level=level)
     build_set([tmp_path / "in"], tmp_path / "set", format="raw")
-    code, text = pack(
+    text = pack(
         "inspect",
         *(tmp_path / "set", "--workers", 1, "--html", tmp_path / "page.html"),
         *("--json", tmp_path / "all.json", "--duplicates-list", tmp_path / "list.csv"),
     )
-    assert code == 0
     assert "MB, kept as pixels" in text
     assert "exact copies: 1 in 1 group, labels differ in 1" in text
     found = json.loads((tmp_path / "all.json").read_text())
@@ -163,3 +163,53 @@ def test_a_raw_set_is_described_by_its_pixels(tmp_path, pack):
     assert row["kind"] == "duplicate"
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "pixels.npy and 1 shard" in page
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(tmp_path, pack):
+    """Else a copy's row would take the image that stays as well, and nobody would notice."""
+    places = [tmp_path / folder / "train" for folder in "ab"]
+    for number, place in enumerate(places):
+        (place / "cat").mkdir(parents=True)
+        for name in ("1", "2"):  # four equal images, and one of their own
+            (place / "cat" / f"{name}.jpg").write_bytes(jpeg(1))
+        (place / "cat" / f"own{number}.jpg").write_bytes(jpeg(2 + number))
+    build_set(places, tmp_path / "all")
+    pack("inspect", tmp_path / "all", "--no-near", "--duplicates-list", tmp_path / "copies.csv")
+    rows = (tmp_path / "copies.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3
+    before = set(os.listdir(tmp_path))
+    for sources in (places, [tmp_path / "all"]):
+        said = pack(
+            *("build", *sources, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x"),
+            code=2,
+        )
+        assert "of train in 1 row, and more samples are called so" in said
+        assert "several sources are called train" in said
+    assert set(os.listdir(tmp_path)) == before
+    for name in ("1", "2"):  # who means all of them says so
+        rows += [f"train,cat/{name}.jpg,,"] * 2
+    (tmp_path / "copies.csv").write_text("\n".join(rows))
+    for name, sources in (("built", places), ("again", [tmp_path / "all"])):
+        build_set(sources, tmp_path / name, leave_out=str(tmp_path / "copies.csv"))
+        assert {one.name for one in samples_of(tmp_path / name)} == {"cat/own0.jpg", "cat/own1.jpg"}
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path):
+    source = tmp_path / "in\udcff"
+    (source / "cat").mkdir(parents=True)
+    for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
+        with open(bytes(source / "cat") + b"/" + name, "wb") as file:
+            file.write(jpeg(number))
+    (tmp_path / "out.csv").write_text(
+        "source,name\nin\\udcff,cat/\\udcff.jpg\nother,cat/plain.jpg\nin\\udcff,cat/none.jpg\n"
+    )
+    build_set([source], tmp_path / "all")
+    assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
+    for name, place in {"in": source, "all": tmp_path / "all"}.items():
+        summary = build_set([place], tmp_path / f"of {name}", leave_out=str(tmp_path / "out.csv"))
+        assert summary.passed_over == {f"images named in {tmp_path / 'out.csv'}": 1}
+        assert {one.name for one in samples_of(tmp_path / f"of {name}")} == {"cat/plain.jpg"}
+    with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
+        build_set([source], tmp_path / "no", leave_out="s3://bucket/list.csv")

@@ -118,10 +118,6 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path):
     (tmp_path / "a.tar").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"a\.tar holds no images .*without its end mark"):
         read_source(tmp_path / "a.tar")
-    (tmp_path / "a.tar").write_bytes(data[: members[2].offset] + b"\xff" * 2048)
-    found = outcomes(read_source(three_samples(tmp_path / "b.tar").parent))
-    assert found[f"a.tar from byte {members[2].offset}"] == "damaged"
-    assert sum(name.startswith("b.tar") for name in found) == 3
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -181,26 +177,24 @@ def test_odd_samples_are_refused_by_name(tmp_path):
     assert source.passed_over == {"files that belong to no sample": 2, ".seg.png files": 1}
 
 
-@pytest.mark.parametrize(
-    "header", [b"\0" * 124 + b"7" * 11, b"\0" * 124 + b"\x80" + b"\x7f" * 11, b"x" * 512]
-)
+LIES = (b"\0" * 124 + b"7" * 11, b"\0" * 124 + b"\x80" + b"\x7f" * 11)
+"""Extended headers, which would have to be read, of too large a size."""
+
+
+@pytest.mark.parametrize("header", [*LIES, b"\xff" * 2048])
 def test_headers_that_lie_end_the_tar_there(tmp_path, header):
-    block = bytearray(header.ljust(512, b"\0"))
-    block[156:157] = b"x"  # an extended header, which would have to be read
-    if header[:1] != b"x":
-        block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
-    good = write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.txt": b"x"}).read_bytes()
+    data = three_samples(tmp_path / "a.tar").read_bytes()
     with (tmp_path / "a.tar").open("rb") as file:
-        end = list(iter_members(file))[-1].offset_data + 512
-    (tmp_path / "a.tar").write_bytes(
-        write_tar(tmp_path / "b", {"0.jpg": jpeg(0), "0.txt": b"y"}).read_bytes()[:end]
-        + good[:end]
-        + block
-    )
-    found = outcomes(read_source(tmp_path / "a.tar"))
-    assert found == {
-        **{"a.tar/0": "read", "a.tar/1": "damaged", f"a.tar from byte {2 * end}": "damaged"}
-    }
+        place = list(iter_members(file))[2].offset
+    block = bytearray(header.ljust(512, b"\0"))
+    if header in LIES:
+        block[156:157] = b"x"
+        block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
+    (tmp_path / "a.tar").write_bytes(data[:place] + block)
+    found = outcomes(read_source(three_samples(tmp_path / "b.tar").parent))
+    assert found.pop(f"a.tar from byte {place}") == "damaged"
+    assert found.pop("a.tar/000") == "damaged"  # of which more may have followed
+    assert set(found) == {"b.tar/000", "b.tar/001", "b.tar/f/002"}
 
 
 def headers_with(kind: bytes, content: bytes) -> bytes:

@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from damage import copy_of
 from loader_runs import prompts_of
 from packed_sets import Sample, pack, saved
 from PIL import Image
@@ -68,9 +69,15 @@ def prompts(
 
 
 @pytest.fixture
-def opening() -> Iterator[Callable[[Sequence[Path]], list[PackedDataset]]]:
-    """Opens spoilt data sets, which are closed at the end."""
+def folders(sound: list[PackedDataset], tmp_path: Path) -> list[Path]:
+    """Copies, to be spoilt, of a test module's `sound` data sets."""
+    return [copy_of(dataset, tmp_path / dataset.folder.name) for dataset in sound]
+
+
+@pytest.fixture
+def spoilt(folders: list[Path]) -> Iterator[Callable[[], list[PackedDataset]]]:
+    """Opens the copies, once they are spoilt; they are closed at the end."""
     with contextlib.ExitStack() as stack:
-        yield lambda folders: [
+        yield lambda: [
             stack.enter_context(PackedDataset(folder, max_bad_fraction=1.0)) for folder in folders
         ]

@@ -3,21 +3,21 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from damage import copy_of, flip_byte, shard_of, store, undecodable
+from damage import flip_byte, shard_of, store, undecodable
 from loader_runs import (
     assert_equal,
     assert_joined,
     assert_same,
     config_of,
     count_replaced,
+    remembering,
     rows_of,
     take,
 )
@@ -67,31 +67,12 @@ def sound(labelled: PackedDataset, captioned: PackedDataset) -> list[PackedDatas
     return [labelled, captioned]
 
 
-@pytest.fixture
-def folders(sound: list[PackedDataset], tmp_path: Path) -> list[Path]:
-    """Copies to be spoilt."""
-    return [copy_of(dataset, tmp_path / dataset.folder.name) for dataset in sound]
-
-
-@pytest.fixture
-def spoilt(folders: list[Path], opening: Any) -> Callable[[], list[PackedDataset]]:
-    """Opens the copies, once they are spoilt."""
-    return partial(opening, folders)
-
-
 def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
     return pairs_of(loader.plan.batch(step, rank=0, world_size=1))
 
 
 def pairs_of(planned: Any) -> list[tuple[int, int]]:
     return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
-
-
-def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
-    """The loader, as if it had met the bad samples already."""
-    for source, sample in sorted(bad):
-        loader.steps.bad.mark(source, sample, "found by the test")
-    return loader
 
 
 def test_images_beyond_the_limit_on_pixels_are_never_decoded(sound, prompts, tmp_path):

@@ -6,6 +6,7 @@ how much of each file belongs to the shards so far, so that the rest can be trun
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -215,25 +216,17 @@ class FinishedShard:
         text = json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode("ascii")
         return xxhash.xxh3_64_hexdigest(text).encode("ascii") + b" " + text + b"\n"
 
-    @classmethod
-    def from_line(cls, line: bytes) -> FinishedShard | None:
-        """Reads a line; None if it is incomplete."""
-        checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
-        if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
-            return None
-        return msgspec.convert(json.loads(text), cls)
-
 
 def read_journal(path: Path) -> list[FinishedShard]:
     """The finished shards in order, up to the first incomplete line."""
     found: list[FinishedShard] = []
-    if path.is_file():
-        with open_file(path) as file:
-            for line in file:
-                finished = FinishedShard.from_line(line)
-                if finished is None:
-                    break
-                found.append(finished)
+    with open_file(path) if path.is_file() else contextlib.nullcontext(()) as lines:
+        for line in lines:
+            checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
+            whole = xxhash.xxh3_64_hexdigest(text).encode("ascii")
+            if not line.endswith(b"\n") or checksum != whole:
+                break
+            found.append(msgspec.convert(json.loads(text), FinishedShard))
     return found
 
 

@@ -191,19 +191,27 @@ def _decode(
     """Decodes an image strictly, or returns it unchanged if its bytes can be kept."""
     if data.startswith(_JPEG_SIGNATURE):
         return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep="jpg" in kept)
+    plain: bytes | None = None
     with pillow_limits(max_pixels):
         if data.startswith(_PNG_SIGNATURE):
-            return _decode_png(data, target, keep="png" in kept)
-        if data[:4] == b"RIFF" and data[8:RIFF_HEADER_BYTES] == b"WEBP":
-            return _decode_webp(data, target, keep="webp" in kept)
-        image = open_image(data)
-        if image.format == "PPM" and "ppm" in kept:
-            return _decode_ppm(data, image, target)
-        if image.format == "QOI":
-            check_qoi_end(data)
-        elif image.format == "AVIF":
-            check_avif_end(data, image.info.get("exif", b""))
-        return pixels_of(image)
+            extension, (pixels, plain) = "png", _decode_png(data)
+        elif data[:4] == b"RIFF" and data[8:RIFF_HEADER_BYTES] == b"WEBP":
+            extension, (pixels, plain) = "webp", _decode_webp(data)
+        else:
+            image = open_image(data)
+            if image.format == "QOI":
+                check_qoi_end(data)
+            elif image.format == "AVIF":
+                check_avif_end(data, image.info.get("exif", b""))
+            extension, pixels = "ppm", pixels_of(image)
+            if image.format == "PPM" and data == encode_ppm(pixels):
+                plain = data
+    height, width, _ = pixels.shape
+    if plain is None or extension not in kept or target.needs_resize(height, width):
+        return pixels
+    return CheckedImage(
+        data=plain, extension=extension, height=height, width=width, reencoded=plain is not data
+    )
 
 
 def _decode_any_jpeg(
@@ -263,7 +271,8 @@ def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
     return turn_upright(pixels, header.orientation)
 
 
-def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
+def _decode_png(data: bytes) -> tuple[Pixels, bytes | None]:
+    """Decodes a PNG; also returns its bytes if it is plain."""
     image = open_image(data)
     try:
         image.verify()  # checksums of all chunks; `load` skips the pixel data's
@@ -274,41 +283,27 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
     width, height = image.size
     check_png_stream(data, height=height, width=width)
     bit_depth, colour_type = data[24], data[25]
-    if (
-        keep
-        and bit_depth == 8
+    is_plain = (
+        bit_depth == 8
         and colour_type in _PLAIN_PNG_COLOUR_TYPES
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
         and orientation_of(image) == 1
         and largest_extra(data) <= MAX_PNG_EXTRA
-        and not target.needs_resize(height, width)
-    ):
-        return CheckedImage(data=data, extension="png", height=height, width=width, reencoded=False)
-    return pixels
+    )
+    return pixels, data if is_plain else None
 
 
-def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
-    """Decodes a WebP; libwebp refuses a truncated file, but cannot detect changed bytes."""
+def _decode_webp(data: bytes) -> tuple[Pixels, bytes | None]:
+    """Decodes a WebP, of which libwebp refuses a truncated file but cannot detect changed bytes.
+
+    Also returns it in the simple format if it is plain.
+    """
     image = open_image(data)
     pixels = pixels_of(image)
     check_webp_end(data)
-    width, height = image.size
-    simple = simple_webp(data) if keep and not target.needs_resize(height, width) else None
-    if simple is None or image.mode != "RGB" or orientation_of(image) != 1:
-        return pixels
-    return CheckedImage(
-        data=simple, extension="webp", height=height, width=width, reencoded=simple is not data
-    )
-
-
-def _decode_ppm(data: bytes, image: Image.Image, target: _Target) -> CheckedImage | Pixels:
-    """Decodes a PNM file, or keeps one that equals our own encoding."""
-    pixels = pixels_of(image)
-    width, height = image.size
-    if target.needs_resize(height, width) or data != encode_ppm(pixels):
-        return pixels
-    return CheckedImage(data=data, extension="ppm", height=height, width=width, reencoded=False)
+    is_plain = image.mode == "RGB" and orientation_of(image) == 1
+    return pixels, simple_webp(data) if is_plain else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

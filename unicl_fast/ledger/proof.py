@@ -187,7 +187,9 @@ def prove(
     )
     starts = [segment.header.start_step for segment in counting]
     done = max([steps_done, *starts, *(end for _, end in covered)])
-    holes = _gaps(covered, done)
+    borders = [0, *itertools.chain(*covered), done]
+    between = zip(borders[::2], borders[1::2], strict=True)
+    holes = [(start, end) for start, end in between if start < end]
     steps = holes[0][0] if holes else done
 
     headers = [segment.header for segment in counting]
@@ -325,12 +327,6 @@ def _steps_of_all(files: Sequence[SegmentFile]) -> list[Steps]:
         mine = _union((one.step, one.end) for one in file.ranges)
         common = _union((max(a, c), min(b, d)) for a, b in common for c, d in mine)
     return common
-
-
-def _gaps(covered: Sequence[Steps], end: int) -> list[Steps]:
-    borders = [0, *(border for steps in covered for border in steps), end]
-    pairs = zip(borders[::2], borders[1::2], strict=True)
-    return [(start, stop) for start, stop in pairs if start < stop]
 
 
 def _read_draws(

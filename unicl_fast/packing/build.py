@@ -42,6 +42,7 @@ from unicl_fast.packing.quarantine import (
     are_wanted,
     describe_left_out,
     read_leave_out,
+    read_left_out,
 )
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import Samples, shuffled_order
@@ -52,7 +53,6 @@ from unicl_fast.packing.sources.packed import (
     join_licenses,
     join_parents,
     join_templates,
-    left_out_before,
 )
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -269,7 +269,8 @@ def _pack(
         if num_taken_over:
             num_done -= sum(one.manifest.num_quarantined for one in packed)
         else:
-            for row in left_out_before(packed):
+            lists = (read_left_out(one.folder / QUARANTINE_NAME) for one in packed)
+            for row in itertools.chain.from_iterable(lists):
                 writer.quarantine(**asdict(row))
         samples, seed = contents.sides[side], options.seed
         order = (

@@ -18,7 +18,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, QUARANTINE_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader
-from unicl_fast.packing.quarantine import LeftOut, count_left_out, read_left_out
+from unicl_fast.packing.quarantine import count_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels, Problem
 from unicl_fast.packing.sources.items import Item, Label, refused, spell_classes
 from unicl_fast.packing.sources.list_options import ListOptions
@@ -224,12 +224,6 @@ def join_licenses(sources: Sequence[Source]) -> str:
     if not any(licenses):
         return ""
     return "; ".join(dict.fromkeys(license or "not stated for a part" for license in licenses))
-
-
-def left_out_before(sources: Sequence[PackedSource]) -> Iterator[LeftOut]:
-    """Yields the samples that were left out when the data sets were packed."""
-    for source in sources:
-        yield from read_left_out(source.folder / QUARANTINE_NAME)
 
 
 KIND = SourceKind(recognises=_recognises, read=_read)

@@ -1,13 +1,12 @@
 """Reads sources under URLs in place, through the size-limited cache of remote data sets."""
 
 import functools
-import io
-import os
 from collections.abc import Iterable
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import xxhash
+from fsspec.spec import AbstractBufferedFile
 
 from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
 from unicl_fast.dataset.in_place import identity_of
@@ -63,32 +62,17 @@ def open_source(path: str) -> BinaryIO:
     """Opens a file, or an object, for reading."""
     if not is_url(path):
         return cast("BinaryIO", open_file(path))
-    return cast("BinaryIO", io.BufferedReader(_RemoteFile(path), _BUFFER_BYTES))
+    return cast("BinaryIO", _RemoteFile(path))
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(AbstractBufferedFile):  # type: ignore[misc]
     """An object as a seekable file."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._at, self._size = url, 0, stored_file(url).num_bytes
+        super().__init__(None, url, "rb", _BUFFER_BYTES, size=stored_file(url).num_bytes)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        data = read_range(self._url, self._at, wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self.path, start, end - start)
 
 
 def require_lasting(places: Iterable[str]) -> None:

@@ -1,24 +1,25 @@
-"""Raw data sets past the decoder: the same batches as of the same images in files."""
+"""Past DALI, raw data sets and small images: its batches, and its substitutes of bad ones."""
 
 import io
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from damage import copy_of
+from damage import copy_of, flip_byte, store, undecodable
 from loader_runs import (
     BATCH,
+    assert_joined,
     assert_same,
     config_of,
     count_replaced,
     prompts_of,
+    remembering,
     rows_of,
     take,
 )
@@ -26,7 +27,8 @@ from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
-from unicl_fast.images.limits import ImageFormat
+from unicl_fast.images.codec import decode_files
+from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.read.samples import read_images
 from unicl_fast.pipelines.running import DecodingError
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.dali
 HEIGHT, WIDTH, SIZE = 24, 30, 32
 STEPS = 10  # more than a pass over both data sets
 LABELLED, CAPTIONED = 0, 1
+NAMES = ["cat", "dog", "yak"]
 
 
 def png(seed: int) -> bytes:
@@ -60,7 +63,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
             pack(folder / f"{form} {name}", samples, class_names=names, tokenizer=tokenizer,
                  format="raw" if form == "raw" else "keep")
             for name, samples, names in (
-                ("labelled", labelled, ["cat", "dog", "yak"]), ("captioned", captioned, ())
+                ("labelled", labelled, NAMES), ("captioned", captioned, ())
             )
         ]
         for form in ("png", "raw")
@@ -68,6 +71,11 @@ def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
     yield found
     for dataset in itertools.chain(*found.values()):
         dataset.close()
+
+
+@pytest.fixture
+def sound(sets: Sets) -> list[PackedDataset]:
+    return sets["raw"]
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +109,14 @@ def test_raw_images_are_decoded_beside_small_jpegs(sets, tokenizer, tmp_path):
     """Then they need their headers, as files have them."""
     jpegs = [Sample(saved(Image.open(io.BytesIO(png(i))), format="JPEG"), labels=[i % 3])
              for i in range(20)]  # fmt: skip
-    names = ["cat", "dog", "yak"]
-    with pack(tmp_path / "jpegs", jpegs, class_names=names, tokenizer=tokenizer) as small:
-        mixed = [sets["raw"][0], small]
-        loader = make_loader(mixed, prompts_of(mixed, tokenizer))
-        assert loader.form == "crops"
-        for batch in take(loader, count=3):
-            assert torch.equal(batch.sample_ids, batch.scheduled_ids)
+    batches = []
+    with pack(tmp_path / "jpegs", jpegs, class_names=NAMES, tokenizer=tokenizer) as small:
+        for kind, form in (("raw", "crops"), ("png", "files")):
+            mixed = [sets[kind][LABELLED], small]
+            loader = make_loader(mixed, prompts_of(mixed, tokenizer))
+            assert loader.form == form
+            batches.append(take(loader, count=STEPS))
+    assert_same(*batches)
 
 
 def test_images_of_a_batch_are_read_as_single_ones_are(sets):
@@ -150,75 +159,6 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_images(
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
 
-@pytest.fixture(scope="module")
-def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
-    """The same images of many sizes, two of them grey, as PNGs and as PPMs."""
-    folder = tmp_path_factory.mktemp("sizes")
-    draw = np.random.default_rng(0)
-    samples = []
-    for i in range(72):
-        height, width = draw.integers(5, 130, 2)
-        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels)
-        samples.append(Sample(saved(image, format="PNG"), labels=[i % 3]))
-    names, formats = ["cat", "dog", "yak"], ("keep", "ppm")
-    found: Sets = {
-        format: [pack(folder / format, samples, class_names=names, tokenizer=tokenizer,
-                      format=format)]
-        for format in get_args(ImageFormat) if format in formats
-    }  # fmt: skip
-    yield found
-    for (dataset,) in found.values():
-        dataset.close()
-
-
-@pytest.fixture(scope="module")
-def of_sizes(sizes: Sets, tokenizer: Tokenizer) -> ClassPrompts:
-    return prompts_of(sizes["ppm"], tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("resample", "augment", "batch"),
-    [
-        *(("fused", "none", 5), ("fused", "unicl", 70)),
-        ("dali", "none", 70),
-    ],
-)
-def test_ppms_of_any_sizes_give_the_batches_of_files(sizes, of_sizes, resample, augment, batch):
-    settings: dict[str, Any] = {"resample": resample, "augment": (augment,), "batch": batch}
-    loader = make_loader(sizes["ppm"], of_sizes, **settings)
-    assert loader.form == {"fused": "crops", "dali": "files"}[resample]
-    batches = take(loader, count=4)
-    assert_same(batches, take(make_loader(sizes["keep"], of_sizes, **settings), count=4))
-    data = config_of().data
-    shown, expected = (EvaluationLoader(sizes[form][0], data, batch_size=64) for form in sizes)
-    assert torch.equal(next(iter(shown)).images, next(iter(expected)).images)
-
-
-def test_ppms_train_with_raw_images_of_one_size(sets, sizes, tokenizer):
-    runs = []
-    for raw, varied in (("raw", "ppm"), ("png", "keep")):
-        datasets = [sets[raw][LABELLED], *sizes[varied]]
-        loader = make_loader(datasets, prompts_of(datasets, tokenizer))
-        assert loader.form == ("crops" if raw == "raw" else "files")
-        runs.append(take(loader, count=STEPS))
-    assert_same(*runs)
-
-
-def test_a_damaged_ppm_is_replaced_by_one_of_another_size(sizes, of_sizes, tmp_path, opening):
-    expected = take(make_loader(sizes["ppm"], of_sizes), count=STEPS)
-    folder = copy_of(sizes["ppm"][0], tmp_path / "set")
-    with (folder / "shard-000000.tar").open("r+b") as file:
-        file.seek(int(sizes["ppm"][0].samples[7]["offset"]) + 30)
-        file.write(b"damaged")
-    loader = make_loader(opening([folder]), of_sizes)
-    batches = take(loader, count=STEPS)
-    assert count_replaced(batches, expected, {(0, 7)}) >= 1
-    files = make_loader(sizes["keep"], of_sizes)
-    files.steps.bad.mark(0, 7, "found by the test")
-    assert_same(batches, take(files, count=STEPS))
-
-
 def test_batches_handed_out_stay_what_they_were(sets, prompts):
     loader = make_loader(sets["raw"], prompts)
     held, copies = [], []
@@ -230,18 +170,6 @@ def test_batches_handed_out_stay_what_they_were(sets, prompts):
 
 
 # From here on: damage.
-
-
-@pytest.fixture
-def folders(sets: Sets, tmp_path: Path) -> list[Path]:
-    """Copies to be spoilt."""
-    return [copy_of(dataset, tmp_path / dataset.folder.name) for dataset in sets["raw"]]
-
-
-@pytest.fixture
-def opened(folders: list[Path], opening: Any) -> Callable[[], list[PackedDataset]]:
-    """Opens the copies, once they are spoilt."""
-    return partial(opening, folders)
 
 
 ROW = HEIGHT * WIDTH * 3
@@ -256,25 +184,22 @@ def flip_pixel(folder: Path, sample: int) -> None:
 
 
 def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
-    sets, folders, opened, prompts, tmp_path
+    sets, folders, spoilt, prompts, tmp_path
 ):
     expected = take(make_loader(sets["raw"], prompts), count=STEPS)
     bad = {(LABELLED, 7), (LABELLED, 39), (CAPTIONED, 0)}
     for source, sample in bad:
         flip_pixel(folders[source], sample)
     path = tmp_path / "quarantine.csv"
-    batches = take(make_loader(opened(), prompts, quarantine=path), count=STEPS)
+    batches = take(make_loader(spoilt(), prompts, quarantine=path), count=STEPS)
     assert count_replaced(batches, expected, bad) >= len(bad)
     # what is fed instead is a function of the step, and the same through the decoder and DALI
-    again = make_loader(opened(), prompts)
+    again = make_loader(spoilt(), prompts)
     assert_same(batches[3:], take(again, start=3, count=STEPS - 3))
-    for source, sample in bad:
-        again.steps.bad.mark(source, sample, "found by the test")
-    assert_same(batches, take(again, count=STEPS))
-    mixed = make_loader([opened()[LABELLED], sets["png"][CAPTIONED]], prompts)
+    assert_same(batches, take(remembering(again, bad), count=STEPS))
+    mixed = make_loader([spoilt()[LABELLED], sets["png"][CAPTIONED]], prompts)
     assert mixed.form == "files"
-    mixed.steps.bad.mark(CAPTIONED, 0, "found by the test")
-    assert_same(batches, take(mixed, count=STEPS))
+    assert_same(batches, take(remembering(mixed, {(CAPTIONED, 0)}), count=STEPS))
     rows = {(row["data_set"], int(row["key"])): row for row in rows_of(path)}
     assert set(rows) == {(str(folders[source]), sample) for source, sample in bad}
     for (_, sample), row in rows.items():
@@ -284,7 +209,7 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
 
 @pytest.mark.parametrize("kind", ["cut", "gone"])
 def test_pixels_that_vanish_under_a_run_are_replaced(
-    sets, folders, opened, prompts, kind,
+    sets, folders, spoilt, prompts, kind,
     monkeypatch,
 ):  # fmt: skip
     # few batches are read at once, else all could have been read before the damage is done
@@ -293,7 +218,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
     whole = make_loader(sets["raw"], prompts)
     expected = take(whole, count=count)
     assert whole.reading.num_threads == 2
-    datasets = opened()
+    datasets = spoilt()
     loader = make_loader(datasets, prompts)
     running = loader.batches(0)
     batches = [next(running)]
@@ -337,7 +262,7 @@ def test_a_graph_that_fails_is_no_image_s_fault(sets, prompts, tmp_path):
     assert not (tmp_path / "quarantine.csv").exists()
 
 
-def test_evaluation_shows_the_pixels_of_files_and_names_damage(sets, folders, opened):
+def test_evaluation_shows_the_pixels_of_files_and_names_damage(sets, folders, spoilt):
     data = config_of().data
     expected, shown = (
         next(iter(EvaluationLoader(sets[form][0], data, batch_size=64))) for form in ("png", "raw")
@@ -345,4 +270,134 @@ def test_evaluation_shows_the_pixels_of_files_and_names_damage(sets, folders, op
     assert torch.equal(shown.images, expected.images)
     flip_pixel(folders[LABELLED], 3)
     with pytest.raises(DamagedSampleError, match=r"sample 0000000003 .*pixels\.npy.*checksum"):
-        list(EvaluationLoader(opened()[LABELLED], data, batch_size=5))
+        list(EvaluationLoader(spoilt()[LABELLED], data, batch_size=5))
+
+
+# Small images of files, which are decoded without DALI.
+
+SAVED: tuple[dict[str, Any], ...] = (
+    {"format": "JPEG", "quality": 75},
+    {"format": "JPEG", "quality": 90, "subsampling": 0, "progressive": True},
+    {"format": "PNG"},
+    {"format": "JPEG", "quality": 80, "subsampling": 1, "restart_marker_blocks": 4},
+    {"format": "WEBP", "quality": 80},
+    {"format": "PPM"},
+)
+
+
+def file_of(number: int) -> bytes:
+    """A small photograph-like image of a format, every seventh of them grey."""
+    draw = np.random.default_rng(number)
+    height, width = draw.integers(5, 130, 2).tolist()
+    coarse = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    options = SAVED[number % len(SAVED)]
+    grey = number % 7 == 3 and options["format"] != "WEBP"
+    return saved(image.convert("L") if grey else image, **options)
+
+
+@pytest.fixture(scope="module")
+def small(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> Iterator[PackedDataset]:
+    samples = [Sample(file_of(i), labels=[i % 3]) for i in range(70)]
+    options: Any = {"class_names": NAMES, "tokenizer": tokenizer, "format": "packed"}
+    with pack(tmp_path_factory.mktemp("small") / "set", samples, **options) as dataset:
+        yield dataset
+
+
+@pytest.fixture
+def small_loader(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> Callable[..., TrainLoader]:
+    """A loader by DALI, or without it."""
+
+    def make(dataset: PackedDataset, form: str, **more: Any) -> TrainLoader:
+        are_small = "unicl_fast.pipelines.train_loader.are_small_jpegs"
+        monkeypatch.setattr(are_small, lambda *_: form == "crops")
+        loader = make_loader([dataset], prompts_of([dataset], tokenizer), batch=16, **more)
+        assert loader.form == form
+        assert loader.reading.decodes_files
+        return loader
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("format", "side", "form"),
+    [("JPEG", 60, "crops"), ("PNG", 60, "files"), ("JPEG", 200, "files"), ("PPM", 200, "crops")],
+)
+def test_only_small_jpegs_and_ppms_go_past_dali(tmp_path, tokenizer, format, side, form):
+    file = saved(Image.new("RGB", (side, side), "teal"), format=format)
+    samples = [Sample(file, labels=[i % 2]) for i in range(8)]
+    options: Any = {"class_names": ["cat", "dog"], "tokenizer": tokenizer, "format": "packed"}
+    with pack(tmp_path / "set", samples, **options) as dataset:
+        assert make_loader([dataset], prompts_of([dataset], tokenizer), batch=4).form == form
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"interpolation": "bicubic"}, {"augment": ("unicl",)}],
+    ids=["plain", "bicubic", "unicl"],
+)
+def test_batches_are_those_of_dali(small, small_loader, more):
+    by_dali = take(small_loader(small, "files", **more), count=8)
+    assert_same(take(small_loader(small, "crops", **more), count=8), by_dali)
+    for step in (3, 5):
+        assert_same(
+            take(small_loader(small, "crops", **more), start=step, count=1), [by_dali[step]]
+        )
+    parts = [
+        take(small_loader(small, "crops", rank=rank, world_size=2, **more), count=8)
+        for rank in range(2)
+    ]
+    for step, expected in enumerate(by_dali):
+        assert_joined([part[step] for part in parts], expected)
+
+
+@pytest.mark.parametrize("group", [2048, 8], ids=["groups", "large"])
+def test_bad_ones_are_replaced_as_by_dali(
+    small, small_loader, tmp_path,
+    monkeypatch, group,
+):  # fmt: skip
+    """In groups of batches, and in a batch that threads share."""
+    monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", group)
+    expected = take(small_loader(small, "files"), count=8)
+    folder = copy_of(small, tmp_path / "set")
+    sizes = small.samples["size"].astype(np.int64)
+    large = np.argsort(-sizes)[:6].tolist()
+    flip_byte(folder, large[0])
+    for sample, kind in zip(large[1:4], ("html", "gif", "cut png"), strict=True):
+        store(folder, sample, undecodable(kind))
+    file = saved(Image.new("RGB", (7, 9)), format="JPEG", quality=10)
+    if len(file) <= sizes[large[4]]:
+        store(folder, large[4], file)  # sound, and of another size
+    else:
+        flip_byte(folder, large[4])
+    with PackedDataset(folder, max_bad_fraction=1.0) as spoilt:
+        found = {
+            form: take(small_loader(spoilt, form, quarantine=tmp_path / f"{form}.csv"), count=8)
+            for form in ("files", "crops")
+        }
+    assert_same(found["crops"], found["files"])
+    assert count_replaced(found["crops"], expected, {(0, sample) for sample in large[:5]}) >= 1
+    listed = [{row["key"] for row in rows_of(tmp_path / f"{form}.csv")} for form in found]
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == 5
+
+
+@pytest.mark.parametrize(
+    "file", [b"", b"\xff", b"\xff\xd8\xff", b"GIF89a", b"P6\n9 9\n255\n", bytes(99)]
+)
+def test_bytes_that_are_no_image_are_named_and_the_others_decoded(file):
+    sound = file_of(2)
+    with Image.open(io.BytesIO(sound)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    files = [np.frombuffer(one, np.uint8) for one in (file, sound)]
+    shapes = np.array([[9, 9], pixels.shape[:2]], np.int64)
+    content = np.zeros(3 * 9 * 9 + pixels.size, np.uint8)
+    faults = decode_files(content, EncodedImages.of(files), shapes, 0, 2)
+    assert faults.keys() == {0}
+    assert faults[0]
+    assert "object at" not in faults[0]  # another one in each run
+    assert np.array_equal(content[3 * 9 * 9 :].reshape(pixels.shape), pixels)
