@@ -172,13 +172,12 @@ def test_a_gradient_norm_that_is_not_finite_counts_too(images, tmp_path):
 @pytest.mark.parametrize("shard", ["off", "optimizer", pytest.param("full", marks=needs_full)])
 def test_the_samples_of_all_ranks_are_written_down(images, tmp_path, shard):
     """Rank 1 alone sees the poison; both leave the step out, and stay alike."""
-    run_on_ranks(train_with_a_poisoned_rank, 2, images, tmp_path, shard)
-    values = json.loads((tmp_path / "run" / "non-finite-step-00000002.json").read_text())
+    weights = run_on_ranks(train_with_a_poisoned_rank, 2, images, tmp_path, shard)
+    values = json.loads((tmp_path / "non-finite-step-00000002.json").read_text())
     assert values["ranks"] == [
         {"rank": 0, **expected_samples(2, range(6))},
         {"rank": 1, **expected_samples(2, range(6, 12))},
     ]
-    weights = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_equal(*weights)
     assert all(value.isfinite().all() for value in weights[0].values())
 
@@ -262,10 +261,9 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images):
 
 @pytest.mark.slow
 def test_ranks_add_up_their_counts(images, tmp_path):
-    run_on_ranks(train_with_replaced_samples, 2, images, str(tmp_path))
+    told = run_on_ranks(train_with_replaced_samples, 2, images, tmp_path)
     # rank r replaces r + 1 samples a step
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [3, 6, 9]
-    told = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert told[0].startswith("9 of the 36 samples")
 
