@@ -376,19 +376,22 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
         (folder / "found.json").write_text(json.dumps(found))
 
 
+def with_replaced(batch: Batch, count: int) -> Batch:
+    scheduled = torch.arange(batch.batch_size)
+    shown = scheduled.clone()
+    shown[:count] += 100
+    return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+
+
 def train_with_replaced_samples(ranks, images: torch.Tensor, run_folder: Path) -> str:
     """Rank r reports r + 1 replaced samples a step; why the run stopped."""
     import unicl_fast.training.limits as limits
 
-    def replaced(batch: Batch) -> Batch:
-        scheduled = torch.arange(batch.batch_size)
-        shown = scheduled.clone()
-        shown[: ranks.rank + 1] += 100
-        return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
-
+    # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
     limits.LEAST_DRAWS = 30
     config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
-    trainer = trainer_of(ranks, images, config, change=replaced, run_folder=run_folder)
+    change = functools.partial(with_replaced, count=ranks.rank + 1)
+    trainer = trainer_of(ranks, images, config, change=change, run_folder=run_folder)
     with pytest.raises(limits.TooManyBadSamplesError) as error:
         trainer.fit()
     return str(error.value)
