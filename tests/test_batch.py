@@ -74,15 +74,8 @@ def test_on_the_cpu_nothing_is_copied():
     assert all(moved.model_inputs()[name] is value for name, value in batch.model_inputs().items())
 
 
-def test_the_host_does_not_wait_for_a_copy_to_a_gpu(gpu):
-    """The fake GPU refuses what is not pinned and not `non_blocking`."""
-    moved = make_batch(1).to(CUDA)
-    assert int(moved.images[0, 0, 0, 0]) == 77  # not there yet
-    gpu.compute.wait_event(gpu.compute.record_event())
-    assert_equal(moved, make_batch(1))
-
-
 def test_a_batch_is_copied_during_the_step_before_it(gpu):
+    """The fake GPU refuses what is not pinned and not `non_blocking`."""
     asked_for: list[int] = []
 
     def batches() -> Generator[Batch, None, None]:

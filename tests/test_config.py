@@ -42,20 +42,15 @@ CONFIG = config_to_dict(tiny_config())
         ("data", "interpolation", ["bilinear"]),
         ("model", "text_heads", 0),
         ("objective", "name", "softmax"),
-        ("objective", "logit_scale_init", float("inf")),
         ("objective", "logit_scale_max", float("nan")),
         ("optim", "lr", float("nan")),
         ("optim", "lr", 10**400),
-        *(
-            (group, name, float("inf"))
-            for group, name in [("optim", "lr"), ("optim", "weight_decay"), ("optim", "clip_norm")]
-        ),
+        ("optim", "lr", float("inf")),
+        ("optim", "weight_decay", float("inf")),
         ("data", "std", [0.2, 0.2, float("inf")]),
         ("data", "crop_ratio", [1.0, float("inf")]),
         ("optim", "betas", [0.9, "x"]),
-        ("efficiency", "activation_checkpointing", 1),
         ("run", "seed", 2**64),
-        ("run", "samples", 1.5),
     ],
 )
 def test_settings_of_another_type_are_refused_by_name(group, name, value):
@@ -93,9 +88,7 @@ def test_settings_of_another_type_are_refused_by_name(group, name, value):
         ),
         (lambda: OptimConfig(clip_norm=math.inf), "optim.clip_norm must be a number in [0, inf)"),
         (lambda: ModelConfig(drop_path=-0.1), "model.drop_path must be a number in [0, 1)"),
-        (lambda: ModelConfig(drop_path=1.0), "model.drop_path must be a number in [0, 1)"),
         (lambda: DataConfig(fraction=(1.1,)), "data.fraction must be a list, each a number in"),
-        (lambda: DataConfig(fraction=(-1.0,)), "data.fraction must be a list, each a number in"),
         (lambda: DataConfig(train=("a",), fraction=()), "data.fraction takes one number"),
         (lambda: OptimConfig(lr_min=1.0), "optim.lr_min (1.0) must not be larger than optim.lr"),
         (
@@ -118,24 +111,17 @@ def test_a_refusal_names_the_field_what_it_takes_and_what_came(make, message):
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]", b'{"run": 3}'])
-def test_files_that_are_no_config_say_so(tmp_path, text):
-    (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match="config"):
-        load_config(tmp_path / "config.json")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"data": {"colour": 1}}', "data.colour is not a field .* known are train, "),
-        ('{"colour": {}}', "colour is not a field .* known are data, "),
-        ('{"run": 3}', "config: run must be an object, not 3"),
-        ('{"run": {"seed": 1, "seed": 2}}', "a name stands twice among .*seed"),
+        *((text, "config") for text in (b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]")),
+        (b'{"run": 3}', "config: run must be an object, not 3"),
+        (b'{"run": {"seed": 1, "seed": 2}}', "a name stands twice among .*seed"),
     ],
 )
-def test_names_that_are_unknown_or_stand_twice_are_refused(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
+def test_files_that_are_no_config_say_so(tmp_path, text, message):
+    """Unknown names are looked for in programs/test_run_settings.py."""
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.json")
 

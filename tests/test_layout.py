@@ -120,6 +120,7 @@ sys.exit(" ".join(set(absent) & set(sys.modules)) or 0)
     [
         ("unicl_fast.packing", "torch tyro"),
         ("unicl_fast.text.tokenizer", "torch numba"),
+        ("unicl_fast.objectives.targets unicl_fast.text.prompts", "torch nvidia.dali timm"),
         ("unicl_fast.tools.pack.__main__", "torch numba"),
         ("unicl_fast.presets unicl_fast.dataset.manifest", "torch numpy tyro pydantic"),
     ],

@@ -14,22 +14,21 @@ import open_clip
 import pytest
 import timm
 import torch
+from compared_runs import assert_equal
 from hub_server import COMMIT, Hub, ask_hub_at, hub_of
 from open_clip_folders import (
     LIKE_SIGLIP,
     SMALL_MODELS,
     SMALL_VIT,
     config_for,
-    different_images,
     draw_open_clip,
-    largest_difference,
     write_folder,
 )
 from rank_workers import needs_full, run_on_ranks, train_from_initial_weights
 from safetensors.torch import load_file, save_file
 from small_models import write_run
 from small_runs import tiny_config
-from source_runs import started
+from source_runs import difference, started
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
 from unicl_fast import UniCL, build_model
@@ -54,13 +53,6 @@ def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_cfg = SMALL_MODELS["gelu"]
     folder = tmp_path_factory.mktemp("open_clip") / "model"
     return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
-
-
-def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
-    """The largest difference from features of open_clip, with CLIP's tokens in the vocabulary."""
-    images, config = different_images(ours.config.data.image_size), ours.config.model
-    tokens = Tokenizer(config.context_length)(TEXTS).clamp(max=config.vocab_size - 1)
-    return max(largest_difference(ours, theirs, images=images, tokens=tokens))
 
 
 def with_model(config: TrainConfig, **settings: object) -> TrainConfig:
@@ -470,15 +462,12 @@ def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["off", pytest.param("full", marks=needs_full)])
-def test_rank_0_alone_reads_and_all_ranks_start_from_it(like_clip, images, tmp_path, shard):
+def test_rank_0_alone_reads_and_all_ranks_start_from_it(like_clip, images, shard):
     config = config_for(like_clip, image_size=32)
     base = tiny_config(shard=shard, steps=1)
     config = dataclasses.replace(base, data=config.data, model=config.model)
-    run_on_ranks(train_from_initial_weights, 2, images, config, tmp_path)
-    expected = started(config).state_dict()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for found in (first["model"], second["model"]):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert first["refusal"] == second["refusal"]
-    assert "expected a run folder" in first["refusal"]
+    (first, refusal), (second, same) = run_on_ranks(train_from_initial_weights, 2, images, config)
+    for found in (first, second):
+        assert_equal(found, started(config).state_dict())
+    assert refusal == same
+    assert "expected a run folder" in refusal

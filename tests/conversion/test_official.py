@@ -1,4 +1,4 @@
-"""microsoft/UniCL's files: features against a plain forward pass, both ways, and refusals."""
+"""microsoft/UniCL's files: features against those of other libraries, both ways, and refusals."""
 
 import argparse
 import functools
@@ -8,9 +8,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import official_forward
 import pytest
 import torch
+from official_forward import OfficialModel
 from torch import Tensor
 
 from unicl_fast import UniCL
@@ -26,8 +26,13 @@ TEXTS = ["a photo of a dog", "", "two people in the snow " * 30]
 
 
 @pytest.fixture(scope="module")
-def entries() -> dict[str, Tensor]:
-    return official_forward.random_entries("swin-tiny")
+def official() -> OfficialModel:
+    return OfficialModel("swin-tiny")
+
+
+@pytest.fixture(scope="module")
+def entries(official: OfficialModel) -> dict[str, Tensor]:
+    return official.entries
 
 
 def older_names(entries: dict[str, Tensor], text: str = "lang_encoder.") -> dict[str, Tensor]:
@@ -45,23 +50,23 @@ def loaded(entries: dict[str, Tensor], folder: Path) -> UniCL:
 
 
 @torch.no_grad()
-def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
+def assert_features_of(model: UniCL, official: OfficialModel) -> None:
     coarse = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     images = torch.nn.functional.interpolate(2 * coarse, size=224, mode="bilinear")
     tokens = Tokenizer()(TEXTS)
     for found, expected in (
-        (model.encode_image(images), official_forward.image_features(entries, images)),
-        (model.encode_text(tokens), official_forward.text_features(entries, tokens)),
+        (model.encode_image(images), official.image_features(images)),
+        (model.encode_text(tokens), official.text_features(tokens)),
     ):
         assert expected.std(dim=0).max() > 0.01  # inputs are told apart
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_features_and_settings_of_a_released_model(entries, tmp_path):
-    model = loaded(older_names(entries), tmp_path)
+def test_features_and_settings_of_a_released_model(official, tmp_path):
+    model = loaded(older_names(official.entries), tmp_path)
     assert num_parameters(model) == 91_340_667
-    assert_features_of(model, entries)
+    assert_features_of(model, official)
     assert model.logit_scale.item() == pytest.approx(4.7)
     data = model.config.data
     assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
@@ -187,7 +192,7 @@ def test_a_file_that_grows_when_it_is_read_is_refused_first(tmp_path, monkeypatc
 
 @pytest.mark.long
 def test_swin_base_too(tmp_path):
-    entries = official_forward.random_entries("swin-base", seed=3)
-    model = loaded(entries, tmp_path)
+    official = OfficialModel("swin-base", seed=3)
+    model = loaded(official.entries, tmp_path)
     assert num_parameters(model) == 150_695_609
-    assert_features_of(model, entries)
+    assert_features_of(model, official)

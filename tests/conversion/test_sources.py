@@ -24,7 +24,13 @@ from PIL import Image
 from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
 from small_runs import real_images
-from source_runs import config_by_name, pixels_of, started, tokens_of, train_one_step
+from source_runs import (
+    config_by_name,
+    difference,
+    pixels_of,
+    started,
+    train_one_step,
+)
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
@@ -124,19 +130,6 @@ def write_transformers(make: Callable[[], torch.nn.Module], folder: Path) -> tor
             tensor.mul_(1 + 0.2 * torch.rand(tensor.shape)).add_(0.05 * torch.rand(tensor.shape))
     model.save_pretrained(folder)
     return model
-
-
-@torch.inference_mode()
-def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
-    """The largest difference of a coordinate of a feature."""
-    images, tokens = different_images(ours.config.data.image_size), tokens_of(ours.config)
-    if isinstance(theirs, transformers.PreTrainedModel | peft.PeftModel):
-        found = theirs(input_ids=tokens, pixel_values=images)
-        expected = found.image_embeds, found.text_embeds
-    else:
-        expected = theirs.encode_image(images), theirs.encode_text(tokens)
-    pairs = zip((ours.encode_image(images), ours.encode_text(tokens)), expected, strict=True)
-    return max((one - F.normalize(other, dim=-1)).abs().max().item() for one, other in pairs)
 
 
 @pytest.mark.parametrize("kind", SMALL)

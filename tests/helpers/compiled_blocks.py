@@ -19,7 +19,7 @@ from unittest import mock
 import compiled_kernels
 import ptx
 import torch
-from compiled_kernels import SHARED_BYTES, compile_ahead, windows_as_ptx
+from compiled_kernels import SHARED_BYTES, as_ptx, compile_ahead
 from torch import Tensor
 from torch._inductor import config as inductor
 from triton import runtime
@@ -135,7 +135,7 @@ def execute(code: str, inputs: Sequence[Tensor], *, folder: Path) -> list[Tensor
         mock.patch("torch.cuda.set_device"),
         _driver_of_h100(),
         _attention_on_cpu(),
-        windows_as_ptx(folder),
+        as_ptx(folder),
     ):
         exec(code, scope)
         scope["empty_strided_cuda"] = _empty
@@ -221,7 +221,7 @@ class _Kernel:
         arguments = dict(zip(names, values, strict=True))
         compiled = compile_ahead(
             self._kernel.fn,
-            90,
+            capability=90,
             types=meta["signature"],
             constants=constants,
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},

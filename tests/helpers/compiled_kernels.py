@@ -1,6 +1,7 @@
 """Triton kernels, compiled ahead of time for GPUs that are not there."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import subprocess
@@ -30,8 +31,8 @@ TYPES = {
 
 def compile_ahead(
     kernel: Any,
-    capability: int,
     *,
+    capability: int,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
     options: Mapping[str, int],
@@ -83,14 +84,39 @@ def execute(
     return faults
 
 
-class PtxKernel:
-    """Stands in for a Triton kernel: a launch compiles it for an H100 and executes its PTX."""
+@dataclasses.dataclass
+class Launch:
+    """A kernel as it was compiled, and what it was launched with."""
 
-    def __init__(self, kernel: Any, folder: Path) -> None:
-        self._kernel, self._folder = kernel, folder
+    compiled: Any
+    arguments: dict[str, Any]
+    """Tensors and numbers by name."""
+    grid: tuple[int, int]
 
-    def __getitem__(self, grid: tuple[int, int]) -> Any:
-        return functools.partial(self._launch, grid)
+    @functools.cached_property
+    def kernel(self) -> ptx.Kernel:
+        return ptx.parse(self.compiled.asm["ptx"])
+
+    def run(self, kernel: ptx.Kernel | None = None) -> Counter[str]:
+        """Executes this kernel, or another one, and returns the faults."""
+        shared_bytes = self.compiled.metadata.shared
+        return execute(kernel or self.kernel, self.arguments, self.grid, shared_bytes=shared_bytes)
+
+    def run_aside(self, kernel: ptx.Kernel | None = None) -> tuple[dict[str, Tensor], Counter[str]]:
+        """Does so with copies of the tensors, which are returned by name."""
+        tensors = {name: x.clone() for name, x in self.arguments.items() if isinstance(x, Tensor)}
+        again = dataclasses.replace(self, arguments=self.arguments | tensors)
+        return tensors, again.run(kernel or self.kernel)
+
+
+class _PtxKernel:
+    """Stands in for a Triton kernel: a launch compiles it for a GPU and executes its PTX."""
+
+    def __init__(self, kernel: Any, compile_kernel: Any, launches: list[Launch] | None) -> None:
+        self._kernel, self._compile, self._launches = kernel, compile_kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return functools.partial(self._launch, (*grid, 1)[:2])
 
     def _launch(self, grid: tuple[int, int], *values: Any, **named: Any) -> None:
         arguments = dict(zip(self._kernel.arg_names, values, strict=False))
@@ -98,22 +124,25 @@ class PtxKernel:
         constants = {
             one.name: arguments.pop(one.name)
             for one in self._kernel.params
-            if one.is_constexpr or repr(arguments[one.name]) == "1"  # a launch specialises on it
+            if one.is_constexpr or repr(arguments[one.name]) in ("1", "None")  # specialised for
         }
-        compiled = compile_ahead(
+        compiled = self._compile(
             self._kernel,
-            90,
             types={name: _type_of(value) for name, value in arguments.items()},
             constants=constants,
             multiples_of_16=tuple(
-                name for name, one in arguments.items() if isinstance(one, int) and not one % 16
+                name
+                for name, one in arguments.items()
+                if isinstance(one, int) and not one % 16
+                if name not in self._kernel.do_not_specialize
             ),
             options=named,
-            folder=self._folder,
         )
-        kernel, shared_bytes = ptx.parse(compiled.asm["ptx"]), compiled.metadata.shared
-        faults = execute(kernel, arguments, grid, shared_bytes=shared_bytes)
-        assert not faults, self._kernel.__name__
+        launch = Launch(compiled, arguments, grid)
+        if self._launches is not None:
+            self._launches.append(launch)
+            return
+        assert not launch.run(), self._kernel.__name__
 
 
 def _type_of(value: Any) -> str:
@@ -123,78 +152,38 @@ def _type_of(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def windows_as_ptx(folder: Path) -> Iterator[None]:
-    """Inside, window attention is computed by its kernels' PTX, on the CPU."""
+def as_ptx(
+    folder: Path, *, capability: int = 90, launches: list[Launch] | None = None
+) -> Iterator[None]:
+    """Inside, our kernels are compiled for a GPU, and their PTX is executed on the CPU.
+
+    With a list, launches are appended to it and not executed: their results are arbitrary.
+    """
     from unicl_fast.models import window_attention
+    from unicl_fast.objectives import loss_triton
 
-    names = "_forward", "_backward", "_sum_table"
-    kernels = {name: PtxKernel(getattr(window_attention, name), folder) for name in names}
-    options = window_attention.launch_options
+    options, blocks = window_attention.launch_options, loss_triton.blocks_for
+    compile_kernel = functools.partial(compile_ahead, capability=capability, folder=folder)
 
-    def of_h100(dtype: torch.dtype, *, capability: int, backward: bool) -> dict[str, int]:
-        return options(dtype, capability=90, backward=backward)
+    def options_there(dtype: torch.dtype, *, backward: bool, **_: int) -> dict[str, int]:
+        return options(dtype, capability=capability, backward=backward)
 
-    with mock.patch.multiple(window_attention, **kernels, launch_options=of_h100):
+    def blocks_there(dtype: torch.dtype, **_: int) -> loss_triton.Blocks:
+        return blocks(dtype, capability=capability)
+
+    with (
+        mock.patch.object(window_attention, "launch_options", options_there),
+        mock.patch.object(loss_triton, "blocks_for", blocks_there),
+        contextlib.ExitStack() as stack,
+    ):
+        for module, names in (
+            (window_attention, ("_forward", "_backward", "_sum_table")),
+            (loss_triton, ("_sum_exps", "_logit_gradients")),
+        ):
+            for name in names:
+                kernel = _PtxKernel(getattr(module, name), compile_kernel, launches)
+                stack.enter_context(mock.patch.object(module, name, kernel))
         yield
-
-
-def compile_loss(
-    kernel: Any,
-    capability: int,
-    dtype: torch.dtype,
-    *,
-    folder: Path,
-    counted: bool = True,
-    with_columns: bool = True,
-    precision: str | None = None,
-) -> Any:
-    """Compiles as a launch with such features would."""
-    from unicl_fast.objectives.loss_triton import _precision, blocks_for
-
-    blocks = blocks_for(dtype, capability=capability)._asdict()
-    names = set(kernel.arg_names)
-    constants = {
-        "precision": precision or _precision(dtype),
-        **{name: blocks[name] for name in ("height", "width", "depth")},
-        **({} if counted else {"counts": None}),
-        **({} if with_columns else dict.fromkeys({"by_columns", "of_columns"} & names)),
-    }
-    wide = TYPES[torch.promote_types(dtype, torch.float32)]
-    features = dict.fromkeys(("images", "texts", "gradient"), f"*{TYPES[dtype]}")
-    sizes = dict.fromkeys(("b", "u", "d"), "i32")
-    types = dict.fromkeys(kernel.arg_names, f"*{wide}") | features | sizes
-    return compile_ahead(
-        kernel,
-        capability,
-        types=types,
-        constants=constants,
-        multiples_of_16=("d",),
-        options={name: blocks[name] for name in ("num_warps", "num_stages")},
-        folder=folder,
-    )
-
-
-def compile_window(
-    kernel: Any, capability: int, dtype: torch.dtype, *, shift: int, folder: Path
-) -> Any:
-    """Compiles as a launch for the windows of the presets' models would."""
-    from unicl_fast.models import window_attention
-
-    sizes = {"window_height": 7, "window_width": 7, "head_width": 32, "block": 64, "depth": 32}
-    sizes |= {"shift_down": shift, "shift_right": shift, "roll": 1}
-    narrow = dict.fromkeys(("qkv", "mixed", "grad", "grad_qkv"), f"*{TYPES[dtype]}")
-    wide = dict.fromkeys(("table", "bias_sums", "sums", "gradient"), "*fp32")
-    numbers = dict.fromkeys(("num_windows", "num_parts", "height", "width"), "i32")
-    return compile_ahead(
-        kernel,
-        capability,
-        types=narrow | wide | numbers | {"scale": "fp32"},
-        constants={name: size for name, size in sizes.items() if name in kernel.arg_names},
-        options=window_attention.launch_options(
-            dtype, capability=capability, backward=kernel is window_attention._backward
-        ),
-        folder=folder,
-    )
 
 
 def check_fit(compiled: Any, folder: Path) -> None:

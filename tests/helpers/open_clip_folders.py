@@ -8,9 +8,7 @@ from typing import Any
 import open_clip
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
-from unicl_fast import UniCL
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion.sources import find_source
 
@@ -93,19 +91,3 @@ def different_images(size: int) -> torch.Tensor:
     noise = torch.randn(3, size, size, generator=torch.Generator().manual_seed(1))
     y, x = torch.meshgrid(torch.linspace(-2, 2, size), torch.linspace(-2, 2, size), indexing="ij")
     return torch.stack([noise, torch.stack([x, y, -x]), torch.stack([(9 * x * y).sin()] * 3) - 1])
-
-
-@torch.inference_mode()
-def largest_difference(
-    ours: UniCL, theirs: torch.nn.Module, *, images: torch.Tensor, tokens: torch.Tensor
-) -> tuple[float, float]:
-    """Of the coordinates of unit vectors: those of images, those of texts."""
-    pairs = [
-        (ours.encode_image(images), theirs.encode_image(images)),
-        (ours.encode_text(tokens), theirs.encode_text(tokens)),
-    ]
-    pairs = [(found, F.normalize(expected, dim=-1)) for found, expected in pairs]
-    # inputs are told apart
-    assert all(expected.std(dim=0).max() > 1e-4 for _, expected in pairs)
-    image, text = ((found - expected).abs().max().item() for found, expected in pairs)
-    return image, text

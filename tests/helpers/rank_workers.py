@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,15 +76,18 @@ compiled_by_torchs_own_kernels = mock.patch(
 mp.set_forkserver_preload(["unicl_fast.training.run", "small_runs"])
 
 
-def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:
-    """Calls `worker(*arguments)` in `world_size` processes that form a gloo group."""
-    mp.start_processes(
-        _enter,
-        args=(worker, world_size, _free_port(), arguments),
-        nprocs=world_size,
-        join=True,
-        start_method="forkserver",
-    )
+def run_on_ranks(worker: Callable[..., Any], world_size: int, *arguments: object) -> list[Any]:
+    """Calls `worker(ranks, *arguments)` in processes that form a gloo group: what each returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(world_size)]
+        mp.start_processes(
+            _enter,
+            args=(worker, world_size, _free_port(), arguments, files),
+            nprocs=world_size,
+            join=True,
+            start_method="forkserver",
+        )
+        return [torch.load(file, weights_only=False) for file in files]
 
 
 @contextlib.contextmanager
@@ -111,7 +115,12 @@ def _free_port() -> int:
 
 
 def _enter(
-    rank: int, worker: Callable[..., None], world_size: int, port: int, arguments: tuple
+    rank: int,
+    worker: Callable[..., Any],
+    world_size: int,
+    port: int,
+    arguments: tuple,
+    files: list[Path] | None = None,
 ) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
@@ -123,7 +132,9 @@ def _enter(
         "MASTER_PORT": str(port),
     }
     with process_group(torch.device("cpu"), timeout_seconds=240) as ranks:
-        worker(ranks, *arguments)
+        found = worker(ranks, *arguments)
+    if files is not None:
+        torch.save(found, files[rank])
 
 
 def trainer_of(
@@ -151,12 +162,11 @@ def signalled(batch: Batch, *, here: bool = True) -> Batch:
     return batch
 
 
-def note_stop(trainer: Trainer, folder: Path) -> None:
-    """Trains, and writes the step at which the rank was stopped."""
-    try:
+def step_of_stop(trainer: Trainer) -> int:
+    """The step at which the rank's training was stopped."""
+    with pytest.raises(Interrupted):
         trainer.fit()
-    except Interrupted:
-        (folder / f"rank-{trainer.ranks.rank}").write_text(str(trainer.step))
+    return trainer.step
 
 
 NAMED = LedgerSource("images", 32)
@@ -209,40 +219,41 @@ def blocks_gathered_in_bf16(devices: set[str]) -> Iterator[None]:
         yield
 
 
-def write_divided_gradients(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Gradients of a step in bf16, of blocks gathered in fp32 and in bf16, whole, by rank 0."""
-    for name, devices in (("fp32", set()), ("bf16", {"cpu"})):
+def divided_gradients(ranks, images: torch.Tensor) -> list[tuple[float, dict]]:
+    """Whole gradients of a step in bf16, of blocks gathered in fp32 and in bf16."""
+    found = []
+    for devices in (set(), {"cpu"}):
         with blocks_gathered_in_bf16(devices):
             config = tiny_config(shard="full", precision="bf16", micro_batch_size=3)
             loss, gradients = first_gradients(images, ranks, config)
-        found = {key: whole(gradient) for key, gradient in gradients.items()}
-        if ranks.is_main:
-            torch.save((loss, found), folder / f"{name}.pt")
+        found.append((loss, {name: whole(gradient) for name, gradient in gradients.items()}))
+    return found
 
 
 @compiled_by_torchs_own_kernels
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
-def write_gradients(
-    ranks, images: torch.Tensor, folder: Path, objectives: list[str], efficiency: dict
-) -> None:
+def gradients_of(ranks, images: torch.Tensor, objectives: list[str], efficiency: dict) -> dict:
     """Loss and gradients of this rank under each objective, in both forms and several tiles."""
+    found = {}
     for objective in objectives:
         for form in ("dense", "tiled"):
             config = objective_config(objective, loss=form, **efficiency)
             loader = labelled_loader(images, objective, **place_of(ranks))
-            result = first_gradients(images, ranks, config, loader)
-            torch.save(result, folder / f"{objective}-{form}{ranks.rank}.pt")
+            found[objective, form] = first_gradients(images, ranks, config, loader)
+    return found
 
 
-def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
+def evaluated_buffers(ranks, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """BatchNorm's averages as an evaluation on each rank sees them."""
+    found = {}
 
     def evaluation(model: torch.nn.Module) -> dict[str, float]:
-        torch.save(dict(model.named_buffers()), Path(folder) / f"{ranks.rank}.pt")
+        found.update({name: buffer.clone() for name, buffer in model.named_buffers()})
         return {}
 
     config = tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32")
     trainer_of(ranks, images, config, evaluations={"buffers": evaluation}).fit()
+    return found
 
 
 class PassesByRank:
@@ -263,12 +274,13 @@ class PassesByRank:
 @mock.patch("unicl_fast.training.observers._CHECKED_EVERY", 1)
 def train_each(
     ranks, images: torch.Tensor, folder: Path, runs: dict[str, tuple[TrainConfig, Path | None]]
-) -> None:
+) -> dict[str, list[int]]:
     """Trains runs of a name, a config and a checkpoint to resume from, each in its own folder.
 
-    Weights are compared over ranks after each step. Each rank writes its weights, and the bytes
-    that it has of parameters and optimizer state.
+    Weights are compared over ranks after each step. Returns the bytes that this rank has of
+    each run's parameters and optimizer state.
     """
+    sizes = {}
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
@@ -282,16 +294,15 @@ def train_each(
             from torch._dynamo.utils import counters  # its import lasts a second
 
             assert counters["stats"]["unique_graphs"] >= 2
-        parameters = list(map(local_part, trainer.model.parameters()))
         states = [one for state in trainer.optimizer.state.values() for one in state.values()]
-        held = parameters, map(local_part, states)
-        sizes = [sum(tensor.nbytes for tensor in each) for each in held]
-        torch.save((sizes, parameters), folder / name / f"{ranks.rank}.pt")
+        held = trainer.model.parameters(), states
+        sizes[name] = [sum(local_part(tensor).nbytes for tensor in each) for each in held]
         assert torch.is_autocast_cache_enabled()  # which evaluations of other models need
+    return sizes
 
 
-def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path) -> None:
-    """Each rank writes the weights that its trainer has before the first step, and a refusal.
+def train_from_initial_weights(ranks, images: torch.Tensor, config) -> tuple[dict, str]:
+    """The weights that a rank's trainer has before the first step, and a refusal.
 
     Rank 1 has no disk to read them from.
     """
@@ -303,16 +314,17 @@ def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path
             )
         model = build_model(config)
         initialise(model, ranks)
-        nowhere = dataclasses.replace(config.model, init=str(folder / "nowhere"))
-        refusal = ""
-        try:
-            initialise(build_model(dataclasses.replace(config, model=nowhere)), ranks)
-        except SharedRefusal as error:
-            refusal = str(error)
+        nowhere = build_model(config.changed(model={"init": "/nowhere"}))
+        with pytest.raises(SharedRefusal) as refusal:
+            initialise(nowhere, ranks)
     trainer = trainer_of(ranks, images, config, model=model)
-    tensors = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
-    torch.save({"model": tensors, "refusal": refusal}, folder / f"{ranks.rank}.pt")
+    weights = whole_weights(trainer)
     trainer.train_step(next(trainer.loader.batches(0)))
+    return weights, str(refusal.value)
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: whole(one).clone() for name, one in trainer.model.state_dict().items()}
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -335,11 +347,11 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
         torch.save((found, tensors), checkpoint.parent / f"{checkpoint.name}-{ranks.rank}.pt")
 
 
-def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 gets SIGTERM in step 2; each rank writes its last step."""
+def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, run_folder: Path) -> int:
+    """Rank 1 gets SIGTERM in step 2; the last step of each rank."""
     change = functools.partial(signalled, here=ranks.rank == 1)
     config = tiny_config(steps=50)
-    note_stop(trainer_of(ranks, images, config, change=change, run_folder=folder / "run"), folder)
+    return step_of_stop(trainer_of(ranks, images, config, change=change, run_folder=run_folder))
 
 
 def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
@@ -364,23 +376,25 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
         (folder / "found.json").write_text(json.dumps(found))
 
 
-def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
-    """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
+def with_replaced(batch: Batch, count: int) -> Batch:
+    scheduled = torch.arange(batch.batch_size)
+    shown = scheduled.clone()
+    shown[:count] += 100
+    return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+
+
+def train_with_replaced_samples(ranks, images: torch.Tensor, run_folder: Path) -> str:
+    """Rank r reports r + 1 replaced samples a step; why the run stopped."""
     import unicl_fast.training.limits as limits
 
-    def replaced(batch: Batch) -> Batch:
-        scheduled = torch.arange(batch.batch_size)
-        shown = scheduled.clone()
-        shown[: ranks.rank + 1] += 100
-        return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
-
+    # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
     limits.LEAST_DRAWS = 30
     config = tiny_config(steps=50).changed(data={"max_bad_fraction": 0.2})
-    trainer = trainer_of(ranks, images, config, change=replaced, run_folder=Path(folder))
-    try:
+    change = functools.partial(with_replaced, count=ranks.rank + 1)
+    trainer = trainer_of(ranks, images, config, change=change, run_folder=run_folder)
+    with pytest.raises(limits.TooManyBadSamplesError) as error:
         trainer.fit()
-    except limits.TooManyBadSamplesError as error:
-        (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
+    return str(error.value)
 
 
 def train_watched(ranks, images: torch.Tensor, folder: Path, limit_seconds: float) -> None:
@@ -408,14 +422,13 @@ def recorded(batch: Batch) -> Batch:
     )
 
 
-def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path, shard: str) -> None:
+def train_with_a_poisoned_rank(ranks, images: torch.Tensor, run_folder: Path, shard: str) -> dict:
     config = tiny_config(steps=4, shard=shard).changed(run={"max_bad_steps": 1})
-    trainer = trainer_of(ranks, images, config, change=recorded, run_folder=folder / "run")
+    trainer = trainer_of(ranks, images, config, change=recorded, run_folder=run_folder)
     if ranks.rank == 1:
         poison_step(trainer, step=2)
     trainer.fit()
-    weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
-    torch.save(weights, folder / f"{ranks.rank}.pt")
+    return whole_weights(trainer)
 
 
 class ZeroShotOfFour:
@@ -457,12 +470,12 @@ class ZeroShotOfFour:
         return {"top1": found[""].top1}
 
 
-def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
-    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes its last step."""
+def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, run_folder: Path) -> int:
+    """Rank 1 gets SIGTERM while it evaluates in step 3; the last step of each rank."""
     config = tiny_config(steps=50).changed(run={"evaluate_every_steps": 3})
     zero_shot = ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
-    files = {"run_folder": folder / "run", "evaluations": {"some": zero_shot}}
-    note_stop(trainer_of(ranks, images, config, **files), folder)
+    options = {"run_folder": run_folder, "evaluations": {"some": zero_shot}}
+    return step_of_stop(trainer_of(ranks, images, config, **options))
 
 
 def described(
@@ -478,17 +491,16 @@ def described(
     return values
 
 
-def describe_sources_of_slices(
-    ranks, images: torch.Tensor, folder: Path, objectives: tuple[str, ...]
-) -> None:
-    """Each rank writes the figures of its slice of a batch of two sources."""
+def describe_sources_of_slices(ranks, images: torch.Tensor, objectives: tuple[str, ...]) -> list:
+    """The figures of a rank's slice of a batch of two sources."""
+    found = []
     for objective in objectives:
         loader = labelled_loader(images, objective, **place_of(ranks))
         batch = next(iter(loader.batches(0)))
         batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
         numbers = DatasetNumbers(["a", "b"], epochs=lambda step: [1.0, 2.0])
-        found = described(numbers, batch, ranks, step=1)
-        (folder / f"{objective} {ranks.rank}").write_text(repr(found))
+        found.append(described(numbers, batch, ranks, step=1))
+    return found
 
 
 def exchange_objects(ranks: Ranks) -> None:
@@ -569,19 +581,18 @@ def refuse(value: ClassificationResult) -> ClassificationResult:
     raise ValueError("no label")
 
 
-def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:
-    """Rank 1 has each of the descriptions, rank 0 the same one; writes the errors of each rank."""
+def disagree(ranks, same: dict, descriptions: list[dict]) -> list[str]:
+    """Rank 1 has each of the descriptions, rank 0 the same one: the errors of each rank."""
     check_ranks_agree(same, ranks)
     said = []
     for other in descriptions:
-        try:
+        with pytest.raises(ValueError) as error:
             check_ranks_agree(other if ranks.rank else same, ranks)
-        except ValueError as error:
-            said.append(str(error))
-    (Path(folder) / str(ranks.rank)).write_text(json.dumps(said))
+        said.append(str(error.value))
+    return said
 
 
-def train_with_a_parted_weight(ranks, images: torch.Tensor, folder: str, every_steps: int) -> None:
+def train_with_a_parted_weight(ranks, images: torch.Tensor, every_steps: int) -> str:
     """One bit of one weight of rank 1 changes after step 3."""
     trainer = trainer_of(ranks, images, tiny_config(steps=6))
     train_step = trainer.train_step
@@ -595,10 +606,9 @@ def train_with_a_parted_weight(ranks, images: torch.Tensor, folder: str, every_s
         return result
 
     trainer.train_step = parting
-    said = Path(folder) / str(ranks.rank)
-    with mock.patch("unicl_fast.training.observers._CHECKED_EVERY", every_steps):
-        try:
-            trainer.fit()
-            said.write_text(f"{trainer.step} steps")
-        except RuntimeError as error:
-            said.write_text(str(error))
+    with (
+        mock.patch("unicl_fast.training.observers._CHECKED_EVERY", every_steps),
+        pytest.raises(RuntimeError) as error,
+    ):
+        trainer.fit()
+    return str(error.value)

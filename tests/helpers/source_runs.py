@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip_folders import different_images
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model, make_trainer
@@ -22,6 +23,26 @@ def tokens_of(config: TrainConfig) -> torch.Tensor:
         rows[row, end] = size - 1
         rows[row, end + 1 :] = 0
     return rows
+
+
+@torch.inference_mode()
+def largest_differences(ours: UniCL, theirs: torch.nn.Module) -> tuple[float, float]:
+    """Of the coordinates of unit vectors: those of three images, those of three texts."""
+    images, tokens = different_images(ours.config.data.image_size), tokens_of(ours.config)
+    if hasattr(theirs, "encode_image"):
+        features = theirs.encode_image(images), theirs.encode_text(tokens)
+    else:  # of transformers
+        found = theirs(input_ids=tokens, pixel_values=images)
+        features = found.image_embeds, found.text_embeds
+    expected = [F.normalize(one, dim=-1) for one in features]
+    assert all(one.std(dim=0).max() > 1e-4 for one in expected)  # inputs are told apart
+    pairs = zip((ours.encode_image(images), ours.encode_text(tokens)), expected, strict=True)
+    image, text = ((one - other).abs().max().item() for one, other in pairs)
+    return image, text
+
+
+def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
+    return max(largest_differences(ours, theirs))
 
 
 def config_by_name(source: object, *options: str) -> TrainConfig:

@@ -347,10 +347,6 @@ def test_encoders_give_the_same_gradients_when_recomputed(name, size, width, par
         ("test_vit", 100, "patches of 16 pixels do not divide 100; set data.image_size=96 or 112"),
         ("unicl_swin6_small", 30, "patches of 4 .* set data.image_size=28 or 32"),
         pytest.param(
-            *("maxvit_tiny_tf_224", 230, "divisible by window .* set data.image_size=224 or 256"),
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
             *("vit_small_patch14_dinov2", 225, "set data.image_size=224 or 238"),
             marks=pytest.mark.slow,
         ),

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from compiled_kernels import windows_as_ptx
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted_kernels import Compute, attention_and_gradients, check_operators, gradients_of_swin
+from interpreted_kernels import attention_and_gradients, check_operators, gradients_of_swin
 from property_tests import examples
 from small_runs import tiny_config
+from swin_blocks import build_block, check_against_timm
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,44 +27,6 @@ from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, se
 from unicl_fast.models.sharding import WholeCopy
 
 pytest.importorskip("triton")
-
-
-# fp32: 8 units in the last place. A random search of windows found 6.6 where timm's sums, which are
-# in another order, had 4.2.
-ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""A relative error that the kernels may have, even if timm's is smaller."""
-
-
-def build_block(
-    size: tuple[int, int], *, window: Any = 7, shift: int = 0, heads: int = 2, head_width: int = 32
-) -> SwinTransformerBlock:
-    """A block for maps of this size, with a bias that matters, as that of a trained one does."""
-    torch.manual_seed(0)
-    block = SwinTransformerBlock(
-        heads * head_width, size, heads, window_size=window, shift_size=shift
-    )
-    torch.nn.init.normal_(block.attn.relative_position_bias_table)
-    torch.nn.init.normal_(block.attn.qkv.bias)
-    return block
-
-
-def check_against_timm(
-    compute: Compute, block: SwinTransformerBlock, size: tuple[int, int], *, images: int = 2,
-    dtype: torch.dtype = torch.float32, autocast: bool = False,
-) -> None:  # fmt: skip
-    """The output and gradients of x and all weights: against timm in fp64, as close as timm's."""
-    x, grad = torch.randn(2, images, *size, block.dim)
-    block, x = block.to(dtype), x.to(dtype)
-    call = attention_and_gradients, block, x, grad
-    ours, theirs = (compute(*call, fused=fused, autocast=autocast) for fused in (True, False))
-    wide = copy.deepcopy(block).double(), x.double(), grad.double()
-    rounding = ROUNDING[torch.bfloat16 if autocast else dtype]
-    for our, their, exact in zip(
-        ours, theirs, attention_and_gradients(*wide, fused=False), strict=True
-    ):
-        assert our.dtype == their.dtype
-        our_error, their_error = (float((x.double() - exact).norm()) for x in (our, their))
-        assert our_error <= max(1.5 * their_error, rounding * float(exact.norm()))
 
 
 slow = pytest.mark.slow
@@ -90,32 +52,6 @@ def test_kernels_round_no_more_than_timms(compute, form, size, window, shift):
     block = build_block(size, window=window, shift=shift)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
     check_against_timm(compute, block, size, dtype=dtype, autocast=form == "autocast")
-
-
-@slow
-@pytest.mark.parametrize(
-    ("size", "window", "shift"),
-    [
-        ((16, 16), 4, 2),  # numbers of windows, rows and columns are multiples of 16
-        ((10, 15), 7, 3),  # padded, so it comes rolled
-        *(
-            pytest.param(*case, marks=pytest.mark.long)
-            for case in (((12, 18), 6, 3), ((16, 8), 8, 4), ((14, 14), 7, 0))
-        ),
-        ((5, 7), (3, 5), 1),
-    ],
-)
-def test_any_window_as_compiled_for_an_h100(monkeypatch, tmp_path, size, window, shift):
-    from unicl_fast.models import window_attention
-
-    monkeypatch.setattr(window_attention, "PROGRAMS", 5)  # each has several windows
-    block = build_block(size, window=window, shift=shift)
-    with windows_as_ptx(tmp_path):
-        check_against_timm(call_here, block, size, images=3, dtype=torch.bfloat16)
-
-
-def call_here(function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:
-    return function(*arguments, **options)
 
 
 def test_adapters_are_seen_by_the_kernels(compute):
@@ -149,12 +85,10 @@ def test_torch_may_trace_and_compile_the_operators(compute, shift):
 
 
 @slow
-@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_fused_blocks_are_few_graphs_without_breaks(recomputes):
+def test_fused_blocks_are_few_graphs_without_breaks():
     """On tensors without content, forward and backward; six blocks are of three kinds."""
     images = torch.empty(2, 3, 32, 32, device="meta")
-    settings = {"activation_checkpointing": recomputes}
-    counts, *_ = gradients_of_swin(images, backend="aot_eager", **settings)
+    counts, *_ = gradients_of_swin(images, backend="aot_eager", activation_checkpointing=True)
     assert counts.tolist() == [3, 0]
 
 

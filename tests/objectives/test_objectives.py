@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from compared_runs import assert_same_gradients
-from rank_workers import first_gradients, run_on_ranks, write_gradients
+from rank_workers import first_gradients, gradients_of, run_on_ranks
 from small_runs import (
     OBJECTIVES,
     global_batch,
@@ -166,24 +166,23 @@ slow, long = pytest.mark.slow, pytest.mark.long
         pytest.param(2, FEW[:1], COMPILED, id="2, blocks", marks=long),
     ],
 )
-def test_ranks_give_the_objectives_of_one_process(images, tmp_path, world_size, chosen, efficiency):
+def test_ranks_give_the_objectives_of_one_process(images, world_size, chosen, efficiency):
     """Loss and every parameter's gradient in fp64, drop path on.
 
     Of four ranks the last has captions, and fewer distinct texts.
     """
-    arguments = images, tmp_path, [*chosen], efficiency
+    arguments = images, [*chosen], efficiency
     if world_size == 1:
-        write_gradients(Ranks(), *arguments)
+        of_ranks = [gradients_of(Ranks(), *arguments)]
     else:
-        run_on_ranks(write_gradients, world_size, *arguments)
+        of_ranks = run_on_ranks(gradients_of, world_size, *arguments)
     near = {"of_loss": 1e-10, "rtol": 1e-7, "atol": 1e-11} if "compile" in efficiency else {}
     for objective in chosen:
         config = objective_config(objective, loss="dense")
         alone = first_gradients(images, Ranks(), config, labelled_loader(images, objective))
-        for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
-            written = f"{objective}-{form}{rank}"
-            found = torch.load(tmp_path / f"{written}.pt", weights_only=True)
-            assert_same_gradients(found, alone, **near, where=written)
+        for form, (rank, found) in itertools.product(("dense", "tiled"), enumerate(of_ranks)):
+            where = f"{objective}-{form}{rank}"
+            assert_same_gradients(found[objective, form], alone, **near, where=where)
 
 
 @pytest.mark.parametrize(

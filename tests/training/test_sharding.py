@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
-from rank_workers import needs_full, run_on_ranks, train_each, write_divided_gradients
+from rank_workers import divided_gradients, needs_full, run_on_ranks, train_each
 from small_runs import tiny_config, trainer_of
 from torch.distributed.fsdp import FSDPModule
 
@@ -53,16 +53,12 @@ def assert_close_runs(found: Path, expected: Path, *, rtol: float, atol: float) 
     assert_close_states(found, expected, rtol=rtol, atol=atol)
 
 
-def sizes_of(run: Path) -> list[list[int]]:
-    """Bytes of parameters and of optimizer state, on each of two ranks."""
-    return [torch.load(run / f"{rank}.pt", weights_only=True)[0] for rank in range(2)]
-
-
 @needs_full
 def test_two_ranks_that_divide_the_state_train_as_before(images, tmp_path):
     """And hold half of it each; `optimizer` divides no parameter, and one is 0.8 of this model."""
     runs = {shard: (quick_config(shard), None) for shard in ("off", "optimizer", "full")}
-    run_on_ranks(train_each, 2, images, tmp_path, runs)
+    of_ranks = run_on_ranks(train_each, 2, images, tmp_path, runs)
+    sizes = {shard: [of_runs[shard] for of_runs in of_ranks] for shard in runs}
     assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
     assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
     for shard in runs:
@@ -70,7 +66,6 @@ def test_two_ranks_that_divide_the_state_train_as_before(images, tmp_path):
             seconds = {part: line[f"seconds/{part}"] for part in PARTS if part not in NO_TRAINING}
             assert sum(seconds.values()) == pytest.approx(line["step_seconds"])
             assert 0 < seconds["communication"] < line["step_seconds"]
-    sizes = {shard: sizes_of(tmp_path / shard) for shard in runs}
     ((parameters, states), _) = sizes["off"]
     assert [of_parameters for of_parameters, _ in sizes["optimizer"]] == [parameters] * 2
     assert sum(of_states for _, of_states in sizes["optimizer"]) == states
@@ -124,15 +119,12 @@ def test_divided_runs_are_the_plain_run(images, tmp_path, world_size, name):
 
 @needs_full
 @pytest.mark.slow
-def test_blocks_gathered_in_bf16_have_the_same_gradients_but_for_rounding(images, tmp_path):
+def test_blocks_gathered_in_bf16_have_the_same_gradients_but_for_rounding(images):
     """Those of matrices, which autocast rounds too, are equal: they are added up in fp32.
 
     The gradients of norms are rounded once. Fresh norms are ones and zeros, which bf16 has.
     """
-    run_on_ranks(write_divided_gradients, 2, images, tmp_path)
-    (loss, wide), (other, narrow) = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("fp32", "bf16")
-    )
+    ((loss, wide), (other, narrow)), _ = run_on_ranks(divided_gradients, 2, images)
     assert other == loss
     for name, gradient in wide.items():
         assert narrow[name].dtype == torch.float32

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compared_runs import assert_equal
-from rank_workers import first_gradients, run_on_ranks, write_evaluated_buffers
+from rank_workers import evaluated_buffers, first_gradients, run_on_ranks
 from small_runs import global_batch, tiny_config, trainer_of
 from torch import nn
 
@@ -15,9 +15,8 @@ from unicl_fast.training.encoding import after_three_quarters
 
 
 @pytest.mark.slow
-def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(images, tmp_path):
-    run_on_ranks(write_evaluated_buffers, 2, images, str(tmp_path))
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(images):
+    one, two = run_on_ranks(evaluated_buffers, 2, images)
     assert any("running_mean" in name for name in one)
     assert_equal(one, two)
 

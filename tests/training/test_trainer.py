@@ -57,7 +57,7 @@ def test_a_batch_is_let_go_before_the_next_one_is_requested(images):
 
 
 VIT, CONVNET, FROZEN = "test_vit", "unicl_convnet7_small", ("image:2", "text")
-slow, long = pytest.mark.slow, pytest.mark.long
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,6 @@ slow, long = pytest.mark.slow, pytest.mark.long
         pytest.param(VIT, "fp64", "lamb", FROZEN, 0, marks=slow),
         pytest.param(CONVNET, "bf16", "adamw", (), 0, marks=slow),
         pytest.param(CONVNET, "fp32", "lamb", FROZEN, 0, marks=slow),
-        # few processors have kernels for convolutions in fp16: without them it takes minutes
-        pytest.param(CONVNET, "fp16", "adamw", (), 0, marks=long),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(

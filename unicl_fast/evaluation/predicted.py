@@ -82,16 +82,10 @@ class PredictedWords:
         return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self._weights).data)
 
     def _standardised(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        return _standardise(features, *self._train).astype(np.float64)
-
-
-def _standardise(
-    features: Float[np.ndarray, "n d"],
-    mean: Float[np.ndarray, " d"],
-    scale: Float[np.ndarray, " d"],
-) -> Float[np.ndarray, "n d"]:
-    rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32)
-    return rows
+        mean, scale = self._train
+        # rounded as `standardised` has them
+        rows: NDArray[Any] = ((features - mean) / scale).astype(np.float32).astype(np.float64)
+        return rows
 
 
 def _mean_and_scale(
@@ -109,4 +103,4 @@ def standardised(
 ) -> list[Float[np.ndarray, "k d"]]:
     """Features with the mean and deviation of `train` taken out, in fp32."""
     mean, scale = _mean_and_scale(train)
-    return [_standardise(one, mean, scale) for one in (train, *others)]
+    return [((one - mean) / scale).astype(np.float32) for one in (train, *others)]

@@ -69,14 +69,19 @@ class RetrievalResult:
     image_to_text: tuple[Recall, ...]
     text_to_image: tuple[Recall, ...]
 
+    def by_name(self) -> dict[str, Recall]:
+        return {
+            f"{direction}_recall_at_{one.k}": one
+            for direction in ("image_to_text", "text_to_image")
+            for one in getattr(self, direction)
+        }
+
     def to_json(self) -> dict[str, Any]:
         counts = ("num_images", "num_captions", "num_texts")
         values: dict[str, Any] = {name: getattr(self, name) for name in counts}
-        for name in ("image_to_text", "text_to_image"):
-            for recall in getattr(self, name):
-                key = f"{name}_recall_at_{recall.k}"
-                values |= {key: recall.rate, f"{key}_interval_95": recall.interval}
-                values[f"{key}_chance"] = recall.chance
+        for name, one in self.by_name().items():
+            values |= {name: one.rate, f"{name}_interval_95": one.interval}
+            values[f"{name}_chance"] = one.chance
         return values
 
     def to_table(self) -> str:
@@ -282,12 +287,8 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
             batch_size=model.config.run.global_batch_size,
         )  # fmt: skip
         both = result.image_to_text[0].rate + result.text_to_image[0].rate
-        recalls = {
-            f"{name}_recall_at_{recall.k}": recall.rate
-            for name in ("image_to_text", "text_to_image")
-            for recall in getattr(result, name)
-        }
-        return {"loss": loss, "recall_at_1": both / 2} | recalls
+        rates = {name: one.rate for name, one in result.by_name().items()}
+        return {"loss": loss, "recall_at_1": both / 2} | rates
 
     return on_ranks.on_rank_0(judge, encode_captioned(on_ranks, dataset), dict[str, float])
 

@@ -84,7 +84,9 @@ def measure(
         texts, left_out = [], []
         for sample in samples.tolist():
             title, *others = titles[sample][: captions[sample]] or titles[sample][:1]
-            is_one = not others or any(_nearly_equal(title, other) for other in others)
+            is_one = not others or any(
+                difflib.SequenceMatcher(None, title, other).ratio() >= _NEARLY for other in others
+            )
             texts.append(typed(title, generator) if is_one else title)
             left_out.append((-1 if is_one else sample, title))
         scores = standardise(scores_of(texts, left_out))
@@ -129,10 +131,6 @@ def typed(title: str, generator: np.random.Generator) -> str:
         letter = int(generator.integers(1, len(words[longest])))
         words[longest] = words[longest][:letter] + words[longest][letter + 1 :]
     return " ".join(words)
-
-
-def _nearly_equal(title: str, other: str) -> bool:
-    return difflib.SequenceMatcher(None, title, other).ratio() >= _NEARLY
 
 
 def _reciprocal_ranks(scores: NDArray[Any], wanted: NDArray[np.bool_]) -> list[float]:
