@@ -1,4 +1,7 @@
-"""Measures the structure of the code, for tests that hold it to rules and limits."""
+"""Measures the structure of the code, for tests that hold it to rules and limits.
+
+`python tests/helpers/trunk_table.py` prints a table.
+"""
 
 import ast
 import dataclasses
@@ -7,6 +10,7 @@ import inspect
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,16 @@ KNOWN = {
         r"several|all_labels|image_classes|Membership|ImageLabels|gather_labels|_count_positives"
     ),
     "stored features": re.compile(r"image_features|[Ff]eature_?[Ff]ile|FeatureLoader|stored_feat"),
+}
+
+
+# What there is one of, and the code that would be in a file with another.
+ONES = {
+    "load_model": r"^def load_model\(",
+    "bars": r"^from tqdm import",
+    "runners of risky children": r"RLIMIT_DATA, \(",
+    "tables of bottlenecks": r"^LIMITS\b",
+    "writers of rows of CSV lists": r"csv\.writer\(",
 }
 
 
@@ -241,3 +255,36 @@ def iterators_of_a_batch() -> int:
     finally:
         SampleReader.read_files = read
     return max(counts) + 3
+
+
+def rows() -> Iterator[tuple[str, object, str]]:
+    """Each check, what is found, and the goal."""
+    lines, arguments = trainer_init()
+    graph = graph_of_imports()
+    circles = [one for one in nx.strongly_connected_components(graph) if len(one) > 1]
+    pages = [*CHECKOUT.glob("docs/*.md"), CHECKOUT / "README.md"]
+    yield "lines of the trunk that name an objective", len(naming(FEATURES)), "0"
+    known = known_features()
+    count = sum(known.values()) - known["stages"]
+    yield "... levels, several labels, stored features", count, "<= 110"
+    yield "... stages", known["stages"], ""
+    yield "functions of 80 lines and more", len(long_functions(80)), "0"
+    yield "Trainer.__init__: lines, arguments", f"{lines}, {arguments}", "<= 40, <= 7"
+    yield "imports of trainer.py", len(graph["unicl_fast.training.trainer"]), "<= 18"
+    yield "files that import TrainConfig", len(knowing_the_config()), "<= 21"
+    yield "circles of imports", len(circles), "0"
+    yield "options of a run", sum(map(len, options().values())), "<= 85"
+    for name, code in ONES.items():
+        files = files_of(*SIZES["installed"])
+        found = [one for one in files if re.search(code, one.read_text("utf-8"), re.MULTILINE)]
+        yield name, len(found), "1"
+    yield "iterators between shard and step", iterators_of_a_batch(), "<= 6"
+    for part, most in sizes_in_scope().items():
+        yield f"lines of Python, {part}", lines_of(part), f"<= {most:,}"
+    words = sum(len(path.read_text(encoding="utf-8").split()) for path in pages)
+    yield "words of docs and README", words, "<= 32,000"
+
+
+if __name__ == "__main__":
+    for check, found, goal in rows():
+        print(f"{check:44}{found!s:>10}  {goal}")
