@@ -33,8 +33,8 @@ RUNS = {
 }
 
 
-def logs_of(folder: Path, run: str, world_size: int = 3) -> list[list[str]]:
-    paths = [folder / f"{run}-{rank}.txt" for rank in range(world_size)]
+def logs_of(folder: Path, run: str) -> list[list[str]]:
+    paths = [folder / f"{run}-{rank}.txt" for rank in range(3)]
     return [path.read_text().splitlines() if path.exists() else [] for path in paths]
 
 
@@ -53,20 +53,17 @@ FULL = ["full", "stages, full"]
 
 @pytest.mark.dali
 @pytest.mark.parametrize(
-    ("world_size", "names"),
+    "names",
     [
-        (3, [*(name for name in RUNS if name not in FULL), "stored"]),
-        pytest.param(3, FULL, marks=needs_full),
-        pytest.param(4, ["ddp", "full"], marks=[needs_full, pytest.mark.long]),
+        [*(name for name in RUNS if name not in FULL), "stored"],
+        pytest.param(FULL, marks=needs_full),
     ],
 )
-def test_ranks_call_the_same_collectives_in_the_same_order(
-    images, data, tmp_path, world_size, names
-):
+def test_ranks_call_the_same_collectives_in_the_same_order(images, data, tmp_path, names):
     runs = {**RUNS, "stored": stored(data, tmp_path / "features")}
-    run_on_ranks(train_noted, world_size, images, tmp_path, {name: runs[name] for name in names})
+    run_on_ranks(train_noted, 3, images, tmp_path, {name: runs[name] for name in names})
     for name in names:
-        first, *others = logs_of(tmp_path, name, world_size)
+        first, *others = logs_of(tmp_path, name)
         assert {line.split()[0] for line in first} >= SENT, name
         assert all(log == first for log in others), name
 

@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from unicl_fast.objectives.loss import LogitStatistics, logit_statistics, unified_contrastive_loss
+from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.positives import Membership
 
 Compute = Callable[..., list[torch.Tensor]]
@@ -85,37 +85,6 @@ def loss_in_tf32(*call: Any, rounds: bool = True) -> list[torch.Tensor]:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def loss_of_two_ranks(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    class_ids: torch.Tensor,
-    scale: float,
-    **arguments: Any,
-) -> list[torch.Tensor]:
-    """The same, but another rank has half of the images, and columns are all-reduced."""
-    half = len(images) // 2
-    inputs = [x.detach().clone().requires_grad_() for x in (images, texts)]
-    options = {name: arguments[name] for name in ("text_counts", "form")}
-    rows, columns = logit_statistics(
-        inputs[0][half:], inputs[1], class_ids[half:], arguments["text_class_ids"], scale, **options
-    )
-
-    def all_reduce(
-        mine: LogitStatistics, mean: torch.Tensor
-    ) -> tuple[LogitStatistics, torch.Tensor]:
-        joined = LogitStatistics(
-            torch.logaddexp(mine.log_sum_exp, columns.log_sum_exp),
-            mine.positive_sum + columns.positive_sum,
-            mine.positive_weight + columns.positive_weight,
-        )
-        return joined, (mean + rows.losses().mean()) / 2
-
-    loss = unified_contrastive_loss(
-        inputs[0][:half], inputs[1], class_ids[:half], scale, all_reduce=all_reduce, **arguments
-    )
-    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
-
-
 def attention_and_gradients(
     block: nn.Module, x: torch.Tensor, grad: torch.Tensor, *, fused: bool, autocast: bool = False
 ) -> list[torch.Tensor]:
@@ -139,35 +108,6 @@ def check_operators(*, shift: int) -> list[torch.Tensor]:
     inputs = qkv.requires_grad_(), table.requires_grad_(), [3, 2, shift, shift, 1], 0.25
     torch.library.opcheck(window_attention, inputs)
     return []
-
-
-def gradients_of_swin(
-    images: torch.Tensor, *, backend: str = "", **efficiency: Any
-) -> list[torch.Tensor]:
-    """Gradients of a small Swin's weights, in the order of their names, eager or compiled.
-
-    Before them come the number of graphs and the number of breaks in them.
-    """
-    from small_runs import tiny_config
-    from torch._dynamo.utils import counters
-
-    from unicl_fast.checkpoints.load import build_model
-    from unicl_fast.models.blocks import find_blocks
-    from unicl_fast.models.compilation import fuse_window_attention
-
-    config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32", **efficiency)
-    model = build_model(config).to(images.device)
-    assert fuse_window_attention(model.image_encoder) == 6
-    model.set_drop_path_key(step=0, global_index=torch.arange(len(images), device=images.device))
-    torch.compiler.reset()
-    counters.clear()
-    for block in find_blocks(model.image_encoder) if backend else ():
-        block.compile(backend=backend)
-    features = model.encode_image(images)
-    weights = dict(sorted(model.image_encoder.named_parameters())).values()
-    gradients = torch.autograd.grad(features[:, 0].sum(), list(weights))
-    counts = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    return [torch.tensor(counts), *gradients]
 
 
 def set_up_interpreter() -> None:

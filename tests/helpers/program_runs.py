@@ -16,15 +16,16 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+from compared_runs import losses_of
 from safetensors.torch import load_file
 from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
-from unicl_fast.training.metrics import read_metrics
 
 STEPS = 12
+losses = losses_of
 SMALL = [
     *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),
     *("--data.evaluation-resize", "32", "--model.drop-path", "0.2", "--model.text-width", "16"),
@@ -81,10 +82,6 @@ def evaluated(kind: str, checkpoint: Path, *more: str | Path, nproc: int = 1) ->
         else:
             run("evaluate", *words, "--nproc", str(nproc))
         return json.loads(path.read_text())
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
 
 
 def weights(run_folder: Path) -> bytes:

@@ -12,7 +12,7 @@ import torch
 from fake_ranks import fake_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted_kernels import Compute, call_on, loss_and_gradients, loss_of_two_ranks
+from interpreted_kernels import Compute, call_on, loss_and_gradients
 from loss_inputs import (
     CAPTION_KEY,
     D,
@@ -151,15 +151,6 @@ def test_logits_beyond_the_range_of_exp_in_one_batch(compute):
     exact = loss_and_gradients(*call, form="dense", **arguments)
     for ours, dense in zip(compute(loss_and_gradients, *call, **arguments), exact, strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-5)
-
-
-def test_columns_of_two_ranks_are_joined(compute):
-    images, texts = rows(34, seed=1), rows(19, seed=2)
-    arguments = {"text_class_ids": torch.arange(19) % 6, "text_counts": torch.arange(19) % 4}
-    call = images, texts, torch.arange(34) % 6, 40.0
-    exact = loss_and_gradients(*call, form="dense", **arguments)
-    for ours, dense in zip(compute(loss_of_two_ranks, *call, **arguments), exact[:3], strict=True):
-        torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-13)
 
 
 def test_features_may_lie_in_memory_as_they_like(compute):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compared_runs import assert_same_gradients
 from rank_workers import first_gradients
-from small_runs import StepLoader, labelled_loader, tiny_config
+from small_runs import labelled_loader, tiny_config
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import build_model
@@ -38,10 +38,6 @@ def config_of(**options: float) -> TrainConfig:
     return dataclasses.replace(tiny_config(), objective=make_objective("margin", **options))
 
 
-def clip_loader(images: torch.Tensor) -> StepLoader:
-    return labelled_loader(images, "clip")
-
-
 def test_without_a_margin_it_is_clip(images):
     clip = dataclasses.replace(tiny_config(), objective=make_objective("clip"))
     loader = labelled_loader(images, "clip, weighted")
@@ -52,7 +48,7 @@ def test_without_a_margin_it_is_clip(images):
 
 def test_positives_lose_the_margin(images):
     config = config_of(margin=0.2)
-    batch = next(clip_loader(images).batches(0))
+    batch = next(labelled_loader(images, "clip").batches(0))
     model = build_model(config).double().eval()
     loss = global_loss(model, batch, config, Ranks())
     pixels, texts, learnt = model(encoder_input(batch.images, config), batch.texts.tokens)
@@ -66,9 +62,10 @@ def test_positives_lose_the_margin(images):
 
 def test_micro_batches_give_the_same_gradients(images):
     config = config_of(margin=0.2)
-    expected = first_gradients(images, Ranks(), config, clip_loader(images))
+    loader = labelled_loader(images, "clip")
+    expected = first_gradients(images, Ranks(), config, loader)
     parts = config.changed(efficiency={"micro_batch_size": 5})
-    assert_same_gradients(first_gradients(images, Ranks(), parts, clip_loader(images)), expected)
+    assert_same_gradients(first_gradients(images, Ranks(), parts, loader), expected)
 
 
 def test_a_form_that_it_lacks_is_refused():

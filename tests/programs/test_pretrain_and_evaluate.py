@@ -187,7 +187,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(data, u
         ("SMALL --out x --nproc 3 --data.train {labels}", "set run.global_batch_size to 6 or 9"),
     ],
 )  # fmt: skip
-def test_wrong_input_ends_with_2_and_a_sentence(data, arguments, message):
+def test_wrong_input_ends_with_2_and_a_sentence(data, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # not where another process's case has its run, too
     words = arguments.format(labels=data / "labels", captions=data / "captions").split()
     small = SMALL if words[0] == "SMALL" else []
     assert message in refusal_of(pretrain, *small, *words[bool(small) :])

@@ -1,4 +1,4 @@
-"""The losses written out with loops and NumPy, in fp64."""
+"""The loss written out with loops and NumPy, in fp64."""
 
 import numpy as np
 
@@ -26,21 +26,3 @@ def unified_contrastive_loss(
         return total / n
 
     return one_direction(logits), one_direction(logits.T)
-
-
-def sigmoid_contrastive_loss(
-    images: np.ndarray,
-    texts: np.ndarray,
-    weights: np.ndarray,
-    counts: np.ndarray,
-    scale: float,
-    bias: float,
-) -> float:
-    """SigLIP: cross-entropy of each pair's sigmoid against its weight [b u], counted, by image."""
-    total = 0.0
-    for i, image in enumerate(images.astype(np.float64)):
-        for k, text in enumerate(texts.astype(np.float64)):
-            logit = scale * image @ text + bias
-            log_yes, log_no = -np.logaddexp(0, -logit), -np.logaddexp(0, logit)
-            total -= counts[k] * (weights[i, k] * log_yes + (1 - weights[i, k]) * log_no)
-    return total / len(images)

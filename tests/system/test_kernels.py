@@ -1,19 +1,16 @@
 """Kernels that are kept on disk are used as long as all that they are made of is the same."""
 
-import ast
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.util import resolve_name
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from trunk_table import files_of, imports_of, module_of
 
-import unicl_fast
-import unicl_fast.pipelines as unicl_fast_pipelines
 from unicl_fast.system import kernels
 
 CONSTANTS = """
@@ -164,32 +161,13 @@ def test_a_file_s_key_follows_what_it_imports_directly_or_not(package, monkeypat
     assert keys() == first
 
 
-def modules_named_in(file: Path, package: str) -> set[str]:
-    """Names that a file imports, by Python's own parser."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), package)
-            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
-    return found
-
-
 def test_no_import_of_a_file_is_missed():
     """In no file, since any of them may come to hold a constant of a kernel."""
-    library, pipelines = (
-        Path(str(one.__file__)).parent for one in (unicl_fast, unicl_fast_pipelines)
-    )
-    for above, folder in ((library.parent, library), (pipelines.parent, pipelines)):
-        for file in folder.rglob("*.py"):
-            parts = file.relative_to(above).with_suffix("").parts
-            module = ".".join(parts if folder == library else ("unicl_fast", *parts))
-            module = module.removesuffix(".__init__")
-            package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-            own = {name for name in modules_named_in(file, package) if kernels._file_of(name)}
-            assert own <= kernels._read(module, file)[1], file
-            assert kernels._file_of(module) == file
+    for file in files_of("unicl_fast", "pipelines"):
+        module = module_of(file)
+        own = {name for name in imports_of(file) if kernels._file_of(name)}
+        assert own <= kernels._read(module, file)[1], file
+        assert kernels._file_of(module) == file
 
 
 @pytest.mark.slow

@@ -9,24 +9,13 @@ from small_runs import tiny_config, trainer_of
 from unicl_fast.distributed.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
-def plain(images: torch.Tensor) -> tuple[float, dict]:
-    """Loss and gradients of one process without micro-batches."""
-    return first_gradients(images, Ranks(), tiny_config())
-
-
-# The batch holds 12 images and 5 distinct texts.
-@pytest.mark.parametrize(
-    ("micro_batch_size", "others"),
-    [
-        *((size, {}) for size in (1, 5, 11)),
-        (5, {"activation_checkpointing": True}),
-    ],
-    ids=str,
-)
-def test_micro_batches_give_the_gradients_of_the_batch(images, plain, micro_batch_size, others):
-    config = tiny_config(micro_batch_size=micro_batch_size, **others)
-    assert_same_gradients(first_gradients(images, Ranks(), config), plain)
+def test_micro_batches_give_the_gradients_of_the_batch(images):
+    """Of 12 images and 5 distinct texts."""
+    plain = first_gradients(images, Ranks(), tiny_config())
+    for size, recomputes in ((1, False), (5, False), (5, True), (11, False)):
+        config = tiny_config(micro_batch_size=size, activation_checkpointing=recomputes)
+        found = first_gradients(images, Ranks(), config)
+        assert_same_gradients(found, plain, where=f"{size}, {recomputes}")
 
 
 def test_one_micro_batch_at_a_time_is_kept_for_backward(images):

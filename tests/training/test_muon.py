@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 
 from unicl_fast.training.muon import Muon, orthogonalize
@@ -11,19 +10,6 @@ from unicl_fast.training.muon import Muon, orthogonalize
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (4, 36), (36, 4), (1, 7)])
-def test_a_matrix_becomes_what_timm_makes_of_it(shape):
-    from timm.optim.muon import _COEFFICIENTS, zeropower_via_newtonschulz
-
-    matrix = drawn(*shape)
-    theirs = zeropower_via_newtonschulz(
-        matrix, 5, _COEFFICIENTS["quintic"], eps=1e-7, dtype=torch.float64
-    )
-    torch.testing.assert_close(orthogonalize(matrix), theirs, rtol=1e-9, atol=1e-9)
-    rounded = orthogonalize(matrix.float())
-    torch.testing.assert_close(rounded.double(), theirs, rtol=0, atol=1e-3)
 
 
 def test_a_matrix_of_few_directions_gets_no_others_by_rounding():
@@ -46,18 +32,18 @@ def test_steps_are_those_of_timm_and_of_adamw(monkeypatch):
 
     exact = timm.optim.muon.zeropower_via_newtonschulz
     monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", in_fp64)
-    shapes = [(8, 4, 3, 3), (5, 7), (7,)]
+    shapes = [(8, 4, 3, 3), (36, 4), (6, 6), (7,)]
     ours = [torch.nn.Parameter(drawn(*shape, seed=1)) for shape in shapes]
     theirs = [torch.nn.Parameter(one.detach().clone()) for one in ours]
     settings = {"weight_decay": 0.1, "lr": 0.01}
     groups = [
-        {"params": ours[:2], "use_muon": True, **settings},
-        {"params": ours[2:], "use_muon": False, **settings},
+        {"params": ours[:-1], "use_muon": True, **settings},
+        {"params": ours[-1:], "use_muon": False, **settings},
     ]
     mine = Muon(groups, lr=1.0, betas=(0.9, 0.99), eps=1e-6)
     others = [
-        timm.optim.Muon(theirs[:2], nesterov=True, eps=1e-7, **settings),
-        torch.optim.AdamW(theirs[2:], betas=(0.9, 0.99), eps=1e-6, **settings),
+        timm.optim.Muon(theirs[:-1], nesterov=True, eps=1e-7, **settings),
+        torch.optim.AdamW(theirs[-1:], betas=(0.9, 0.99), eps=1e-6, **settings),
     ]
     for step in range(4):
         for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):

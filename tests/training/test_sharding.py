@@ -96,17 +96,16 @@ SLOW = [*CASES][:3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=[pytest.mark.long] * (one not in SLOW)) for one in CASES]
 )
 @needs_full
-def test_divided_runs_are_the_plain_run(images, tmp_path, world_size, name):
+def test_divided_runs_are_the_plain_run(images, tmp_path, name):
     """Ranks have other numbers of micro-batches of texts, and of passes in an evaluation."""
     settings, near = CASES[name]
     shards = ["off", "optimizer", *["full", "full, again"] * (near is not None)]
     runs = {run: (config_of(run.removesuffix(", again"), **settings), None) for run in shards}
-    run_on_ranks(train_each, world_size, images, tmp_path, runs)
+    run_on_ranks(train_each, 2, images, tmp_path, runs)
     assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
     if near is not None:
         assert_equal_runs(tmp_path / "full, again", tmp_path / "full")
