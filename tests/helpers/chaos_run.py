@@ -143,15 +143,8 @@ class Chaos:
             *("--data.train", *(self.out / name for name in SOURCES)),
             *("--efficiency.precision", "fp64", "--checkpoint.every-steps", "5"),
             *("--checkpoint.keep", "3", "--run.global-batch-size", str(GLOBAL_BATCH_SIZE)),
-            *(
-                "--run.steps",
-                str(self.steps),
-                "--resume",
-                "auto",
-                "--ledger",
-                "--nproc",
-                str(nproc),
-            ),
+            *("--run.steps", str(self.steps), "--resume", "auto", "--ledger"),
+            *("--nproc", str(nproc)),
         ]
         alone = os.environ | {"OMP_NUM_THREADS": "1"}
         with (self.out / "log.txt").open("ab") as log:

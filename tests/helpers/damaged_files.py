@@ -2,8 +2,6 @@
 
 import json
 import struct
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,21 +16,6 @@ ODD_VALUES = [
     None, True, False, "", "x", "../../etc/passwd", "\ud800", [], {}, [[]], [None], {"x": 1}, 0, 1,
     2, 0.5, 1e308, float("nan"), float("inf"), *HUGE,
 ]  # fmt: skip
-
-
-def run_fuzzer(program: str, folder: Path, examples: int) -> dict[str, int]:
-    """Runs a fuzzer on a folder in a process of its own, so that a crash is a failure.
-
-    Returns how many of its cases ended how.
-    """
-    result = subprocess.run(
-        [sys.executable, program, str(folder), str(examples)],
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    return json.loads(result.stdout)
 
 
 def fuzz_files(

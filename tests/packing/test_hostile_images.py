@@ -1,12 +1,11 @@
 """Packing what was made to break decoders: what is taken, what is left out, and at what price."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from bombs import BOMBS, SOUND_BOMBS, honest
+from children import run_python
 from pack_runs import left_out
 
 pytestmark = pytest.mark.slow
@@ -35,10 +34,7 @@ def measured_build(
     """Packs in a process of its own; returns its worker's peak memory with what was packed."""
     script = tmp_path / "measured_build.py"
     script.write_text(MEASURED_BUILD)
-    command = [sys.executable, str(script), str(source), str(out), str(max_pixels), format]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(run_python(script, source, out, max_pixels, format))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """A JPEG cut down to its window's part gives the same pixels; what cannot be cut stays as it is."""
 
 import io
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from children import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_sets import saved
@@ -211,13 +209,8 @@ def test_damaged_files_lead_nowhere_else(tmp_path):
     Nor here where it looks for 0xFF in 64 bytes at once.
     """
     np.save(tmp_path / "whole.npy", encoded(noise(200, 200), "420"))
-    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(tmp_path / "whole.npy")],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert 300 < int(result.stdout) < 2700
+    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert 300 < int(run_python("-c", FUZZ, tmp_path / "whole.npy", **checked)) < 2700
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from unicl_fast.system.checksums import (
     read_checksums,
 )
 from unicl_fast.system.phases import mark_progress
+from unicl_fast.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("unicl_fast")
 
@@ -42,16 +43,7 @@ _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
 
 
-class _Tokenizer(Protocol):
-    vocabulary_hash: str
-    context_length: int
-    vocab_size: int
-    token_type: np.dtype[Any]
-
-    def encode(self, texts: list[str]) -> list[npt.NDArray[Any]]: ...
-
-
-def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -> None:
+def take_tokens(dataset: PackedDataset, tokenizer: Tokenizer, *, cache: Path) -> None:
     """Makes a data set return another tokenizer's token rows, creating them if needed.
 
     One process of a machine creates them, in a folder in `cache`, while others wait. For a URL all
@@ -81,7 +73,7 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
     dataset.take_tokens(folder, tokenizer.token_type, vocabulary_hash=tokenizer.vocabulary_hash)
 
 
-def _is_whole(folder: Path, manifest: Manifest, tokenizer: _Tokenizer) -> bool:
+def _is_whole(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> bool:
     """Whether the rows are those of the checksums and can be used: others can write there too."""
     captions, tokens = (folder / name for name in _NAMES)
     try:
@@ -101,7 +93,7 @@ def _is_whole(folder: Path, manifest: Manifest, tokenizer: _Tokenizer) -> bool:
     return False
 
 
-def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
+def _make(dataset: PackedDataset, tokenizer: Tokenizer, folder: Path) -> None:
     logger.info("%s: captions are tokenized again, once, into %s", dataset.location, folder)
     with dataset.whole() as whole:
         parts = list(_encoded(whole, tokenizer))
@@ -120,7 +112,7 @@ def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
 
 
 def _encoded(
-    dataset: PackedDataset, tokenizer: _Tokenizer
+    dataset: PackedDataset, tokenizer: Tokenizer
 ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]]:
     """Lengths and ids of captions, in groups of samples, in order."""
     counts = dataset.samples["captions_count"].tolist()

@@ -16,7 +16,7 @@ import math
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,7 @@ import tokenizers
 from unicl_fast.system.child import Death, run_limited
 from unicl_fast.system.untrusted_files import read_file, read_json
 from unicl_fast.system.wording import shorten
-from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, pad_rows, text_groups, token_type
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, text_groups, token_type
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CANONICAL = "#canonicalize"
@@ -43,15 +40,8 @@ _PROBE_BYTES, _PROBE_SECONDS = 1 << 30, 60.0
 _PROBE = f"a photo of two {string.printable * 10} {'a' * 1000} {'x' * 1000}! \u0e01\ufdfa\u4e2d"
 
 
-class FileTokenizer:
-    """A tokenizer from a file, with `Tokenizer`'s interface."""
-
-    name: str
-    vocabulary_hash: str
-    """SHA-256 of everything that affects ids: equal hashes give equal ids."""
-    vocab_size: int
-    """The largest id plus 1."""
-    token_type: np.dtype[Any]
+class FileTokenizer(Tokenizer):
+    """A tokenizer from a file; `vocabulary_hash` is the SHA-256 of everything that affects ids."""
 
     def __init__(self, place: str, context_length: int, *, pads: bool = True) -> None:
         """Reads `place`, a folder or hf-hub:OWNER/NAME with TOKENIZER_FILES; CANONICAL may follow.
@@ -133,13 +123,6 @@ class FileTokenizer:
                 rows.append(np.array(ids or [0], dtype=self.token_type))
         return rows
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Token ids int64 [number of texts, context_length], padded as the model expects."""
-        import torch  # here, since packing workers never load it
-
-        rows = self.encode([texts] if isinstance(texts, str) else texts)
-        return torch.from_numpy(pad_rows(rows, self.context_length, np.int64))
-
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The readable text of ids, without special tokens."""
         return str(self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))
@@ -216,9 +199,7 @@ def _find(place: str) -> tuple[Path, Path | None]:
 _file_tokenizer = functools.lru_cache(maxsize=8)(FileTokenizer)
 
 
-def make_tokenizer(
-    place: str, context_length: int, *, pads: bool = True
-) -> Tokenizer | FileTokenizer:
+def make_tokenizer(place: str, context_length: int, *, pads: bool = True) -> Tokenizer:
     """The tokenizer of `model.tokenizer`; arguments and errors are `FileTokenizer`'s."""
     if place:
         return _file_tokenizer(place, context_length, pads=pads)

@@ -22,7 +22,6 @@ import xxhash
 from unicl_fast.system.atomic_files import locked, replacing
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import check_templates, fill_template
-from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.token_rows import (
     Int64Array,
     TokenArray,
@@ -67,7 +66,7 @@ class ClassPrompts:
     def __init__(
         self,
         sources: Sequence[tuple[Sequence[str], Sequence[str]]],
-        tokenizer: Tokenizer | FileTokenizer,
+        tokenizer: Tokenizer,
         *,
         cache_folder: Path | None = None,
     ) -> None:
@@ -190,9 +189,7 @@ class ClassPrompts:
         return tuple(tuple(group) for group in groups.values())
 
 
-def _file_name(
-    sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer | FileTokenizer
-) -> str:
+def _file_name(sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer) -> str:
     """Names token rows by everything that affects them, including the code that makes them."""
     words = [[list(names), list(templates)] for names, templates in sources]
     packages = [f"{name} {version(name)}" for name in ("ftfy", "regex", "tokenizers")]

@@ -46,7 +46,7 @@ class Tokenizer:
     """
 
     name = "clip-bpe"
-    token_type = np.dtype(np.uint16)
+    token_type: np.dtype[Any] = np.dtype(np.uint16)
     vocabulary_hash: str
     """SHA-256 of the merges: equal hashes give equal ids."""
 
@@ -64,7 +64,7 @@ class Tokenizer:
     def _bpe(self) -> tokenizers.Tokenizer:
         return _load_encoding()
 
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Ids of each text, unpadded: start token, text cut to `context_length`, end token."""
         if isinstance(texts, str):
             raise TypeError("encode needs a list of texts; wrap a single text in a list")
@@ -79,7 +79,10 @@ class Tokenizer:
         return rows
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Token ids for an encoder, int64 [number of texts, context_length], padded with 0."""
+        """Token ids for an encoder, int64 [number of texts, context_length], padded with 0.
+
+        A `FileTokenizer` pads as its model expects.
+        """
         import torch  # here, since packing workers never load it
 
         rows = self.encode([texts] if isinstance(texts, str) else texts)

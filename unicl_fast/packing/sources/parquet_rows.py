@@ -48,8 +48,8 @@ def convert(task: TableTask) -> TableResult:
         if not file.read(1):
             return TableResult(damaged=[(0, -1, "the file is empty")])
     try:
-        table = _ParquetTable(task.path)
-        header = list(table.schema.names)  # raises for names that are not UTF-8
+        table = pq.ParquetFile(task.path, buffer_size=1 << 20, pre_buffer=False)
+        header = list(table.schema_arrow.names)  # raises for names that are not UTF-8
     except _BROKEN as error:
         return TableResult(damaged=[(0, -1, _reason(error))])
     if len(set(header)) < len(header):
@@ -57,20 +57,20 @@ def convert(task: TableTask) -> TableResult:
 
     def rows_of(wanted: Collection[str]) -> Iterator[dict[str, Any]]:
         names = [name for name in header if name in wanted]
-        for _, batch in table.batches(names, []) if names else ():
+        for _, batch in _batches(table, names, []) if names else ():
             with contextlib.suppress(pa.ArrowException, UnicodeDecodeError):  # noted below
                 yield from batch.to_pylist()
 
     cells = study_cells(task.path, header, rows_of, task.options)
     columns = cells.columns
-    names = _class_names(table.schema, columns.labels)
+    names = _class_names(table.schema_arrow, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     texts = [name for name in header if name in cells.sources]
     texts += ["status"] if set(header) >= _IMG2DATASET else []
     wanted = list(dict.fromkeys((*columns.images, *texts)))
     with open(task.rows_file, "wb") as rows, open(task.images_file, "wb") as images:
         writer = _RowWriter(task, cells, texts, names, rows, images)
-        for first, batch in table.batches(wanted, result.damaged):
+        for first, batch in _batches(table, wanted, result.damaged):
             try:
                 writer.write(first, batch)
             except (pa.ArrowException, UnicodeDecodeError, RecursionError) as error:
@@ -114,33 +114,29 @@ def _names_of(feature: Any) -> tuple[str, ...]:
     return ()
 
 
-class _ParquetTable:
-    """A Parquet file, read page by page: a row group can be the whole file."""
+def _batches(
+    file: pq.ParquetFile, columns: list[str], damaged: list[tuple[int, int, str]]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yields batches with the number of their first row; notes damaged rows.
 
-    def __init__(self, path: str) -> None:
-        self._file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        self.schema: pa.Schema = self._file.schema_arrow
-
-    def batches(
-        self, columns: list[str], damaged: list[tuple[int, int, str]]
-    ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yields batches with the number of their first row; notes damaged rows."""
-        first = 0
-        for number in range(self._file.num_row_groups):
-            group = self._file.metadata.row_group(number)
-            end = first + group.num_rows
-            at, trouble = first, "it holds fewer rows than it declares"
-            row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
-            size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
-            try:
-                for batch in self._file.iter_batches(size, [number], columns, use_threads=False):
-                    yield at, batch
-                    at += batch.num_rows
-            except _BROKEN as error:
-                trouble = _reason(error)
-            if at < end:
-                damaged.append((at, end, trouble))
-            first = end
+    Reads page by page: a row group can be the whole file.
+    """
+    first = 0
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        end = first + group.num_rows
+        at, trouble = first, "it holds fewer rows than it declares"
+        row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+        size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+        try:
+            for batch in file.iter_batches(size, [number], columns, use_threads=False):
+                yield at, batch
+                at += batch.num_rows
+        except _BROKEN as error:
+            trouble = _reason(error)
+        if at < end:
+            damaged.append((at, end, trouble))
+        first = end
 
 
 @dataclass(slots=True)
