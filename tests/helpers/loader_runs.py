@@ -43,6 +43,23 @@ def take(loader: Loader, *, start: int = 0, count: int) -> list[Batch]:
     return batches
 
 
+def batches_of(
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    *,
+    config: TrainConfig,
+    start: int = 0,
+    count: int = 12,
+    weights: Sequence[float] | None = None,
+    **ranks: int,
+) -> list[Batch]:
+    """Some batches of a loader of these data sets."""
+    from unicl_fast.pipelines.train_loader import TrainLoader  # needs DALI
+
+    loader = TrainLoader(config, datasets, weights, prompts, **ranks)
+    return take(loader, start=start, count=count)
+
+
 def remembering(loader: Any, bad: set[tuple[int, int]]) -> Any:
     """A `TrainLoader`, as if it had met the bad samples (data set and number) already."""
     for source, sample in sorted(bad):

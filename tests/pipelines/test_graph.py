@@ -24,6 +24,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 from unittest.mock import Mock
 
 import numba
@@ -77,54 +78,31 @@ def open_image(dataset: PackedDataset, index: int) -> Image.Image:
     return Image.open(io.BytesIO(dataset.image_bytes(index).tobytes())).convert("RGB")
 
 
-def train_images(
-    dataset: PackedDataset,
-    *,
-    image_size: int = SIZE,
-    interpolation: Interpolation = "bilinear",
-    resample: Resample = "fused",
-    device: str = "cpu",
-) -> torch.Tensor:
-    starts, shapes = windows_of(dataset)
-    count = len(dataset)
-    encoded = [dataset.image_bytes(index) for index in range(count)]
-    batch = HostBatch(inputs=(encoded, starts, shapes, alternate_flips(count)), metadata="all")
-    data = DataConfig(
-        image_size=image_size,
-        evaluation_resize=image_size,
-        interpolation=interpolation,
-        resample=resample,
-    )
-    return decoded(partial(build_train_graph, data=data), batch, device)
+def train_images(dataset: PackedDataset, *, device: str = "cpu", **data: Any) -> torch.Tensor:
+    encoded = [dataset.image_bytes(index) for index in range(len(dataset))]
+    inputs = (encoded, *windows_of(dataset), alternate_flips(len(dataset)))
+    settings = DataConfig(image_size=SIZE, evaluation_resize=SIZE, **data)
+    return decoded(partial(build_train_graph, data=settings), inputs, device)
 
 
 def decoded(
-    build: Callable[..., Pipeline], batch: HostBatch[str], device: str = "cpu"
+    build: Callable[..., Pipeline], inputs: tuple[Any, ...], device: str = "cpu"
 ) -> torch.Tensor:
     """The images of a batch as a graph makes them."""
-    place, size = torch.device(device), len(batch.inputs[0])
+    batches = (HostBatch(inputs=one, metadata="all") for one in [inputs])
+    place, pace = torch.device(device), Pace(threads=(2,), ahead=1)
     build = partial(build, device=place)
-    pace = Pace(threads=(2,), ahead=1)
-    images, _ = next(
-        decode(build, (one for one in [batch]), batch_size=size, device=place, pace=pace)
-    )
+    images, _ = next(decode(build, batches, batch_size=len(inputs[0]), device=place, pace=pace))
     return images.cpu()
 
 
 def evaluation_images(
-    dataset: PackedDataset,
-    data: DataConfig,
-    *,
-    interpolation: Interpolation = "bilinear",
-    resample: Resample = "fused",
-    device: str = "cpu",
+    dataset: PackedDataset, data: DataConfig, *, device: str = "cpu", **changes: Any
 ) -> torch.Tensor:
     encoded = [dataset.image_bytes(index) for index in range(len(dataset))]
-    sizes = dataset.samples["height"], dataset.samples["width"]
-    regions = evaluation_regions(*sizes, data)
-    data = dataclasses.replace(data, interpolation=interpolation, resample=resample)
-    batch = HostBatch(inputs=(encoded, *regions), metadata="all")
-    return decoded(partial(build_evaluation_graph, data=data), batch, device)
+    regions = evaluation_regions(dataset.samples["height"], dataset.samples["width"], data)
+    data = dataclasses.replace(data, **changes)
+    return decoded(partial(build_evaluation_graph, data=data), (encoded, *regions), device)
 
 
 def differences(ours: torch.Tensor, twin: np.ndarray) -> np.ndarray:
@@ -186,11 +164,9 @@ def test_decoding_a_window_equals_cutting_the_decoded_image(captioned, resample)
     encoded = [captioned.image_bytes(index) for index in chosen.tolist()]
     starts = np.tile(np.array([9, 5], dtype=np.int32), (count, 1))
     shapes = np.full((count, 2), side, dtype=np.int32)
-    batch = HostBatch(
-        inputs=(encoded, starts, shapes, np.zeros((count, 1), dtype=np.int32)), metadata=""
-    )
+    inputs = encoded, starts, shapes, np.zeros((count, 1), dtype=np.int32)
     data = DataConfig(image_size=side, evaluation_resize=side, resample=resample)
-    images = decoded(partial(build_train_graph, data=data), batch)
+    images = decoded(partial(build_train_graph, data=data), inputs)
     whole = [np.asarray(open_image(captioned, index)) for index in chosen.tolist()]
     twin = np.stack([image[9 : 9 + side, 5 : 5 + side] for image in whole])
     assert differences(images, twin).max() == 0

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import loader_runs
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from loader_runs import (
     assert_equal,
     assert_joined,
     assert_same,
+    batches_of,
     config_of,
     prompts_of,
     texts_of,
@@ -63,18 +63,8 @@ def datasets(labelled: PackedDataset, captioned: PackedDataset) -> list[PackedDa
     return [labelled, captioned]
 
 
-def take(
-    datasets: list[PackedDataset],
-    prompts: ClassPrompts,
-    *,
-    start: int = 0,
-    count: int,
-    weights: list[float] | None = None,
-    config: TrainConfig | None = None,
-    **ranks: int,
-) -> list[Batch]:
-    loader = TrainLoader(config or make_config(), datasets, weights, prompts, **ranks)
-    return loader_runs.take(loader, start=start, count=count)
+def take(datasets: Any, prompts: ClassPrompts, **options: Any) -> list[Batch]:
+    return batches_of(datasets, prompts, **({"config": make_config()} | options))
 
 
 @pytest.mark.parametrize(

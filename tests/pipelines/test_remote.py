@@ -6,19 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import loader_runs
 import numpy as np
 import pytest
 import torch
 from inline_checks import check_inline
-from loader_runs import BATCH, assert_same, config_of
+from loader_runs import BATCH, assert_same, batches_of, config_of
 from object_stores import FaultyStore, empty, lose_patience, upload
 from packed_sets import Sample, pack, saved
 from PIL import Image
 from waiting import wait_until
 
-from unicl_fast.batch import Batch
-from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.reader import PackedDataset
@@ -49,19 +46,6 @@ def raw(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield dataset
 
 
-def take(
-    datasets: list[PackedDataset],
-    prompts: ClassPrompts,
-    *,
-    config: TrainConfig,
-    start: int = 0,
-    count: int = 12,
-    **ranks: int,
-) -> list[Batch]:
-    loader = TrainLoader(config, datasets, None, prompts, **ranks)
-    return loader_runs.take(loader, start=start, count=count)
-
-
 def opened(datasets: list[PackedDataset], tmp_path: Path, **options: Any) -> list[PackedDataset]:
     options = {"block_bytes": 65_536, "max_bytes": 10**8} | options
     cache = CacheOptions(folder=tmp_path / "cache", **options)
@@ -88,30 +72,28 @@ def test_batches_of_images_in_place_are_those_of_the_packed_data_set(
     prompts = ClassPrompts([((), ())], tokenizer)
     with PackedDataset(out) as index:
         assert index.sources is not None
-        assert_same(*(take([one], prompts, config=config_of()) for one in (index, captioned)))
+        assert_same(*(batches_of([one], prompts, config=config_of()) for one in (index, captioned)))
 
 
-def test_batches_are_those_of_a_local_copy(labelled, captioned, prompts, tmp_path, monkeypatch):
+def test_batches_are_those_of_a_local_copy(
+    labelled, captioned, raw, tokenizer, prompts, tmp_path, monkeypatch
+):
     read_ahead_by(monkeypatch, 100)
     config = config_of()
-    expected = take([labelled, captioned], prompts, config=config)
+    expected = batches_of([labelled, captioned], prompts, config=config)
     remote = opened([labelled, captioned], tmp_path)
     FaultyStore.reads.clear()
-    assert_same(take(remote, prompts, config=config), expected)
+    assert_same(batches_of(remote, prompts, config=config), expected)
     assert len(FaultyStore.reads) == len(set(FaultyStore.reads))
     for rank in range(2):
-        parts = take(remote, prompts, config=config, start=3, count=1, rank=rank, world_size=2)
+        parts = batches_of(
+            remote, prompts, config=config, start=3, count=1, rank=rank, world_size=2
+        )
         half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
         assert torch.equal(parts[0].images, expected[3].images[half])
-
-
-def test_decoded_images_too(raw, tokenizer, tmp_path, monkeypatch):
-    prompts = ClassPrompts([((), ())], tokenizer)
-    read_ahead_by(monkeypatch, 64)
-    config = config_of()
-    remote = opened([raw], tmp_path)
-    batches = take(remote, prompts, config=config)
-    assert_same(batches, take([raw], prompts, config=config))
+    places = [*opened([raw], tmp_path), raw]  # decoded images, past DALI
+    plain = ClassPrompts([((), ())], tokenizer)
+    assert_same(*(batches_of([one], plain, config=config) for one in places))
 
 
 def test_with_a_window_an_epoch_fetches_each_byte_about_once(raw, tokenizer, tmp_path, monkeypatch):
@@ -123,10 +105,10 @@ def test_with_a_window_an_epoch_fetches_each_byte_about_once(raw, tokenizer, tmp
     for window in (0, 256):
         config = config_of(shuffle_window=window, resample="dali")
         start = fetched_bytes()
-        batches = take(remote, prompts, config=config, count=100)
+        batches = batches_of(remote, prompts, config=config, count=100)
         ids = torch.cat([batch.sample_ids for batch in batches if batch.sample_ids is not None])
         assert sorted(ids.tolist()) == list(range(1200))
-        assert_same(batches, take([raw], prompts, config=config, count=100))
+        assert_same(batches, batches_of([raw], prompts, config=config, count=100))
         ratios[window] = (fetched_bytes() - start) / (1200 * 3072)
     # A stretch of 16 images is three blocks long and touches four; a fifth of the pass is read
     # ahead behind its end; and what slow threads fetch too late is fetched again: 1.5, or 2 on a
@@ -182,7 +164,7 @@ def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
     config = config_of()
     loader = TrainLoader(config, [remote], None, prompts, quarantine=quarantine)
     batches = loader.batches(0)
-    expected = take([captioned], prompts, config=config, count=4)
+    expected = batches_of([captioned], prompts, config=config, count=4)
     reads = []
 
     def spoil(path: str, data: bytes) -> bytes:
@@ -197,4 +179,4 @@ def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
     loader.close()
     assert not quarantine.exists()
     FaultyStore.spoil = None
-    assert_same(take([remote], prompts, config=config, count=4), expected)
+    assert_same(batches_of([remote], prompts, config=config, count=4), expected)
