@@ -768,6 +768,7 @@ _SIMPLE: dict[str, Callable[..., Array]] = {
     "not": np.invert,
     "neg": np.negative,
     "abs": np.abs,
+    "popc": lambda value: np.bitwise_count(value).astype(np.uint32),
     "ex2": np.exp2,
     "rsqrt": lambda value: 1 / np.sqrt(value),
 }
