@@ -204,7 +204,7 @@ def _decode(
             elif image.format == "AVIF":
                 check_avif_end(data, image.info.get("exif", b""))
             extension, pixels = "ppm", pixels_of(image)
-            if image.format == "PPM" and data == encode_ppm(pixels):
+            if image.format == "PPM" and "ppm" in kept and data == encode_ppm(pixels):
                 plain = data
     height, width, _ = pixels.shape
     if plain is None or extension not in kept or target.needs_resize(height, width):
