@@ -24,13 +24,7 @@ from PIL import Image
 from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
 from small_runs import real_images
-from source_runs import (
-    config_by_name,
-    difference,
-    pixels_of,
-    started,
-    train_one_step,
-)
+from source_runs import config_by_name, difference, pixels_of, started, train_one_step
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 

@@ -212,6 +212,13 @@ def test_manifests_of_other_versions_and_fields_are_refused_by_name(raw):
             Manifest.from_json(json.dumps(changed))
 
 
+def test_a_manifest_of_another_number_of_samples_is_refused(packed):
+    path = packed / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_samples": 8}))
+    with pytest.raises(ValueError, match="8"):
+        PackedDataset(packed)
+
+
 @pytest.mark.parametrize("name", ["samples.npy", "labels.npy", "tokens.npy", "shard-000001.tar"])
 def test_missing_and_cut_files_are_named(packed, name):
     os.truncate(packed / name, 300)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from program_runs import SMALL, losses
+from compared_runs import losses_of
+from program_runs import SMALL
 from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -157,9 +158,9 @@ def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(data, tmp
         os.kill(int((tmp_path / "srun").read_text()), signal.SIGUSR1)
         assert job.wait(timeout=200) == EXIT_INTERRUPTED
     assert (tmp_path / "scontrol").read_text() == "requeue 4711\n"
-    assert len(losses(out)) < STEPS
+    assert len(losses_of(out)) < STEPS
     subprocess.run(command, env=stand_ins, check=True, timeout=200)
-    assert len(losses(out)) == STEPS
+    assert len(losses_of(out)) == STEPS
     assert (tmp_path / "scontrol").read_text().count("requeue") == 1
 
 
@@ -182,5 +183,5 @@ def test_two_machines_that_torchrun_joins_are_one_run(data, tmp_path, stand_ins)
     finally:
         for machine in machines:
             machine.kill()
-    assert len(losses(out)) == STEPS
+    assert len(losses_of(out)) == STEPS
     assert "2 ranks of 4 each" in (out / "log.txt").read_text()

@@ -1,6 +1,5 @@
-"""Loops of other libraries with our loader, target map and loss; and mteb with our encoders."""
+"""Loops of other libraries with our loader, target map and loss, beside our trainer."""
 
-import io
 import itertools
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 from packed_sets import Sample, pack
 from PIL import Image
-from program_runs import SMALL, call, evaluated
 from small_runs import tiny_config
 
 from examples.own_loop.torch_dataset import TorchDataset
@@ -20,9 +18,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
-from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.tools import pretrain
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.settle import settle_objective
@@ -195,46 +191,3 @@ def test_grey_images_can_be_stacked_with_others(tmp_path):
         images, _, _ = next(iter(torch.utils.data.DataLoader(TorchDataset(source), batch_size=2)))
     assert images.shape == (2, 6, 8, 3)
     assert (images[1] == 77).all()
-
-
-FACTS: dict[str, Any] = {
-    **dict.fromkeys(("reference", "date", "domains", "task_subtypes", "license", "dialect")),
-    **dict.fromkeys(("annotations_creators", "sample_creation", "bibtex_citation")),
-    **{"name": "Local", "description": "local", "dataset": {"path": "none", "revision": "1"}},
-    **{"type": "ZeroShotClassification", "category": "i2t", "modalities": ["image", "text"]},
-    **{"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": "accuracy"},
-}
-
-
-@pytest.mark.slow  # mteb imports for seconds
-@pytest.mark.dali
-def test_mteb_finds_the_accuracy_of_our_own_zero_shot(data, tmp_path):
-    mteb = pytest.importorskip("mteb", reason="pip install mteb")
-    import datasets
-    from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
-
-    class Local(AbsTaskZeroShotClassification):
-        metadata = TaskMetadata(**FACTS)
-
-        def load_data(self, **_: Any) -> None:
-            with PackedDataset(data / "labels") as own:
-                samples = range(len(own))
-                images = [Image.open(io.BytesIO(own.image_bytes(number))) for number in samples]
-                labels = [int(own.labels_of(number)[0]) for number in samples]
-                template, names = own.manifest.templates[0], own.manifest.class_names
-            self.prompts = [fill_template(template, name) for name in names]
-            rows = datasets.Dataset.from_dict({"image": images, "label": labels})
-            kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-            self.dataset = datasets.DatasetDict(test=rows.cast(kinds))
-            self.data_loaded = True
-
-        def get_candidate_labels(self) -> list[str]:
-            return self.prompts
-
-    call(pretrain, *SMALL, "--data.train", data / "labels", "--out", tmp_path / "run",
-         "--run.steps", "4")  # fmt: skip
-    encoder = import_module("examples.mteb_encoder").Encoder(tmp_path / "run", device="cpu")
-    found = mteb.evaluate(encoder, Local(), cache=None, show_progress_bar=False)
-    own = evaluated("zero-shot", tmp_path / "run", "--data", data / "labels")
-    assert found.task_results[0].get_score() == pytest.approx(own["top1"])

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compared_runs import losses_of
 from damage import flip_byte
-from program_runs import SMALL, losses, processes_of
+from program_runs import SMALL, processes_of
 from safetensors.numpy import load_file
 from waiting import wait_until
 
@@ -193,7 +194,7 @@ class Chaos:
             float(np.abs(left[name] - right[name]).max() / max(np.abs(right[name]).max(), 1e-300))
             for name in left
         )
-        run, unbroken = map(np.array, map(losses, (self.run_folder, self.out / "unbroken")))
+        run, unbroken = map(np.array, map(losses_of, (self.run_folder, self.out / "unbroken")))
         assert len(run) == len(unbroken) == self.steps
         of_losses = float(np.abs(run / unbroken - 1).max())
         weights, loss = (0.0, 0.0) if self.ranks else TOLERANCE

@@ -16,7 +16,6 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
-from compared_runs import losses_of
 from safetensors.torch import load_file
 from waiting import wait_until
 
@@ -25,7 +24,6 @@ from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 
 STEPS = 12
-losses = losses_of
 SMALL = [
     *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),
     *("--data.evaluation-resize", "32", "--model.drop-path", "0.2", "--model.text-width", "16"),

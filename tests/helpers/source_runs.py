@@ -35,7 +35,7 @@ def largest_differences(ours: UniCL, theirs: torch.nn.Module) -> tuple[float, fl
         found = theirs(input_ids=tokens, pixel_values=images)
         features = found.image_embeds, found.text_embeds
     expected = [F.normalize(one, dim=-1) for one in features]
-    assert all(one.std(dim=0).max() > 1e-4 for one in expected)  # inputs are told apart
+    assert all(one.std(dim=0).max() > 1e-4 for one in expected)  # inputs differ
     pairs = zip((ours.encode_image(images), ours.encode_text(tokens)), expected, strict=True)
     image, text = ((one - other).abs().max().item() for one, other in pairs)
     return image, text

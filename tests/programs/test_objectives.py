@@ -5,9 +5,10 @@ import json
 import shutil
 
 import pytest
+from compared_runs import losses_of
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from program_runs import SMALL, STEPS, call, evaluated, losses, refusal_of, run, weights
+from program_runs import SMALL, STEPS, call, evaluated, refusal_of, run, weights
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.conversion.initial import load_encoders
@@ -34,11 +35,11 @@ def test_a_classifier_is_trained_resumed_and_evaluated(data, tmp_path):
     assert model.class_rows.shape == (20, model.image_encoder.num_features + 1)
     (last,) = [line for line in read_metrics(tmp_path / "one") if "accuracy/labels/top1" in line]
     assert 0 <= last["accuracy/labels/top1"] <= last["accuracy/labels/top5"] <= 1
-    unbroken = losses(tmp_path / "one"), weights(tmp_path / "one")
+    unbroken = losses_of(tmp_path / "one"), weights(tmp_path / "one")
     for checkpoint in list_checkpoints(tmp_path / "one" / "checkpoints")[STEPS // 4 :]:
         shutil.rmtree(checkpoint)
     call(pretrain, *arguments, "--resume", "auto", "--out", tmp_path / "one")
-    assert (losses(tmp_path / "one"), weights(tmp_path / "one")) == unbroken
+    assert (losses_of(tmp_path / "one"), weights(tmp_path / "one")) == unbroken
     sets = ["--train", data / "labels", "--data", data / "labels", "--layer", "projection"]
     said = refusal_of(evaluate, "knn", "--checkpoint", tmp_path / "one", *sets, "--device", "cpu")
     assert "use the encoder's features (--layer encoder)" in said
@@ -58,12 +59,12 @@ def test_images_of_several_labels_in_a_hierarchy(shared_data, data, tmp_path, ca
     one, two = tmp_path / "one", tmp_path / "two"
     call(pretrain, *several, "--out", one)
     run("pretrain", *several, "--out", two, "--nproc", "2")
-    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-9)
     positives = [line["positives_per_row/coco"] for line in read_metrics(one) if "loss" in line]
     assert max(positives) > 1.5
     one = tmp_path / "levels"
     call(pretrain, *several, "--data.prompts", "levels", "--out", one)
-    assert len(losses(one)) == STEPS
+    assert len(losses_of(one)) == STEPS
     found = evaluated("zero-shot", one, "--data", packed, "--hierarchy", "--average-precision")
     assert "top-1 by its names" in capsys.readouterr().out
     scores = found["hierarchy"]["levels"]

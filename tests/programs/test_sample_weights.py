@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from compared_runs import losses_of
 from drawings import COLOURS, draw
 from inline_checks import check_inline
 from pack_runs import build_set
-from program_runs import SMALL, call, losses, refusal_of, weights
+from program_runs import SMALL, call, refusal_of, weights
 
 from unicl_fast.tools import ledger, pretrain
 
@@ -42,7 +43,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(out: Path, *data: Path, use: str, more: tuple[str | Path, ...] = ()) -> list[float]:
     given = ["--data.train", *map(str, data), "--data.sample-weights", use]
     call(pretrain, *GIVEN, *given, *more, "--out", out)
-    return losses(out)
+    return losses_of(out)
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_equal_weights_change_no_bit_and_others_each_what_was_asked_for(packed, 
         whole = weights(out)
         shutil.rmtree(out / "checkpoints" / "step-00000006")
         train(out, *both, use=use, more=("--resume", "auto"))
-        assert (losses(out), weights(out)) == (found[use], whole)
+        assert (losses_of(out), weights(out)) == (found[use], whole)
         with pytest.raises(SystemExit) as proven:
             call(ledger, out, "--replan")
         assert proven.value.code == 0

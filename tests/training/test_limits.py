@@ -236,12 +236,12 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images):
 
 @pytest.mark.slow
 def test_ranks_add_up_their_counts_and_stop_at_too_many(images, tmp_path):
-    told = run_on_ranks(train_with_replaced_samples, 2, images, tmp_path)
+    messages = run_on_ranks(train_with_replaced_samples, 2, images, tmp_path)
     # rank r replaces r + 1 samples a step
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [3, 6, 9]
-    assert told[0] == told[1]
+    assert messages[0] == messages[1]
     said = rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/quarantine.csv"
-    assert re.match(said, told[0])
+    assert re.match(said, messages[0])
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from unicl_fast.training.muon import Muon, orthogonalize
@@ -10,6 +11,19 @@ from unicl_fast.training.muon import Muon, orthogonalize
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 36), (36, 4), (1, 7)])
+def test_a_matrix_becomes_what_timm_makes_of_it(shape):
+    from timm.optim.muon import _COEFFICIENTS, zeropower_via_newtonschulz
+
+    matrix = drawn(*shape)
+    theirs = zeropower_via_newtonschulz(
+        matrix, 5, _COEFFICIENTS["quintic"], eps=1e-7, dtype=torch.float64
+    )
+    torch.testing.assert_close(orthogonalize(matrix), theirs, rtol=1e-9, atol=1e-9)
+    rounded = orthogonalize(matrix.float())
+    torch.testing.assert_close(rounded.double(), theirs, rtol=0, atol=1e-3)
 
 
 def test_a_matrix_of_few_directions_gets_no_others_by_rounding():

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from compared_runs import assert_equal
-from program_runs import SMALL, call, losses, run
+from compared_runs import assert_equal, losses_of
+from program_runs import SMALL, call, run
 from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
@@ -291,7 +291,7 @@ def test_two_ranks_store_and_feed_both_towers_as_one_does(data, tmp_path, caplog
         else:
             said = run("pretrain", *frozen, *given).stderr
         assert said.count("encoding 41 images once") == 1
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
     texts = [next((tmp_path / f"features-{one}").glob("*.items")) for one in ("one", "two")]
     assert texts[0].name == texts[1].name
     rows = [one.with_name(f"{one.name.partition('.')[0]}.npy").read_bytes() for one in texts]
@@ -299,10 +299,10 @@ def test_two_ranks_store_and_feed_both_towers_as_one_does(data, tmp_path, caplog
     for checkpoint in (tmp_path / "one" / "checkpoints").iterdir():
         if checkpoint.name > "step-00000006":
             shutil.rmtree(checkpoint)
-    expected = losses(tmp_path / "one")
+    expected = losses_of(tmp_path / "one")
     given = ["--efficiency.stored-features", tmp_path / "features-two", "--out", tmp_path / "one"]
     run("pretrain", *frozen, *given, "--resume", "auto", "--nproc", "2")
-    assert losses(tmp_path / "one") == pytest.approx(expected, rel=1e-5)
+    assert losses_of(tmp_path / "one") == pytest.approx(expected, rel=1e-5)
     with pytest.raises(SystemExit) as ended:
         call(ledger, tmp_path / "one")
     assert ended.value.code == 0
