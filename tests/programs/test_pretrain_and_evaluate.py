@@ -12,13 +12,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from compared_runs import losses_of
 from PIL import Image
 from program_runs import (
     SMALL,
     STEPS,
     call,
     evaluated,
-    losses,
     refusal_of,
     run,
     start,
@@ -50,7 +50,7 @@ def unbroken(data: Path) -> Path:
 
 
 def test_a_run_leaves_the_files_and_lines_of_the_readme(unbroken):
-    assert len(losses(unbroken)) == STEPS
+    assert len(losses_of(unbroken)) == STEPS
     assert Image.open(unbroken / "contact-sheet.png").size[0] > 300
     assert Image.open(unbroken / "curves.png").size[0] > 300
     config = json.loads((unbroken / "config.json").read_text())
@@ -153,7 +153,7 @@ def test_auto_keeps_its_meaning_when_a_run_is_resumed(data, tmp_path):
     call(pretrain, *arguments, "--efficiency.precision", "auto", "--resume", "auto")
     (*_, newest) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert read_state(newest).config.efficiency.precision == "fp64"
-    assert len(losses(tmp_path / "run")) == STEPS
+    assert len(losses_of(tmp_path / "run")) == STEPS
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(data, unbroken, tmp_path):
@@ -243,7 +243,7 @@ def test_a_read_only_machine_trains_and_evaluates(data, tmp_path):
     labels = ("--data.train", data / "labels")
     said = run_there("pretrain", *SMALL, *labels, "--out", out)
     assert said.count("set NUMBA_CACHE_DIR") == 1
-    assert len(losses(out)) == STEPS
+    assert len(losses_of(out)) == STEPS
     run_there("pretrain", *SMALL, *labels, "--out", tmp_path / "two", "--nproc", "2")
     run_there("evaluate", "zero-shot", "--checkpoint", out, "--data", data / "labels")
 

@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from compared_runs import losses_of
 from program_runs import (
     SMALL,
     STEPS,
     call,
-    losses,
     processes_of,
     refusal_of,
     run,
@@ -82,7 +82,7 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     if not torchrun:
         assert "RANK 1 WAS KILLED BY SIGKILL: starting all again, restart 1 of 2" in errors
     assert_same_weights(out, unbroken)
-    assert losses(out) == pytest.approx(losses(unbroken), rel=1e-9)
+    assert losses_of(out) == pytest.approx(losses_of(unbroken), rel=1e-9)
     values = proven(out, "--replan")
     assert values["steps"] == STEPS_OF_A_RUN
     assert values["num_starts"] == 2
@@ -131,7 +131,7 @@ def test_a_run_resumes_with_any_number_of_ranks(
     assert started[-1] < steps
     lines = [line for line in read_metrics(out) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    pairs = list(zip(losses(out), losses(unbroken), strict=True))
+    pairs = list(zip(losses_of(out), losses_of(unbroken), strict=True))
     largest = max(abs(one - other) / abs(other) for one, other in pairs)
     print(f"{precision}: largest relative difference of {steps} losses {largest:.2e}")
     assert largest <= tolerance
