@@ -271,33 +271,6 @@ def test_only_the_rooms_are_importable():
     subprocess.run([sys.executable, "-c", code], cwd="/", check=True, timeout=60)
 
 
-def imports_at_once(path: Path) -> set[str]:
-    """Packages that importing a file imports, as far as the file itself says."""
-    found: set[str] = set()
-    waiting = list(tree_of(path).body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(str(node.module).split(".")[0])
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            waiting += node.orelse
-        elif not isinstance(node, ast.FunctionDef):
-            waiting += ast.iter_child_nodes(node)
-    return found
-
-
-def test_the_library_imports_what_only_some_functions_need_when_they_do():
-    later = {"nvidia", "matplotlib", "open_clip", "tensorboard", "jinja2", "ftfy", "onnx"}
-    wrong = {
-        path.relative_to(CHECKOUT).as_posix(): sorted(found)
-        for path in files_of("unicl_fast")
-        if (found := imports_at_once(path) & later)
-    }
-    assert not wrong
-
-
 @pytest.mark.slow
 def test_an_install_without_extras_has_model_loss_evaluation_and_conversion(tmp_path):
     helpers = CHECKOUT / "tests" / "helpers"
