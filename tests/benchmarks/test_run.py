@@ -1,6 +1,5 @@
 """Each program of `unicl-bench` once, small: it compares, measures, writes. No figure is judged."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,6 @@ from benchmarks import harness, packing
 from benchmarks.harness import NotOnDeviceError
 from benchmarks.step import open_clip
 from benchmarks.step.parts import build_trainer, step_config
-from benchmarks.step.switches import switches_of
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import bench
@@ -161,19 +159,6 @@ def test_work_on_the_cpu_is_refused(monkeypatch):
         harness.take_turns(works, rounds=1, device_type="cuda")
     assert "work was not done on the GPU: its results are on cpu" in str(refused.value)
     assert "kernels ran in 0.00e+00 of " in str(refused.value)
-
-
-def test_every_switch_changes_what_its_name_says():
-    config = step_config("test_vit", image_size=160, batch_size=4, precision="bf16")
-    for name, change in switches_of(config, torch.device("cuda")).items():
-        efficiency = dataclasses.replace(config.efficiency, **change)
-        assert efficiency != config.efficiency
-        wanted = "tf32" if "TF32" in name else "fp32" if "fp32" in name else "bf16"
-        assert efficiency.precision == wanted, name
-        compiled = name.partition("compiled: ")[2]
-        assert efficiency.compile == (compiled or config.efficiency.compile), name
-        assert efficiency.activation_checkpointing == ("checkpointing" in name), name
-        assert (efficiency.window_attention == "timm") == ("timm's" in name), name
 
 
 def test_a_writer_that_loses_an_image_stops_the_stage(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Loaders for tests of `unicl-bench resume`: they count, and some forget, skip, refuse or stop."""
+"""Loaders for tests of `unicl-bench resume`: they count, and some forget, refuse or stop."""
 
 import functools
 import itertools
@@ -17,10 +17,6 @@ def exact(task: Task, state: Any) -> Loop:
 
 def forgets(task: Task, state: Any) -> Loop:
     return exact(task, None)
-
-
-def skips(task: Task, state: Any) -> Loop:
-    return exact(task, state and state + 1)
 
 
 def refuses(task: Task, state: Any) -> Loop:
