@@ -90,7 +90,6 @@ def test_jitter_is_three_numbers_at_once():
         ("unicl,policy_ops=1.0", "policy_ops must be a whole number"),
         ("unicl,policy_ops=9", "policy_ops must be a whole number in 1 to 8, not 9"),
         ("supcon", "supcon has left: without .* it is none,crop_scale=0.2..1,jitter=0.4,hue=0.1,"),
-        ("supcon,views=1", "'supcon,views=1': supcon has left: without"),
         ("unicl,views=2", "views=2 has left: leave it out"),
         ("unicl,blur=0.5", "blur=0.5 has left: leave it out"),
         ("unicl,blur_sigma=0.1..1", "blur_sigma=0.1..1 has left: leave it out"),

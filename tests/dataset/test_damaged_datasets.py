@@ -157,12 +157,6 @@ def test_a_shard_of_descriptions_costs_no_images(raw):
         dataset.image_bytes(0, verify=True)
 
 
-def test_a_data_set_without_checksums_is_read_as_before(packed):
-    expected = fuzz_datasets.read_all(packed)
-    (packed / CHECKSUMS_NAME).unlink()
-    assert fuzz_datasets.read_all(packed) == expected
-
-
 @given(length=st.integers(0, 50), data=st.data())
 @examples(40)
 def test_arrays_of_any_length_are_opened_and_checked_block_by_block(tmp_path_factory, length, data):

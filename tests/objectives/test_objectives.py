@@ -207,8 +207,6 @@ def test_other_options_and_names_are_refused():
             config_from_dict({"objective": {"name": name, option: 1.0}})
     with pytest.raises(ValueError, match="objective.name must be one of unicl, clip, .*'softmax'"):
         make_objective("softmax")
-    with pytest.raises(ValueError, match="name=supcon has left, .*: choose one of unicl, clip"):
-        make_objective("supcon")
     levels = DataConfig(prompts="levels")
     for objective in (make_objective(positives="labels"), make_objective("ce")):
         with pytest.raises(ValueError, match="prompts=levels contrasts .* looks at others"):
