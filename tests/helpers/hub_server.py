@@ -71,9 +71,7 @@ def hub_of(root: Path, patch: pytest.MonkeyPatch, *, cache: Path) -> Iterator[Hu
         yield hub
 
 
-def ask_hub_at(
-    url: str, patch: pytest.MonkeyPatch, *, cache: Path, token: str | None = TOKEN
-) -> None:
+def ask_hub_at(url: str, patch: pytest.MonkeyPatch, *, cache: Path) -> None:
     """Points this process, which has imported huggingface_hub, to a hub and an empty cache."""
     from huggingface_hub import constants
 
@@ -84,7 +82,5 @@ def ask_hub_at(
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # it would ask a server of another kind
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        patch.delenv(name, raising=False)
-    if token is not None:
-        patch.setenv("HF_TOKEN", token)
+    patch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    patch.setenv("HF_TOKEN", TOKEN)

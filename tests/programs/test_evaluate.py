@@ -237,7 +237,6 @@ def test_data_sets_of_clip_benchmark_have_its_lists():
     ("arguments", "message"),
     [
         ("zero-shot --data {tmp}/nothing", "nothing is at"),
-        ("retrieval --data {labels}", "has no captions"),
         ("zero-shot --data {captions}", "has no classes"),
         ("zero-shot --data {labels} --batch-size 0", "not 0"),
         ("zero-shot --data {labels} {labels} --templates simple simple simple",

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from property_tests import examples
 from waiting import wait_until
 
-from unicl_fast.objectives.targets import map_targets
 from unicl_fast.system.atomic_files import locked
 from unicl_fast.text.class_lists import (
     SIMPLE_TEMPLATES,
@@ -191,16 +190,6 @@ def test_lookup_finds_prompts_of_any_padding_and_nothing_else(imagenet, tokenize
     assert (imagenet.lookup(rows) == -1).all()
     with pytest.raises(ValueError, match="uint16"):
         imagenet.lookup(rows.astype(np.int64))
-
-
-def test_captions_and_labels_meet_through_the_target_map(tokenizer):
-    prompts = ClassPrompts([(("cat", "dog"), TEMPLATES), NO_NAMES], tokenizer)
-    captions = pad(tokenizer.encode(["Art of the dog.", "a dog on a sofa"]))
-    drawn = pad(list(prompts.tokens[prompts.rows_of(0, [1, 0], [0, 0])]))
-    labels = np.concatenate([[-1, -1], prompts.classes_of(0, [1, 0])])
-    targets = map_targets(np.concatenate([captions, drawn]), labels, prompts)
-    assert targets.class_ids[[0, 2, 3]].tolist() == [1, 1, 0]
-    assert targets.class_ids[1] >= 2**62
 
 
 names_lists = st.lists(st.sampled_from(["a", "b", "A", "a a", "b a", "c"]), max_size=4)
