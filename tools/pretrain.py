@@ -36,7 +36,7 @@ from unicl_fast.presets import AUTO, PRESETS
 from unicl_fast.system.checked_fields import plain_number, require, with_values
 from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
-from unicl_fast.system.phases import describe_phase
+from unicl_fast.system.phases import current_phase
 from unicl_fast.system.program import EXIT_ABORTED, begin_program, quick_imports
 
 from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets, with_size
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_with_torchrun()
         try:
             given = begin_program() if argv is None else list(argv)
-            with line(describe_phase, shown="--quiet" not in given):
+            with line(current_phase, shown="--quiet" not in given):
                 _main(given)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             stop(_PROGRAM, error, code=EXIT_WRONG_INPUT)

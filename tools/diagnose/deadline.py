@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unicl_fast.system.line import line
-from unicl_fast.system.phases import current_phase
+from unicl_fast.system.phases import Phase, current_phase
 
 if TYPE_CHECKING:  # it imports torch
     from .model import Measured
@@ -76,10 +76,7 @@ class Deadline:
     def _watch(self) -> None:
         later = 0.0 if self._is_main else _LAST_SECONDS  # rank 0 has to report
 
-        def describe(_: float) -> str:
-            return f"{self.phase}: {self.seconds - self.left:.0f} of {self.seconds:.0f} s"
-
-        with line(describe):
+        with line(lambda: Phase(self.phase)):
             while time.monotonic() < self._end + later:  # it moves when a run is built
                 if self._over.wait(_LOOK_SECONDS):
                     return

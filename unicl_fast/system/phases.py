@@ -30,13 +30,6 @@ def current_phase() -> Phase:
     return _now
 
 
-def describe_phase(quiet_seconds: float) -> str:
-    """Describes for a `line` the present phase of a program that marks its phases."""
-    name, step, *_ = _now
-    done = "" if step is None else f" {step:,} steps done,"
-    return name and f"{name},{done} {quiet_seconds:.0f} s"
-
-
 def mark(
     name: str, step: int | None = None, *, patience: float = 1.0, waits_for_ranks: bool = False
 ) -> None:

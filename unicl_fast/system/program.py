@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import docstring_parser
 
-from unicl_fast.system import line
 from unicl_fast.system.version import __version__
 
 _UTF8_MODE = "PYTHONUTF8"
@@ -36,7 +35,6 @@ def begin_program() -> list[str]:
         with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.enable()
     sys.stdout, sys.stderr = map(_without_broken_pipe, (sys.stdout, sys.stderr))
-    line.hooked = sys.stderr
     sys.excepthook = _end_on_ctrl_c
     if sys.argv[1:] == ["--version"]:
         print(f"unicl_fast {__version__}")
@@ -118,14 +116,6 @@ class _Output(io.FileIO):
     """Standard output or error; output is discarded once its reader has left."""
 
     def write(self, data: Any, /) -> int:
-        if (last := line.on_terminal) is None or not self.isatty():
-            return self._write(data)
-        with last.printing():
-            written = self._write(data)
-            last.note(bytes(data[:written]))
-        return written
-
-    def _write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
         except BrokenPipeError:
