@@ -20,12 +20,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.weights import WeightedDraws, Weights, are_equal
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.kernels import kernel
-from unicl_fast.system.keyed_random import (
-    fold_key,
-    random_below,
-    random_unit,
-    random_units,
-)
+from unicl_fast.system.keyed_random import fold_key, random_below, random_unit, random_units
 from unicl_fast.text.prompts import ClassPrompts
 
 from .augment import draw_rows, num_stages, row_width

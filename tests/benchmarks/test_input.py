@@ -17,15 +17,7 @@ from packed_sets import Sample, pack
 from PIL import Image
 
 from benchmarks.input import run as race
-from benchmarks.input.contenders import (
-    OURS,
-    PARTS,
-    PEERS,
-    Contender,
-    ContenderError,
-    Kind,
-    gap_to,
-)
+from benchmarks.input.contenders import OURS, PARTS, PEERS, Contender, ContenderError, Kind, gap_to
 from benchmarks.input.report import table, verdict
 from benchmarks.input.run import Input
 from benchmarks.input.worker import session_bytes

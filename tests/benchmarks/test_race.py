@@ -14,12 +14,7 @@ import pytest
 import timm
 from PIL import Image
 
-from benchmarks.race.contestants import (
-    Contestant,
-    ImageList,
-    Length,
-    register_open_clip_model,
-)
+from benchmarks.race.contestants import Contestant, ImageList, Length, register_open_clip_model
 from benchmarks.race.judge import transform_of
 from benchmarks.race.report import Interval, Outcome, curve_of, seconds_to, verdict
 from unicl_fast.checkpoints.load import build_model

@@ -8,12 +8,7 @@ import gc
 import open_clip
 import pytest
 import torch
-from open_clip_folders import (
-    config_for,
-    different_images,
-    draw_open_clip,
-    write_folder,
-)
+from open_clip_folders import config_for, different_images, draw_open_clip, write_folder
 from small_runs import real_images
 from source_runs import config_by_name, largest_differences, started, train_one_step
 

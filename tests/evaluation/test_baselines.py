@@ -6,13 +6,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
-from unicl_fast.evaluation.baselines import (
-    Figure,
-    Measured,
-    Part,
-    baselines,
-    beside_table,
-)
+from unicl_fast.evaluation.baselines import Figure, Measured, Part, baselines, beside_table
 from unicl_fast.evaluation.predicted import standardised
 from unicl_fast.evaluation.retrieval import RetrievalFeatures
 from unicl_fast.evaluation.signals import standardise

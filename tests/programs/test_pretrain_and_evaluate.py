@@ -14,15 +14,7 @@ from pathlib import Path
 import pytest
 from compared_runs import losses_of
 from PIL import Image
-from program_runs import (
-    SMALL,
-    STEPS,
-    call,
-    evaluated,
-    refusal_of,
-    run,
-    start,
-)
+from program_runs import SMALL, STEPS, call, evaluated, refusal_of, run, start
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state

@@ -4,12 +4,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from unicl_fast.system.keyed_random import (
-    fold_key,
-    fold_key_tensor,
-    random_units,
-    uniform_tensor,
-)
+from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, random_units, uniform_tensor
 
 KEY = np.uint64(fold_key(3, 1))
 COUNTERS = np.arange(20_000)

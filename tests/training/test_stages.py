@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compared_runs import (
-    IN_FP64,
-    assert_close_states,
-    assert_equal,
-    last_of,
-    losses_of,
-    state_of,
-)
+from compared_runs import IN_FP64, assert_close_states, assert_equal, last_of, losses_of, state_of
 from rank_workers import needs_full, run_on_ranks, train_each
 from small_runs import StepLoader, staged_batch, tiny_config
 

@@ -14,13 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from compared_runs import assert_equal, last_of, losses_of, state_of
-from small_runs import (
-    StepLoader,
-    labelled_loader,
-    objective_config,
-    tiny_config,
-    trainer_of,
-)
+from small_runs import StepLoader, labelled_loader, objective_config, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints

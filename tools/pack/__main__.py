@@ -22,13 +22,7 @@ from unicl_fast.distributed.signals import EXIT_FAULT
 from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.wording import (
-    count_of,
-    count_of_kind,
-    print_text,
-    shorten,
-    shorten_message,
-)
+from unicl_fast.system.wording import count_of, count_of_kind, print_text, shorten, shorten_message
 from unicl_fast.text.class_lists import fill_template
 
 from ..numbers import plain_numbers

@@ -28,11 +28,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import all_descriptions, all_labels
 from unicl_fast.evaluation.features import ModelOnRanks
-from unicl_fast.evaluation.labelled import (
-    LabelledFeatures,
-    by_column,
-    with_labels,
-)
+from unicl_fast.evaluation.labelled import LabelledFeatures, by_column, with_labels
 from unicl_fast.evaluation.predicted import PredictedWords, standardised
 from unicl_fast.evaluation.probes import linear_probe, nearest_neighbours, require_scikit_learn
 from unicl_fast.evaluation.report import (

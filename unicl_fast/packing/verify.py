@@ -29,13 +29,7 @@ from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.packed import encode_all, image_entry, text_faults
-from unicl_fast.packing.workers import (
-    Checked,
-    ImageOptions,
-    Task,
-    check_in_order,
-    make_tokenizer,
-)
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_tokenizer
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.tokenizer import Tokenizer

@@ -21,13 +21,7 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.operands import Operands
 from unicl_fast.objectives.text_columns import TextColumns
-from unicl_fast.training.encoding import (
-    Begin,
-    Encode,
-    Encoding,
-    WholeBatch,
-    encoder_input,
-)
+from unicl_fast.training.encoding import Begin, Encode, Encoding, WholeBatch, encoder_input
 from unicl_fast.training.micro_batches import MicroBatches
 from unicl_fast.training.step_clock import Part
 

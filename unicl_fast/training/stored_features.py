@@ -33,12 +33,7 @@ from unicl_fast.dataset.feature_files import (
 )
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import (
-    Ranks,
-    from_rank_0,
-    tensors_from_rank_0,
-    tensors_to_rank_0,
-)
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0, tensors_to_rank_0
 from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.phases import START_PATIENCE, mark
