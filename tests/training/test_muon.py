@@ -75,3 +75,12 @@ def test_a_parameter_without_a_gradient_stays():
     before = one.detach().clone()
     Muon([{"params": [one], "use_muon": True}], lr=1.0).step()
     assert torch.equal(one, before)
+
+
+def test_a_loss_scaler_skips_a_step_that_is_not_finite():
+    ones = [torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2)]
+    groups = [{"params": [one], "use_muon": n == 0} for n, one in enumerate(ones)]
+    optimizer, scaler = Muon(groups, lr=1.0, fused=True), torch.GradScaler("cpu")
+    scaler.scale(ones[0].sum() * torch.inf + ones[1].sum()).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(one, torch.ones(3, 3)) for one in ones)
