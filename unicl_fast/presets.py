@@ -125,12 +125,7 @@ _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
         "feature_noise": 1.0,
     },
     objective={"logit_scale_init": math.log(7)},
-    optim={
-        "name": "adamw",
-        "lr": 1e-3,
-        "betas": (0.9, 0.98),
-        "freeze": ("image", "text"),
-    },
+    optim={"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.98), "freeze": ("image", "text")},
     checkpoint={"every_steps": 0},
     run={
         "global_batch_size": 256,

@@ -19,6 +19,7 @@ from PIL import Image
 from property_tests import examples
 
 from unicl_fast.dataset import writer as shard_writer
+from unicl_fast.dataset.block_cache import Ranges
 from unicl_fast.dataset.files import LocalReader
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
@@ -328,14 +329,14 @@ def test_files_that_are_not_kept_open_are_opened_by_their_names(tmp_path, monkey
     before = len(os.listdir("/proc/self/fd"))
     numbers, buffer = np.arange(len(names)), np.zeros(80, np.uint8)
     sizes = np.array([4, 1, 1, 9, 1, 1, 6, 1])
-    whole = reader.read_ranges(numbers, np.full(8, 2), sizes, buffer, 10 * numbers)
+    whole = reader.read_ranges(Ranges(numbers, np.full(8, 2), sizes, 10 * numbers), buffer)
     assert whole.tolist() == [True] * 4 + [False] * 4
     found = [buffer[10 * i :][: sizes[i]].tobytes() for i in range(4)]
     assert found == [b"kept", b"a", b"b", b"elsewhere"]
     assert len(os.listdir("/proc/self/fd")) == before + 1
     reader.close()
     with pytest.raises(ValueError, match="has been closed"):
-        reader.read_ranges(numbers, numbers, numbers, buffer, numbers)
+        reader.read_ranges(Ranges(*[numbers] * 4), buffer)
 
 
 def test_folders_and_samples_that_cannot_be_used_are_refused(packed, tmp_path):

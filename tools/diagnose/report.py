@@ -13,11 +13,7 @@ from .advise import LEAST_GAIN, advise, find_limit, neighbours
 from .model import Cost, Measured, Stage
 
 _SHOWN_CHANGES = 3
-_SIDES = {
-    "loader": "the loader",
-    "step": "the step",
-    "loop": "after a step",
-}
+_SIDES = {"loader": "the loader", "step": "the step", "loop": "after a step"}
 
 
 def as_dict(measured: Measured) -> dict[str, Any]:

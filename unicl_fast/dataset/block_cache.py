@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -255,6 +256,18 @@ class CachedFile:
     """Identifies its content, together with its size; 16 hexadecimal digits."""
 
 
+class Ranges(NamedTuple):
+    """k ranges: sizes[i] bytes from offsets[i] of file numbers[i], for starts[i] of a buffer."""
+
+    numbers: Int64Array
+    offsets: Int64Array
+    sizes: Int64Array
+    starts: Int64Array
+
+    def take(self, which: npt.NDArray[Any]) -> "Ranges":
+        return Ranges(*(values[which] for values in self))
+
+
 class BlockReader:
     """Reads ranges of large files through the cache; safe in several threads and after a fork."""
 
@@ -285,33 +298,21 @@ class BlockReader:
         self._count(done)
         return done
 
-    def read_ranges(
-        self,
-        numbers: Int64Array,
-        offsets: Int64Array,
-        sizes: Int64Array,
-        buffer: npt.NDArray[np.uint8],
-        starts: Int64Array,
-    ) -> npt.NDArray[np.bool_]:
+    def read_ranges(self, ranges: Ranges, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Reads many ranges, as `LocalReader`, opening each block once; may raise OSError."""
-        whole = np.zeros(len(numbers), np.bool_)
-        for number in np.unique(numbers).tolist():
-            mine = np.flatnonzero(numbers == number)
-            places = offsets[mine], sizes[mine], buffer, starts[mine]
+        whole = np.zeros(len(ranges.numbers), np.bool_)
+        for number in np.unique(ranges.numbers).tolist():
+            mine = np.flatnonzero(ranges.numbers == number)
             with contextlib.suppress(FileNotFoundError):
-                whole[mine] = self._read_ranges_of(number, *places)
+                whole[mine] = self._read_ranges_of(number, ranges.take(mine), buffer)
         return whole
 
     def _read_ranges_of(
-        self,
-        number: int,
-        offsets: Int64Array,
-        sizes: Int64Array,
-        buffer: npt.NDArray[np.uint8],
-        starts: Int64Array,
+        self, number: int, ranges: Ranges, buffer: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.bool_]:
         from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
+        _, offsets, sizes, starts = ranges
         whole = np.zeros(len(offsets), np.bool_)
         blocks = offsets // self._block_bytes
         inside = (offsets + sizes - 1) // self._block_bytes == blocks

@@ -32,8 +32,8 @@ from unicl_fast.dataset.block_cache import (
     BlockReader,
     CachedFile,
     CacheOptions,
-    Int64Array,
     LargeFiles,
+    Ranges,
 )
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, shard_name
 from unicl_fast.dataset.object_store import ObjectStore
@@ -83,20 +83,11 @@ class LocalReader:
         finally:
             os.close(file)
 
-    def read_ranges(
-        self,
-        numbers: Int64Array,
-        offsets: Int64Array,
-        sizes: Int64Array,
-        buffer: npt.NDArray[np.uint8],
-        starts: Int64Array,
-    ) -> npt.NDArray[np.bool_]:
-        """Reads ranges of files: sizes[i] bytes from offsets[i] on to buffer[starts[i]].
-
-        Returns bool [k], which of them were complete; the content of the others is undefined.
-        """
+    def read_ranges(self, ranges: Ranges, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Returns bool [k], which ranges were complete; the content of the others is undefined."""
         from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
+        numbers, offsets, sizes, starts = ranges
         files = np.array([self._kept(number) for number in numbers.tolist()], np.int32)
         whole: npt.NDArray[np.bool_] = pread_ranges(files, offsets, sizes, buffer, starts)
         for i in np.flatnonzero(files < 0).tolist():

@@ -32,6 +32,7 @@ from unicl_fast.dataset.block_cache import (
     CacheOptions,
     Int64Array,
     LargeFiles,
+    Ranges,
     blocks_in,
 )
 from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
@@ -335,11 +336,10 @@ class PackedDataset:
             if not len(mine):
                 continue
             reader, number = self._reader_of(int(files[mine[0]]))
-            numbers = files[mine] + (number - files[mine[0]])
+            numbers = files + (number - files[mine[0]])
+            ranges = Ranges(numbers, offsets, sizes, starts).take(mine)
             try:
-                whole[mine] = reader.read_ranges(
-                    numbers, offsets[mine], sizes[mine], buffer, starts[mine]
-                )
+                whole[mine] = reader.read_ranges(ranges, buffer)
             except OSError as error:
                 if error.errno in _NOT_THE_FILES:
                     raise

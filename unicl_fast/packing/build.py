@@ -427,12 +427,7 @@ def _check(
     # Tasks are made as they are handed out: the size of the first image can be known by then.
     results = check(
         (
-            Task(
-                item.name,
-                item.entry,
-                item.captions,
-                answer_bytes(images, notes),
-            )
+            Task(item.name, item.entry, item.captions, answer_bytes(images, notes))
             for _, item in ahead
             if item.problem is None and item.entry is not None
         ),
