@@ -23,9 +23,6 @@ from unicl_fast.tools.pack.__main__ import main as pack
 
 pytestmark = pytest.mark.slow
 
-_TINY_STEP = ("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160")
-_TINY_INPUT = ("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1")
-
 
 @pytest.fixture(scope="module")
 def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -43,7 +40,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {"captions": captioned, "labels": labelled, "zip": Path(root)}
 
 
-def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> set[str]:
+def check(path: Path, program: str, *options: str, smallest: float) -> set[str]:
     """Runs a program for one round; returns the names of its figures, which are sound numbers."""
     main([program, *options, "--rounds", "1", "--json", str(path)])
     result = json.loads(path.read_text())
@@ -54,58 +51,37 @@ def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> s
     return set(result["figures"])
 
 
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_loss_measures_all_its_parts(packed, tmp_path):
-    options = ("--data", str(packed["captions"]), "--sizes", "64", "--batch-size", "2")
-    # 64 rows may find room in memory that the process has already
-    assert {
+_STEP = "step --batch-size 4 --image-encoder test_vit"
+_INPUT = "input --data labels --batch-size 8 --seconds 0.1 --image-size 32 --threads 1 --peers none"
+_MEASURED: dict[str, set[str]] = {
+    "loss --data captions --sizes 64 --batch-size 2": {
         "times open_clip", "64: tiled fp32 / ClipLoss fp32", "64: tiled fp32, MB above the inputs",
         "64 rows, times np.unique(axis=0)", "packed, times the cost of its real tokens",
-    } <= check(tmp_path / "loss.json", "loss", *options, smallest=0.0)  # fmt: skip
-
-
-@pytest.mark.dali
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_step_measures_its_parts(packed, tmp_path):
-    options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
-    parts = ("--parts", "open-clip", "switches", "profile")
-    found = check(tmp_path / "step.json", "step", *options, *parts)
-    assert {"ratio", "two micro-batches, times as long", "whole step, times its floor"} <= found
+    },
+    f"{_STEP} --data captions --image-size 160 --no-memory --parts open-clip switches profile": {
+        "ratio", "two micro-batches, times as long", "whole step, times its floor",
+    },
+    f"{_STEP} --image-size 32 --parts switches --data labels": {"as it is, MB above the model"},
+    f"{_INPUT} --parts none --augment none,grayscale=0.5 --caches 1 --url faulty://bench/set "
+    "--block-bytes 65536 --windows 0 64": {
+        "unicl_fast, images/s", "unicl_fast, MB", "cache 1, window 64: bytes read / needed",
+        "none,grayscale=0.5, dali: rate by CPU time against none",
+    },
+    "pack --data zip --images 24 --formats keep webp --resize short:24": {
+        "webp: unicl-pack / bare loop, by CPU time", "start of unicl-pack, s",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.dali
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_step_measures_memory(packed, tmp_path):
-    options = ("--image-encoder", "test_vit", "--image-size", "32", "--batch-size", "4")
-    parts = ("--parts", "switches", "--data", str(packed["labels"]))
-    found = check(tmp_path / "step.json", "step", *options, *parts)
-    assert "as it is, MB above the model" in found
-
-
-@pytest.mark.dali
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_input_measures_augmentation_and_a_store(packed, tmp_path):
-    options = ("--data", str(packed["labels"]), *_TINY_INPUT, "--peers", "none", "--parts", "none")
-    augment = ("--augment", "none,grayscale=0.5")
-    store = ("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64")
-    found = check(tmp_path / "input.json", "input", *options, *augment, *store, "--caches", "1")
-    assert {
-        "unicl_fast, images/s", "unicl_fast, MB",
-        "none,grayscale=0.5, dali: rate by CPU time against none",
-        "cache 1, window 64: bytes read / needed",
-    } <= found  # fmt: skip
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_pack_measures_writers(packed, tmp_path):
-    options = ("--images", "24", "--formats", "keep", "webp", "--resize", "short:24")
-    found = check(tmp_path / "pack.json", "pack", "--data", str(packed["zip"]), *options)
-    assert {"webp: unicl-pack / bare loop, by CPU time", "start of unicl-pack, s"} <= found
+@pytest.mark.parametrize("words", _MEASURED)
+def test_each_program_measures_its_parts(words, packed, tmp_path):
+    program, *options = [str(packed.get(word, word)) for word in words.split()]
+    # 64 rows may find room in memory that the process has already
+    smallest = 0.0 if program == "loss" else 1e-12
+    assert _MEASURED[words] <= check(tmp_path / "a.json", program, *options, smallest=smallest)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
