@@ -96,10 +96,6 @@ def project() -> dict[str, Any]:
 def test_the_dockerfile_copies_and_installs_what_there_is():
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    kinds = [line.split()[0] for line in lines]
-    assert set(kinds) == {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "CMD", "USER"}
-    stages = [line.split()[-1] for line in lines if line.startswith("FROM")]
-    assert stages == ["wheel", "base", "cpu", "cuda12", "cuda13"]
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for line in lines:
         if line.startswith("COPY") and "--from" not in line:
@@ -107,8 +103,7 @@ def test_the_dockerfile_copies_and_installs_what_there_is():
                 assert (ROOT / source).exists()
                 assert f"!{source}" in ignored
     extras = re.findall(r'"\$1\[(\w+)\]"', text)
-    assert extras == ["cpu", "cuda12", "cuda13"]
-    assert set(extras) <= project()["optional-dependencies"].keys()
+    assert set(extras) == {"cpu", "cuda12", "cuda13"} <= project()["optional-dependencies"].keys()
     (program,) = re.findall(r'CMD \["([\w-]+)"\]', text)
     assert program in project()["scripts"]
     # setup.py maps these folders into the package

@@ -5,6 +5,7 @@ Each function makes one in an empty folder and reads it; a child runs it under l
 
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import struct
@@ -35,53 +36,32 @@ def read_tokenizer(folder: Path, **changes: Any) -> None:
     FileTokenizer(str(folder), 16).encode(["a banana " * 1000] * 64)
 
 
-def replace(content: str, **pattern: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": pattern, "content": content}
+def replaces(content: str, count: int, **pattern: str) -> dict[str, Any]:
+    rule = {"type": "Replace", "pattern": pattern, "content": content}
+    return {"type": "Sequence", "normalizers": [rule] * count}
 
 
-def growing_replaces(folder: Path) -> None:
-    rules = [replace("a" * 100, String="a")] * 5
-    read_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": rules})
-
-
-def growing_expressions(folder: Path) -> None:
-    rules = [replace("xx", Regex="(?=.)")] * 20
-    read_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": rules})
-
-
-def growing_map(folder: Path) -> None:
-    charsmap = struct.pack("<I", 8) + bytes(8) + b"x" * MB + b"\0"
-    rule = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
-    read_tokenizer(folder, normalizer=rule)
-
-
-def growing_decoder(folder: Path) -> None:
-    read_tokenizer(folder, decoder=replace("a" * 1000, String="a"))
-
-
-def backtracking_split(folder: Path) -> None:
-    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated"}
-    read_tokenizer(folder, pre_tokenizer=split | {"invert": False})
-
-
-def long_template(folder: Path) -> None:
-    special = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
-    parts: list[Any] = [{"Sequence": {"id": "A", "type_id": 0}}]
-    parts += [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 200_000
-    template = {"type": "TemplateProcessing", "single": parts, "pair": parts[:1]}
-    read_tokenizer(folder, post_processor=template | {"special_tokens": {"</s>": special}})
-
-
-def doubling_templates(folder: Path) -> None:
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    other = {"Sequence": {"id": "B", "type_id": 1}}
-    template = {"type": "TemplateProcessing", "single": [text] * 4, "pair": [text, other]}
-    rules = [template | {"special_tokens": {}}] * 20
-    read_tokenizer(folder, post_processor={"type": "Sequence", "processors": rules})
-
-
-def large_id(folder: Path) -> None:
-    read_tokenizer(folder, model={"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "a"})
+CHARS = base64.b64encode(struct.pack("<I", 8) + bytes(8) + b"x" * MB + b"\0").decode()
+BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated"}
+TEXT, OTHER = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+END = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+LONG = {
+    "type": "TemplateProcessing",
+    "single": [TEXT, *[{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 200_000],
+    **{"pair": [TEXT], "special_tokens": {"</s>": END}},
+}
+DOUBLING = LONG | {"single": [TEXT] * 4, "pair": [TEXT, OTHER], "special_tokens": {}}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "growing_replaces": {"normalizer": replaces("a" * 100, 5, String="a")},
+    "growing_expressions": {"normalizer": replaces("xx", 20, Regex="(?=.)")},
+    "growing_map": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARS}},
+    "growing_decoder": {"decoder": replaces("a" * 1000, 1, String="a")["normalizers"][0]},
+    "backtracking_split": {"pre_tokenizer": BACKTRACKING | {"invert": False}},
+    "long_template": {"post_processor": LONG},
+    "doubling_templates": {"post_processor": {"type": "Sequence", "processors": [DOUBLING] * 20}},
+    "large_id": {"model": {"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "a"}},
+}
+"""What each has of its own in tokenizer.json."""
 
 
 # Weights, adapters and settings
@@ -199,35 +179,36 @@ def long_question(folder: Path) -> None:
     msgspec.json.decode(json.dumps({"text": "x" * 80 * MB}), type=SearchQuestion)
 
 
-ENTRANCES: dict[Callable[[Path], None], str] = {
-    growing_replaces: "can make 10,000,000,000 characters of one",
-    growing_expressions: "characters of one",
-    growing_map: "characters of one|no tokenizer",
-    growing_decoder: "can make 1,000 characters of one",
-    backtracking_split: "the tokenizer failed .*retry-limit.* on an ordinary text",
-    long_template: "a row has 200,0.. tokens, and the context 16",
-    doubling_templates: "the tokenizer failed",
-    large_id: "its ids go up to 4,294,967,295",
-    long_safetensors_header: "lists its tensors in",
-    lying_safetensors_header: "is no safetensors file",
-    wide_model: "",
-    long_model_type: "",
-    zip_bomb: "",
-    long_caption: "captions of at most 100,000 are read",
-    long_field: "captions of at most 100,000 are read",
-    endless_object: "were requested",
-    endless_small_object: "is too large",
-    long_headers: "could not be asked for its size",
-    long_question: "Expected `str` of length <= 100000",
+ENTRANCES: dict[str, str] = {
+    "growing_replaces": "can make 10,000,000,000 characters of one",
+    "growing_expressions": "characters of one",
+    "growing_map": "characters of one|no tokenizer",
+    "growing_decoder": "can make 1,000 characters of one",
+    "backtracking_split": "the tokenizer failed .*retry-limit.* on an ordinary text",
+    "long_template": "a row has 200,0.. tokens, and the context 16",
+    "doubling_templates": "the tokenizer failed",
+    "large_id": "its ids go up to 4,294,967,295",
+    "long_safetensors_header": "lists its tensors in",
+    "lying_safetensors_header": "is no safetensors file",
+    "wide_model": "",
+    "long_model_type": "",
+    "zip_bomb": "",
+    "long_caption": "captions of at most 100,000 are read",
+    "long_field": "captions of at most 100,000 are read",
+    "endless_object": "were requested",
+    "endless_small_object": "is too large",
+    "long_headers": "could not be asked for its size",
+    "long_question": "Expected `str` of length <= 100000",
 }
-"""What reads each, and the refusal."""
+"""Each, by the name of a tokenizer or of what makes and reads it, and the refusal."""
 
 
 def enter(task: tuple[str, str]) -> str:
     """In the child: the refusal, "" for none."""
     name, folder = task
+    read = globals().get(name) or functools.partial(read_tokenizer, **TOKENIZERS[name])
     try:
-        globals()[name](Path(folder))
+        read(Path(folder))
     except (ValueError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

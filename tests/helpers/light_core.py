@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ABSENT = ("nvidia.dali", "matplotlib", "tensorboard", "starlette", "sklearn", "faiss")
+ABSENT += ("apex", "amp_C", "triton", "peft")
 sys.modules.update(dict.fromkeys(ABSENT))  # any import of them fails, where they are installed too
 
 import torch  # noqa: E402
@@ -20,7 +21,7 @@ from unicl_fast.batch import ListLoader  # noqa: E402
 from unicl_fast.objectives.targets import collate  # noqa: E402
 from unicl_fast.training.assembly import make_trainer  # noqa: E402
 
-NEED_EXTRAS = ("objectives.loss_triton", "packing.sources.parquet_rows", "evaluation.serving")
+NEED_EXTRAS = ("loss_triton", "window_attention", "sources.parquet_rows", "evaluation.serving")
 """Modules that are imported where triton, pyarrow and Starlette are there."""
 
 
@@ -33,6 +34,13 @@ def main(folder: Path) -> None:
             if not module.name.endswith(NEED_EXTRAS):
                 importlib.import_module(module.name)
     assert not {"open_clip", "jinja2", "ftfy", "onnx"} & sys.modules.keys()
+    importlib.import_module("unicl_fast.pipelines.feature_loader")
+    said = ""
+    try:
+        importlib.import_module("unicl_fast.pipelines.train_loader")
+    except ModuleNotFoundError as error:
+        said = str(error)
+    assert "[cuda12]" in said, said or "imported without DALI"
     texts = Tokenizer()(["a red square", "a blue square", "a dog"] * 4)
     images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
     batches = [collate(images, texts, torch.full((12,), -1))]

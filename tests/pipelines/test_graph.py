@@ -19,9 +19,7 @@ What is known to differ, and by how much (levels of 255; the limits below are th
 """
 
 import dataclasses
-import importlib
 import io
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -31,7 +29,6 @@ import numba
 import numpy as np
 import pytest
 import torch
-from children import run_in_child
 from nvidia.dali.plugin.numba import NumbaFunction
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from packed_sets import Sample, pack
@@ -251,16 +248,6 @@ def test_a_dali_that_calls_functions_in_another_way_is_refused(monkeypatch, meth
     monkeypatch.setattr(NumbaFunction, method, lambda *_: numba.types.void(numba.types.int32))
     with pytest.raises(RuntimeError, match=r"from 2\.2 to 2\.4.*data\.resample=dali"):
         resample_operator(32, "bilinear")
-
-
-def test_without_dali_the_message_says_what_to_install():
-    def import_without_dali() -> None:
-        sys.modules["nvidia.dali"] = None
-        importlib.import_module("unicl_fast.pipelines.feature_loader")  # needs none
-        with pytest.raises(ModuleNotFoundError, match=r"\[cuda12\]"):
-            importlib.import_module("unicl_fast.pipelines.train_loader")
-
-    run_in_child(import_without_dali, forget="unicl_fast.pipelines")
 
 
 @pytest.mark.gpu
