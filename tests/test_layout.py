@@ -154,6 +154,7 @@ def test_the_lock_file_is_of_these_requirements_and_names_public_hosts_alone():
         for one in map(Requirement, lines)
     }
     assert {(name, SpecifierSet(versions), extra) for name, versions, extra in locked} == asked
+    assert len(asked) == sum(map(len, lists.values()))  # no extra names a package twice
 
 
 def test_every_optional_tool_that_a_test_asks_for_is_named():

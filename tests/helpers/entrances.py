@@ -200,7 +200,7 @@ ENTRANCES: dict[str, str] = {
     "long_headers": "could not be asked for its size",
     "long_question": "Expected `str` of length <= 100000",
 }
-"""Each, by the name of a tokenizer or of what makes and reads it, and the refusal."""
+"""The refusal at each entrance, by its name: one of TOKENIZERS or a function above."""
 
 
 def enter(task: tuple[str, str]) -> str:

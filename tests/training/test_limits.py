@@ -72,6 +72,7 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
         (1, {}),
         (4, {"micro_batch_size": 5, "precision": "bf16"}),
         (4, {"optimizer": "lamb"}),
+        (4, {"optimizer": "muon", "precision": "fp32"}),
         # its BatchNorm takes in all that it sees
         (4, {"image_encoder": "unicl_convnet7_small", "precision": "fp32"}),
     ],

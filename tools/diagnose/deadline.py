@@ -1,4 +1,4 @@
-"""Ends a diagnosis at its deadline, and shows how far it is.
+"""Ends a diagnosis at its deadline, and names what takes long in it.
 
 Python cannot interrupt a loader that hangs, so a thread ends the process.
 """
@@ -61,7 +61,7 @@ class Deadline:
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
-        """Shows the present phase and enforces the deadline during the block."""
+        """Names each long phase once and enforces the deadline during the block."""
         self._thread.start()
         try:
             yield
@@ -75,7 +75,6 @@ class Deadline:
 
     def _watch(self) -> None:
         later = 0.0 if self._is_main else _LAST_SECONDS  # rank 0 has to report
-
         with line(lambda: Phase(self.phase)):
             while time.monotonic() < self._end + later:  # it moves when a run is built
                 if self._over.wait(_LOOK_SECONDS):

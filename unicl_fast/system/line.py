@@ -1,4 +1,4 @@
-"""Lines about work that cannot be counted: what takes long is named once. `bar` is for the rest."""
+"""Lines about work: what takes long is named once. What can be counted has a `bar` as well."""
 
 import contextlib
 import os

@@ -30,14 +30,17 @@ class Muon(torch.optim.AdamW):
     """Muon for groups in which `use_muon` is true, AdamW for the others.
 
     Parameters with more than two dimensions are matrices of their first dimension by all others.
-    `lr` is of AdamW's size; `betas`, `eps` and `fused` are AdamW's. Groups can override lr and
-    weight_decay.
+    `lr` is of AdamW's size; `betas`, `eps` and `fused` are AdamW's, whose other settings are not
+    for matrices. Groups can override lr and weight_decay.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
         super().__init__(groups, weight_decay=0.0, **settings)
-        # or GradScaler would leave it to the fused AdamW to skip steps with non-finite gradients
+        # the fused AdamW clips, and skips what is not finite, by itself; matrices are not its own
         self._step_supports_amp_scaling = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects its own state of all
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

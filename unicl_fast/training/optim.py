@@ -192,7 +192,8 @@ def update(
     """
     # torch's fused AdamW reads factor and flag on the device; for others gradients are divided and
     # the host reads the flag. Zeroed gradients would not do: weight decay and averages still move
-    is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # which GradScaler asks for
+    is_fused = is_fused and isinstance(optimizer, torch.optim.AdamW)
     if not is_fused and leave_out.item():
         return
     # as torch's clip_grad_norm_

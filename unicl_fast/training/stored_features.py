@@ -198,8 +198,7 @@ class _Images:
         ):
             batches = itertools.islice(loader.batches(first), steps - first)
             for number in range(first + 1, steps + 1):
-                phase = f"storing features of batch {number} of {steps}"
-                mark(phase, patience=START_PATIENCE, waits_for_ranks=True)
+                mark("storing features", number, patience=START_PATIENCE, waits_for_ranks=True)
                 batch = next(batches)
                 if number == first + 1:
                     on_first_batch(batch)
@@ -279,8 +278,7 @@ def stored_text_features(
         ]
         for number, batch in enumerate(batches):
             if number % ranks.world_size == ranks.rank:
-                mark(f"storing features of text {batch[0]} of {len(wanted)}",
-                     patience=START_PATIENCE)  # fmt: skip
+                mark("storing features of texts", number, patience=START_PATIENCE)
                 rows = wanted[batch, : max(1, int(lengths[batch[0]]))]
                 yield np.array(batch), bits_of(_encode_texts(model, rows, ranks))
             bar.update(len(batch))
