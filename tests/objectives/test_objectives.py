@@ -158,10 +158,10 @@ slow, long = pytest.mark.slow, pytest.mark.long
 @pytest.mark.parametrize(
     ("world_size", "chosen", "efficiency"),
     [
-        pytest.param(4, FEW, {}, id="4"),
+        pytest.param(2, FEW, {}, id="2"),
         pytest.param(1, *MICRO, id="1, micro-batches"),
         pytest.param(3, *MICRO, id="3, micro-batches", marks=slow),
-        pytest.param(2, {*OBJECTIVES} - {*FEW}, {}, id="2, others", marks=slow),
+        pytest.param(4, {*OBJECTIVES} - {*FEW}, {}, id="4, others", marks=slow),
         pytest.param(3, [*OBJECTIVES], {}, id="3, all", marks=long),
         pytest.param(2, FEW[:1], COMPILED, id="2, blocks", marks=long),
     ],
