@@ -1,7 +1,7 @@
 """Crops that are made without DALI: of small JPEGs, and of images that are stored decoded.
 
-An image of 32 pixels a side takes 3 us here, less than DALI spends on handling it, so Python
-does no work per image.
+An image of 32 pixels a side takes 3 us here, less than DALI spends on handling it, so a batch is
+one call.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _GROUP_BYTES = 8_000_000
 def are_small_jpegs(datasets: Sequence[PackedDataset], data: DataConfig) -> bool:
     """Whether images are small, and the first ones of each data set are JPEGs.
 
-    Packing has shuffled the samples, so the first ones are representative.
+    The first ones are typical, as for `mean_image_bytes`.
     """
     try:
         return mean_image_bytes(datasets, data) <= _SMALL_IMAGE_BYTES and all(
@@ -125,8 +125,7 @@ class CropBatches:
         parts = np.split(crops, len(actual))
         return [
             HostBatch(
-                inputs=(own, *augment_inputs(batch)),
-                metadata=self._steps.metadata_of(step, batch),
+                inputs=(own, *augment_inputs(batch)), metadata=self._steps.metadata_of(step, batch)
             )
             for step, batch, own in zip(planned, actual, parts, strict=True)
         ]

@@ -61,10 +61,7 @@ class EvaluationLoader:
         self._build = partial(build_evaluation_graph, data=data, device=self._decode_device)
         window_bytes = mean_image_bytes([dataset], data)
         self.pace = choose_pace(
-            data,
-            self._decode_device,
-            num_images=batch_size,
-            window_bytes=window_bytes,
+            data, self._decode_device, num_images=batch_size, window_bytes=window_bytes
         )
         if self._decode_device.type == "cpu":
             while batch_size > 1 and batch_size * window_bytes > _MOST_DECODED:

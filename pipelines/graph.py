@@ -36,7 +36,7 @@ NextInputs = Callable[[], tuple[Any, ...]]
 
 HW_DECODER_LOAD = 0.0
 """Part of a batch's JPEGs for the hardware decoder of a GPU that has one; its cores decode the
-others. None until a busy H100 has passed `trial.py`: its engine ignores the order of streams, and
+others. Zero until a busy H100 has passed `trial.py`: its engine ignores the order of streams, and
 others saw 134 of 200 rounds corrupted (torchcodec PR 1634, vision PR 9606). DALI's default is 0.65.
 """
 # DALI widens these filters when it shrinks an image (antialias=True); linear is then the

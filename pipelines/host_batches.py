@@ -86,7 +86,7 @@ def augment_inputs(planned: PlannedBatch) -> tuple[NDArray[np.float32], ...]:
 
 def mean_image_bytes(datasets: Sequence[PackedDataset], data: DataConfig) -> float:
     """Mean bytes of a decoded image, for the data set with the largest."""
-    # packing has shuffled the samples, so the first ones are representative
+    # packing has shuffled the samples, or in place their files: the first ones are typical
     samples = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
     means = [np.mean(rows["height"].astype(np.float64) * rows["width"]) for rows in samples]
     return 3 * min(float(max(means)), data.max_pixels)  # larger images are not decoded

@@ -58,7 +58,7 @@ def _first_images(
     """Files of images, and their heights and widths, int64 [b 2]."""
     files, shapes = [], []
     for dataset in datasets:
-        # packing has shuffled the samples, so the first ones are representative
+        # as for `mean_image_bytes`
         for index, row in enumerate(dataset.samples[:_IMAGES]):
             try:
                 files.append(dataset.image_bytes(index, verify=True, max_pixels=data.max_pixels))

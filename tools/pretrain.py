@@ -103,8 +103,7 @@ class PretrainArguments(TrainConfig):
     """Times to restart all ranks after one has died. They resume from the newest checkpoint. (Only
     ranks that --nproc starts; torchrun has a flag of that name for its own.)"""
     ledger: bool = False
-    """Record the samples of every step for unicl-ledger, in --out/ledger. A run that has a ledger
-    always continues it."""
+    """Record the samples of every step for unicl-ledger, in --out/ledger; later starts continue."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

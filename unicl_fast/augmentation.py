@@ -113,7 +113,7 @@ _FIELDS = typing.get_type_hints(Augmentation)
 _JITTER = ("brightness", "contrast", "saturation")
 _LEFT = dict.fromkeys(("views", "blur", "blur_sigma"), "leave it out") | {
     "supcon": "without its second view and its blur it is none,crop_scale=0.2..1,jitter=0.4,"
-    "hue=0.1,jitter_probability=0.8,grayscale=0.2",
+    "hue=0.1,jitter_probability=0.8,grayscale=0.2"
 }
 """Fields and a preset of earlier versions, and what replaces them."""
 

@@ -146,7 +146,7 @@ class ReadingTime:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Counts the time inside, in any thread, as reading."""
+        """Counts the time inside, in any thread, less the thread's CPU time, as reading."""
         computed, begun = time.thread_time(), time.perf_counter()
         yield
         passed = time.perf_counter() - begun - (time.thread_time() - computed)
@@ -156,7 +156,10 @@ class ReadingTime:
 
 @runtime_checkable
 class Loader(Protocol):
-    """Feeds a trainer, which releases a batch before it requests the next one."""
+    """Feeds a trainer.
+
+    It releases a batch before it requests the next one, on several ranks before the one after that.
+    """
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yields the batches of steps `start_step`, `start_step + 1`, ... without end."""
@@ -215,7 +218,7 @@ def copied_ahead(
 
     A thread draws, pins and copies a batch as soon as the one before it is yielded, on a stream for
     which the device's current stream waits. The host waits only for the batch to be made, never for
-    the device, which holds two batches. Closing the generator closes `batches`.
+    the device, which holds two batches or three. Closing the generator closes `batches`.
     """
     copies = _copies_to(device)
 

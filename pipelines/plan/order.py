@@ -122,7 +122,7 @@ def permute_in_shuffle_windows(
     [0, size) is cut into pieces of `window` / 16 neighbours, and the pieces are permuted. 16 pieces
     that then follow each other are a shuffle window (fewer where windows are to be of nearly equal
     size), of at most `window` elements. So all draws from one shuffle window need its pieces and
-    nothing else. Packing has shuffled the samples, so neighbours have nothing in common.
+    nothing else. Packing has shuffled the samples, or in place the files of samples.
 
     Without `groups` the elements of a window are permuted. With them the window is cut into a part
     for each group, beginning anywhere in it, and each part is permuted. Two samples of a window

@@ -76,8 +76,7 @@ class PlannedBatch:
     templates: Int64Array
     """Number of the prompt's template; -1 if the text is a caption."""
     augment_rows: NDArray[np.float32]
-    """[b k] the augmentation beyond the window, columns as in `augment.Column`; k is 0 if no source
-    augments."""
+    """[b k] augmentation beyond the window, columns as in `augment.Column`; k is 0 without any."""
 
 
 def source_of(

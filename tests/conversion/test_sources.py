@@ -741,12 +741,7 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path):
     ],
 )
 def test_an_adapter_of_other_shapes_than_its_layer_is_refused_before_any_product(
-    b,
-    a,
-    magnitude,
-    change,
-    message,
-    tmp_path,
+    b, a, magnitude, change, message, tmp_path
 ):
     values = {"peft_type": "LORA", "r": 1, "lora_alpha": 8, "use_dora": True} | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))

@@ -167,6 +167,10 @@ def test_another_tokenizer_reads_captions_once_into_the_cache(local, cache, tmp_
         last = len(again) - 1
         expected = tokenizer.encode([f"noise {last}"])[0]
         assert np.array_equal(again.caption_tokens(last, 0), expected)
+        (rows,) = (tmp_path / "elsewhere").glob("*/tokens.npy")
+        os.truncate(rows, 200)
+        with pytest.raises(DamagedDatasetError, match=f"{rows} was cut"):
+            again.check_arrays()
 
 
 def test_samples_are_those_of_the_folder_and_come_once(local, cache):

@@ -166,8 +166,7 @@ EXECUTED = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long if "-" in name else ()) for name in EXECUTED],
+    "name", [pytest.param(name, marks=pytest.mark.long if "-" in name else ()) for name in EXECUTED]
 )
 def test_a_compiled_block_computes_what_fp64_does(stand_in, tmp_path, name):
     """Result and gradients; Inductor's kernels and those of windows are executed as PTX."""

@@ -92,9 +92,7 @@ STARTED: list[subprocess.Popen[str]] = []
 
 
 def start(
-    *arguments: str | Path,
-    env: Mapping[str, str] = {},
-    torchrun: Sequence[str] | None = None,
+    *arguments: str | Path, env: Mapping[str, str] = {}, torchrun: Sequence[str] | None = None
 ) -> subprocess.Popen[str]:
     """Starts unicl-pretrain, by itself or by options of torchrun on two ranks."""
     launcher = ["-m"]

@@ -143,13 +143,7 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images):
 
 
 # One for each thing that ranks exchange: classes and texts, memberships.
-FEW = [
-    "unicl",
-    "unicl, labels",
-    "ce, labels",
-    "sigmoid, labels",
-    "unicl, weighted labels",
-]
+FEW = ["unicl", "unicl, labels", "ce, labels", "sigmoid, labels", "unicl, weighted labels"]
 MICRO = ["unicl, labels", "unicl, weighted labels", "sigmoid"], {"micro_batch_size": 3}
 COMPILED = {"compile": "blocks", "activation_checkpointing": True}
 slow, long = pytest.mark.slow, pytest.mark.long

@@ -89,22 +89,21 @@ def place(shared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(shared):
+def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(shared, caplog):
     index, packed = shared / "index", shared / "packed"
     assert samples_of(index) == samples_of(packed)
     assert left_out(index) == left_out(packed)
     assert len(left_out(index)) == 3
     assert faults_of(index, decode=True) == []
+    for folder, is_random in ((packed, True), (index, False)):
+        PackedDataset(folder, fraction=0.5).close()
+        assert ("are those of its first files" in caplog.text) != is_random
     with PackedDataset(index) as dataset:
         own = [i for i in range(len(dataset)) if dataset.sources.place_of(i) is None]
         assert len(own) == 3, "the turned ones"
         # samples of a tar follow each other in its order, so that a store is read once
-        keys = [
-            (place.file, place.offset)
-            for i in range(len(dataset))
-            if (place := dataset.sources.place_of(i)) is not None
-        ]
-        assert keys == sorted(keys)
+        places = [one for i in range(len(dataset)) if (one := dataset.sources.place_of(i))]
+        assert places == sorted(places)
         shard = (index / "shard-000000.tar").read_bytes()
         assert all(
             (dataset.image_bytes(i).tobytes() in shard) == (i in own) for i in range(len(dataset))

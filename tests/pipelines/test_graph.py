@@ -171,8 +171,7 @@ def test_decoding_a_window_equals_cutting_the_decoded_image(captioned, resample)
 
 @both_resamplers
 @pytest.mark.parametrize(
-    ("kind", "resize", "crop"),
-    [("labelled", 256, 224), ("captioned", 37, 32)],
+    ("kind", "resize", "crop"), [("labelled", 256, 224), ("captioned", 37, 32)]
 )
 def test_evaluation_images_equal_torchvision_s_resize_and_centre_crop(
     kind, resize, crop, resample, request

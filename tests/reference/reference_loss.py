@@ -9,10 +9,7 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
 
 
 def unified_contrastive_loss(
-    images: np.ndarray,
-    texts: np.ndarray,
-    classes: np.ndarray,
-    scale: float,
+    images: np.ndarray, texts: np.ndarray, classes: np.ndarray, scale: float
 ) -> tuple[float, float]:
     """L_i2t and L_t2i of n images and n texts, one text for each image."""
     n = len(images)

@@ -19,10 +19,7 @@ TOWER = ("image", "image_projection")
 
 
 def config_of(
-    *frozen: str,
-    drop_path: float | None = None,
-    every_steps: int = 1,
-    **settings: object,
+    *frozen: str, drop_path: float | None = None, every_steps: int = 1, **settings: object
 ) -> TrainConfig:
     config = tiny_config(**settings)
     return config.changed(

@@ -164,3 +164,6 @@ def test_lines_that_are_written_a_step_later_are_the_same(images, tmp_path, monk
     assert lines_of(tmp_path / "later") == at_once
     # steps 3, 6 and 8 evaluate, and step 4 saves
     assert written_at == [2, 3, 3, 4, 6, 6, 8, 8]
+    ends = lambda _, run, *given, **values: setattr(run, "ends_early", run.step == 5)  # noqa: E731
+    monkeypatch.setattr(DatasetNumbers, "on_step", ends)
+    assert [line["step"] for line in lines_of(tmp_path / "ended")] == [1, 2, 3, 3, 4, 5]

@@ -97,8 +97,7 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
         stages = ("0.4:image_size=16,global_batch_size=8", "0.4:image_size=24,context_length=7")
     config = config_of(*stages, image_encoder=image_encoder)
     config = config.changed(
-        checkpoint={"every_steps": 1, "best": "none"},
-        run={"evaluate_every_steps": 1},
+        checkpoint={"every_steps": 1, "best": "none"}, run={"evaluate_every_steps": 1}
     )
     shown = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     evaluations = {"eval": lambda model: {"top1": float(model.encode_image(shown).detach().sum())}}

@@ -30,8 +30,7 @@ class Bases(Written):
     most_images: Number | None = None
     """Compare on at most this many images of either part, to save time."""
     features: str = "auto"
-    """Folder that keeps features of images and texts, by checksums: auto is in the user's cache,
-    none keeps nothing."""
+    """Folder that keeps features, by checksums: auto is in the user's cache, none keeps nothing."""
 
     def check(self) -> None:
         from unicl_fast.evaluation.outside import SCHEME, find_files

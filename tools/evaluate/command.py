@@ -136,8 +136,7 @@ class RankedCommand(ModelCommand):
     """A command that encodes data sets; several ranks can share them."""
 
     nproc: Number = 1
-    """Ranks to start on this machine, which share the images; leave it at 1 under torchrun or
-    SLURM."""
+    """Ranks to start on this machine, which share the images; 1 under torchrun or SLURM."""
     batch_size: Number = 256
     """Images encoded at once by each rank; a CPU encodes at most 32."""
 

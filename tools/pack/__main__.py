@@ -45,8 +45,7 @@ class _SourcesAndOut:
     """Class folders, lists, archives, packed data sets. Data under URLs are first copied into
     OUT.partial."""
     out: str
-    """Folder to make, or URL (s3://bucket/folder). It must be new or empty, and appears when it is
-    complete."""
+    """New or empty folder, or URL (s3://bucket/folder). It appears when it is complete."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,10 +71,7 @@ class Inspect:
         from unicl_fast.packing.page import make_page
 
         inspection = inspect_dataset(
-            folder,
-            near=self.near,
-            near_distance=self.near_distance,
-            workers=self.workers,
+            folder, near=self.near, near_distance=self.near_distance, workers=self.workers
         )
         if is_url(self.folder):  # the copy will be removed
             inspection = dataclasses.replace(inspection, folder=without_secrets(self.folder))

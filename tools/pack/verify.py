@@ -48,8 +48,7 @@ class Verify:
     folder: Annotated[OneDataSet, tyro.conf.Positional]
     """The data set; one under a URL is copied, checked and removed."""
     decode: bool = True
-    """Decode all images, which costs most of the time. A raw data set's images are decoded
-    already."""
+    """Decode all images, which costs most of the time (a raw data set's are decoded already)."""
     show: int = 20
     """Faults to print; the others are counted."""
     list: Path | None = None

@@ -75,8 +75,7 @@ class CheckpointState:
     run_id: str
     """Stays the same when a run resumes."""
     base: str = ""
-    """xxh3 of the weights that it leaves out and `model.init` of its config names; empty if it has
-    all weights."""
+    """xxh3 of weights that it leaves out and `model.init` names; empty if it has all weights."""
 
 
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:

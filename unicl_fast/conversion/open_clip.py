@@ -53,11 +53,7 @@ _RESNETS = {
     (128, 3, 15, 36, 10): "resnet50x64_clip",
 }
 """Width and layers of each stage to timm's name."""
-_POOLERS = {
-    "mean": "mean_pooler",
-    "cls": "cls_last_hidden_state_pooler",
-    "pooler": "cls_pooler",
-}
+_POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _MATRICES = {
     "visual.proj": "image_projection",

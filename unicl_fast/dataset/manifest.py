@@ -89,8 +89,7 @@ class Manifest:
     seed: Count
     tool_version: str
     license: str = ""
-    """The license of the data, in the packer's words; empty (and no field in the file) if not
-    given."""
+    """The license of the data, in the packer's words; if empty, the file has no such field."""
     pixels: PixelsInfo | None = None
     """The array of images; None (and no field in the file) if they are in the shards."""
     in_place: InPlaceInfo | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, PPM_FORMAT_VERSION, Manif
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.images.encoded_images import ppm_bytes
 from unicl_fast.system.checksums import compare_checksum, file_checksum, read_checksums
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["image", "members"]
 """A part of a sample: its image, or its members in a shard, which raw data sets store apart."""
@@ -88,7 +91,7 @@ class PackedDataset:
         Args:
             folder: a path, or a URL such as s3://bucket/folder, written by `unicl-pack build`.
             fraction: part of its samples to use, in (0, 1]: the first ones, at least one. Packing
-                has shuffled them, so this is a fixed random part.
+                has shuffled them, so this is a fixed random part; in place, of files.
             max_bad_fraction: as for `check_files`. Only for training, which feeds other samples; an
                 evaluation would count wrong. None is for callers that report damage themselves.
             verify: compare arrays with their checksums, and each reference with its target: about a
@@ -145,6 +148,12 @@ class PackedDataset:
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
+            if num_used < total and self.sources is not None and len(self.sources) < total:
+                logger.warning(
+                    "%s is in place: %d of its samples are those of its first files, a random part "
+                    "only if each file's own samples are in random order",
+                    self.location, num_used,
+                )  # fmt: skip
             checksums, path = read_checksums(self.folder), self.folder / MANIFEST_NAME
             self.largest_token = verify_arrays(
                 self.folder, self.manifest, dtypes_of(self.manifest), checksums=checksums
@@ -440,10 +449,11 @@ class PackedDataset:
         for name, array in arrays.items():
             mapped = mapping_of(array)
             if mapped is not None and mapped.size() < len(mapped):
+                others = self._tokens_folder if name in ("captions", "tokens") else None
                 raise DamagedDatasetError(
-                    f"{self.folder / name}.npy was cut from {len(mapped)} to {mapped.size()} bytes "
-                    "while it was in use: copy the data set again, and replace files under a "
-                    "running job by renaming, not in place"
+                    f"{(others or self.folder) / name}.npy was cut from {len(mapped)} to "
+                    f"{mapped.size()} bytes while it was in use: copy the data set again, and "
+                    "replace files under a running job by renaming, not in place"
                 )
 
     def new_reader(self) -> FileReader:

@@ -207,8 +207,8 @@ def _from_bytes(content: UInt8[Tensor, " n"]) -> Any:
 class PendingMaximum:
     """The maximum of an integer over ranks, requested early and waited for late.
 
-    Ranks on GPUs use NCCL, whose trees have 1,024 answers in 0.2 ms; gloo's ring needs 100 ms.
-    `wait` then waits for all earlier work of the device, so request it a step ahead.
+    Ranks on GPUs use NCCL, whose trees gather 1,024 ranks' answers in 0.2 ms; gloo's ring needs
+    100 ms. NCCL's exchanges follow each other, so request it a step ahead.
     """
 
     def __init__(self, value: int, ranks: Ranks) -> None:

@@ -129,7 +129,7 @@ def open_data(
     Specs, class names and templates are written as for `unicl-eval zero-shot`; by default they are
     the data's own. Rank 0 packs unpacked sources while the others wait, including images outside
     class folders if `takes_loose`. `name` is for tables, by default `short_name`. At most
-    `most_images` are used, the first ones, which packing has drawn at random.
+    `most_images` are used, as a `fraction` of the data set.
 
     Raises:
         ValueError: not such a data set, or class names that differ from its own in number or order.

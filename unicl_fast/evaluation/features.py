@@ -224,10 +224,7 @@ class ModelOnRanks:
 
 @contextlib.contextmanager
 def model_on_ranks(
-    checkpoint: str | Path,
-    *,
-    device: str = "auto",
-    batch_size: int = 256,
+    checkpoint: str | Path, *, device: str = "auto", batch_size: int = 256
 ) -> Iterator[ModelOnRanks]:
     """A model on the ranks that torchrun, SLURM or `--nproc` started, which share the work.
 

@@ -64,8 +64,7 @@ class Found:
     sample: int
     """Its number in the data set."""
     score: float
-    """Cosine with the query, in -1 to 1; of several signals their mean, in standard deviations
-    above the data set's mean."""
+    """Cosine with the query; of several signals their mean, in deviations above the set's mean."""
     caption: str
     """The first one, or empty."""
     labels: tuple[str, ...]

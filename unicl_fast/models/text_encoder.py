@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from unicl_fast.config import Activation, ModelConfig
 
 _TOKEN_STD, _POSITION_STD = 0.02, 0.01
-"""Standard deviations of initial embeddings. If positions were as large as tokens, texts would
-start out nearly equal."""
+"""Deviations of initial embeddings; with positions as large as tokens, texts begin nearly equal."""
 
 VarlenAttention = Callable[..., Tensor]
 """`torch.nn.attention.varlen.varlen_attn`, or an equivalent."""

@@ -145,7 +145,7 @@ class UniCL(nn.Module, Configured):
         self.learnt_names = tuple(learnt)
 
     def _build_head(self, tower: Tower, width: int, config: ModelConfig) -> None:
-        """Draws a projection into the common space, as CLIP's: about preserves the features' norm.
+        """Draws a projection into the common space, like CLIP's; features about keep their norm.
 
         An MLP has the shapes of open_clip's, so that it can be exported (timm_proj=mlp).
         """
@@ -186,8 +186,8 @@ class UniCL(nn.Module, Configured):
     ) -> None:
         """Sets the statistics by which `model.standardise` standardises features.
 
-        Texts keep their mean, which changes no similarity that training could not change as well,
-        and get one factor, since libraries have no place for more in a text's head.
+        Texts get one factor only, since a text's head has no place for more in other libraries;
+        what their mean adds to similarities, training can remove.
         """
         head = self.head(tower)
         assert head.factor is not None

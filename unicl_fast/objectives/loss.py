@@ -119,15 +119,16 @@ def unified_contrastive_loss(
         image_features: of unit norm.
         text_features: of unit norm, the distinct texts.
         class_ids: any int64; or a `Membership`, for several labels an image. Text k is then a
-            positive of image i with the weight of its class in Y_i, over the row's sum.
+            positive of image i with the weight of its class among i's labels, each row's weights
+            divided by their sum.
         scale: factor of the products, exp(logit_scale).
         text_class_ids: None means `class_ids`, one text for each image; not for a `Membership`.
         text_counts: how many samples have each text; None means 1. A text of count 0 has no
             effect.
-        weights: positive weights w_i of images and W_k of texts, the sums of their samples' over
-            all ranks; None means equal ones. With the losses l of rows and columns,
+        weights: positive weights w_i of images and v_k of texts, v_k the sum over the samples of
+            text k on all ranks; None means equal ones. With the losses l of rows and columns,
             L_i2t = sum_i w_i l_i / sum_i w_i (over all ranks) and
-            L_t2i = sum_k W_k l_k / sum_k W_k.
+            L_t2i = sum_k v_k l_k / sum_k v_k.
         directions: which of the two terms to compute; "both" is their mean.
         form: "dense" stores the logits [b u]; "tiled" computes them twice in O((b + u) d) memory;
             "triton" does the same by kernels on a CUDA device; "auto" chooses the fastest one for
@@ -285,11 +286,7 @@ def _triton_tiles() -> type[Tiles]:
 
 
 def dense_statistics(
-    logits: Float[Tensor, "b u"],
-    weights: Tensor,
-    counts: Tensor | None,
-    *,
-    with_columns: bool,
+    logits: Float[Tensor, "b u"], weights: Tensor, counts: Tensor | None, *, with_columns: bool
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
     """Statistics of rows and columns from all logits and pair weights [b u]."""
     weighted = weights * logits

@@ -20,8 +20,7 @@ class Encoded(NamedTuple):
     images: Tensor
     """[b d], of unit norm unless the objective uses raw encoder features."""
     texts: Tensor | None
-    """[u d], of unit norm: this rank's distinct texts, or all ranks' once they are gathered; None
-    without texts."""
+    """[u d], of unit norm: this rank's distinct texts, or all ranks' once gathered; or None."""
     learnt: Mapping[str, Tensor]
     """The objective's own parameters, by name."""
 

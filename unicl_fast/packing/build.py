@@ -415,10 +415,7 @@ def _number_labels(
 
 
 def _check(
-    samples: Samples,
-    images: ImageOptions,
-    notes: Mapping[str, Any],
-    options: BuildOptions,
+    samples: Samples, images: ImageOptions, notes: Mapping[str, Any], options: BuildOptions
 ) -> Generator[tuple[str, Item, Checked | Problem], None, None]:
     """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order

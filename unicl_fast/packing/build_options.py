@@ -80,8 +80,7 @@ class BuildOptions(ListOptions):
     indexed, but not copied. Only files unsafe for training's decoders are converted and kept in
     --out. Sources must not change: see docs/data.md."""
     license: str = ""
-    """The license of the data, such as CC-BY-4.0: kept in the manifest, for cards of models trained
-    on it."""
+    """The license of the data, such as CC-BY-4.0, for the manifest and for cards of models."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
     max_pixels: Annotated[int, Meta(ge=1, le=MAX_SIDE**2)] = MAX_PIXELS

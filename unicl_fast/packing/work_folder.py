@@ -82,8 +82,7 @@ class WorkFolder:
         self.record: dict[str, Any] = {}
         """The options and sources of the build, and a complete build's summary."""
         self.is_complete = False
-        """Whether an earlier build has finished the data set; `require_same` says if it was this
-        one."""
+        """Whether a build has finished the data set; `require_same` says if it was this one."""
         made_of = None if (path / SET_NAME).exists() else read_made_of(out)
         if made_of is not None:
             self.record, self.is_complete = made_of, True

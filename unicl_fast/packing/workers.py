@@ -87,8 +87,7 @@ class Checked(msgspec.Struct):
     reencoded: bool
     xxh3: int
     tokens: list[bytes]
-    """The uint16 token ids of each caption as bytes: pickling arrays costs as much as decoding a
-    small image."""
+    """uint16 token ids of each caption as bytes: pickling arrays costs as much as a small image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

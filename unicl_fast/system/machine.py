@@ -245,8 +245,7 @@ def choose_environment(device: str) -> None:
         os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
         return
     # for ideep, torch's wrapper of oneDNN, which keeps prepared products for the latest shapes:
-    # texts have new ones at each step, and the default of 1,024 cost 400 MB after 90 steps for 1 %
-    # of the time
+    # texts have new ones at each step; its 1,024 cost 400 MB after 90 steps for 1 % of the time
     os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     if "OMP_WAIT_POLICY" not in os.environ:
         # idle OpenMP threads sleep; spinning, they would take the cores from the loader

@@ -22,8 +22,7 @@ WAIT_FRACTION = 0.05
 _LOST_CORES = 0.15
 """Part of its cores that a process must lose to others; daemons and the kernel need less."""
 _BLOCKED = 0.5
-"""Storage is the limit if readers wait for it longer than this part of the time; if decoding is,
-they rest."""
+"""Storage is the limit if readers wait for it longer than this part of the time."""
 _IDLE_CORES = 0.25  # part of a rank's cores without work from which more decoding threads can help
 _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
 """A window has at least both: batches ahead hide slow ones, and one slow line proves nothing."""

@@ -23,8 +23,7 @@ from unicl_fast.training.step_clock import Part
 _PIECE = 32
 """Images that a CPU encodes at once; a quarter less time than for 256."""
 _PIECE_PIXELS = 8 * 224 * 224
-"""Pixels of them. At 224, EfficientNet-Lite0 needs 0.45 GB more for 32 images than for 8, and 10 %
-less time."""
+"""At 224 pixels EfficientNet-Lite0 needs 0.45 GB more for 32 images than for 8, 10 % less time."""
 
 Encode = Callable[..., Encoded]
 """The model, or its DDP wrapper. Called with images and, if there are texts, their tokens, the
@@ -67,16 +66,16 @@ class WholeBatch:
         self._sent: tuple[Tensor, Tensor] | None = None
         self._autocast = encoder_autocast(config.efficiency, ranks, batch.images.device.type)
         self._texts: tuple[Tensor, int | None] | None = None
-        texts = counts = None
+        text_ids = counts = None
         if config.objective.uses_texts:
-            tokens, num_tokens, texts, counts = texts_to_encode(
+            tokens, num_tokens, text_ids, counts = texts_to_encode(
                 batch.texts, batch.targets.text_class_ids, config.efficiency
             )
             self._texts = tokens, num_tokens
         largest = max_num_texts(batch.texts, config.efficiency)
         self.classes = Classes(
-            classes_of_images(batch), texts, counts, max_num_texts=largest, weights=batch.weights,
-            text_weights=batch.texts.weights,
+            classes_of_images(batch), text_ids, counts, max_num_texts=largest,
+            weights=batch.weights, text_weights=batch.texts.weights,
         )  # fmt: skip
         self._images = encoder_input(batch.images, config)
 
@@ -103,8 +102,8 @@ class WholeBatch:
             scaled_loss.backward()
             return
         # three quarters of the images hide the return of text gradients from other ranks, the rest
-        # hides sending the last one, of a token embedding of 100 MB: up to 9 % of a step by the
-        # model in docs/performance-notes.md, and never a loss
+        # hides DDP's last bucket, a token embedding's gradient of 100 MB: up to 9 % of a step by
+        # the model in docs/performance-notes.md, and never a loss
         assert isinstance(self._encode, DistributedDataParallel)
         with after_three_quarters(self._encode.module.image_encoder, self._back_propagate_texts):
             scaled_loss.backward()

@@ -188,23 +188,23 @@ class Patience(Observer):
         """0 is endless; `folder` has the metrics of earlier starts."""
         self._patience, self._folder = patience, folder
         self._metric: str | None = None
-        self._values: list[float] = []
+        self._values: dict[int, float] = {}  # by step: a resumed run can repeat an evaluation
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
         """Reads the results of earlier starts."""
         self._metric = choose_best_metric(run.config.checkpoint.best, run.evaluations)
-        known: list[float] = []
+        known: list[tuple[int, float]] = []
         if self._metric is not None and self._folder is not None and run.ranks.is_main:
             metric, lines = self._metric, lines_until(self._folder, run.step)
-            known = list({one["step"]: one[metric] for one in lines if metric in one}.values())
-        self._values = from_rank_0(known, run.ranks)
+            known = [(one["step"], one[metric]) for one in lines if metric in one]
+        self._values = dict(from_rank_0(known, run.ranks))
         run.ends_early = self._has_waited()
         yield
 
     def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
         if self._metric is not None and self._metric in values:
-            self._values.append(values[self._metric])
+            self._values[run.step] = values[self._metric]
         if self._has_waited() and run.step < run.total_steps:
             run.ends_early = True
             logger.info(
@@ -214,7 +214,7 @@ class Patience(Observer):
             )  # fmt: skip
 
     def _has_waited(self) -> bool:
-        values = self._values
+        values = list(self._values.values())
         best = max(range(len(values)), key=values.__getitem__, default=0)
         return 0 < self._patience <= len(values) - 1 - best
 

@@ -107,12 +107,7 @@ def find_stored(model: UniCL, dataset: PackedDataset) -> NDArray[np.float32] | N
 
 
 def feature_key(
-    model: UniCL,
-    dataset: PackedDataset | None,
-    *,
-    view: Any,
-    weights: str,
-    **more: Any,
+    model: UniCL, dataset: PackedDataset | None, *, view: Any, weights: str, **more: Any
 ) -> str:
     """The key of a data set's features: equal if and only if the features are.
 

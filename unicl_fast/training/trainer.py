@@ -61,7 +61,7 @@ COMPILING_STEPS = 16
 
 
 class Observer:
-    """Follows a run on each rank. All ranks have the same observers, and call them together."""
+    """Follows a run. All ranks have those that exchange anything, and call them together."""
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
@@ -74,7 +74,7 @@ class Observer:
     def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
         """Before a line, a checkpoint or an evaluation; an error ends the run.
 
-        `steps` are loss and gradient norm of the last of the run's first `done` steps.
+        `steps` are (loss, gradient norm) of the latest steps, up to step `done`.
         """
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
@@ -177,11 +177,12 @@ class Trainer:
         """Trains to the end of the run, or until a signal requests a stop (see `Interruption`).
 
         Raises:
-            Interrupted: a signal came; a checkpoint of the last step is written.
+            Interrupted: a signal came; a checkpoint of the step just done is written.
             FloatingPointError: the loss or gradient norm of more than `run.max_bad_steps` steps was
                 not finite; names the step. Raised at a logging, checkpoint or evaluation step.
             TooManyBadSamplesError: too many samples were replaced. Raised at a logging step.
-            ValueError: no evaluation gives `checkpoint.best`, or the objective ignores classes.
+            ValueError: no evaluation gives `checkpoint.best`, the loader ends before the run does,
+                or batches have classes that the objective ignores.
             OSError: the run folder or the last checkpoint cannot be written, or the ledger was
                 moved or removed. Raised at the next checkpoint.
             RuntimeError: the weights of ranks differ.
@@ -201,7 +202,7 @@ class Trainer:
                 evaluates = self.is_due(run.evaluate_every_steps)
                 if self.is_due(run.log_every_steps):
                     self._log(meter, batch)
-                if saves or evaluates or not self._lets_lines_wait():
+                if saves or evaluates or self.ends_early or not self._lets_lines_wait():
                     self._write_line(batch)
                 if saves:
                     self._check(meter)
@@ -324,7 +325,7 @@ class Trainer:
     def _missing_evaluations(self) -> list[str]:
         """Evaluations of the step we resume from whose numbers were not written.
 
-        A run that starts from a whole model is measured before its first step.
+        A run from a whole model is measured before its first step, if it writes results.
         """
         is_due = self.is_due(self.config.run.evaluate_every_steps)
         if not (is_due if self.step else self.config.model.init):

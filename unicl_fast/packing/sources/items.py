@@ -41,8 +41,7 @@ class Item(msgspec.Struct, array_like=True):
     weights: list[float] = []
     """Values of --weight-column, one a row."""
     source: str = ""
-    """The name of its source, if not the SOURCE that was read: a packed data set knows its samples'
-    origin."""
+    """The name of its source, if a packed data set was read, which knows its samples' origins."""
 
 
 def item_of(name: str, found: Found) -> Item:

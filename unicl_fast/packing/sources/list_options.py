@@ -17,8 +17,7 @@ class ListOptions:
     """How lists are read; the texts below are part of the help of `unicl-pack build`."""
 
     image_column: Sequence[str] = ()
-    """One or several columns with image paths, or images, if not called image, file, path or
-    file_name."""
+    """Columns with image paths, or images, if not called image, file, path or file_name."""
     caption_column: Sequence[str] = ()
     """One or several columns with captions, if not called caption, captions or text; in tars,
     fields of KEY.json. '{name}, {color}' is a caption of two columns."""
@@ -48,8 +47,7 @@ class ListOptions:
     """Put images outside class folders into a class named after their folder, instead of leaving
     them out, and treat all folders as classes. For callers in Python."""
     min_score: Sequence[str] = ()
-    """COLUMN=NUMBER: leave out rows of lists with a smaller value or none. Repeat it to add
-    conditions."""
+    """COLUMN=NUMBER: leave out rows with a smaller value or none. Repeat it to add conditions."""
 
     def asked_columns(self, header: Collection[str]) -> list[tuple[str, str]]:
         """The columns that options name, each with the option."""

@@ -78,7 +78,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
         )
     items = spool.new_items()
     with PackedDataset(path) as dataset, contextlib.closing(SampleReader(dataset)) as reader:
-        spool.origins += [str(path / name) for name in (MANIFEST_NAME, QUARANTINE_NAME)]
+        spool.origins |= {str(path / name): None for name in (MANIFEST_NAME, QUARANTINE_NAME)}
         # a bad list is refused now, before all samples are read
         count_left_out(path / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined)
         samples = _Samples(dataset, reader)

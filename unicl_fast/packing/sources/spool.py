@@ -41,7 +41,7 @@ class Spool:
         self._folder = folder
         self._num_files = self._num_stores = 0
         self._database: sqlite3.Connection | None = None
-        self.origins: list[str] = []
+        self.origins: dict[str, None] = {}
         """Files from which sources were read, besides the files of images."""
 
     def __enter__(self) -> Spool:
@@ -51,8 +51,9 @@ class Spool:
         if self._database is not None:
             self._database.close()
 
-    def new_file(self) -> Path:
-        """Returns the path for one more file, which the caller makes."""
+    def new_file(self, origin: str) -> Path:
+        """Returns the path for one more file, which the caller makes of the file `origin`."""
+        self.origins[origin] = None  # or a resumed build would not notice that it has changed
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"

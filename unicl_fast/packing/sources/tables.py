@@ -72,9 +72,8 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
         )
     tasks = []
     for file in map(str, paths):
-        rows, images = str(spool.new_file()), str(spool.new_file())
+        rows, images = str(spool.new_file(file)), str(spool.new_file(file))
         tasks.append(TableTask(file, options, rows, images))
-        spool.origins.append(file)
     roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
     named = NamedImages(name, open_tree(roots.pop())) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
