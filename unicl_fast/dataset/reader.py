@@ -148,18 +148,23 @@ class PackedDataset:
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
-            if num_used < total and self.sources is not None and len(self.sources) < total:
-                logger.warning(
-                    "%s is in place: %d of its samples are those of its first files, a random part "
-                    "only if each file's own samples are in random order",
-                    self.location, num_used,
-                )  # fmt: skip
-            checksums, path = read_checksums(self.folder), self.folder / MANIFEST_NAME
-            self.largest_token = verify_arrays(
-                self.folder, self.manifest, dtypes_of(self.manifest), checksums=checksums
-            )
-            if checksums is not None:
-                compare_checksum(path, file_checksum(path), checksums)
+            self._verify()
+
+    def _verify(self) -> None:
+        """Compares checksums, and warns if a part of the samples is not a random one."""
+        num_used, total = len(self.samples), self.manifest.num_samples
+        if num_used < total and self.sources is not None and len(self.sources) < total:
+            logger.warning(
+                "%s is in place: %d of its samples are those of its first files, a random part "
+                "only if each file's own samples are in random order",
+                self.location, num_used,
+            )  # fmt: skip
+        checksums, path = read_checksums(self.folder), self.folder / MANIFEST_NAME
+        self.largest_token = verify_arrays(
+            self.folder, self.manifest, dtypes_of(self.manifest), checksums=checksums
+        )
+        if checksums is not None:
+            compare_checksum(path, file_checksum(path), checksums)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, here or in another process, reopen the files: descriptors are not shared."""

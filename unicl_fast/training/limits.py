@@ -197,7 +197,7 @@ class Patience(Observer):
         known: list[tuple[int, float]] = []
         if self._metric is not None and self._folder is not None and run.ranks.is_main:
             metric, lines = self._metric, lines_until(self._folder, run.step)
-            known = [(one["step"], one[metric]) for one in lines if metric in one]
+            known = [(int(one["step"]), one[metric]) for one in lines if metric in one]
         self._values = dict(from_rank_0(known, run.ranks))
         run.ends_early = self._has_waited()
         yield
