@@ -47,6 +47,10 @@ def test_a_checkpoint_is_config_step_weights_optimizer_and_scaler(
     assert {path.name for path in newest.iterdir()} == {*expected, "state.json"}
     for file, names in expected.items():
         assert set(load_file(newest / file)) == names, file
+    deeper = make_trainer(config.changed(optim={"layer_decay": 0.9}), loader, progress=False)
+    deeper.data = trainer.data
+    deeper.resume(newest)  # whose optimizer has more groups
+    assert {float(group.get("step", 4)) for group in deeper.optimizer.param_groups} == {4}
     state, before = (
         parse_checksummed_json((path / "state.json").read_bytes()) for path in (newest, earlier)
     )

@@ -14,6 +14,7 @@ from unicl_fast.models import compilation
 from unicl_fast.objectives import loss as loss_module
 from unicl_fast.objectives import loss_tiled
 from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.training import settle
 
 triton = pytest.importorskip("triton")
@@ -99,8 +100,16 @@ def test_all_ranks_take_tiles_where_kernels_fail_on_one_machine(monkeypatch, cap
     )
     monkeypatch.setattr(compilation, "gather_objects", lambda value, ranks: [value, ["", of_other]])
 
-    def settled(batch: int, *, form: Any = "auto", rank: int = 0, device: str = "cuda:0") -> str:
-        config = TrainConfig(efficiency=EfficiencyConfig(loss=form))
+    def settled(
+        batch: int,
+        *,
+        form: Any = "auto",
+        rank: int = 0,
+        device: str = "cuda:0",
+        name: str = "unicl",
+    ) -> str:
+        objective = make_objective(name)
+        config = TrainConfig(efficiency=EfficiencyConfig(loss=form), objective=objective)
         config = config.changed(run={"global_batch_size": batch})
         ranks = Ranks(rank=rank, local_rank=rank, world_size=2)
         return settle.settle_loss(config, torch.device(device), ranks)
@@ -108,6 +117,7 @@ def test_all_ranks_take_tiles_where_kernels_fail_on_one_machine(monkeypatch, cap
     assert settled(4096) == settled(4096, rank=1) == "auto"
     assert settled(1024) == settled(4096, device="cpu") == "auto"  # always dense; not on a GPU
     assert [settled(4096, form=form) for form in ("triton", "dense")] == ["triton", "dense"]
+    assert settled(4096, name="sigmoid") == "auto"  # which has no such kernels
     assert tried == [torch.device("cuda:0")]
     of_other = "the loss is off"
     assert settled(4096) == settled(4096, rank=1) == "tiled"

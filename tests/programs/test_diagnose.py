@@ -35,6 +35,7 @@ from unicl_fast.tools.diagnose.bench import Bench
 from unicl_fast.tools.diagnose.diagnose import Diagnoser
 from unicl_fast.tools.diagnose.model import CHECKPOINT, EVALUATION, LOGGING, READ, Periodic, Stage
 from unicl_fast.tools.diagnose.report import make_page, report_lines
+from unicl_fast.tools.diagnose.step_parts import StepInParts
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.step_clock import StepClock
 
@@ -213,6 +214,27 @@ def test_turns_of_a_loop_end_in_time_and_resume_with_the_time_of_each_part():
         assert sum(loop.parts.values()) == pytest.approx(loop.wall, rel=0.1)
         assert number == 0 or time.perf_counter() - begun < 0.5 + 4 * loop.wall / loop.steps
     assert loader.starts == 1
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_step_with_a_frozen_tower_is_measured_in_parts(tower):
+    images = torch.zeros(12, 32, 32, 3, dtype=torch.uint8)
+    batch = labelled_batch(images, objective="unicl")
+    config = tiny_config().changed(optim={"freeze": (tower, f"{tower}_projection")})
+    trainer = make_trainer(config, ListLoader([batch]), progress=False)
+    assert f"{tower} encoder backward" in StepInParts(trainer, batch).take()
+
+
+def test_turns_leave_out_the_pass_that_orders_buckets_and_evaluations_see_the_whole_model():
+    one, whole, seen = mock.MagicMock(), mock.Mock(), []
+    one.trainer.parallel.evaluated.return_value = contextlib.nullcontext(whole)
+    one.trainer.parallel.has_buckets = True
+    own = mock.Mock(now=one, ranks=Ranks(), _evaluations={"some": seen.append}, _evaluated=[1.0])
+    one.compute_threads = torch.get_num_threads()
+    Bench.loop(own, one, seconds=1, skips=False)
+    one.loader.turn.assert_called_once_with(one.trainer, seconds=1, skip=1)
+    assert [periodic.seconds for periodic in Bench.evaluation(own, seconds=1)] == [1.0]
+    assert seen == [whole.eval()]
 
 
 ENDING = """

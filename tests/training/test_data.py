@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from file_tokenizers import write_tokenizer
 from pack_runs import jpeg
 from packed_sets import Sample, pack, sample_of, write_set
 from rank_workers import name_data_by_rank, name_evaluations, run_on_ranks
+from small_runs import tiny_config
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.block_cache import CacheOptions
@@ -20,6 +22,7 @@ from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import data as training_data
+from unicl_fast.training.build import open_checked
 from unicl_fast.training.data import (
     build_prompts,
     check_tokenizer,
@@ -45,6 +48,14 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path, token):
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
                 check_tokenizer(dataset, TrainConfig())
+
+
+def test_texts_that_end_elsewhere_than_the_model_reads_are_refused(tmp_path):
+    model = {"tokenizer": str(write_tokenizer(tmp_path)), "vocab_size": 120, "context_length": 16}
+    with pytest.raises(ValueError, match="ends texts with a smaller one: take model.text_pool=l"):
+        open_checked(tiny_config().changed(model=model))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        open_checked(tiny_config().changed(model={**model, "text_pool": "last"}))
 
 
 @pytest.mark.parametrize("context_length", [2, 16, 77])

@@ -247,7 +247,9 @@ def test_ranks_add_up_their_counts_and_stop_at_too_many(images, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 5])
-def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(images, tmp_path, stop_at):
+def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(
+    images, tmp_path, stop_at, caplog
+):
     config = config_of(steps=9).changed(
         run={"patience": 2, "evaluate_every_steps": 1},
         checkpoint={"every_steps": 1, "best": "some/top1"},
@@ -280,6 +282,14 @@ def test_a_run_ends_when_evaluations_have_not_risen_also_after_a_resume(images, 
     again.resume(tmp_path / "checkpoints" / "step-00000006")
     again.fit()
     assert again.step == 6
+    assert "run.patience" not in caplog.text.replace(
+        "not risen in 2 evaluations (run.patience)", ""
+    )
+    blind = config.changed(checkpoint={"best": "none"})
+    endless = trainer_of(images, blind, tmp_path / "other", change=recorded)
+    endless.total_steps = 1
+    endless.fit()
+    assert "run.patience=2 never ends the run" in caplog.text
 
 
 def test_a_run_from_a_whole_model_is_measured_first_and_its_best_is_not_worse(images, tmp_path):

@@ -150,6 +150,25 @@ def test_rates_fall_with_depth():
         assert weight_decay == (0.0 if parameter in spared else 0.1)
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+def test_rates_fall_with_depth_and_positions_keep_their_size_in_encoders_of_transformers(kind):
+    config = tiny_config().changed(
+        model={"text_pool": f"{kind}:mean", "text_activation": "gelu"}, optim={"layer_decay": 0.5}
+    )
+    model = build_model(config)
+    groups = optim.parameter_groups(model, config.optim)
+    of = {parameter: group for group in groups for parameter in group["params"]}
+    text = {name: of[one] for name, one in model.text_encoder.named_parameters()}
+    scales = {name: group["lr_scale"] for name, group in text.items()}
+    count = config.model.text_layers
+    for layer in range(count):
+        found = {scale for name, scale in scales.items() if f".layer.{layer}." in name}
+        assert found == {0.5 ** (count - layer)}
+    assert {scale for name, scale in scales.items() if "word_emb" in name} == {0.5 ** (count + 1)}
+    positions = [name for name in text if "position" in name or "relative_attention_bias" in name]
+    assert {text[name]["weight_decay"] for name in positions} == {0.0}
+
+
 def test_lamb_leaves_clipping_to_the_config():
     """The first LAMB step of an undecayed parameter has Adam's size: the gradient's does not."""
     config = tiny_config(optimizer="lamb")

@@ -44,7 +44,7 @@ from .step_parts import StepInParts
 from .turns import Loop, PacedLoader, follow
 
 _EVALUATED_AT_ONCE = 256
-_ENDLESS = 1 << 40
+_ENDLESS = 1 << 32
 
 
 class Parts(NamedTuple):
@@ -140,9 +140,11 @@ class Bench:
         config = self.config.changed(**change.set)
         loader, trainer = self.now.loader, self.now.trainer
         if change.side in ("step", "both"):
+            gc.collect()
+            torch.cuda.empty_cache()  # or blocks that torch keeps would count as used
             plan = plan_memory(
-                config, world_size=self.ranks.world_size,
-                device_bytes=free_memory(self.device), device_type=self.device.type,
+                config, world_size=self.ranks.world_size, device_type=self.device.type,
+                device_bytes=min(gather_integers(free_memory(self.device), self.ranks)),
                 longest_text=longest_text(self.parts.datasets, self.parts.prompts),
             )  # fmt: skip
             require(
@@ -173,7 +175,8 @@ class Bench:
         trainer = one.trainer
         trainer.step = self.now.trainer.step  # all write the same files
         trainer.config, trainer.loader = one.config, one.loader  # the config has the cadences
-        skip = one.loader.batches_begun if skips else 0
+        # the first batch of a turn also goes through DDP's throwaway pass
+        skip = one.loader.batches_begun if skips else int(trainer.parallel.has_buckets)
         try:
             torch.set_num_threads(one.compute_threads)
             return one.loader.turn(trainer, seconds=seconds, skip=skip)
@@ -261,10 +264,11 @@ class Bench:
         every = self.config.run.evaluate_every_steps
         if not (self._evaluations and every):
             return []
-        self._most_seconds, model = seconds, self.now.trainer.model
-        for evaluate in self._evaluations.values():
-            evaluate(model.eval())
-        model.train()
+        self._most_seconds = seconds
+        with self.now.trainer.parallel.evaluated() as model:
+            for evaluate in self._evaluations.values():
+                evaluate(model.eval())
+        self.now.trainer.model.train()
         return [Periodic(name=EVALUATION, every_steps=every, seconds=sum(self._evaluated))]
 
     def _evaluate(

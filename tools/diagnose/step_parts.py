@@ -80,7 +80,14 @@ class StepInParts:
             scaled = trainer.scaler.scale(loss)
             image_gradient, *gradients = torch.autograd.grad(scaled, leaves)
         with self.part("image encoder backward"):
-            torch.autograd.backward(images, image_gradient)
+            _go_back([images], [image_gradient])
         with self.part("text encoder backward"):
-            torch.autograd.backward(roots[1:], gradients)
+            _go_back(roots[1:], gradients)
         return loss.detach()
+
+
+def _go_back(roots: list[Tensor], gradients: list[Tensor]) -> None:
+    """Goes back through the roots that are not frozen."""
+    learnt = [pair for pair in zip(roots, gradients, strict=True) if pair[0].requires_grad]
+    if learnt:
+        torch.autograd.backward(*zip(*learnt, strict=True))

@@ -219,11 +219,14 @@ def _restore_optimizer(
 ) -> None:
     """Restores the state of the `own` parameters (None: of all)."""
     parameters = dict(model.named_parameters())
+    num_counted = sum(name.startswith(f"{_GROUP_STEP}.") for name in tensors)
+    new_groups = optimizer.param_groups[num_counted:]  # else corrected as at step 1
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
         if key == _GROUP_STEP:  # a Python int if the optimizer had one
             step = value if value.is_floating_point() else int(value)
-            optimizer.param_groups[int(name)]["step"] = step
+            for group in (optimizer.param_groups[int(name)], *new_groups):
+                group["step"] = step
             continue
         parameter = parameters[name]
         if not parameter.requires_grad or (own is not None and parameter not in own):

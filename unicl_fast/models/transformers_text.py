@@ -59,7 +59,7 @@ class TransformersTextEncoder(nn.Module):
         """Layers for layer-wise learning-rate decay, in timm's form."""
         return {
             "stem": r"^network\.embeddings",
-            "blocks": [(r"\.layer\.(\d+)", None), (r"^network", (99999,))],
+            "blocks": [(r"^network\.\w+\.layer\.(\d+)", None), (r"^network", (99999,))],
         }
 
     def with_padding(self, tokens: Int[Tensor, "u l"]) -> tuple[Tensor, Bool[Tensor, "u l"]]:

@@ -93,6 +93,12 @@ class FileTokenizer(Tokenizer):
         token = token.get("content") if isinstance(token, dict) else token
         return self._tokenizer.token_to_id(token) or 0 if isinstance(token, str) else 0
 
+    def ends_in_largest(self) -> bool:
+        """Whether texts, cut or not, have the largest id at their end, where padding may repeat."""
+        words = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        rows = self.encode(["a", "a photo of a dog" * self.context_length])
+        return all(row.max() >= words and len({*row[row.argmax() + 1 :]}) <= 1 for row in rows)
+
     def write(self, folder: Path) -> None:
         """Writes its files, with the context length for transformers, into a folder."""
         for name, content in self._files.items():

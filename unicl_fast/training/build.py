@@ -31,6 +31,7 @@ from unicl_fast.training.assembly import assemble
 from unicl_fast.training.data import (
     build_prompts,
     cache_options,
+    check_end_of_texts,
     check_tokenizer,
     describe_datasets,
     distinct_names,
@@ -152,6 +153,7 @@ def build_trainer(
 
 def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens the data and refuses captions of another tokenizer."""
+    check_end_of_texts(config)
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, config)

@@ -300,6 +300,16 @@ def fits_vocabulary(tokenizer: Tokenizer | FileTokenizer, size: int) -> bool:
     return own <= size if isinstance(tokenizer, FileTokenizer) else own == size
 
 
+def check_end_of_texts(config: TrainConfig) -> None:
+    """Refuses (ValueError) texts that do not end where the model reads them."""
+    tokenizer, reads_largest = tokenizer_of(config), config.model.text_pool == "end"
+    if reads_largest and isinstance(tokenizer, FileTokenizer) and not tokenizer.ends_in_largest():
+        raise ValueError(
+            "model.text_pool=end reads a text at its largest token, which CLIP's end token is; "
+            f"{tokenizer.name} ends texts with a smaller one: take model.text_pool=last"
+        )
+
+
 def tokenizer_of(config: TrainConfig) -> Tokenizer | FileTokenizer:
     """The tokenizer of a run's texts; CLIP's if it has none."""
     place = config.model.tokenizer if config.objective.uses_texts else ""

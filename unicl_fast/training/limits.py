@@ -194,6 +194,11 @@ class Patience(Observer):
     def fitting(self, run: Trainer) -> Iterator[None]:
         """Reads the results of earlier starts."""
         self._metric = choose_best_metric(run.config.checkpoint.best, run.evaluations)
+        if self._metric is None and self._patience:
+            logger.warning(
+                "run.patience=%d never ends the run: nothing is judged by checkpoint.best=%s; give "
+                "data.evaluate", self._patience, run.config.checkpoint.best,
+            )  # fmt: skip
         known: list[tuple[int, float]] = []
         if self._metric is not None and self._folder is not None and run.ranks.is_main:
             metric, lines = self._metric, lines_until(self._folder, run.step)

@@ -136,7 +136,8 @@ def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loss
     form = config.efficiency.loss
     sizes = [stage.run.global_batch_size for stage in config.settings_of_stages]
     largest = _MOST_LOGITS_PER_PAIR * max(ranks.local_batch_size(one) * one for one in sizes)
-    if form != "auto" or device.type != "cuda" or stores_logits(form, largest, device.type):
+    untried = form != "auto" or device.type != "cuda" or "triton" not in config.objective.forms
+    if untried or stores_logits(form, largest, device.type):
         return form
     best, trial = "dense, or triton for many logits", functools.partial(fault_of_triton, device)
     if not all_can("loss", best, "tiled", "", device, ranks, trial=trial):
