@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.system.checked_fields import Count, from_json_values
+from unicl_fast.system.checked_fields import Checksum, Count, from_json_values
 from unicl_fast.system.paths import nearest_name
 from unicl_fast.system.untrusted_files import parse_json, read_file
 from unicl_fast.system.wording import shorten
@@ -36,8 +36,8 @@ class ShardInfo:
     name: str
     num_samples: Count
     num_bytes: Count
-    xxh3: str
-    """XXH3-64 of the whole file, 16 hexadecimal digits."""
+    xxh3: Checksum
+    """XXH3-64 of the whole file, by which caches name their copies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class PixelsInfo:
     width: Count
     num_bytes: Count
     """Size of the whole file, header included."""
-    xxh3: str
+    xxh3: Checksum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class InPlaceInfo:
     """Length of names.npy."""
     num_bytes: Count
     """Bytes of the images in source files."""
-    xxh3: str
+    xxh3: Checksum
     """XXH3-64 of all images' checksums in the order of samples, 8 bytes each."""
 
 

@@ -23,6 +23,7 @@ LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT = sys.float_info.max  # msgspec has no infinite bounds; NaN is outside of any
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST_INT)]
+Checksum = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z", description="16 hexadecimal digits")]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFraction = Annotated[float, Meta(gt=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0, le=LARGEST_FLOAT)]
@@ -161,7 +162,7 @@ def _describe(kind: Any) -> str:
     """Describes the values of a type, for `must be ...`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _NOUNS[inner[0]] + _describe_range(inner[1])
+        return inner[1].description or _NOUNS[inner[0]] + _describe_range(inner[1])
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
