@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,10 @@ def test_a_split_that_is_killed_on_either_side_resumes(tmp_path, monkeypatch, nu
     assert (tmp_path / "set" / "train").exists() == (num_more > 0)
     if not num_more:  # nothing is unpacked again
         monkeypatch.setattr(source_tables, "run_limited", lambda _, tasks, **__: iter(tasks))
+    with pytest.MonkeyPatch.context() as patch:  # a busy machine gives other images up
+        patch.setattr(build_module, "split_samples", lambda given, *_: (given, given, Counter()))
+        with pytest.raises(ValueError, match="other split:\n  held out was '1. samples, c"):
+            build(places, tmp_path / "set", split=0.7)
     summary = build(places, tmp_path / "set", split=0.7)
     assert summary.num_taken_over + summary.held_out.num_taken_over > 0
     assert sorted(os.listdir(tmp_path / "set")) == ["held-out", "train"]

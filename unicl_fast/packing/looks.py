@@ -11,9 +11,11 @@ _DRAFT = 128
 """JPEGs are decoded at the smallest eighth of their size with this many pixels a side, four times
 as many as the hash uses."""
 _SIDE, _THUMBNAIL_SIDE = 32, 16
-_COSINES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
-"""The lowest 8 frequencies of the discrete cosine transform."""
-_MIRROR = (-1.0) ** np.arange(8)
+_ANGLES = np.pi * np.outer(np.arange(8), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE)
+_COSINES = np.rint(2**20 * np.cos(_ANGLES)).astype(np.int64)
+"""The lowest 8 frequencies of the discrete cosine transform, as integers: floating-point products
+differ between machines, and a build must resume on another with the same hashes."""
+_MIRROR = (-1) ** np.arange(8)
 LOOK = np.dtype(
     [("file", "<u8"), ("pixels", "<u8"), ("hash", "<u8"), ("mirrored", "<u8"),
      ("thumbnail", "u1", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))]
@@ -21,7 +23,7 @@ LOOK = np.dtype(
 """Checksums of an image's file and pixels, hashes of it and its mirror image, a small grey one."""
 
 
-def _bits(low: npt.NDArray[np.float64]) -> int:
+def _bits(low: npt.NDArray[np.int64]) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
@@ -37,7 +39,7 @@ def look_at(data: bytes) -> bytes:
     checksum = xxhash.xxh3_64(repr(size).encode())
     checksum.update(pixels.tobytes())
     small = pixels.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    low = _COSINES @ np.asarray(small, np.float64) @ _COSINES.T
+    low = _COSINES @ np.asarray(small, np.int64) @ _COSINES.T
     thumbnail = small.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
     values = (
         xxhash.xxh3_64_intdigest(data),
