@@ -13,7 +13,7 @@ from PIL import Image
 from property_tests import examples
 
 from unicl_fast.packing.looks import LOOK, look_at
-from unicl_fast.packing.near_duplicates import count_bits, find_leaders, near_pairs
+from unicl_fast.packing.near_duplicates import count_bits, find_copies, find_leaders, near_pairs
 
 
 def all_pairs(hashes: list[int], distance: int) -> list[list[int]]:
@@ -42,9 +42,8 @@ def clustered(draw: st.DrawFn) -> list[int]:
 @given(hashes=clustered(), distance=st.integers(0, 12))
 @examples(60)
 def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(hashes, distance):
-    distinct = list(dict.fromkeys(hashes))
-    _, found = near_pairs(np.array(distinct, np.uint64), distance)
-    assert found.tolist() == all_pairs(distinct, distance)
+    found = near_pairs(np.array(hashes, np.uint64), distance)
+    assert found.tolist() == all_pairs(hashes, distance)
     expected = list(range(len(hashes)))
     for later, value in enumerate(hashes):
         for earlier in range(later):
@@ -53,6 +52,21 @@ def test_pairs_and_leaders_are_those_that_comparing_all_with_all_finds(hashes, d
                 expected[later] = earlier
                 break
     assert find_leaders(np.array(hashes, np.uint64), distance).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [5, 300])
+def test_images_of_one_hash_that_look_different_hide_no_copies(count):
+    """The last two are copies of the second and, by another hash and mirrored, of the third."""
+    rng = np.random.default_rng(0)
+    looks = np.zeros(count, LOOK)
+    looks["hash"], looks["mirrored"] = 5, rng.integers(0, 2**64, count, np.uint64)
+    looks["thumbnail"] = rng.integers(0, 256, looks["thumbnail"].shape, np.uint8)
+    looks["thumbnail"][-2:] = looks["thumbnail"][1:3]
+    looks["hash"][-1], looks["mirrored"][-1] = rng.integers(0, 2**64, 1, np.uint64)[0], 4
+    looks["thumbnail"][-1] = looks["thumbnail"][-1, :, ::-1]
+    pairs, are_mirrored = find_copies(looks)
+    assert pairs.tolist() == [[1, count - 2], [2, count - 1]]
+    assert are_mirrored.tolist() == [False, True]
 
 
 def test_many_hashes_take_no_time():

@@ -29,6 +29,7 @@ _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.u
 _EQUAL_BLOCKS = 3
 _COMPARED_AT_ONCE = 1 << 14
 _SPLIT_DISTANCE = 4
+_MOST_OF_ONE_HASH = 64  # such images are compared with each other; drawings can be thousands
 _MOST_DIFFERENCE, _LEAST_CONTRAST = 0.1, 2.0
 """Hashes alone would join digits. A copy's thumbnail differs by less than this part of its contrast
 (JPEG at quality 20: 0.08 at most, of 3,000 photographs), other images' by more (2,500 digits, 3,000
@@ -92,20 +93,35 @@ def find_copies(looks: npt.NDArray[np.void]) -> tuple[Indices, npt.NDArray[np.bo
     count = len(looks)
     # number n + i is the mirror image of i
     hashes = np.concatenate([looks["hash"], looks["mirrored"]])
-    firsts, pairs = near_pairs(hashes, _SPLIT_DISTANCE)
-    pairs = np.concatenate([np.stack([firsts, np.arange(2 * count)], axis=1), pairs])
+    left, firsts, found = np.arange(2 * count), list[Indices](), list[Indices]()
+    while len(left) and len(firsts) < _MOST_OF_ONE_HASH:
+        _, first, which = np.unique(hashes[left], return_index=True, return_inverse=True)
+        pairs = np.stack([left[first[which.reshape(-1)]], left], axis=1)
+        pairs = pairs[pairs[:, 0] != left]
+        alike = _are_alike(looks, pairs)
+        firsts.append(left[first])
+        found.append(pairs[alike])
+        left = pairs[~alike, 1]
+    heads = np.sort(np.concatenate([left[:0], *firsts]))
+    near = heads[near_pairs(hashes[heads], _SPLIT_DISTANCE)]
+    pairs = np.concatenate([*found, near[_are_alike(looks, near)]])
     pairs = pairs[(pairs[:, 0] % count != pairs[:, 1] % count) & (pairs.min(axis=1) < count)]
-    are_mirrored = (pairs >= count).sum(axis=1) == 1
-    pairs %= count
-    are_alike = np.zeros(len(pairs), np.bool_)
+    return pairs % count, (pairs >= count).sum(axis=1) == 1
+
+
+def _are_alike(looks: npt.NDArray[np.void], pairs: Indices) -> npt.NDArray[np.bool_]:
+    """Whether the thumbnails of each pair [n 2] are those of copies, bool [n]."""
+    alike, are_mirrored = np.zeros(len(pairs), np.bool_), (pairs >= len(looks)).sum(axis=1) == 1
     for start in range(0, len(pairs), _COMPARED_AT_ONCE):
         some = slice(start, start + _COMPARED_AT_ONCE)
-        one, other = (looks["thumbnail"][each].astype(np.float32) for each in pairs[some].T)
+        one, other = (
+            looks["thumbnail"][each % len(looks)].astype(np.float32) for each in pairs[some].T
+        )
         one[are_mirrored[some]] = one[are_mirrored[some], :, ::-1]
         difference = np.sqrt(np.square(one - other).mean(axis=(1, 2)))
         detail = np.minimum(one.std(axis=(1, 2)), other.std(axis=(1, 2)))
-        are_alike[some] = (difference < _MOST_DIFFERENCE * detail) & (detail >= _LEAST_CONTRAST)
-    return pairs[are_alike], are_mirrored[are_alike]
+        alike[some] = (difference < _MOST_DIFFERENCE * detail) & (detail >= _LEAST_CONTRAST)
+    return alike
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
@@ -115,25 +131,22 @@ def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
     every copy is near its original; an image without such a leader has its own number. Raises as
     `near_pairs`.
     """
-    firsts, pairs = near_pairs(hashes, max_distance)
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    firsts = first[which.reshape(-1)]
+    first.sort()
     leaders = np.arange(len(hashes))
-    for earlier, later in pairs.tolist():
+    for earlier, later in first[near_pairs(hashes[first], max_distance)].tolist():
         if leaders[later] == later and leaders[earlier] == earlier:
             leaders[later] = earlier
     return leaders[firsts]
 
 
-def near_pairs(hashes: Hashes, max_distance: int) -> tuple[Indices, Indices]:
-    """The first image with the same hash as each, and pairs of such firsts that are near.
+def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
+    """All pairs within `max_distance` bits, int64 [pairs 2] for uint64 [n].
 
-    Returns int64 [n] for uint64 [n]; and int64 [pairs 2], all pairs with different hashes within
-    `max_distance` bits, the earlier image first, sorted by the later, then the earlier one. Raises
-    ValueError for more than 20 million pairs.
+    The earlier image comes first; sorted by the later, then the earlier one. Raises ValueError for
+    more than 20 million pairs.
     """
-    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-    firsts = first[which.reshape(-1)]
-    first.sort()
-    hashes = hashes[first]
     num_blocks = max_distance + _EQUAL_BLOCKS
     bounds = [_BITS * block // num_blocks for block in range(num_blocks + 1)]
     masks = [(1 << end) - (1 << start) for start, end in itertools.pairwise(bounds)]
@@ -147,7 +160,7 @@ def near_pairs(hashes: Hashes, max_distance: int) -> tuple[Indices, Indices]:
                 "smaller distance"
             )
     later, earlier = np.divmod(found, max(1, len(hashes)))
-    return firsts, first[np.stack([earlier, later], axis=1)]
+    return np.stack([earlier, later], axis=1)
 
 
 def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
