@@ -115,6 +115,10 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path):
     (tmp_path / "a.tar").write_bytes(data[: members[1].offset])
     found = outcomes(read_source(tmp_path / "a.tar"))
     assert found == {"a.tar/000": "damaged", f"a.tar from byte {members[1].offset}": "damaged"}
+    # a download of which the room was taken first
+    (tmp_path / "a.tar").write_bytes(data[: members[3].offset].ljust(2_000_000, b"\0"))
+    found = outcomes(read_source(tmp_path / "a.tar"))
+    assert found == expected | {f"a.tar from byte {members[3].offset}": "damaged"}
     (tmp_path / "a.tar").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"a\.tar holds no images .*without its end mark"):
         read_source(tmp_path / "a.tar")

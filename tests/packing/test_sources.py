@@ -154,17 +154,21 @@ def test_texts_beside_the_images_of_a_flat_folder_are_their_captions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "packed"),
-    [*product(("cat/1.jpg", "1.jpg"), ("folder", "zip")), ("metadata.jsonl", "folder")],
+    ("content", "packed", "above"),
+    [
+        *product(("cat/1.jpg", "1.jpg"), ("folder", "zip"), ("", "a/b/")),
+        ("metadata.jsonl", "folder", ""),
+    ],
 )
-def test_several_splits_are_not_joined(tmp_path, content, packed):
-    names = [f"{split}/{content}" for split in ("test", "train", "Validation")]
+def test_several_splits_are_not_joined(tmp_path, content, packed, above):
+    names = [f"{above}{split}/{content}" for split in ("test", "train", "Validation")]
     place = tmp_path / "photos"
     make_files(place, *names, "readme.txt")
     if packed == "zip":
         place = write_zip(tmp_path / "photos.zip", {name: name.encode() for name in names})
     with pytest.raises(ValueError, match="Validation, test, train") as caught:
         read_source(place)
+    place = place / above
     assert f"unicl-pack build {place}/train --out" in str(caught.value)
     if content == "cat/1.jpg":
         assert [item.labels for item in read_source(f"{place}/train").items] == [["cat"]]
@@ -327,8 +331,8 @@ def test_labels_are_found_by_key_name_folder_spelling_and_number(tmp_path):
     (tmp_path / "names.txt").write_text("n01\tbig cat\nn02\tdog\n7\tbird\n")
     space = read_label_space(str(tmp_path / "names.txt"))
     assert space.names == ("big cat", "dog", "bird")
-    found = [space.number_of(x) for x in ("n02", "big cat", "big_cat", "7", "1", 2)]
-    assert found == [1, 0, 0, 2, 1, 2]
+    found = [space.number_of(x) for x in ("n02", "big cat", "big_cat", "7", 7, "1", 2)]
+    assert found == [1, 0, 0, 2, 2, 1, 2]
     for label in ("cow", "3", 3, -5):
         with pytest.raises(ValueError, match=str(label)):
             space.number_of(label)

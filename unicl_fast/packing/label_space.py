@@ -37,7 +37,7 @@ class LabelSpace:
 
     def number_of(self, label: Label) -> int:
         """The number of a label's class; raises ValueError, which names the label, if none fits."""
-        if isinstance(label, str) and (number := self.find(label)) is not None:
+        if (number := self.find(str(label))) is not None:
             return number
         if isinstance(label, int) or label.isdecimal():
             if 0 <= int(label) < len(self.names):

@@ -33,7 +33,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         _require_one_split(path, place.folders)  # before all files are listed
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
-    tops, classes = set[str](), set[str]()
+    holders = set[str]()
     for name, entry in (place.tree if place.is_url else open_tree(path)).entries():
         parts = name.split("/")
         *folders, file_name = parts
@@ -52,8 +52,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
         elif suffix in NOT_IMAGES:
             passed_over[f"{suffix} files"] += 1
         elif folders:
-            tops.add(folders[0])
-            classes.add(folders[-1])
+            holders.add("/".join(folders))
             items.append(Item(name, entry, [], [folders[-1]]))
         elif options.takes_loose:
             items.append(Item(name, entry, labels=[path.resolve().name]))
@@ -68,22 +67,27 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             message += "the files, or move the folders away"
         raise ValueError(message)
     if not options.takes_loose:
-        _require_one_split(path, tops)
-        _require_classes(path, classes)
+        _require_one_split(path, holders)
+        _require_classes(path, {holder.rpartition("/")[2] for holder in holders})
     return Source(name=place.name, items=items, labels_are_names=True, passed_over=passed_over)
 
 
 def _require_one_split(path: Path, folders: Iterable[str]) -> None:
     """Raises ValueError for several splits: joined, they would leak into each other."""
-    splits = sorted(folder for folder in folders if folder.lower() in _SPLITS)
-    if len(splits) > 1:
-        chosen = next((split for split in splits if split.lower().startswith("train")), splits[0])
-        every = " ".join(f"{path}/{split}" for split in splits)
-        raise ValueError(
-            f"{path} holds the splits {', '.join(splits)}, which would become one data set. Choose "
-            f"one: unicl-pack build {path}/{chosen} --out ...; or, to join them, name each: "
-            f"unicl-pack build {every} --out ..."
-        )
+    found: dict[str, set[str]] = {}
+    for parts in (folder.split("/") for folder in folders):
+        for depth, name in enumerate(parts):
+            if name.lower() in _SPLITS:
+                found.setdefault("/".join([str(path), *parts[:depth]]), set()).add(name)
+    for holder, names in found.items():
+        if len(splits := sorted(names)) > 1:
+            chosen = next((one for one in splits if one.lower().startswith("train")), splits[0])
+            every = " ".join(f"{holder}/{split}" for split in splits)
+            raise ValueError(
+                f"{holder} holds the splits {', '.join(splits)}, which would become one data set. "
+                f"Choose one: unicl-pack build {holder}/{chosen} --out ...; or, to join them, name "
+                f"each: unicl-pack build {every} --out ..."
+            )
 
 
 def _require_classes(path: Path, classes: Iterable[str]) -> None:

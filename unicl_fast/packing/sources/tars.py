@@ -303,7 +303,7 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            archive.offset = _after_end_mark(file, at)
+            archive.offset = _after_end_mark(file, at, end)
             if archive.offset < 0:
                 return
             continue
@@ -371,11 +371,14 @@ class _HeaderFile:
         return data
 
 
-def _after_end_mark(file: BinaryIO, at: int) -> int:
+def _after_end_mark(file: BinaryIO, at: int, end: int) -> int:
     """The start of the next archive after this one's end; -1 if only padding follows."""
     file.seek(at)
     padding = file.read(_PADDING)
     rest = padding.lstrip(b"\0")
+    if not rest and end - at > _PADDING:
+        message = f"{end - at:,} zeros, as in a file whose download has not ended: fetch it again"
+        raise DamagedTarError(message, offset=at)
     return at + (len(padding) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if rest else -1
 
 
