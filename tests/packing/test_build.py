@@ -110,6 +110,7 @@ def test_class_names_that_are_numbers_are_warned_of(tmp_path, pack, names, warns
         (["FOLDER", "--out", "OUT", "--quality", "90"], "--quality would change nothing"),
         (["FOLDER", "--out", "OUT", "--image-seconds", "-1"], "--image-seconds"),
         (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
+        (["FOLDER", "--out", "OUT", "--license", "x" * 11_000], "license has a text of 11,000"),
         (["FOLDER", "--out", "NAMES"], "name another"),
         (["FOLDER", "--out", "NAMES/set"], "name another"),
         (["FOLDER", "--out", "s3://bucket/set", "--engine", "ray"], "--engine ray needs a folder"),

@@ -135,7 +135,8 @@ def test_rows_that_cannot_be_are_left_out_and_the_others_stay(tmp_path):
         *(row(label="NaN"), row(image=nested(3), caption='"x"'), row(caption="{}")),
         *(row(captions=json.dumps([str(number) for number in range(70_000)])), "\udcff\udcfe"),
         *("[" * 100_000, "[1]", '{"image":', row(image='"gone.jpg"', caption='"x"')),
-        row(image='""', caption='"x"'),
+        *(row(image='""', caption='"x"'), row(label=f'"{"x" * 12_000}"')),
+        row(image=f'"{"x/" * 70_000}1.jpg"', caption='"x"'),  # csv reads 131,072 characters
     ]
     lines = []
     for number, line in enumerate(rows):

@@ -62,6 +62,7 @@ from unicl_fast.dataset.manifest import (
 )
 from unicl_fast.dataset.reader import sample_key
 from unicl_fast.system.atomic_files import flush_to_disk, make_folder, naming_full_disk
+from unicl_fast.system.checked_fields import MOST_CHARACTERS
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
     dump_checksummed_json,
@@ -267,7 +268,8 @@ class DatasetWriter:
 
     def quarantine(self, *, source: str, name: str, kind: str, message: str) -> None:
         """Lists a sample that was left out, and why."""
-        self._quarantine.write_row([source, name, kind, message])
+        row = (source, name, kind, message)
+        self._quarantine.write_row([one[:MOST_CHARACTERS] for one in row])  # csv reads 131,072
         self.num_quarantined += 1
 
     def finish(self, *, made_of: Mapping[str, Any] | None = None, **facts: Any) -> Manifest:

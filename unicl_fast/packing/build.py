@@ -71,6 +71,7 @@ from unicl_fast.packing.workers import (
     require_one_size,
 )
 from unicl_fast.system.bar import Bar
+from unicl_fast.system.checked_fields import require_short
 from unicl_fast.system.program import require_utf8_names
 from unicl_fast.system.version import __version__
 from unicl_fast.system.wording import count_of_kind, without_secrets
@@ -354,6 +355,8 @@ def _read(
         "class_names": space.names, "label_columns": columns, "hierarchy": hierarchy,
         "templates": templates, "license": options.license or join_licenses(read),
     }  # fmt: skip
+    for name, value in facts.items():
+        require_short(value.names if isinstance(value, Hierarchy) else value, name=name)
     return _Contents(
         sides=sides, numbers=numbers, facts=facts, has_weights=has_weights, packed=packed,
         passed_over=+passed_over, notes=+notes,  # `+` drops the zeros

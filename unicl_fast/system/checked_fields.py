@@ -18,7 +18,7 @@ from unicl_fast.system.wording import shorten
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
-_MOST_CHARACTERS = 10_000
+MOST_CHARACTERS = 10_000
 LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT = sys.float_info.max  # msgspec has no infinite bounds; NaN is outside of any
 
@@ -122,16 +122,21 @@ def convert(value: Any, kind: Any, *, name: str) -> Any:
     if origin is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
         numbered = enumerate(value)
         return tuple(convert(entry, inner[0], name=f"{name}[{n}]") for n, entry in numbered)
-    for text in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(text, str) and len(text) > _MOST_CHARACTERS:  # messages quote texts
-            raise ValueError(
-                f"{name} has a text of {len(text):,} characters, and at most {_MOST_CHARACTERS:,} "
-                f"are read: {shorten(text)}"
-            )
+    require_short(value, name=name)
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError):
         raise ValueError(f"{name} must be {_describe(kind)}, not {shorten(value)}") from None
+
+
+def require_short(value: Any, *, name: str) -> None:
+    """Raises ValueError for a text that is too long to be read, since messages quote texts."""
+    for text in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(text, str) and len(text) > MOST_CHARACTERS:
+            raise ValueError(
+                f"{name} has a text of {len(text):,} characters, and at most {MOST_CHARACTERS:,} "
+                f"are read: {shorten(text)}"
+            )
 
 
 @functools.cache

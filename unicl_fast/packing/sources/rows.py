@@ -14,7 +14,7 @@ import msgspec
 from unicl_fast.packing.sources.entries import Problem
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, join_rows
 from unicl_fast.packing.sources.list_options import ListOptions, names_of
-from unicl_fast.system.checked_fields import plain_number
+from unicl_fast.system.checked_fields import MOST_CHARACTERS, plain_number
 from unicl_fast.system.wording import shorten
 
 MAX_CAPTION_BYTES = 100_000
@@ -169,6 +169,7 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
         found = columns.found.setdefault(column, {})
         for label in _values(row.get(column)):
             is_label = isinstance(label, (str, int)) and not isinstance(label, bool)
+            is_label = is_label and len(str(label)) <= MOST_CHARACTERS  # most that a manifest has
             if not is_label or _has_half_characters(str(label)):
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none
