@@ -423,17 +423,29 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
     assert not proof.notes
 
 
-def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(images, tmp_path):
-    def move_away(batch: Batch) -> Batch:
-        if batch.step == 2:
+@pytest.mark.parametrize("loss", ["moved", "not synced"])
+def test_a_ledger_that_is_lost_ends_the_run_before_its_next_checkpoint(
+    images, tmp_path, loss, monkeypatch
+):
+    def fail_once(file: int) -> None:
+        monkeypatch.undo()
+        raise OSError(errno.EIO, "Input/output error")
+
+    def lose(batch: Batch) -> Batch:
+        if batch.step == 2 and loss == "moved":
             (tmp_path / "ledger").rename(tmp_path / "elsewhere")
+        elif batch.step == 2:
+            monkeypatch.setattr(ledger_module.os, "fdatasync", fail_once)
         return named(batch)
 
-    with pytest.raises(OSError, match=r"ledger was moved or removed .* from step 0 on"):
-        trainer_in(tmp_path, images, StepLoader(images, change=move_away)).fit()
+    reason = "" if loss == "moved" else r" \(.*Input/output error\)"
+    message = rf"ledger was moved or removed, or its disk failed{reason}, .* from step 0 on"
+    with pytest.raises(OSError, match=message):
+        trainer_in(tmp_path, images, StepLoader(images, change=lose)).fit()
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-00000002"]
-    (tmp_path / "elsewhere").rename(tmp_path / "ledger")
+    if loss == "moved":
+        (tmp_path / "elsewhere").rename(tmp_path / "ledger")
     trainer = trainer_in(tmp_path, images)
     trainer.resume(tmp_path / "checkpoints" / "step-00000002")
     trainer.fit()

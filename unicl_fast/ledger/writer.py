@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Records that a full disk rejected wait in memory; beyond this the run stops.
 _MOST_WAITING_BYTES = 64 << 20
 # A rank's answer whether its records are on disk.
-_ON_DISK, _NOT_WRITTEN, _REMOVED = range(3)
+_ON_DISK, _NOT_WRITTEN, _LOST = range(3)
 
 
 class Ledger:
@@ -178,33 +178,34 @@ class Ledger:
         rank died now.
 
         Raises OSError: they are not, and are `required` (else an error is logged), or a rank's file
-        was moved or removed: its content cannot be written again.
+        was moved or removed, or its disk failed: its content cannot be written again.
         """
         self._write()
-        is_there = True
+        is_there, reason = True, self._failure
         if self._failure is None:
             try:
                 os.fdatasync(self._file)
                 # writing to a removed file succeeds
                 is_there = is_at(self._file, self._path)
-            except OSError as error:
-                self._failure = error
-        code = _NOT_WRITTEN if self._failure else _ON_DISK if is_there else _REMOVED
+            except OSError as error:  # which Linux reports once, and then forgets the records
+                is_there, reason = False, error
+        code = _NOT_WRITTEN if self._failure else _ON_DISK if is_there else _LOST
         codes = gather_integers(code, self._ranks)
         if not any(codes):
             return True
         ranks = ", ".join(str(rank) for rank, code in enumerate(codes) if code == max(codes))
-        if _REMOVED in codes:
+        because = f" ({reason})" if reason else ""
+        if _LOST in codes:
             raise OSError(
-                f"the ledger in {self.folder} was moved or removed while rank {ranks} wrote to it: "
-                f"the records from step {self._header.start_step} on are not there, and a later "
-                "checkpoint would leave a hole. Put it back and resume; without it, the run "
-                "resumes from its newest checkpoint, and what was fed before cannot be proven"
+                f"the ledger in {self.folder} was moved or removed, or its disk failed{because}, "
+                f"while rank {ranks} wrote to it: the records from step {self._header.start_step} "
+                "on are not there, and a later checkpoint would leave a hole. Put it back and "
+                "resume; without it, the run resumes from its newest checkpoint, and what was fed "
+                "before cannot be proven"
             )
         message = (
-            f"the ledger in {self.folder} cannot be written by rank {ranks}"
-            f"{f' ({self._failure})' if self._failure else ''}, and a checkpoint without it would "
-            "leave a hole: make room there"
+            f"the ledger in {self.folder} cannot be written by rank {ranks}{because}, and a "
+            "checkpoint without it would leave a hole: make room there"
         )
         if required:
             raise OSError(message)
