@@ -22,6 +22,7 @@ from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import BuildSummary, build_dataset
@@ -309,6 +310,20 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(store, tmp_path)
     kill([URL], out, dies)
     store.rm(changed)  # or it would be packed from its old copy
     assert build([URL], out, restart=True).manifest.num_samples == 79
+
+
+def test_an_object_that_is_replaced_while_it_is_copied_is_no_source(store, tmp_path):
+    def replace(path: str, data: bytes) -> bytes:
+        FaultyStore.spoil = None
+        store.pipe_file(f"faulty:/{path}", jpeg(99))
+        return data
+
+    FaultyStore.spoil = staticmethod(replace)
+    with pytest.raises(StorageError, match="faulty://photos was changed while it was copied"):
+        build([URL], tmp_path / "set")
+    build([URL], tmp_path / "set")
+    build([URL], tmp_path / "again")
+    assert contents(tmp_path / "set") == contents(tmp_path / "again")
 
 
 def test_a_complete_build_from_urls_is_complete_for_the_same_command(

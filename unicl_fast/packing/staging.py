@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from unicl_fast.dataset.block_cache import CacheOptions
-from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
+from unicl_fast.dataset.object_store import ObjectStore, StorageError, StoredObject, is_url
 from unicl_fast.packing.sources.lists import LIST_SUFFIXES
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.system.atomic_files import flush_to_disk, make_folder, temporary_folder
@@ -65,6 +65,7 @@ class StagedSources:
         Raises FileNotFoundError if nothing is there, ValueError for a folder that cannot be listed
         or a name that leaves it.
         """
+        self._given = sources, image_root, folder
         self._folder = folder
         self._copies: list[_Copy] = []
         self.versions: dict[str, str] = {}
@@ -87,7 +88,7 @@ class StagedSources:
         """Whether `versions` covers all sources."""
 
     def fetch(self) -> None:
-        """Makes missing copies and removes unknown ones; OSError without room for them."""
+        """Makes copies, removes unknown ones; OSError without room, StorageError after changes."""
         wanted = {one.path: one.found.size for one in self._copies}
         for path in sorted(self._folder.rglob("*"), reverse=True):  # folders are packed as they are
             if path.is_file() and path not in wanted:
@@ -110,6 +111,9 @@ class StagedSources:
         with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:
             for size in pool.map(_Copy.make, self._copies):
                 bar.update(size)
+        for url, version in StagedSources(*self._given).versions.items():
+            if version != self.versions.get(url):
+                raise StorageError(f"{url} was changed while it was copied; start again")
 
 
 @contextlib.contextmanager
