@@ -111,12 +111,11 @@ def find_copies(looks: npt.NDArray[np.void]) -> tuple[Indices, npt.NDArray[np.bo
 
 def _are_alike(looks: npt.NDArray[np.void], pairs: Indices) -> npt.NDArray[np.bool_]:
     """Whether the thumbnails of each pair [n 2] are those of copies, bool [n]."""
-    alike, are_mirrored = np.zeros(len(pairs), np.bool_), (pairs >= len(looks)).sum(axis=1) == 1
+    alike, count = np.zeros(len(pairs), np.bool_), len(looks)
+    are_mirrored = (pairs >= count).sum(axis=1) == 1
     for start in range(0, len(pairs), _COMPARED_AT_ONCE):
         some = slice(start, start + _COMPARED_AT_ONCE)
-        one, other = (
-            looks["thumbnail"][each % len(looks)].astype(np.float32) for each in pairs[some].T
-        )
+        one, other = (looks["thumbnail"][each % count].astype(np.float32) for each in pairs[some].T)
         one[are_mirrored[some]] = one[are_mirrored[some], :, ::-1]
         difference = np.sqrt(np.square(one - other).mean(axis=(1, 2)))
         detail = np.minimum(one.std(axis=(1, 2)), other.std(axis=(1, 2)))

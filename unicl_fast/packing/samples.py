@@ -15,7 +15,6 @@ import xxhash
 
 from unicl_fast.packing.sources.items import Item
 from unicl_fast.packing.sources.spool import READ_ITEMS, Source
-from unicl_fast.system.wording import count_of
 
 Sample = tuple[str, Item]
 """The name of a sample's source, and its item."""
@@ -44,9 +43,8 @@ class Samples:
         return Samples(self._sources, self._numbers[positions])
 
     def checksum(self) -> str:
-        """The number of samples, and XXH3-128 of which ones they are."""
-        checksum = xxhash.xxh3_128_hexdigest(self._numbers.tobytes())
-        return f"{count_of(len(self), 'sample')}, checksum {checksum}"
+        """XXH3-128 of which samples these are."""
+        return xxhash.xxh3_128_hexdigest(self._numbers.tobytes())
 
     def _make(self, numbers: list[int]) -> list[Sample]:
         """Makes some samples, with one read for each source."""

@@ -34,7 +34,7 @@ _COPIES_NAME = "copies"
 _SHOWN = 5
 _FILES = ("class_names", "templates", "leave_out", "hierarchy", "hierarchy_names")
 """Options that can name a file, whose contents matter too."""
-_MADE_BY = ("pillow", "simplejpeg", "tokenizers")
+_MADE_BY = ("pillow", "simplejpeg", "tokenizers", "ftfy", "regex")
 """Packages whose versions can change the bytes that are written."""
 
 
@@ -170,7 +170,7 @@ def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict
         described[f"--{name.replace('_', '-')}"] = plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
-    described["--image-root"] = _shown(image_root := options["image_root"])
+    described["--image-root"] = _shown(image_root := os.fspath(options["image_root"]))
     places = [place for place in (*sources, image_root) if place and not is_url(place)]
     described["where the sources lie"] = list(map(os.path.realpath, places))
     described["version of unicl_fast"] = __version__
