@@ -1,6 +1,7 @@
 """Data sets whose images stay in the tars and files that they came in."""
 
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,15 @@ def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(share
         )
 
 
-def test_class_folders_are_indexed_and_found_from_the_data_set_if_named_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["photos", "photos/list.csv"])
+def test_files_are_indexed_and_found_from_the_data_set_if_named_so(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", range(12), ("dog", "cat"))
-    build("photos", Path("sets/index"))
-    build_set(["photos"], Path("sets/packed"))
+    names = [str(path.relative_to("photos")) for path in Path("photos").rglob("*.jpg")]
+    Path("photos/list.csv").write_text("\n".join(["image,label", *map("{},x".format, names)]))
+    os.utime(f"photos/{names[0]}", (-1000, -1000))  # a clock that was not set
+    build(source, Path("sets/index"))
+    build_set([source], Path("sets/packed"))
     # files are shuffled as samples are
     images = [set_images(Path(f"sets/{name}")) for name in ("index", "packed")]
     assert images[0] == images[1]
@@ -190,6 +195,10 @@ def test_sources_under_urls_are_read_where_they_lie(shared, tmp_path, monkeypatc
         images = [sample[1:] for sample in samples_of(out)]
         assert images == [sample[1:] for sample in samples_of(shared / "index")]
         assert not any(path.suffix == ".tar" and path.name[0] == "0" for path in out.rglob("*"))
+    twice = tmp_path / "twice"
+    build_set([f"{url}/{{00000..00002}}.tar", f"{url}/00000.tar"], twice, in_place=True)
+    with PackedDataset(twice) as dataset:
+        assert len(dataset.sources) == len(list(dataset.sources._sizes())) == 4
     with PackedDataset(out) as dataset:
         assert dataset.cache is not None
         blocks = dataset.blocks_of(np.arange(len(dataset)))

@@ -123,8 +123,9 @@ class SourceFiles:
             return
         # if the store can list, one listing of their common folder serves all
         store = ObjectStore(f"{urls[0][0]}://{above}")
-        found = store.find_all([place.removeprefix(f"{above}/") for *_, place in urls])
-        yield from (None if one is None else one.size for one in found.values())
+        names = [place.removeprefix(f"{above}/") for *_, place in urls]
+        found = store.find_all(names)
+        yield from (None if (one := found[name]) is None else one.size for name in names)
 
     def _cached(self, number: int) -> CachedFile:
         store, name = self._object(number)

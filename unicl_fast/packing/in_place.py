@@ -72,4 +72,4 @@ class Places:
         if not os.path.isabs(path):  # without links above the file
             folder, file = os.path.split(path)
             path = os.path.relpath(os.path.join(os.path.realpath(folder), file), self._out)
-        return path, status.st_size, status.st_mtime_ns
+        return path, status.st_size, status.st_mtime_ns % 2**64  # before 1970 it is negative

@@ -74,7 +74,8 @@ class FolderTree:
             return Problem("missing", f"no such file in {self.root}")
         if not stat.S_ISREG(status.st_mode):
             return Problem("unreadable", "not a regular file")
-        return FileEntry(path, status.st_size, status.st_mtime_ns)
+        # by the folder's own path, which can be relative: an index can then be moved with it
+        return FileEntry(str(self.root / name), status.st_size, status.st_mtime_ns)
 
     def _names_inside(self, name: str) -> bool:
         """Whether a path, as written, stays in the folder before links are followed."""
