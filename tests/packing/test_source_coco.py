@@ -84,10 +84,12 @@ def test_images_are_found_in_zips_and_in_a_folder_called_images(coco):
 
 def test_filters_of_rows_are_refused(coco):
     place = str(coco / "annotations" / "captions_val2017.json")
-    with pytest.raises(ValueError, match="captions_val2017.json: .* no columns: leave --where out"):
-        read_source(place, ListOptions(where=["split=val"]))
-    with pytest.raises(ValueError, match="no scores: leave --min-score out"):
-        read_source(place, ListOptions(min_score=["clip=0.3"]))
+    message = r"(json|annotations|val2017) has no columns: leave --where and --min-score out"
+    (coco / "val2017" / "1.txt").touch()
+    for each in (place, coco / "annotations", coco / "val2017"):
+        for options in (ListOptions(where=["split=val"]), ListOptions(min_score=["clip=0.3"])):
+            with pytest.raises(ValueError, match=message):
+                read_source(each, options)
 
 
 def test_entries_that_lie_are_named(coco):

@@ -29,6 +29,7 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             "by itself has neither class nor caption. Name the folder that holds the class "
             "folders, or a list (.csv, .jsonl, ...)"
         )
+    options.refuse_filters(path)
     if not options.takes_loose:
         _require_one_split(path, place.folders)  # before all files are listed
     items = spool.new_items()

@@ -24,14 +24,10 @@ _Items = dict[Entry | str, Item]
 
 def _read_together(places: Sequence[Place], options: ListOptions, spool: Spool) -> Source:
     """Reads COCO's captions and instances files as one source (docs/sources.md)."""
-    names = ", ".join(place.name for place in places)
-    if options.scores():
-        raise ValueError(f"{names}: COCO's files have no scores: leave --min-score out")
-    if options.conditions():
-        raise ValueError(f"{names}: COCO's files have no columns: leave --where out")
+    name = "+".join(place.name for place in places)
+    options.refuse_filters(name)
     items: _Items = {}
     broken: list[Item] = []
-    name = "+".join(place.name for place in places)
     source = Source(name=name, items=spool.new_items(), labels_are_names=True)
     open_once = functools.cache(open_tree)  # a zip can have a long directory
     for path in (place.path for place in places):

@@ -87,6 +87,7 @@ def _has_texts(place: Place) -> bool:
 
 
 def _read_texts(place: Place, options: ListOptions, spool: Spool) -> Source:
+    options.refuse_filters(place.path)
     items, passed_over = spool.new_items(), place.count_aside()
     entries = {each: entry for each, entry in open_tree(place.path).entries() if "/" not in each}
     texts = {os.path.splitext(each)[0]: each for each in entries if each.endswith(".txt")}

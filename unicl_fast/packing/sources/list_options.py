@@ -86,6 +86,11 @@ class ListOptions:
             found.append((column, value))
         return found
 
+    def refuse_filters(self, name: object) -> None:
+        """Raises ValueError for options that choose rows, of which a source has none."""
+        if self.where or self.min_score:
+            raise ValueError(f"{name} has no columns: leave --where and --min-score out")
+
     def scores(self) -> list[tuple[str, float]]:
         """`min_score` as columns and numbers; ValueError for anything but COLUMN=NUMBER."""
         found = []
