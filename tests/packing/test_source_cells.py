@@ -236,7 +236,8 @@ def test_hostile_cells_cost_linear_time(tmp_path, piece):
     (tmp_path / "list.json").write_text(json.dumps([row, row | {"image": cell}]))
     start = time.process_time()
     source = read_source(tmp_path / "list.json", ListOptions(where=["image=1.jpg"]))
-    assert outcomes(source) == {"1.jpg": "read"}
+    # a manifest with so long a label could not be read; of "<p>" only "!" is left
+    assert outcomes(source) == {"1.jpg": "read" if piece == "<p>" else "bad row"}
     attributes_in(cell)
     assert time.process_time() - start < 5  # seconds; a quadratic way needs more than ten
 

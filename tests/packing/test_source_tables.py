@@ -93,9 +93,10 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path, spool):
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="They are addresses: download them with img2dataset"):
         read_source(tmp_path / "a.parquet", spool=spool)
-    odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
+    image = pa.array([jpeg(1), None]).dictionary_encode()
+    odd = pa.table({"image": image, "say": ["x", "y"], "status": ["sold", "new"]})
     pq.write_table(odd, tmp_path / "a.parquet")
-    options = ListOptions(image_column="image", caption_column="say")
+    options = ListOptions(image_column="image", caption_column="say", label_column="status")
     found = outcomes(read_source(tmp_path / "a.parquet", options, spool))
     assert found == {"a.parquet:0": "read", "a.parquet:1": "missing"}
 
@@ -105,6 +106,16 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path, spool):
     [
         ({"image": [b"x"], "label": [1]}, ListOptions(caption_column="c"), "no column 'c'"),
         ({"image": [1.5], "label": [1]}, ListOptions(), "of type double; expected bytes"),
+        (
+            {"a": [b"x"], "b": [b"y"], "label": [1]},
+            ListOptions(image_column=["a", "b"]),
+            "of the columns a, b some hold images, and only paths are read from several: name one",
+        ),
+        (
+            {"image": [b"x"], "label": [1]},
+            ListOptions(where=["label=2"]),
+            "no rows that can be read: rows that --where left out",
+        ),
     ],
 )
 def test_tables_without_the_columns_say_what_they_have(tmp_path, spool, columns, options, message):

@@ -21,7 +21,7 @@ from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
 def three_samples(path: Path) -> Path:
     """A caption, a label, and both with more in JSON."""
-    texts = {"caption": "one", "captions": ["two", "one"], "label": ["cat", 3]}
+    texts = {"caption": " one\n", "captions": ["two", "one"], "label": ["cat", 3]}
     fields = json.dumps(texts | {"split": "val", "score": 0.7}).encode()
     members = {"000.jpg": jpeg(0), "000.txt": b"a red square\n", "001.cls": b"7"}
     members |= {"001.png": jpeg(1), "f/002.webp": jpeg(2), "f/002.json": fields}
@@ -40,6 +40,8 @@ def test_a_key_is_a_sample_with_its_texts(tmp_path):
     only = read_source(place, ListOptions(caption_column="captions", where=["split=val"]))
     assert texts(only) == {"a.tar/f/002": (["two", "one"], ["cat", 3])}
     assert only.passed_over == {"rows that --where left out": 2}
+    with pytest.raises(ValueError, match=r"holds no images .*: rows that --where left out"):
+        read_source(place, ListOptions(where=["split=test"]))
     scored = read_source(place, ListOptions(min_score=["score=0.5"]))
     assert outcomes(scored) == {
         "a.tar/000": "low score", "a.tar/001": "low score", "a.tar/f/002": "read"
@@ -76,6 +78,9 @@ def test_folders_braces_and_archives_in_a_row_are_read_through(tmp_path):
     folder = read_source(tmp_path)
     assert len(folder.items) == 7
     assert folder.passed_over == {"failed downloads of img2dataset": 7}
+    for name in ("8.jpg", "8.txt"):
+        (tmp_path / name).touch()
+    assert read_source(tmp_path).passed_over["files beside the tars"] == 2
     assert {len(read(item)) > 100 for item in folder.items} == {True}
     assert outcomes(folder)["s-09.tar/9"] == "no text"
     braces = read_source(tmp_path / "s-{08..09}.tar")

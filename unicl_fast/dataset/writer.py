@@ -267,9 +267,8 @@ class DatasetWriter:
         self._pixels.append(sample.image)
 
     def quarantine(self, *, source: str, name: str, kind: str, message: str) -> None:
-        """Lists a sample that was left out, and why."""
-        row = (source, name, kind, message)
-        self._quarantine.write_row([one[:MOST_CHARACTERS] for one in row])  # csv reads 131,072
+        """Lists a sample that was left out, and why; texts are cut, since csv reads 131,072."""
+        self._quarantine.write_row([one[:MOST_CHARACTERS] for one in (source, name, kind, message)])
         self.num_quarantined += 1
 
     def finish(self, *, made_of: Mapping[str, Any] | None = None, **facts: Any) -> Manifest:

@@ -66,7 +66,7 @@ def convert(task: TableTask) -> TableResult:
     names = _class_names(table.schema_arrow, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     texts = [name for name in header if name in cells.sources]
-    texts += ["status"] if set(header) >= _IMG2DATASET else []
+    texts += sorted(_IMG2DATASET) if set(header) >= _IMG2DATASET else []
     wanted = list(dict.fromkeys((*columns.images, *texts)))
     with open(task.rows_file, "wb") as rows, open(task.images_file, "wb") as images:
         writer = _RowWriter(task, cells, texts, names, rows, images)
@@ -146,7 +146,7 @@ class _RowWriter:
     task: TableTask
     cells: Cells
     texts: Sequence[str]
-    """Columns of texts, conditions, scores, group and weight, and img2dataset's `status`."""
+    """Columns of texts, conditions, scores, group and weight, and img2dataset's own."""
     names: dict[str, tuple[str, ...]]
     rows: BinaryIO
     images: BinaryIO
@@ -162,10 +162,15 @@ class _RowWriter:
         passed_over: Counter[str] = Counter()
         fields = {name: batch.column(name).to_pylist() for name in self.texts}
         images = [_Images(batch.column(name)) for name in self.cells.columns.images]
+        if len(images) > 1 and any(one.has_bytes for one in images):
+            raise ValueError(
+                f"of the columns {', '.join(self.cells.columns.images)} some hold images, and only "
+                "paths are read from several: name one of them by --image-column"
+            )
         for number in range(batch.num_rows):
             row = {name: values[number] for name, values in fields.items()}
             row = self.cells.with_attributes(row)
-            if "status" in row and row["status"] not in (None, "success"):
+            if row.keys() >= _IMG2DATASET and row["status"] not in (None, "success"):
                 passed_over[FAILED_DOWNLOADS] += 1
                 continue
             if not meets(row, conditions):
@@ -242,6 +247,7 @@ class _Images:
                 "struct of `bytes` and `path`"
             )
         self._values = values if values is not None and _is_bytes(values.type) else None
+        self.has_bytes = self._values is not None and self._values.null_count < len(column)
 
     def bytes_at(self, number: int) -> pa.Buffer | None:
         if self._values is None or not (value := self._values[number]).is_valid:

@@ -168,8 +168,7 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
     for column in columns.labels:
         found = columns.found.setdefault(column, {})
         for label in _values(row.get(column)):
-            is_label = isinstance(label, (str, int)) and not isinstance(label, bool)
-            is_label = is_label and len(str(label)) <= MOST_CHARACTERS  # most that a manifest has
+            is_label = type(label) in (str, int) and len(str(label)) <= MOST_CHARACTERS
             if not is_label or _has_half_characters(str(label)):
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # usually means none

@@ -95,6 +95,7 @@ def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: 
             broken.append(refused(f"{path.name} {rest}", "damaged", message))
     if not items:
         reasons = [problem.message for item in broken if (problem := item.problem)]
+        reasons += passed_over
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
     items.extend(broken)
     source = Source(

@@ -112,6 +112,9 @@ def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
             count_failures(Path(path).with_suffix(""), maker)
     source = maker.source(place.name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
     source.passed_over.update(place.count_aside())
+    own = (*TARS, ".parquet", "_stats.json")
+    beside = (name for name in place.files if not name.lower().endswith(own))
+    source.passed_over.update("files beside the tars" for _ in beside)
     return source
 
 
@@ -155,7 +158,7 @@ class SampleMaker:
 
     def source(self, name: str, wanted: str) -> Source:
         if not self._has_image:
-            problem = self._first_problem
+            problem = self._first_problem or ", ".join(self.passed_over)
             raise ValueError(f"{name} holds no {wanted}" + (f": {problem}" if problem else ""))
         return Source(
             name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over,
@@ -184,7 +187,8 @@ class SampleMaker:
                 fields = json.loads(data)
                 if not isinstance(fields, dict):
                     raise ValueError("not a JSON object")
-                group.row |= {k: v for k, v in fields.items() if k in self._fields}
+                used = ((k, v) for k, v in fields.items() if k in self._fields)
+                group.row |= {k: v.strip() if isinstance(v, str) else v for k, v in used}
             else:
                 text = data.decode("utf-8").strip()
                 is_number = extension == "cls" and len(text) < 10 and text.isdecimal()
