@@ -29,7 +29,7 @@ _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.u
 _EQUAL_BLOCKS = 3
 _COMPARED_AT_ONCE = 1 << 14
 _SPLIT_DISTANCE = 4
-_MOST_OF_ONE_HASH = 64  # such images are compared with each other; drawings can be thousands
+_MOST_OF_ONE_HASH = 16  # such images are compared with each other; drawings can be thousands
 _MOST_DIFFERENCE, _LEAST_CONTRAST = 0.1, 2.0
 """Hashes alone would join digits. A copy's thumbnail differs by less than this part of its contrast
 (JPEG at quality 20: 0.08 at most, of 3,000 photographs), other images' by more (2,500 digits, 3,000
