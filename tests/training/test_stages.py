@@ -39,6 +39,7 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
 
 @needs_full
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")  # torch.compile would trace the checks
 @pytest.mark.parametrize(
     ("settings", "frozen"),
     [
