@@ -99,6 +99,9 @@ def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_fold
         # images are encoded once: their features in the common space follow from the encoder's
         direct = model.embed_texts(["a dog"]) @ ModelOnRanks.of(model).features(dataset).numpy().T
         np.testing.assert_allclose(found["images"][0], direct[0], atol=1e-5)
+    with open_index(model, data / "captions") as index:
+        assert "predicted" in index.signals
+        assert index.report.keys() == {"weights", "recall_at_100"}, "all images were trained on"
     frozen = model.encoders.config.changed(optim={"freeze": ["image", "text"]})
     model.encoders.config = frozen.changed(efficiency={"stored_features": str(tmp_path)})
     with open_index(model, data / "captions"):

@@ -17,6 +17,7 @@ from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import features, nearest, search
 from unicl_fast.evaluation.nearest import Rows, best, similarities
+from unicl_fast.evaluation.predicted import PredictedWords
 from unicl_fast.evaluation.search import SearchIndex, Titles, open_index
 from unicl_fast.evaluation.signals import fuse, measure, standardise, typed
 from unicl_fast.evaluation.words import Words
@@ -220,7 +221,7 @@ def test_weights_follow_what_finds_the_titles_and_stay_above_zero():
     generator = np.random.default_rng(0)
     asked: list[str] = []
 
-    def scores_of(texts: list[str], _: list[tuple[int, str]]) -> dict[str, np.ndarray]:
+    def scores_of(texts: list[str], _: list[tuple[list[int], str]]) -> dict[str, np.ndarray]:
         """Images know most things by their number; titles are noise."""
         noise = generator.normal(size=(2, len(texts), 300)).astype(np.float32)
         numbers = [int("0" + "".join(filter(str.isdigit, text))) for text in texts]
@@ -237,22 +238,57 @@ def test_weights_follow_what_finds_the_titles_and_stay_above_zero():
     assert set(reached) == {"all", "images", "titles"}
     captioned = [(*own, "one of its other sides") for own in titles]
 
-    def without(texts: list[str], left_out: list[tuple[int, str]]) -> dict[str, np.ndarray]:
-        assert [captioned[sample][0] for sample, _ in left_out] == texts
+    def without(texts: list[str], left_out: list[tuple[list[int], str]]) -> dict[str, np.ndarray]:
+        assert [[captioned[one][0] for one in own] for own, _ in left_out] == [[t] for t in texts]
         assert [title for _, title in left_out] == texts
         return scores_of(texts, left_out)
 
     assert measure(captioned, [2] * 300, without)["weights"] == {"images": 9, "titles": 1}
     sizes = [(*own, f"{own[0]}s") for own in titles]
 
-    def by_halves(texts: list[str], left_out: list[tuple[int, str]]) -> dict[str, np.ndarray]:
-        assert {sample for sample, _ in left_out} == {-1}
+    def by_halves(texts: list[str], left_out: list[tuple[list[int], str]]) -> dict[str, np.ndarray]:
+        assert all(samples == [] for samples, _ in left_out)
         assert not set(texts) & {own[0] for own in titles}
         return scores_of(texts, left_out)
 
     measure(sizes, [2] * 300, by_halves)
+    again: list[list[int]] = []  # each thing has two photographs
+
+    def of_both(texts: list[str], left_out: list[tuple[list[int], str]]) -> dict[str, np.ndarray]:
+        again.extend(samples for samples, _ in left_out)
+        return {name: np.tile(one, 2) for name, one in scores_of(texts, left_out).items()}
+
+    measure(captioned * 2, [2] * 600, of_both)
+    assert all(second == first + 300 for first, second in again)
     assert typed("a", generator) == "a"
     assert len(typed("one two three four", generator).split()) == 2
+
+
+@pytest.mark.dali
+def test_weights_are_measured_by_images_that_no_signal_knows_by_heart(model, data, tmp_path):
+    """Features are noise, by which training captions are found, and no others."""
+    generator = np.random.default_rng(0)
+    vocabulary = np.array([f"{a}{b}{c}" for a in "bdfkm" for b in "aeiou" for c in "lnrst"])
+    titles = [tuple(map(" ".join, generator.choice(vocabulary, (2, 4)))) for _ in range(240)]
+    titles[239] = titles[238]  # two photographs of a product
+    features = generator.normal(size=(240, 200)).astype(np.float32)
+    learnt = PredictedWords(features[:180], titles[:180])
+    with PackedDataset(data / "labels") as dataset:
+        index = SearchIndex(
+            model, dataset, features[:, : model.encoders.config.model.embed_dim],
+            titles=Titles(titles, [2] * 240), words=Words(list(map("\n".join, titles))),
+            predicted=(learnt, learnt.of_images(features)),
+        )  # fmt: skip
+        of_all, of_fresh = np.arange(240), np.arange(180, 240)
+        for fresh, low, high in ((of_all, 0.6, 1.0), (of_fresh, 0.0, 0.2)):
+            index.weigh(tmp_path / f"{low}.json", fresh)
+            assert low < index.report["mean_reciprocal_rank"]["predicted"] < high
+        assert index.report["queries"] == 60
+        index.report = {"weights": "equal"}
+        index.weigh(tmp_path / "few.json", of_fresh[11:])
+        assert (index.report, (tmp_path / "few.json").exists()) == ({"weights": "equal"}, False)
+        own = index.scores(titles[238][:1], ["words"], [([238, 239], titles[238][0])])["words"][0]
+        assert own[238:].max() < 0.5
 
 
 @pytest.mark.dali

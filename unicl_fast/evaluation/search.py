@@ -48,13 +48,14 @@ from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.system.installation import install_command
-from unicl_fast.training.data import tokenizer_of
+from unicl_fast.training.data import open_datasets, tokenizer_of
 from unicl_fast.training.kept_rows import kept_rows
 
 logger = logging.getLogger("unicl_fast")
 
 _TEXTS_AT_ONCE = 4096
 _VERSION = 2  # of the stored features
+_FEWEST_FRESH = 50  # whose mean reciprocal rank is known to 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,14 +177,15 @@ class SearchIndex:
         self,
         texts: Sequence[str],
         signals: Sequence[Signal],
-        left_out: Sequence[tuple[int, str]] = (),
+        left_out: Sequence[tuple[Sequence[int], str]] = (),
     ) -> Scores:
         """The scores of each text with each sample, by signal.
 
-        `left_out` has for each text a sample and a title, which that sample is compared without.
+        `left_out` has for each text samples of the same titles, or none, and a title, which they
+        are compared without.
         """
         found: Scores = {}
-        without = [(row, *one) for row, one in enumerate(left_out) if one[0] >= 0]
+        without = [(row, *one) for row, one in enumerate(left_out) if one[0]]
         if set(signals) & {"images", "titles"}:
             queries = self.model.embed_texts(texts, progress=False)
         if "images" in signals:
@@ -198,21 +200,34 @@ class SearchIndex:
             found["titles"] = self.titles.per_sample(of_texts)
         if "words" in signals and self._words is not None:
             found["words"] = np.stack([self._words.scores(text) for text in texts])
-            for row, sample, title in without:
+            for row, samples, title in without:
                 assert self.titles is not None
-                others = [one for one in self.titles.of_samples[sample] if one != title]
-                found["words"][row, sample] = self._words.score_of(texts[row], "\n".join(others))
+                others = [one for one in self.titles.of_samples[samples[0]] if one != title]
+                found["words"][row, samples] = self._words.score_of(texts[row], "\n".join(others))
         return found
 
-    def weigh(self, file: Path) -> None:
-        """Measures the weights of the signals, or finds them in a file."""
-        if (titles := self.titles) is not None and len(self.signals) > 1:
+    def weigh(self, file: Path, fresh: NDArray[np.int64]) -> None:
+        """Measures the weights of the signals, or finds them in a file.
 
-            def scores_of(texts: list[str], left_out: list[tuple[int, str]]) -> Scores:
-                return self.scores(texts, self.signals, left_out)
+        Only `fresh` samples are asked for and found: predicted words know the others' captions by
+        heart, whatever they are worth for new texts. Few fresh ones leave all weights equal.
+        """
+        if (titles := self.titles) is None or len(self.signals) < 2:
+            return
+        of_samples = [titles.of_samples[sample] for sample in fresh]
+        if self.predicted is not None and sum(map(bool, of_samples)) < _FEWEST_FRESH:
+            said = "search: equal weights: under %d images with titles are not of the training data"
+            logger.info(said, _FEWEST_FRESH)
+            return
 
-            make = partial(measure, titles.of_samples, titles.captions, scores_of)
-            self.report = kept_measure(file, self.signals, make)
+        def scores_of(texts: list[str], left_out: list[tuple[list[int], str]]) -> Scores:
+            without = [(fresh[samples].tolist(), title) for samples, title in left_out]
+            found = self.scores(texts, self.signals, without)
+            return {signal: values[:, fresh] for signal, values in found.items()}
+
+        captions = [titles.captions[sample] for sample in fresh]
+        make = partial(measure, of_samples, captions, scores_of)
+        self.report = kept_measure(file, self.signals, make)
 
     def image_file(self, sample: int) -> bytes:
         """An image's JPEG, PNG or WebP file; raises DamagedSampleError, IndexError."""
@@ -302,11 +317,14 @@ def open_index(
                 if index.title_rows is not None:
                     index.title_rows.approximate(folder / f"{title_key}.faiss", queries)
                 learnt, every = "", [index.images, index.title_rows]
+                fresh = np.arange(len(index))
                 if index.predicted is not None:
                     learnt, found = index.predicted[0].digest(), index.predicted[1]
                     found.approximate(folder / f"{key}.{learnt}.faiss", found.rows[:100])
                     every.append(found)
-                index.weigh(folder / f"{key}.{title_key}.{learnt}.search.json")
+                    fresh = _not_trained_on(on_ranks.model, opened.dataset)
+                measured = _hash_of(key, title_key, learnt, xxhash.xxh3_64_hexdigest(fresh.data))
+                index.weigh(folder / f"{measured}.search.json", fresh)
                 recalls = [one.recall for one in every if one]
                 index.report = {**index.report, "recall_at_100": min(recalls)}
         yield index
@@ -341,6 +359,14 @@ def _predicted_words(
             encode=lambda new: [(np.array(new), words.of_images(rows[new]))], ranks=Ranks(),
         )  # fmt: skip
     return words, vectors
+
+
+def _not_trained_on(model: UniCL, dataset: PackedDataset) -> NDArray[np.int64]:
+    """Samples whose images are not in the run's training data."""
+    with contextlib.ExitStack() as stack:
+        trained, _ = open_datasets(model.config.data, verify=False)
+        known = [stack.enter_context(one).samples["xxh3"] for one in trained]
+        return np.flatnonzero(~np.isin(dataset.samples["xxh3"], np.concatenate(known)))
 
 
 def _title_rows(on_ranks: ModelOnRanks, titles: Titles, folder: Path) -> tuple[str, NDArray[Any]]:

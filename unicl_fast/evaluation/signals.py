@@ -58,15 +58,15 @@ def fuse(standardised: Scores, weights: Mapping[Signal, float]) -> Float[np.ndar
 def measure(
     titles: Sequence[Sequence[str]],
     captions: Sequence[int],
-    scores_of: Callable[[list[str], list[tuple[int, str]]], Scores],
+    scores_of: Callable[[list[str], list[tuple[list[int], str]]], Scores],
 ) -> dict[str, Any]:
     """Weighs the signals by 200 queries made from the titles of samples, which are drawn.
 
     Args:
         titles: titles of each sample, captions first.
         captions: number of captions of each sample.
-        scores_of: is called with queries and, for each, a sample and a title to leave out there;
-            sample -1 leaves nothing out.
+        scores_of: is called with queries and, for each, the samples of its titles and a title to
+            leave out there; no samples leave nothing out.
 
     Returns:
         `weights` by signal; the `mean_reciprocal_rank` that the weighted mean and each signal alone
@@ -88,7 +88,8 @@ def measure(
                 difflib.SequenceMatcher(None, title, other).ratio() >= _NEARLY for other in others
             )
             texts.append(typed(title, generator) if is_one else title)
-            left_out.append((-1 if is_one else sample, title))
+            own = np.flatnonzero(same == same[sample]).tolist()
+            left_out.append(([] if is_one else own, title))
         scores = standardise(scores_of(texts, left_out))
         signals = tuple(scores)
         wanted = same[samples, None] == same
