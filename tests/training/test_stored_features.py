@@ -241,6 +241,10 @@ def test_a_projection_of_one_layer_gets_the_bias_that_folding_needs(kind):
     assert model.config.model.text_projection == "linear"
     after = model.encode_image(features), model.encode_text(texts)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    model, deviation = build_model(config), torch.ones(64)
+    deviation[5] = 1e-9  # nearly constant
+    model.set_statistics("image", torch.zeros(64), deviation)
+    assert model.head("image").factor.max().item() == pytest.approx(1000)
 
 
 def test_standardising_needs_features_or_a_model_that_has_statistics():

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import LEAST_DEVIATION
 from unicl_fast.training.kept_rows import kept_rows
 
 _MOST_WORDS = 20_000
@@ -94,8 +95,7 @@ def _mean_and_scale(
     """The mean and the deviation of each dimension, which standardise features."""
     mean = np.asarray(np.mean(train, axis=0, dtype=np.float64))
     deviation: NDArray[Any] = np.std(train, axis=0, dtype=np.float64)
-    # a dimension that hardly varies in training must not blow up a test image
-    return mean, np.maximum(deviation, 1e-3 * deviation.max() or 1.0)
+    return mean, np.maximum(deviation, LEAST_DEVIATION * deviation.max() or 1.0)
 
 
 def standardised(

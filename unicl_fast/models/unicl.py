@@ -25,6 +25,7 @@ from unicl_fast.objectives.operands import Encoded
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, normal_tensor
 
 _NOISE = 0x201E
+LEAST_DEVIATION = 1e-3  # of the largest: what hardly varies must not blow up a test image
 
 Tower = Literal["image", "text"]
 
@@ -195,8 +196,8 @@ class UniCL(nn.Module, Configured):
             deviation = deviation.square().mean().sqrt()
         else:
             head.mean.copy_(mean)
-        # a constant dimension says nothing, and stays as small as it is
-        head.factor.copy_(1 / deviation.where(deviation > 0, 1))
+        least = LEAST_DEVIATION * deviation.max().item() or 1.0
+        head.factor.copy_(1 / deviation.clamp(min=least))
 
     def train(self, mode: bool = True) -> UniCL:
         """Sets training mode; frozen parts stay in evaluation mode."""
