@@ -10,7 +10,8 @@ from typing import Any
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.conversion.packages import bases_at_hand, installed_packages
-from unicl_fast.presets import LARGE_SIDE, Facts, choose_preset
+from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.presets import Facts, choose_preset
 from unicl_fast.system.atomic_files import locked, make_folder, temporary_folder
 from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
@@ -54,10 +55,9 @@ def choose(
     )
     features = (run_folder or Path()) / "features"
     name, config, reasons = choose_preset(facts, features=str(features))
-    if held_out := tuple(filter(None, map(held_out_beside, data.train))):
+    if held_out := tuple(dict.fromkeys(filter(None, map(held_out_beside, data.train)))):
         config = config.changed(data={"evaluate": held_out})
-        # images small enough to be encoded twice are few
-        if name == "photos-heads" and compares and config.data.image_size == LARGE_SIDE:
+        if name == "photos-heads" and compares:
             folder = run_folder if keeps else None
             config, why = _start_from_best(config, data, device, folder)
             reasons += why
@@ -96,7 +96,9 @@ def _start_from_best(
             stack.enter_context(locked(lock, wait=True))
             stack.callback(lock.unlink, missing_ok=True)
         kept = folder / "bases.json"
-        if not (kept.is_file() and parts.items() <= read_json(kept).items()):
+        packed = max(Path(one, MANIFEST_NAME).stat().st_mtime for one in parts.values())
+        is_new = kept.is_file() and kept.stat().st_mtime >= packed
+        if not (is_new and parts.items() <= read_json(kept).items()):
             command += ["--features", str(folder / "features"), "--json", f"{kept}.partial"]
             mark(f"comparing encoders on {_COMPARED:,} images", patience=START_PATIENCE)
             ran = subprocess.run(
@@ -109,6 +111,8 @@ def _start_from_best(
                 return config, f"; encoders could not be compared: {error}"
             os.replace(f"{kept}.partial", kept)
         found = [one for one in read_json(kept)["bases"] if one["text"]]
+    if not found:
+        return config, "; no pair of encoders could be compared"
     scores = [_score(one) for one in found]
     best = found[scores.index(max(scores))]
     brought = settings_of({"init_image": best["image"], "init_text": best["text"]})

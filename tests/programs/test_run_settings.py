@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_auto_chooses_a_preset_for_the_data_and_the_machine(facts, preset, batch
     assert name == preset
     assert config.run.global_batch_size == batch
     assert config.run.samples <= 100 * given.num_images or name == "photos-heads"
+    times = config.run.samples / batch / (config.run.evaluate_every_steps or 1)
+    assert name != "photos-heads" or 10 <= times < 11
     assert config.efficiency.micro_batch_size == micro_batch
     stored = "run/features" if name in ("photos-features", "photos-heads") else ""
     assert config.efficiency.stored_features == stored
@@ -370,6 +373,12 @@ def test_auto_starts_from_the_encoders_whose_heads_are_best_and_compares_once(
     assert [path.name for path in out.iterdir()] == ["bases.json"]
     parse_with_origin([*words, "--init-text", text])
     assert len(commands) == 2, "the choice is made"
+    also = [*words[:3], str(tmp_path / "train"), *words[3:]]
+    assert parse_with_origin(also)[1].data.evaluate == (str(tmp_path / "held-out"),)
+    assert len(commands) == 2
+    os.utime(tmp_path / "held-out" / "manifest.json", (9e9, 9e9))
+    parse_with_origin(words)
+    assert len(commands) == 3, "the data were packed again"
     (out / "bases.json").write_text('{"data": "others"}')
     fails[0] = True
     origin, arguments = parse_with_origin(words)

@@ -21,8 +21,9 @@ _MOST_BYTES = 1 << 30
 
 
 def installed_packages() -> list[str]:
-    """Installed models, as pypi:NAME."""
-    return [name for name, package in PACKAGES.items() if find_spec(package.replace("-", "_"))]
+    """Installed models that can be loaded, as pypi:NAME: texts need transformers."""
+    lacking = () if find_spec("transformers") else PACKAGED_TEXTS.values()
+    return [name for name, one in PACKAGES.items() if one not in {*missing_packages(), *lacking}]
 
 
 def missing_packages() -> list[str]:
@@ -41,8 +42,9 @@ def bases_at_hand() -> list[str]:
         return found
     for one in sorted(repositories, key=lambda one: one.repo_id):
         files = [file for version in one.revisions for file in version.files]
-        weights = [file.size_on_disk for file in files if file.file_name.endswith(_WEIGHTS)]
-        is_model = one.repo_type == "model" and _CONFIGS & {file.file_name for file in files}
-        if is_model and weights and min(weights) <= _MOST_BYTES:
+        sizes = {file.file_name: file.size_on_disk for file in files}
+        weights = [sum(sizes[one] for one in sizes if one.endswith(end)) for end in _WEIGHTS]
+        is_model = one.repo_type == "model" and _CONFIGS & sizes.keys()
+        if is_model and any(0 < size <= _MOST_BYTES for size in weights):  # of all shards
             found.append(f"hf-hub:{one.repo_id}")
     return found

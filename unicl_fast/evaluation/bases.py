@@ -8,6 +8,7 @@ texts. Features that another model made are a base, too (`outside`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -135,19 +136,16 @@ def compare_bases(
     for name in images:
         model, encoding = None, Measured("image features", {})
         if (rows := outside.get(name)) is None:
-            try:
+            with _leaving_out(name, unless=bases):
                 on_ranks = ModelOnRanks.of(load_model(name, device=device))
-            except (ValueError, OSError) as error:
-                if name in bases:
-                    raise
-                logger.info("left out: %s", error)
+                on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
+                model, start = on_ranks.model, time.process_time()
+                rows = [encoder_features(on_ranks, one, folder=folder) for one in (train, held_out)]
+                encoding = dataclasses.replace(encoding, cpu_seconds=time.process_time() - start)
+                if model.text_encoder is not None:
+                    of_texts[name] = _Texts.of(model, number_of, folder=folder, progress=progress)
+            if rows is None:
                 continue
-            on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
-            model, start = on_ranks.model, time.process_time()
-            rows = [encoder_features(on_ranks, one, folder=folder) for one in (train, held_out)]
-            encoding = dataclasses.replace(encoding, cpu_seconds=time.process_time() - start)
-            if model.text_encoder is not None:
-                of_texts[name] = _Texts.of(model, number_of, folder=folder, progress=progress)
         pairs = zip(empty, rows, strict=True)
         parts = [dataclasses.replace(part, features=own) for part, own in pairs]
         results.append(BaseResult(
@@ -157,9 +155,11 @@ def compare_bases(
         ))  # fmt: skip
         for other in [name] if name in of_texts else others:
             if other not in of_texts:
-                reader = on_device(_text_model(other), choose_device(device))
-                of_texts[other] = _Texts.of(reader, number_of, folder=folder, progress=progress)
-            own = of_texts[other]
+                with _leaving_out(other, unless=bases):
+                    reader = on_device(_text_model(other), choose_device(device))
+                    of_texts[other] = _Texts.of(reader, number_of, folder=folder, progress=progress)
+            if (own := of_texts.get(other)) is None:
+                continue
             shape = len(names), len(held_out.manifest.templates), own.rows.shape[1]
             features = own.features(prompts).view(shape)
             task = _Task(parts[0], parts[1], own, features, names, columns)
@@ -200,6 +200,17 @@ def _parts_and_texts(
     return parts, prompts, {text: number for number, text in enumerate(texts)}
 
 
+@contextlib.contextmanager
+def _leaving_out(name: str, *, unless: Sequence[str]) -> Iterator[None]:
+    """Lets only a base that was named stop a comparison by what it lacks."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if name in unless:
+            raise
+        logger.info("left out: %s", error)
+
+
 def _choose_towers(given: Sequence[str], at_hand: Sequence[str]) -> tuple[list[str], list[str]]:
     """Image encoders, also with texts, and text encoders, of given bases and those at hand."""
     images, texts = list[str](), list[str]()
@@ -207,7 +218,7 @@ def _choose_towers(given: Sequence[str], at_hand: Sequence[str]) -> tuple[list[s
         if name.startswith(SCHEME):
             (images if "train" in find_files(name) else texts).append(name)
             continue
-        try:
+        with _leaving_out(name, unless=given):
             has_text = find_source(name, image=False).has_text
             try:
                 has_image = "image_encoder" in find_source(name, text=False).settings
@@ -215,12 +226,7 @@ def _choose_towers(given: Sequence[str], at_hand: Sequence[str]) -> tuple[list[s
                 if not has_text:
                     raise
                 has_image = False
-        except (ValueError, OSError) as error:
-            if name in given:
-                raise
-            logger.info("left out: %s", error)
-            continue
-        (images if has_image else texts).append(name)
+            (images if has_image else texts).append(name)
     if not images:
         package = next(iter(PACKAGES.values()))
         raise ValueError(f"no image encoder is at hand: pip install {package}, or name --bases")
