@@ -58,8 +58,7 @@ def choose(
     if held_out := tuple(dict.fromkeys(filter(None, map(held_out_beside, data.train)))):
         config = config.changed(data={"evaluate": held_out})
         if name == "photos-heads" and compares:
-            folder = run_folder if keeps else None
-            config, why = _start_from_best(config, data, device, folder)
+            config, why = _start_from_best(config, data, device, run_folder if keeps else None)
             reasons += why
         reasons += f"; evaluates {', '.join(held_out)}"
     return f"the preset {name}, which auto took: {reasons}", config

@@ -105,9 +105,7 @@ def test_captions_are_found_by_ridge_and_by_heads(data, given, tmp_path, monkeyp
 
 
 @pytest.mark.dali
-def test_an_encoder_that_cannot_be_loaded_stops_a_comparison_only_if_named(
-    data, given, monkeypatch
-):
+def test_only_a_named_encoder_stops_a_comparison_by_a_mistake(data, given, monkeypatch):
     image, text = str(given["image"]), str(given["text"])
     monkeypatch.setattr(bases, "bases_at_hand", lambda: [text])
     monkeypatch.setattr(bases, "_text_model", lambda _: load_model("none_such"))

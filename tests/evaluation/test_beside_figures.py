@@ -100,7 +100,6 @@ def test_a_search_predicts_words_from_images_as_the_baseline_does(data, run_fold
         direct = model.embed_texts(["a dog"]) @ ModelOnRanks.of(model).features(dataset).numpy().T
         np.testing.assert_allclose(found["images"][0], direct[0], atol=1e-5)
     with open_index(model, data / "captions") as index:
-        assert "predicted" in index.signals
         assert index.report.keys() == {"weights", "recall_at_100"}, "all images were trained on"
     frozen = model.encoders.config.changed(optim={"freeze": ["image", "text"]})
     model.encoders.config = frozen.changed(efficiency={"stored_features": str(tmp_path)})
@@ -135,6 +134,11 @@ def test_evaluations_have_baselines_beside_them_and_encode_for_them_once(
     monkeypatch.setattr(ModelOnRanks, "loader", count)
     assert evaluated("zero-shot", run_folder, "--data", data / "labels") == labels
     assert loaded == [21], "the evaluated images, for zero-shot itself"
+    names = [path.name for path in (data / "classes" / "test").iterdir()]
+    (run_folder / "names.txt").write_text("\n".join([*names, "zebra"]))
+    words = ["--data", data / "classes", "--class-names", run_folder / "names.txt"]
+    found = evaluated("zero-shot", run_folder, *words)
+    assert found["baselines"] == "the training data lack the class 'zebra'"
 
 
 def test_a_phrase_says_why_there_are_no_baselines(data, run_folder, monkeypatch):

@@ -118,6 +118,10 @@ def test_what_a_killed_evaluation_has_encoded_is_not_projected(model, tmp_path, 
         ends_at = None
         _, found = ours.stored(dataset, tmp_path / "kept", layer="projection")
         _, expected = ours.stored(dataset, tmp_path / "whole", layer="projection")
+        ours.stored(dataset, tmp_path / "kept", layer="encoder")
+        monkeypatch.setattr(features, "kept_rows", lambda *_, encode, **__: next(encode([]))[1])
+        _, of_none = ours.stored(dataset, tmp_path / "kept", layer="projection")
+    assert len(of_none) == 0, "a rank without new images"
     assert np.array_equal(found, expected)
     assert (np.linalg.norm(found, axis=1) > 0.9).all()
 

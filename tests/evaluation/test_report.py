@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -86,12 +87,16 @@ def test_texts_of_users_are_written_unchanged_and_are_no_markup(tmp_path, monkey
     counts = ClassificationCounts(names)
     counts.add([[0]] * len(names), [[number] for number in range(len(names))])
     result = counts.result(what="this")
-    monkeypatch.setattr("unicl_fast.conversion.sources.weights_checksum", lambda *_, **__: "0")
+    sums = iter("0")  # which is asked for once, when the model is loaded
+    monkeypatch.setattr("unicl_fast.conversion.sources.weights_checksum", lambda *_: next(sums))
+    monkeypatch.setattr("unicl_fast.evaluation.features.model_on_ranks", MagicMock())
     command = Knn(
         checkpoint=tmp_path, train="x", data="y",
         json=tmp_path / "values.json", markdown=tmp_path / "table.md",
     )  # fmt: skip
     table = classification_table([(name, "top1", result) for name in names])
+    with command.model():
+        assert not [*sums]
     command.write(result.to_json(), table)
     values = json.loads((tmp_path / "values.json").read_text())
     assert [row["class"] for row in values["per_class"]] == list(names)

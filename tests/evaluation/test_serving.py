@@ -167,6 +167,7 @@ def test_an_image_is_named_in_each_label_column(model, photo):
 
 
 def test_questions_about_classes_and_images_are_answered(server, model, index, photo):
+    assert serving._json(["\udce9 é"]).body.decode() == '["? é"]'  # a file's name in Latin 1
     question = {"classes": list(NAMES), "template": "a photo of a {}."}
     (expected,) = model.classify([photo], NAMES)
     for asked in (question, {}):

@@ -90,6 +90,9 @@ def test_counts_are_those_of_a_plain_argmax(model):
     assert "top-1" in result.to_table()
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
         classify(features, classifier, labels=[[]] * 10, class_names=NAMES, columns=ALL)
+    features[3, 0] = torch.nan
+    with pytest.raises(ValueError, match="the model is broken"):
+        classify(features, classifier, labels=[[0]] * 10, class_names=NAMES, columns=ALL)
 
 
 def test_names_in_another_order_than_the_data_s_are_refused(tmp_path):

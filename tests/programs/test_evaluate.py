@@ -25,6 +25,7 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation import serving
 from unicl_fast.evaluation.data import protocol_metric, short_name
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import read_class_names, read_templates
@@ -332,6 +333,16 @@ def test_a_port_in_use_is_refused_before_a_model_is_loaded(trained, monkeypatch,
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert f"127.0.0.1, port {port}: Address already in use; --port 0 picks a free one" in said
+
+
+def test_the_page_starts_with_all_classes_of_the_model(trained, monkeypatch):
+    names = tuple(map(str, range(1001)))
+    monkeypatch.setattr("unicl_fast.tools.evaluate.serve.Serve.own_classes", lambda _: {"": names})
+    monkeypatch.setattr("unicl_fast.evaluation.inference.load_model", Mock())
+    for name in ("make_server", "make_app"):
+        monkeypatch.setattr(serving, name, made := Mock())
+    call(evaluate, "serve", "--checkpoint", trained, "--port", "0")
+    assert made.call_args.kwargs["columns"] == {"": names}
 
 
 OWN = """

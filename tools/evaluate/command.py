@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -181,18 +182,23 @@ class Evaluation(Written, RankedCommand):
 
             draw_confusion(result, self.figures, name.replace("/", "-"), title=title)
 
-    def write(self, values: Mapping[str, Any], table: str) -> None:
-        """As `Written.write`, with the checksum of the weights in the JSON.
+    @contextlib.contextmanager
+    def model(self) -> Iterator[ModelOnRanks]:
+        with super().model() as on_ranks:
+            if on_ranks.ranks.is_main:
+                _ = self.weights  # as they are now: a run can remove or replace them meanwhile
+            yield on_ranks
 
-        By it a model card finds its figures (`unicl_fast.conversion.figures`).
-        """
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """The place and the checksum, by which a model card finds its figures."""
         from unicl_fast.conversion.sources import weights_checksum
 
-        model = {
-            "checkpoint": str(self.checkpoint),
-            "weights_xxh3": weights_checksum(self.checkpoint),
-        }
-        super().write({**model, **values}, table)
+        place = self.checkpoint
+        return {"checkpoint": str(place), "weights_xxh3": weights_checksum(place)}
+
+    def write(self, values: Mapping[str, Any], table: str) -> None:
+        super().write({**self.weights, **values}, table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,7 @@ class BesideBaselines(Evaluation):
         *,
         ours: Figures,
         kind: Kind,
+        class_names: str = "",
         features: RetrievalFeatures | None = None,
     ) -> tuple[dict[str, Any], str]:
         """Values for the JSON and a text: the baselines, or why there are none. On rank 0 alone."""
@@ -222,8 +229,8 @@ class BesideBaselines(Evaluation):
 
         if self.baselines == "none" or not model.config.data.train:
             return {}, ""
-        folder = self.features_folder("auto")
-        with open_data(data, ranks=Ranks(), takes_loose=kind == "captions") as opened:
+        folder, loose = self.features_folder("auto"), kind == "captions"
+        with open_data(data, ranks=Ranks(), class_names=class_names, takes_loose=loose) as opened:
             found = of_run(model, opened.dataset, kind=kind, folder=folder, ours=lambda: features)
         if isinstance(found, str):
             return {"baselines": found}, f"no baselines: {found}"

@@ -46,7 +46,7 @@ def draw_confusion(result: ClassificationResult, folder: Path, name: str, *, tit
 
 def draw_found(found: RetrievalFeatures, dataset: PackedDataset, folder: Path) -> None:
     """Draws captions-found.png (images over captions) and images-found.png (the reverse)."""
-    on_host = ("image_features", "text_features", "image_of_text")
+    on_host = ("image_features", "text_features", "image_of_text", "text_ids")
     found = dataclasses.replace(found, **{name: getattr(found, name).cpu() for name in on_host})
     drawings = {"captions-found.png": draw_captions_found, "images-found.png": draw_images_found}
     for name, draw in drawings.items():

@@ -73,8 +73,7 @@ class Serve(ModelCommand):
                 manifest = index.dataset.manifest
                 columns = classes_by_column([manifest.class_names], [manifest.columns])
             if self.classes or not any(len(names) > 1 for names in columns.values()):
-                columns = {"": self.classes or ("cat", "dog", "bird")}
-            columns = {column: names[:MOST_CLASSES] for column, names in columns.items()}
+                columns = {"": self.classes[:MOST_CLASSES] or ("cat", "dog", "bird")}
             for names in columns.values():
                 model.require_classes(names)
             app = make_app(

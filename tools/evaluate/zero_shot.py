@@ -81,8 +81,10 @@ class ZeroShot(BesideBaselines):
         if not is_main:
             return
         beside = list[dict[str, Any]]()
-        for data, one in zip(self.data, found, strict=True):
-            values, text = self.beside(on_ranks.model, data, ours=top_1(one.classes), kind="labels")
+        for data, one, given in zip(self.data, found, settings["class_names"], strict=True):
+            values, text = self.beside(
+                on_ranks.model, data, ours=top_1(one.classes), kind="labels", class_names=given
+            )
             beside.append(values)
             if text:
                 print(f"\n{one.name}:", text, sep="\n" if "\n" in text else " ")

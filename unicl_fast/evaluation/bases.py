@@ -135,17 +135,18 @@ def compare_bases(
     results: list[BaseResult] = []
     for name in images:
         model, encoding = None, Measured("image features", {})
-        if (rows := outside.get(name)) is None:
+        if name not in outside:
             with _leaving_out(name, unless=bases):
                 on_ranks = ModelOnRanks.of(load_model(name, device=device))
                 on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
                 model, start = on_ranks.model, time.process_time()
-                rows = [encoder_features(on_ranks, one, folder=folder) for one in (train, held_out)]
+                both = [encoder_features(on_ranks, one, folder=folder) for one in (train, held_out)]
+                outside[name] = both
                 encoding = dataclasses.replace(encoding, cpu_seconds=time.process_time() - start)
                 if model.text_encoder is not None:
                     of_texts[name] = _Texts.of(model, number_of, folder=folder, progress=progress)
-            if rows is None:
-                continue
+        if (rows := outside.pop(name, None)) is None:
+            continue
         pairs = zip(empty, rows, strict=True)
         parts = [dataclasses.replace(part, features=own) for part, own in pairs]
         results.append(BaseResult(

@@ -159,7 +159,7 @@ class ModelOnRanks:
                 is_encoded = ranks.is_main and all_stored(folder, encoder, len(dataset))
             if from_rank_0(is_encoded, ranks):
                 known = read_features(folder, encoder, num_samples=len(dataset), check=False).rows
-                mine = np.array(new[ranks.rank :: ranks.world_size])
+                mine = np.array(new[ranks.rank :: ranks.world_size], np.int64)  # also of none
                 for some in np.array_split(mine, len(mine) // _ROWS_AT_ONCE + 1):
                     yield some, self.projected(known[some]).numpy().astype(dtype, copy=False)
                 return

@@ -207,17 +207,15 @@ class SearchIndex:
         return found
 
     def weigh(self, file: Path, fresh: NDArray[np.int64]) -> None:
-        """Measures the weights of the signals, or finds them in a file.
+        """Measures the weights among `fresh` samples, or finds them in a file.
 
-        Only `fresh` samples are asked for and found: predicted words know the others' captions by
-        heart, whatever they are worth for new texts. Few fresh ones leave all weights equal.
+        Predicted words know the captions of all others by heart. Few fresh ones: equal weights.
         """
         if (titles := self.titles) is None or len(self.signals) < 2:
             return
-        of_samples = [titles.of_samples[sample] for sample in fresh]
-        if self.predicted is not None and sum(map(bool, of_samples)) < _FEWEST_FRESH:
-            said = "search: equal weights: under %d images with titles are not of the training data"
-            logger.info(said, _FEWEST_FRESH)
+        own = [titles.of_samples[sample] for sample in fresh]
+        if self.predicted is not None and sum(map(bool, own)) < _FEWEST_FRESH:
+            logger.info("search: equal weights, since nearly all images were trained on")
             return
 
         def scores_of(texts: list[str], left_out: list[tuple[list[int], str]]) -> Scores:
@@ -225,8 +223,7 @@ class SearchIndex:
             found = self.scores(texts, self.signals, without)
             return {signal: values[:, fresh] for signal, values in found.items()}
 
-        captions = [titles.captions[sample] for sample in fresh]
-        make = partial(measure, of_samples, captions, scores_of)
+        make = partial(measure, own, [titles.captions[sample] for sample in fresh], scores_of)
         self.report = kept_measure(file, self.signals, make)
 
     def image_file(self, sample: int) -> bytes:
@@ -301,9 +298,7 @@ def open_index(
         title_key, title_rows = "", None
         if titles is not None and _encodes_texts(on_ranks.model):
             title_key, title_rows = _title_rows(on_ranks, titles, folder)
-        words = None
-        if titles is not None and ranks.is_main:
-            words = _words_of(titles)
+        words = _words_of(titles) if titles is not None and ranks.is_main else None
         index = SearchIndex(
             Model(on_ranks.model), opened.dataset, rows,
             titles=titles, title_features=title_rows, words=words,
@@ -325,8 +320,8 @@ def open_index(
                     fresh = _not_trained_on(on_ranks.model, opened.dataset)
                 measured = _hash_of(key, title_key, learnt, xxhash.xxh3_64_hexdigest(fresh.data))
                 index.weigh(folder / f"{measured}.search.json", fresh)
-                recalls = [one.recall for one in every if one]
-                index.report = {**index.report, "recall_at_100": min(recalls)}
+                recall = min(one.recall for one in every if one)
+                index.report = {**index.report, "recall_at_100": recall}
         yield index
 
 
@@ -341,9 +336,8 @@ def _predicted_words(
                 train = training_part(on_ranks.model).captioned()
                 if not train.captions:
                     raise ValueError("the run was trained without captions")
-                train = train.take(
-                    range(0, len(train.captions), len(train.captions) // MOST_IMAGES + 1)
-                )
+                step = len(train.captions) // MOST_IMAGES + 1
+                train = train.take(range(0, len(train.captions), step))
                 words = PredictedWords(train.features, train.captions, folder)
             except (ValueError, OSError, ModuleNotFoundError) as error:
                 logger.info("no words are predicted from images: %s", error)

@@ -8,6 +8,7 @@ error has its status and {"error": "a sentence"}.
 import asyncio
 import hmac
 import itertools
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Annotated, Any
@@ -273,7 +274,8 @@ class _Protocol(H11Protocol):
 
 
 def _json(values: Any, *, status: int = 200, headers: Any = None) -> Response:
-    content = msgspec.json.encode(values)
+    # names of files can hold lone surrogates, which UTF-8 lacks: they become question marks
+    content = json.dumps(msgspec.to_builtins(values), ensure_ascii=False).encode(errors="replace")
     return Response(content, status, headers=headers, media_type="application/json")
 
 

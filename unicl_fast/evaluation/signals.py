@@ -65,8 +65,7 @@ def measure(
     Args:
         titles: titles of each sample, captions first.
         captions: number of captions of each sample.
-        scores_of: is called with queries and, for each, the samples of its titles and a title to
-            leave out there; no samples leave nothing out.
+        scores_of: gets queries and, for each, samples, if any, and a title to leave out there.
 
     Returns:
         `weights` by signal; the `mean_reciprocal_rank` that the weighted mean and each signal alone

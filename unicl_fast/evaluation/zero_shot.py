@@ -24,6 +24,7 @@ from unicl_fast.evaluation.features import (
     LoadedModel,
     ModelOnRanks,
     encode_token_rows,
+    require_finite,
     require_text_encoder,
 )
 from unicl_fast.evaluation.levels import LevelsResult, classify_at_levels
@@ -84,6 +85,7 @@ def classify(
 
     `columns` are as in `Manifest.columns`. Raises ValueError if no image has a label.
     """
+    require_finite(features, classifier)
     found = {}
     for column, own in labels_by_column(labels, columns).items():
         counts, numbers = ClassificationCounts(class_names), torch.tensor(columns[column])
