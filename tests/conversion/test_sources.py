@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,20 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path):
     _assert_timm_s_features(model, theirs, 160)
     with pytest.raises(ValueError, match=r"does not name its timm model"):
         load_encoders(f"timm-file:{folder / 'model.safetensors'}")
+
+
+def test_what_a_config_leaves_out_is_its_library_s_default(tmp_path, monkeypatch):
+    described = {"model_cfg": SMALL_MODELS["gelu"], "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    assert find_source(str(tmp_path)).data["interpolation"] == "bicubic"
+    found = find_source(str(_timm_folder(tmp_path / "vit", "test_vit", {}))).data
+    assert (found["interpolation"], found["evaluation_resize"]) == ("bicubic", 36)  # 32 / 0.875
+    assert found["std"] == timm.data.IMAGENET_DEFAULT_STD
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install transformers"):
+        find_source(str(tmp_path / "bert"), image=False)
 
 
 def test_arguments_of_a_model_of_timm_are_used_or_refused(tmp_path):

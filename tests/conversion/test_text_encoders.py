@@ -16,6 +16,7 @@ from source_runs import config_by_name, started, train_one_step
 from torch.nn import functional as F
 
 from unicl_fast.config import ModelConfig
+from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.libraries import write_onnx
@@ -138,6 +139,8 @@ def test_a_dual_encoder_is_loaded_trained_and_exported(kind, shared_data, tmp_pa
     assert difference(tmp_path / "hf", back) < 1e-5
     cuts = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(cuts(TEXTS[1], truncation=True).input_ids) == 20  # as many as there are positions
+    said = preprocessing.in_words(ours.config.data, ours.config.model)["text"]
+    assert (said["tokenizer"], said["padding_token"]) == ("the source's own", 0)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "cut after 20 tokens of its tokenizer." in card
     stored = load_file(tmp_path / "theirs" / "model.safetensors")

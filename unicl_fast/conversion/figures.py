@@ -41,14 +41,14 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
         values = read_json(path)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and "protocol" in values else None
+    return values if isinstance(values, dict) and "weights_xxh3" in values else None
 
 
 def _figures_of(values: dict[str, Any], path: Path, checksum: str) -> list[dict[str, Any]]:
-    if values.get("weights_xxh3") != checksum:
+    if values["weights_xxh3"] != checksum:
         raise ValueError(
-            f"{path} is about other weights (xxh3 {values.get('weights_xxh3')}) than the exported "
-            f"ones ({checksum}): evaluate these, with the same --weights"
+            f"{path} is about other weights (xxh3 {values['weights_xxh3']}) than the exported "
+            f"ones ({checksum}): evaluate these"
         )
     try:
         return [one | {"file": path.name} for one in _figures_in(values, {})]

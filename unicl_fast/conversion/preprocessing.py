@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from unicl_fast.config import DataConfig, Interpolation, ModelConfig
+from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.pipelines.plan.crop import padding_level
 
 _PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # transformers stores Pillow's numbers
@@ -28,7 +29,8 @@ def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
         "padding_token": 0,
     }
     if model.tokenizer:
-        tokens = {"tokenizer": "the source's own"}
+        masks = model.text_pool.partition(":")[0] in PAD_IDS  # zeros, whatever its own padding is
+        tokens = {"tokenizer": "the source's own"} | ({"padding_token": 0} if masks else {})
     return {
         "image": {
             "color": "RGB",

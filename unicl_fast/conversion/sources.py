@@ -176,6 +176,8 @@ def _blaming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
     except OSError:
         raise
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{name}: {error}: pip install {error.name}") from error
     except Exception as error:  # a config can hold anything
         raise ValueError(
             f"{name} is not a model that the library of its layout could have written: {error!r}; "
@@ -333,6 +335,7 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
             side = hugging_face.timm_side(values)
             known = {**values.get("pretrained_cfg", {}), "input_size": [side]}
             locate = functools.partial(_library_weights, find)
+            known |= timm.data.resolve_data_config(pretrained_cfg=known)  # with timm's defaults
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
         return _transformers_source(given, values, find, towers, tokenizer=place)
@@ -526,7 +529,7 @@ def _open_clip_source(
         if towers.image:
             image = open_clip_models.image_settings(model_cfg)
             side = open_clip_models.side_of(model_cfg["vision_cfg"].get("image_size", 224))
-            data = preprocessing.of_library(preprocess_cfg, side)
+            data = preprocessing.of_library({"interpolation": "bicubic", **preprocess_cfg}, side)
         return Source(
             name=given,
             settings={**image, **text, "embed_dim": model_cfg["embed_dim"]},
