@@ -88,6 +88,6 @@ class StepInParts:
 
 def _go_back(roots: list[Tensor], gradients: list[Tensor]) -> None:
     """Goes back through the roots that are not frozen."""
-    learnt = [pair for pair in zip(roots, gradients, strict=True) if pair[0].requires_grad]
+    learnt = {one: grad for one, grad in zip(roots, gradients, strict=True) if one.requires_grad}
     if learnt:
-        torch.autograd.backward(*zip(*learnt, strict=True))
+        torch.autograd.backward([*learnt], [*learnt.values()])
