@@ -84,7 +84,9 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
         for shard in ("off", "full"):
             assert losses_of(tmp_path / shard) == alone
             runs = tmp_path / shard, tmp_path / "alone"
-            assert_close_states(*runs, **IN_FP64, of_in_proj_bias=1e-8)
+            # Inductor adds up in an order that depends on the batch size
+            rounding = IN_FP64 | ({"atol": 4e-12} if "compile" in settings else {})
+            assert_close_states(*runs, **rounding, of_in_proj_bias=1e-8)
 
 
 @pytest.mark.parametrize(
