@@ -209,7 +209,7 @@ class SearchIndex:
     def weigh(self, file: Path, fresh: NDArray[np.int64]) -> None:
         """Measures the weights among `fresh` samples, or finds them in a file.
 
-        Predicted words know the captions of all others by heart. Few fresh ones: equal weights.
+        Predicted words were fitted to the captions of the others. Few fresh ones: equal weights.
         """
         if (titles := self.titles) is None or len(self.signals) < 2:
             return
