@@ -29,7 +29,7 @@ def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
         "padding_token": 0,
     }
     if model.tokenizer:
-        masks = model.text_pool.partition(":")[0] in PAD_IDS  # zeros, also where its own padding is another id
+        masks = model.text_pool.partition(":")[0] in PAD_IDS  # zeros, not the tokenizer's padding
         tokens = {"tokenizer": "the source's own"} | ({"padding_token": 0} if masks else {})
     return {
         "image": {
