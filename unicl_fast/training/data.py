@@ -305,8 +305,8 @@ def check_end_of_texts(config: TrainConfig) -> None:
     tokenizer, reads_largest = tokenizer_of(config), config.model.text_pool == "end"
     if reads_largest and isinstance(tokenizer, FileTokenizer) and not tokenizer.ends_in_largest():
         raise ValueError(
-            "model.text_pool=end reads a text at its largest token, which CLIP's end token is; "
-            f"{tokenizer.name} ends texts with a smaller one: take model.text_pool=last"
+            f"model.text_pool=end reads a text at its largest token; {tokenizer.name} ends texts "
+            "with a smaller one: take model.text_pool=last"
         )
 
 
