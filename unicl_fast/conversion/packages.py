@@ -22,8 +22,9 @@ _MOST_BYTES = 1 << 30
 
 def installed_packages() -> list[str]:
     """Installed models that can be loaded, as pypi:NAME: texts need transformers."""
-    lacking = () if find_spec("transformers") else PACKAGED_TEXTS.values()
-    return [name for name, one in PACKAGES.items() if one not in {*missing_packages(), *lacking}]
+    lacking = {*missing_packages()}
+    lacking |= set() if find_spec("transformers") else {*PACKAGED_TEXTS.values()}
+    return [name for name, package in PACKAGES.items() if package not in lacking]
 
 
 def missing_packages() -> list[str]:

@@ -139,12 +139,13 @@ def compare_bases(
             with _leaving_out(name, unless=bases):
                 on_ranks = ModelOnRanks.of(load_model(name, device=device))
                 on_ranks = dataclasses.replace(on_ranks, batch_size=_BATCH_SIZE, progress=progress)
-                model, start = on_ranks.model, time.process_time()
+                model = on_ranks.model
+                if model.text_encoder is not None:
+                    of_texts[name] = _Texts.of(model, number_of, folder=folder, progress=progress)
+                start = time.process_time()
                 both = [encoder_features(on_ranks, one, folder=folder) for one in (train, held_out)]
                 outside[name] = both
                 encoding = dataclasses.replace(encoding, cpu_seconds=time.process_time() - start)
-                if model.text_encoder is not None:
-                    of_texts[name] = _Texts.of(model, number_of, folder=folder, progress=progress)
         if (rows := outside.pop(name, None)) is None:
             continue
         pairs = zip(empty, rows, strict=True)
@@ -160,6 +161,7 @@ def compare_bases(
                     reader = on_device(_text_model(other), choose_device(device))
                     of_texts[other] = _Texts.of(reader, number_of, folder=folder, progress=progress)
             if (own := of_texts.get(other)) is None:
+                others = [one for one in others if one != other]  # or each image would try it again
                 continue
             shape = len(names), len(held_out.manifest.templates), own.rows.shape[1]
             features = own.features(prompts).view(shape)

@@ -34,10 +34,12 @@ _HOW_TO_BUILD_APEX = (
     "python -m pip install -v --no-build-isolation .  The package that PyPI has under this name is "
     "another project"
 )
-_UNDECAYED_NAMES = {
+_UNDECAYED_NAMES = (
     *("logit_scale", "positional_embedding", "pos_embed", "absolute_pos_embed", "cls_token"),
-    *("relative_position_bias_table", "position_embeddings", "relative_attention_bias"),
-}
+    "relative_position_bias_table",
+)
+_UNDECAYED_TABLES = ("position_embeddings", "relative_attention_bias")
+"""Names of transformers' modules whose `weight` is a table of positions."""
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -47,14 +49,11 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        spared = parameter.ndim <= 1 or name.endswith("bias") or _is_spared(name)
+        *_, module, last_name = ("", *name.split("."))
+        spared = parameter.ndim <= 1 or last_name == "bias" or last_name in _UNDECAYED_NAMES
+        spared |= module in _UNDECAYED_TABLES
         (undecayed if spared else decayed).append(parameter)
     return decayed, undecayed
-
-
-def _is_spared(name: str) -> bool:
-    """Whether a parameter, or the module whose only one it is, has a name without decay."""
-    return not _UNDECAYED_NAMES.isdisjoint(name.split(".")[-2:])
 
 
 def check_optimizer(name: str, *, device: torch.device, precision: str) -> None:
@@ -102,9 +101,10 @@ def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def suits(parameter: nn.Parameter) -> bool:
+        spared = names[parameter].rsplit(".", 1)[-1] in _UNDECAYED_NAMES
         # (1, tokens, width) is a table of positions, and (c, 1, h, w) a convolution of each channel
         is_matrix = parameter.ndim > 1 and min(parameter.shape[:2]) > 1
-        return is_matrix and not _is_spared(names[parameter]) and parameter not in embeddings
+        return is_matrix and not spared and parameter not in embeddings
 
     return [
         {**group, "params": chosen, "use_muon": for_muon}
